@@ -1,1 +1,3 @@
+//! berth's node daemon and its per-pod supervisor.
 
+pub mod task;

@@ -1,1 +1,14 @@
+//! The nouns of berth and how they look on the wire: ids, units, limits, the job file, topics, messages, codec.
+//!
+//! This crate owns every name and number that two programs must agree on. It performs no IO and reads no clock.
 
+pub mod codec;
+pub mod ids;
+pub mod job;
+pub mod limits;
+pub mod log;
+pub mod message;
+pub mod pod;
+pub mod resources;
+pub mod topic;
+pub mod units;

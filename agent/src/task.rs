@@ -1,0 +1,193 @@
+//! What the agent and its shims say to each other: the task file, the control socket, the exit file.
+//!
+//! A pod's directory, `pods/{uid}-{index}.{epoch}/`, is its shim's home:
+//!
+//! | name | written by | what |
+//! |---|---|---|
+//! | `task.json` | agent, durably, before the shim starts | [`Task`] |
+//! | `shim.sock` | shim | control: JSON lines, [`Order`] one way and [`Report`] the other |
+//! | `shim.lock` | shim | held (flock) as long as the shim lives |
+//! | `exit-{run}.json` | shim, durably, before anyone is told | [`Exit`]; nothing of the run is alive |
+//! | `log/` | shim | the epoch's log, all runs of it, in segments named by their first record's seq |
+//! | `upper/ work/ rootfs/ …` | shim | a container's file system while it lives |
+//!
+//! A shim serves one run. It makes the containers, waits for [`Order::Start`], and ends when the run has ended.
+//! Agents come and go on the socket; a shim without one goes on to its deadline.
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+
+use berth_protocol::ids::{ContainerName, Epoch, NodeId, PodId, Run};
+use berth_protocol::job::PodTemplate;
+use berth_protocol::pod::Outcome;
+use berth_protocol::units::{BootMs, Bytes, Millis};
+use serde::{Deserialize, Serialize};
+
+/// All that a shim needs to know to run a pod once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Task {
+    pub node: NodeId,
+    pub pod: PodId,
+    pub epoch: Epoch,
+    pub run: Run,
+    pub template: PodTemplate,
+    /// One for each container of the template, in its order.
+    pub roots: Vec<Root>,
+    /// Host paths of the template's volumes, in its order; `None` for scratch.
+    pub volumes: Vec<Option<PathBuf>>,
+    /// An unpacked workspace to lay over every container, where the template names one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workspace: Option<PathBuf>,
+    pub devices: Vec<DeviceGrant>,
+    /// The pod's place on the node's bridge, where its network is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<BridgeAddress>,
+    /// Below each control group mount, such as `berth/a1`; the pod's group is `{uid}-{index}.{epoch}` in it.
+    pub cgroup_parent: PathBuf,
+    /// The log's size at most; older segments go first.
+    pub log_bytes_max: Bytes,
+    /// Writable layers together, where the file system can tell.
+    pub scratch_bytes_max: Bytes,
+}
+
+/// Where a container's root file system comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Root {
+    /// A copy-on-write view of the node's own.
+    Host,
+    /// Unpacked layers, the lowest first, and what the image says of its process.
+    Image { layers: Vec<PathBuf>, config: ImageProcess },
+}
+
+/// The defaults that an image carries.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ImageProcess {
+    pub entrypoint: Vec<String>,
+    pub cmd: Vec<String>,
+    /// `NAME=value`
+    pub env: Vec<String>,
+    pub working_dir: Option<String>,
+    pub user: Option<String>,
+}
+
+/// One device that the pod may use; no other of its kind is visible.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceGrant {
+    pub uuid: String,
+    /// The CDI name, such as `nvidia.com/gpu=GPU-6c3b…`, where a CDI specification names the device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cdi: Option<String>,
+    /// Otherwise: device nodes, and libraries or files to bind read-only at their own path.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nodes: Vec<PathBuf>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<PathBuf>,
+    /// Environment for the container, such as `NVIDIA_VISIBLE_DEVICES`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub env: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BridgeAddress {
+    pub bridge: String,
+    pub address: Ipv4Addr,
+    pub prefix: u8,
+    pub gateway: Ipv4Addr,
+    pub dns: Vec<Ipv4Addr>,
+}
+
+/// Agent to shim.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub enum Order {
+    /// Begin, under this lease. Sent once the pod's epoch is granted; later ones are renewals.
+    Start {
+        lease: Lease,
+    },
+    Renew {
+        lease: Lease,
+    },
+    /// Freeze by the user's or controller's wish; `false` thaws, unless the lease has run out.
+    Pause {
+        pause: bool,
+    },
+    /// The stop signal now, SIGKILL after `grace`.
+    Stop {
+        grace: Millis,
+    },
+    /// Send [`Report::Log`] whenever the log has grown.
+    Follow {
+        follow: bool,
+    },
+}
+
+/// Until when a pod may run unrenewed, on CLOCK_BOOTTIME; what happens then is in the template's `on_disconnect`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Lease {
+    /// `after` past the send of the heartbeat that was granted; `None`: without end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<BootMs>,
+}
+
+/// Shim to agent: on connect, and at every change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub enum Report {
+    /// `network: bridge` and all mounts are there, the program has not begun.
+    Created {
+        run: Run,
+    },
+    Running {
+        run: Run,
+        started_at: berth_protocol::units::Timestamp,
+    },
+    /// Frozen and confirmed by the kernel.
+    Paused {
+        run: Run,
+        fenced: bool,
+    },
+    /// As `exit-{run}.json` has it.
+    Exited {
+        exit: Exit,
+    },
+    /// The last record written.
+    Log {
+        seq: u64,
+    },
+}
+
+/// How a run ended; once this file is there, nothing of the run is alive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Exit {
+    pub run: Run,
+    pub outcome: Outcome,
+    pub containers: Vec<ContainerExit>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ContainerExit {
+    pub name: ContainerName,
+    /// The code, or 128 + signal.
+    pub code: u8,
+    pub oom_killed: bool,
+}
+
+/// Names within a pod's directory.
+pub mod file {
+    pub const TASK: &str = "task.json";
+    pub const SOCKET: &str = "shim.sock";
+    pub const LOCK: &str = "shim.lock";
+    pub const LOG_DIR: &str = "log";
+
+    pub fn exit(run: berth_protocol::ids::Run) -> String {
+        format!("exit-{run}.json")
+    }
+}

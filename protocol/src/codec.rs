@@ -1,0 +1,112 @@
+//! Bytes of a payload to a message and back, with the bounds of `limits`. Nothing else serialises for the wire.
+//!
+//! What users exchange with the controller is plain JSON. What the controller and agents exchange travels in an
+//! envelope, `{"v":1,"body":…}`, whose further fields are the place of a signature over the body's bytes.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::limits::{ENVELOPE_BYTES_MAX, MESSAGE_BYTES_MAX, SPEC_BYTES_MAX};
+use crate::topic::{NodeTopic, Topic};
+
+/// The version of the envelope that this program writes.
+pub const ENVELOPE_VERSION: u32 = 1;
+
+#[derive(Debug, thiserror::Error)]
+pub enum CodecError {
+    #[error("the message is {bytes} bytes long, at most {max} are allowed")]
+    TooLarge { bytes: usize, max: usize },
+    #[error("the message is not the JSON expected: {0}")]
+    Malformed(serde_json::Error),
+    #[error("the envelope is of version {0}, this program reads version {ENVELOPE_VERSION}")]
+    Version(u32),
+    #[error("the message cannot be written as JSON: {0}")]
+    Unwritable(serde_json::Error),
+}
+
+impl CodecError {
+    /// A word for counters.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            CodecError::TooLarge { .. } => "oversized",
+            CodecError::Malformed(_) => "malformed",
+            CodecError::Version(_) => "version",
+            CodecError::Unwritable(_) => "unwritable",
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Envelope<'a> {
+    v: u32,
+    #[serde(borrow)]
+    body: &'a RawValue,
+}
+
+/// The largest body that may travel on `topic`.
+fn bytes_max(topic: &Topic) -> usize {
+    match topic {
+        Topic::Node { kind: NodeTopic::Spec, .. } => SPEC_BYTES_MAX + ENVELOPE_BYTES_MAX,
+        _ => MESSAGE_BYTES_MAX,
+    }
+}
+
+fn bounded(bytes: usize, max: usize) -> Result<(), CodecError> {
+    if bytes > max { Err(CodecError::TooLarge { bytes, max }) } else { Ok(()) }
+}
+
+/// Writes `message` for `topic`.
+pub fn encode<T: Serialize>(topic: &Topic, message: &T) -> Result<Vec<u8>, CodecError> {
+    let body = serde_json::value::to_raw_value(message).map_err(CodecError::Unwritable)?;
+    bounded(body.get().len(), bytes_max(topic))?;
+    if !matches!(topic, Topic::Node { .. }) {
+        return Ok(Box::<str>::from(body).into_string().into_bytes());
+    }
+    let envelope = Envelope { v: ENVELOPE_VERSION, body: &body };
+    serde_json::to_vec(&envelope).map_err(CodecError::Unwritable)
+}
+
+/// Reads what came on `topic`.
+pub fn decode<T: DeserializeOwned>(topic: &Topic, payload: &[u8]) -> Result<T, CodecError> {
+    if !matches!(topic, Topic::Node { .. }) {
+        bounded(payload.len(), bytes_max(topic))?;
+        return serde_json::from_slice(payload).map_err(CodecError::Malformed);
+    }
+    bounded(payload.len(), bytes_max(topic) + ENVELOPE_BYTES_MAX)?;
+    let envelope: Envelope = serde_json::from_slice(payload).map_err(CodecError::Malformed)?;
+    if envelope.v != ENVELOPE_VERSION {
+        return Err(CodecError::Version(envelope.v));
+    }
+    bounded(envelope.body.get().len(), bytes_max(topic))?;
+    serde_json::from_str(envelope.body.get()).map_err(CodecError::Malformed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{ClientId, NodeId};
+
+    fn lease() -> Topic {
+        Topic::node(&NodeId::parse("n1").unwrap(), NodeTopic::Lease)
+    }
+
+    #[test]
+    fn node_messages_travel_in_an_envelope_and_users_read_plain_json() {
+        assert_eq!(encode(&lease(), &[1, 2]).unwrap(), br#"{"v":1,"body":[1,2]}"#);
+        assert_eq!(decode::<Vec<u32>>(&lease(), br#"{"v":1,"body":[1,2]}"#).unwrap(), [1, 2]);
+        let reply = Topic::QueryReply { client: ClientId::parse("c").unwrap() };
+        assert_eq!(encode(&reply, &[1, 2]).unwrap(), b"[1,2]");
+        assert_eq!(decode::<Vec<u32>>(&reply, b"[1,2]").unwrap(), [1, 2]);
+    }
+
+    #[test]
+    fn bounds_and_versions() {
+        let kind = |payload: &[u8]| decode::<Vec<u32>>(&lease(), payload).unwrap_err().kind();
+        assert_eq!(kind(br#"{"v":2,"body":[]}"#), "version");
+        assert_eq!(kind(b"{}"), "malformed");
+        assert_eq!(kind(b"\xff"), "malformed");
+        assert_eq!(kind(&vec![b' '; MESSAGE_BYTES_MAX + ENVELOPE_BYTES_MAX + 1]), "oversized");
+        assert_eq!(encode(&lease(), &"x".repeat(MESSAGE_BYTES_MAX)).unwrap_err().kind(), "oversized");
+    }
+}

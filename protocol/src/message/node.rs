@@ -1,0 +1,263 @@
+//! The wire between the controller and agents (`nodes/{node}/…`).
+//!
+//! Nothing here relies on retained messages, sessions or PUBACKs: `Desired` is whole and sent again until a heartbeat
+//! reports its generation, events are sent again until a `Lease` acknowledges them.
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::ids::{
+    BootId, Digest, Epoch, Generation, HardwareId, LedgerId, PodId, RequestId, Run, SessionNonce, StoreId,
+    Term,
+};
+use crate::pod::{Goal, Outcome};
+use crate::resources::{GpuShare, Inventory, Usage};
+use crate::units::{BootMs, Bytes, Millis, Timestamp};
+
+/// `hello`: the agent's first word in a session, repeated until a lease answers one of its heartbeats.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Hello {
+    pub nonce: SessionNonce,
+    /// The session before, where the data directory remembers it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous: Option<SessionNonce>,
+    /// Counts sessions, kept in the data directory.
+    pub session: u64,
+    pub hardware: HardwareId,
+    pub boot: BootId,
+    pub ledger: LedgerId,
+    /// The store whose orders the agent holds, and the highest order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store: Option<StoreId>,
+    pub term: Term,
+    pub generation: Generation,
+    /// Every pod found by a scan of berth's cgroups and shims, whatever the ledger says.
+    pub pods: Vec<HeldPod>,
+    pub inventory: Inventory,
+}
+
+/// A pod that exists on a node, running or not.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HeldPod {
+    pub pod: PodId,
+    pub epoch: Epoch,
+    pub run: Run,
+    /// Processes of it may be alive, frozen ones too.
+    pub alive: bool,
+}
+
+/// `heartbeat`, QoS 0.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Heartbeat {
+    pub nonce: SessionNonce,
+    /// Counts within the session, from 1.
+    pub seq: u64,
+    /// The agent's CLOCK_BOOTTIME when it made this.
+    pub boot_ms: BootMs,
+    /// The seq that the last lease received answered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_grant: Option<u64>,
+    /// Term and generation of the desired set applied.
+    pub term: Term,
+    pub generation: Generation,
+    /// Of the (pod, epoch) pairs that the agent holds and wants a grant for: `held_digest`.
+    pub held: Digest,
+    pub usage: Usage,
+    /// Pulls under way.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pulls: Vec<PullProgress>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PullProgress {
+    pub pod: PodId,
+    pub epoch: Epoch,
+    pub done: Bytes,
+    /// Zero where not yet known.
+    pub total: Bytes,
+}
+
+/// The digest of a set of (pod, epoch) pairs, in ascending order.
+pub fn held_digest<'a>(pairs: impl IntoIterator<Item = (&'a PodId, Epoch)>) -> Digest {
+    let mut text = String::new();
+    for (pod, epoch) in pairs {
+        text.push_str(&format!("{pod}.{epoch}\n"));
+    }
+    Digest::of(text.as_bytes())
+}
+
+/// `lease`, QoS 0: the answer to a heartbeat.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Lease {
+    pub store: StoreId,
+    pub term: Term,
+    pub nonce: SessionNonce,
+    /// Of the heartbeat answered. The grant counts from the moment the agent sent that one.
+    pub seq: u64,
+    pub covers: Covers,
+    /// Events of this ledger up to this number are committed, or refused for good.
+    pub ledger: LedgerId,
+    pub acked: u64,
+    /// Access to the depot, sent when the agent's is about to lapse.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub depot: Option<DepotAccess>,
+    /// The controller has not seen this session's hello, or lost it: say it again.
+    #[serde(default)]
+    pub hello: bool,
+}
+
+/// What a grant covers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Covers {
+    /// All that the heartbeat's digest named.
+    All(Digest),
+    /// These alone.
+    Pairs(Vec<(PodId, Epoch)>),
+}
+
+/// Where blobs go, and the word that opens the door until `expires`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DepotAccess {
+    /// Such as `http://127.0.0.1:7420`.
+    pub url: String,
+    pub token: String,
+    pub expires: Timestamp,
+}
+
+/// `event`: from the agent's outbox, in order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Events {
+    pub nonce: SessionNonce,
+    pub ledger: LedgerId,
+    pub events: Vec<NumberedEvent>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NumberedEvent {
+    /// From 1, without gaps.
+    pub n: u64,
+    pub at: Timestamp,
+    pub event: NodeEvent,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum NodeEvent {
+    Pod(PodEvent),
+    Inventory(Box<Inventory>),
+}
+
+/// A transition of a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodEvent {
+    pub pod: PodId,
+    pub epoch: Epoch,
+    pub run: Run,
+    pub change: PodChange,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum PodChange {
+    Pulling,
+    Starting,
+    Running,
+    /// Frozen, by order or for want of a grant.
+    Paused,
+    /// The run is over, and the agent starts the next one by itself after `backoff`.
+    Retrying {
+        outcome: Outcome,
+        backoff: Millis,
+    },
+    /// The epoch is over: nothing of it is alive, and nothing will be.
+    Ended {
+        outcome: Outcome,
+    },
+    /// The epoch's log is in the depot.
+    LogStored,
+    /// The outputs are in the depot, under this digest; or why they are not.
+    OutputsStored {
+        digest: Option<Digest>,
+        bytes: Bytes,
+        error: Option<String>,
+    },
+}
+
+/// `bye`: the agent's last will, a hint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Bye {
+    pub nonce: SessionNonce,
+}
+
+/// `desired`: everything that a node shall hold.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Desired {
+    pub store: StoreId,
+    pub term: Term,
+    pub generation: Generation,
+    /// Ascending by pod; at most `PODS_PER_NODE_MAX`.
+    pub pods: Vec<DesiredPod>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DesiredPod {
+    pub pod: PodId,
+    pub epoch: Epoch,
+    /// Of the pod's template.
+    pub spec: Digest,
+    pub goal: Goal,
+    /// Take a checkpoint if the last taken is below this.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub checkpoint: u64,
+    /// The checkpoint to start from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+    /// Devices allotted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpus: Vec<GpuShare>,
+    /// Failures of the job so far, without those of this epoch.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub failures: u64,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
+}
+
+/// `spec`: a pod template, whose digest is of these very bytes.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SpecMessage {
+    pub digest: Digest,
+    pub spec: Box<RawValue>,
+}
+
+/// `request`: things that change nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeRequest {
+    pub id: RequestId,
+    #[serde(flatten)]
+    pub request: Request,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Request {
+    /// Publish a pod's log from a record on; with `follow` also what comes later, for `FOLLOW_MS`.
+    #[serde(rename_all = "camelCase")]
+    Logs { pod: PodId, epoch: Epoch, from_seq: u64, follow: bool },
+}

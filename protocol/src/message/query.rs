@@ -1,0 +1,159 @@
+//! Questions that the CLI asks over `query/{client}/request` and their replies.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::ids::{Digest, Epoch, JobName, Namespace, NodeId, PodName, RequestId};
+use crate::message::node::DepotAccess;
+use crate::message::user::{JobStatus, PodStatus};
+use crate::units::{Bytes, Timestamp, rfc3339};
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct QueryRequest {
+    pub id: RequestId,
+    pub query: Query,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub enum Query {
+    /// `Page<JobStatus>`; without a namespace: all.
+    Jobs { namespace: Option<Namespace>, after: Option<String> },
+    /// `JobDetail`
+    Job { namespace: Namespace, job: JobName },
+    /// `Page<PodRow>` of one job or of all.
+    Pods { namespace: Option<Namespace>, job: Option<JobName>, after: Option<String> },
+    /// `Page<NodeStatus>`
+    Nodes { after: Option<String> },
+    /// `NodeStatus`
+    Node { node: NodeId },
+    /// `Explanation`
+    Explain { namespace: Namespace, job: JobName },
+    /// `LogSources`; with `follow` agents publish on `logs/…` for `FOLLOW_MS` from now, also of pods yet to come.
+    Logs { namespace: Namespace, job: JobName, follow: bool },
+    /// `Page<OutputRow>`
+    Outputs { namespace: Namespace, job: JobName },
+    /// `DepotAccess`: to bring a workspace, or fetch logs and outputs, of a namespace.
+    Depot { namespace: Namespace },
+    /// `ControllerVersion`
+    Version,
+}
+
+/// `result` or `error`, never both.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct QueryReply {
+    pub id: RequestId,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<QueryError>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct QueryError {
+    /// `NotFound`, `Invalid`, `Unavailable`.
+    pub code: String,
+    pub message: String,
+}
+
+/// Rows in a stable order; `next` goes into `after` of the next query.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Page<T> {
+    pub rows: Vec<T>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
+}
+
+/// A job's status and the file it came from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct JobDetail {
+    #[serde(flatten)]
+    pub status: JobStatus,
+    /// As accepted, defaults filled in.
+    pub spec: Value,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodRow {
+    pub namespace: Namespace,
+    pub job: JobName,
+    #[serde(flatten)]
+    pub status: PodStatus,
+}
+
+/// Why a job's pods are where they are, or still wait.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Explanation {
+    pub namespace: Namespace,
+    pub job: JobName,
+    /// One line for a person.
+    pub summary: String,
+    pub nodes: Vec<NodeVerdict>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeVerdict {
+    pub node: NodeId,
+    /// One more pod of the job would fit now.
+    pub fits: bool,
+    /// Every reason against, in words: `needs 4 cores, 1500m are free`.
+    pub reasons: Vec<String>,
+    /// The job's pods that are there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pods: Vec<PodName>,
+}
+
+/// A job's logs: one source a pod and epoch, in order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LogSources {
+    pub sources: Vec<LogSource>,
+    /// Nothing more will come.
+    pub finished: bool,
+    /// More than one pod: lines want a prefix.
+    pub many: bool,
+    pub depot: DepotAccess,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LogSource {
+    pub pod: PodName,
+    pub epoch: Epoch,
+    /// Records in all, once the epoch has ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub records: Option<u64>,
+    /// The path below the depot's URL, once it is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<NodeId>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OutputRow {
+    pub pod: PodName,
+    pub epoch: Epoch,
+    pub digest: Digest,
+    pub bytes: Bytes,
+    /// Below the depot's URL: a gzipped tar archive.
+    pub path: String,
+    #[serde(with = "rfc3339")]
+    pub at: Timestamp,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ControllerVersion {
+    pub version: String,
+    pub cluster: String,
+}

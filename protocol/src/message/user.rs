@@ -1,0 +1,219 @@
+//! Commands, answers and statuses: what users send and read with any MQTT client.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{Digest, Epoch, Generation, JobName, JobUid, Namespace, NodeId, PodName, RequestId};
+use crate::pod::PodPhase;
+use crate::resources::{Gpu, Usage};
+use crate::units::{Bytes, MilliCpu, Timestamp, rfc3339};
+
+/// `jobs/{ns}/{job}/command`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct JobCommand {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<RequestId>,
+    pub command: Command,
+    /// Where to, of a migration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<NodeId>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Command {
+    Cancel,
+    Suspend,
+    Resume,
+    Checkpoint,
+    Restart,
+    Migrate,
+}
+
+/// `jobs/{ns}/{job}/answer`: exactly one of `accepted` and `rejected` is there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Answer {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<RequestId>,
+    /// Of the payload answered: 64 hexadecimal digits.
+    pub sha256: String,
+    #[serde(flatten)]
+    pub verdict: Verdict,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, rename_all_fields = "camelCase")]
+pub enum Verdict {
+    Accepted { accepted: bool, generation: Generation },
+    Rejected { rejected: Rejection },
+}
+
+impl Verdict {
+    pub fn accepted(generation: Generation) -> Self {
+        Verdict::Accepted { accepted: true, generation }
+    }
+}
+
+impl Answer {
+    pub fn new(id: Option<RequestId>, payload: &[u8], verdict: Verdict) -> Self {
+        Self { id, sha256: Digest::of(payload).hex(), verdict }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Rejection {
+    /// A CamelCase word: `InvalidJob`, `NoSuchJob`, `JobFinished`, `TooLarge`.
+    pub code: String,
+    pub message: String,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub errors: Vec<FieldError>,
+}
+
+/// One thing wrong in a job file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FieldError {
+    /// The path, such as `resources.cpu` or `volumes[1].mount`; empty: the file itself.
+    pub field: String,
+    /// From 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub column: Option<u32>,
+    pub message: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum JobPhase {
+    Pending,
+    Running,
+    Suspended,
+    Succeeded,
+    Failed,
+    Cancelled,
+    Rejected,
+}
+
+impl JobPhase {
+    pub fn is_final(self) -> bool {
+        matches!(self, JobPhase::Succeeded | JobPhase::Failed | JobPhase::Cancelled | JobPhase::Rejected)
+    }
+}
+
+/// `jobs/{ns}/{job}/status`, retained.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct JobStatus {
+    pub namespace: Namespace,
+    pub job: JobName,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<JobUid>,
+    pub generation: Generation,
+    pub phase: JobPhase,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// At most `STATUS_PODS_MAX`, unfinished first.
+    pub pods: Vec<PodStatus>,
+    /// All of them, by phase.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub pod_counts: BTreeMap<PodPhase, u32>,
+    pub failures: u32,
+    pub evictions: u32,
+    pub migrations: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<CheckpointStatus>,
+    #[serde(with = "rfc3339")]
+    pub submitted_at: Timestamp,
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "rfc3339::option")]
+    pub started_at: Option<Timestamp>,
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "rfc3339::option")]
+    pub finished_at: Option<Timestamp>,
+}
+
+/// A pod's current epoch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodStatus {
+    pub pod: PodName,
+    pub epoch: Epoch,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<NodeId>,
+    pub phase: PodPhase,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<u8>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    pub restarts: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "rfc3339::option")]
+    pub started_at: Option<Timestamp>,
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "rfc3339::option")]
+    pub finished_at: Option<Timestamp>,
+    /// Records that this epoch's log holds, known once the pod has ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_records: Option<u64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CheckpointStatus {
+    pub id: String,
+    #[serde(with = "rfc3339")]
+    pub at: Timestamp,
+    pub bytes: Bytes,
+    pub new_bytes: Bytes,
+    pub frozen_ms: u64,
+}
+
+/// `state/nodes/{node}`, retained, and what `berth get nodes` lists.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeStatus {
+    pub node: NodeId,
+    pub state: NodeState,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    pub capacity: Amounts,
+    pub allocated: Amounts,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
+    pub labels: BTreeMap<String, String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub taints: Vec<String>,
+    pub gpus: Vec<Gpu>,
+    pub arch: String,
+    pub kernel: String,
+    pub os: String,
+    pub agent_version: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub criu: Option<String>,
+    pub pods: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "rfc3339::option")]
+    pub last_heartbeat_at: Option<Timestamp>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NodeState {
+    Online,
+    /// Heartbeats are missing, not yet for long enough to count as lost.
+    Silent,
+    Offline,
+    /// Online, and takes no new pods.
+    Cordoned,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Amounts {
+    pub cpu_milli: MilliCpu,
+    pub memory_bytes: Bytes,
+    pub gpu_milli: u64,
+}

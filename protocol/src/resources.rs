@@ -1,0 +1,166 @@
+//! Amounts that pods ask for and nodes have.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use crate::units::{Bytes, MilliCpu};
+
+/// What one container (or, summed, one pod) asks for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Resources {
+    pub cpu: MilliCpu,
+    pub memory: Bytes,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<GpuRequest>,
+}
+
+/// `count` devices, or a share of one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GpuRequest {
+    pub count: u32,
+    /// Thousandths of each device; below 1000 only with `count` 1.
+    pub milli: u32,
+    /// Device memory needed on each.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Bytes>,
+    /// Any of these models; empty: any.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub model: BTreeSet<String>,
+}
+
+/// Up to where a container may burst.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Limits {
+    pub cpu: MilliCpu,
+    pub memory: Bytes,
+}
+
+/// A device's place among those that berth can hand out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Gpu {
+    /// The vendor's stable name, such as `GPU-6c3b…` (NVIDIA) or the PCI address (others).
+    pub uuid: String,
+    pub vendor: GpuVendor,
+    /// As the vendor calls it, such as `NVIDIA H200`.
+    pub model: String,
+    pub memory: Bytes,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci: Option<String>,
+    /// Why it takes no pod, where it does not: fell off the bus, ECC errors, an Xid.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unhealthy: Option<String>,
+    /// Split by MIG: not handed out whole.
+    #[serde(default)]
+    pub mig: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GpuVendor {
+    Nvidia,
+    Amd,
+    Intel,
+}
+
+/// A pod's part of one device.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GpuShare {
+    pub uuid: String,
+    pub milli: u32,
+}
+
+/// How control groups are mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CgroupVersion {
+    V1,
+    Hybrid,
+    V2,
+}
+
+/// What a node is and has: told at hello and whenever it changes. Amounts are what pods may use, the system's
+/// share already taken off.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Inventory {
+    pub hostname: String,
+    /// As `uname -m` says: x86_64, aarch64, armv7l.
+    pub arch: String,
+    pub kernel: String,
+    /// Such as `Debian GNU/Linux 12`.
+    pub os: String,
+    pub cpu: MilliCpu,
+    pub memory: Bytes,
+    /// Size of the file system that holds the agent's data.
+    pub disk: Bytes,
+    pub cpu_model: String,
+    /// Kernel names of the processor's features, what a restored process may rely on.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub cpu_features: BTreeSet<String>,
+    pub cgroup: CgroupVersion,
+    /// CRIU's version where one passes its own check.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub criu: Option<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpus: Vec<Gpu>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu_driver: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cuda: Option<String>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub taints: BTreeSet<String>,
+    /// Runs `image: host`.
+    pub host_image: bool,
+    /// Can give pods a network of their own.
+    pub bridge: bool,
+    pub agent_version: String,
+}
+
+/// What a node uses now, all of it, berth's pods or not.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Usage {
+    pub cpu: MilliCpu,
+    pub memory: Bytes,
+    pub disk: Bytes,
+    /// The load average of one minute, in thousandths.
+    pub load_milli: u64,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpus: Vec<GpuUsage>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GpuUsage {
+    pub uuid: String,
+    pub memory: Bytes,
+    pub percent: u8,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub celsius: Option<u16>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watts: Option<u32>,
+}
+
+impl Resources {
+    /// The sum over a pod's containers; `None` where it overflows or two containers ask for devices differently.
+    pub fn sum<'a>(parts: impl IntoIterator<Item = &'a Resources>) -> Option<Resources> {
+        parts.into_iter().try_fold(Resources::default(), |sum, part| {
+            let gpu = match (sum.gpu, &part.gpu) {
+                (None, gpu) => gpu.clone(),
+                (gpu, None) => gpu,
+                (Some(_), Some(_)) => return None,
+            };
+            let cpu = sum.cpu.checked_add(part.cpu)?;
+            let memory = sum.memory.checked_add(part.memory)?;
+            Some(Resources { cpu, memory, gpu })
+        })
+    }
+}
