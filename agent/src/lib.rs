@@ -1,3 +1,6 @@
 //! berth's node daemon and its per-pod supervisor.
 
+pub mod core;
+pub mod io;
+pub mod shim;
 pub mod task;

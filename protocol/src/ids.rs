@@ -327,6 +327,10 @@ impl Digest {
         Ok(Self(out))
     }
 
+    pub fn bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
     /// The 64 digits without the algorithm's name: fit for a file's name.
     pub fn hex(&self) -> String {
         self.0.iter().map(|b| format!("{b:02x}")).collect()

@@ -1,0 +1,249 @@
+//! What an agent must not forget: the orders it holds, the pods it was given and how far they came, the events that
+//! the controller has not acknowledged. Changed by records alone, which are on disk before anything is done.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+
+use berth_protocol::ids::{Digest, Epoch, Generation, LedgerId, PodId, Run, SessionNonce, StoreId, Term};
+use berth_protocol::job::PodTemplate;
+use berth_protocol::message::node::{Desired, DesiredPod, NumberedEvent};
+use berth_protocol::pod::Outcome;
+use berth_protocol::units::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// One placement of a pod: the unit that an agent holds.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct PodKey {
+    pub pod: PodId,
+    pub epoch: Epoch,
+}
+
+impl PodKey {
+    pub fn new(pod: &PodId, epoch: Epoch) -> Self {
+        Self { pod: pod.clone(), epoch }
+    }
+
+    /// Reads what `Display` writes, as the pod's directory and control group are named.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (pod, epoch) = text.rsplit_once('.')?;
+        Some(Self { pod: PodId::parse(pod).ok()?, epoch: Epoch(epoch.parse().ok()?) })
+    }
+}
+
+impl fmt::Display for PodKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.pod, self.epoch)
+    }
+}
+
+impl fmt::Debug for PodKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+/// A change of the ledger, as the journal keeps it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Record {
+    /// The first record of a new ledger.
+    Created {
+        ledger: LedgerId,
+    },
+    /// A session of the agent begins.
+    Session {
+        number: u64,
+        nonce: SessionNonce,
+    },
+    /// A desired set was accepted; its pods are as the following records say.
+    Orders {
+        store: StoreId,
+        term: Term,
+        generation: Generation,
+    },
+    Spec {
+        digest: Digest,
+        template: Box<PodTemplate>,
+    },
+    SpecDropped {
+        digest: Digest,
+    },
+    Pod {
+        key: PodKey,
+        entry: Box<PodEntry>,
+    },
+    PodDropped {
+        key: PodKey,
+    },
+    Event {
+        event: Box<NumberedEvent>,
+    },
+    Acked {
+        n: u64,
+    },
+}
+
+/// A pod as the ledger knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodEntry {
+    pub desired: DesiredPod,
+    /// The last desired set no longer named it.
+    #[serde(default)]
+    pub unnamed: bool,
+    /// The last run begun; zero: none. Written before the run's shim starts.
+    #[serde(default)]
+    pub run: Run,
+    /// The last run is over, durably told; the next one is due at `retry_at`.
+    #[serde(default)]
+    pub run_over: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_at: Option<Timestamp>,
+    /// Failures within this epoch.
+    #[serde(default)]
+    pub failures: u32,
+    /// The pod's place on the node's bridge.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<u16>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<Ended>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ended {
+    pub outcome: Outcome,
+    /// The number of the event that told it.
+    pub event: u64,
+    /// The log is in the depot, or there is none.
+    pub log_stored: bool,
+    /// The outputs are in the depot, or there are none.
+    pub outputs_stored: bool,
+}
+
+impl PodEntry {
+    pub fn new(desired: DesiredPod) -> Self {
+        Self {
+            desired,
+            unnamed: false,
+            run: Run::default(),
+            run_over: false,
+            retry_at: None,
+            failures: 0,
+            slot: None,
+            ended: None,
+        }
+    }
+
+    /// A run may have processes, for all the ledger knows.
+    pub fn may_be_alive(&self) -> bool {
+        self.ended.is_none() && self.run.0 > 0 && !self.run_over
+    }
+}
+
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Ledger {
+    pub id: Option<LedgerId>,
+    pub session: u64,
+    pub nonce: Option<SessionNonce>,
+    pub store: Option<StoreId>,
+    pub term: Term,
+    pub generation: Generation,
+    pub specs: BTreeMap<Digest, PodTemplate>,
+    pub pods: BTreeMap<PodKey, PodEntry>,
+    pub outbox: VecDeque<NumberedEvent>,
+    /// Of the last event made.
+    pub last_event: u64,
+}
+
+impl Ledger {
+    pub fn apply(&mut self, record: &Record) {
+        match record {
+            Record::Created { ledger } => self.id = Some(ledger.clone()),
+            Record::Session { number, nonce } => {
+                self.session = *number;
+                self.nonce = Some(nonce.clone());
+            }
+            Record::Orders { store, term, generation } => {
+                self.store = Some(store.clone());
+                self.term = *term;
+                self.generation = *generation;
+            }
+            Record::Spec { digest, template } => {
+                self.specs.insert(*digest, (**template).clone());
+            }
+            Record::SpecDropped { digest } => {
+                self.specs.remove(digest);
+            }
+            Record::Pod { key, entry } => {
+                self.pods.insert(key.clone(), (**entry).clone());
+            }
+            Record::PodDropped { key } => {
+                self.pods.remove(key);
+            }
+            Record::Event { event } => {
+                self.last_event = event.n;
+                self.outbox.push_back((**event).clone());
+            }
+            Record::Acked { n } => {
+                self.last_event = self.last_event.max(*n);
+                while self.outbox.front().is_some_and(|event| event.n <= *n) {
+                    self.outbox.pop_front();
+                }
+            }
+        }
+    }
+
+    /// The fewest records that make this ledger.
+    pub fn snapshot(&self) -> Vec<Record> {
+        let mut records = Vec::with_capacity(self.pods.len() + self.specs.len() + self.outbox.len() + 4);
+        records.extend(self.id.clone().map(|ledger| Record::Created { ledger }));
+        records.extend(self.nonce.clone().map(|nonce| Record::Session { number: self.session, nonce }));
+        records.extend(self.store.clone().map(|store| Record::Orders {
+            store,
+            term: self.term,
+            generation: self.generation,
+        }));
+        let acked = self.outbox.front().map_or(self.last_event, |event| event.n - 1);
+        records.push(Record::Acked { n: acked });
+        records.extend(
+            self.specs
+                .iter()
+                .map(|(digest, spec)| Record::Spec { digest: *digest, template: Box::new(spec.clone()) }),
+        );
+        records.extend(
+            self.pods
+                .iter()
+                .map(|(key, entry)| Record::Pod { key: key.clone(), entry: Box::new(entry.clone()) }),
+        );
+        records.extend(self.outbox.iter().map(|event| Record::Event { event: Box::new(event.clone()) }));
+        records
+    }
+
+    /// May this order be obeyed? Another store's never, an older one never, the same one changes nothing.
+    pub fn judge(&self, desired: &Desired) -> Judgement {
+        match &self.store {
+            Some(store) if *store != desired.store => Judgement::OtherStore,
+            _ => match (desired.term, desired.generation).cmp(&(self.term, self.generation)) {
+                std::cmp::Ordering::Less => Judgement::Stale,
+                std::cmp::Ordering::Equal if self.store.is_some() => Judgement::Known,
+                _ => Judgement::New,
+            },
+        }
+    }
+
+    /// The lowest place on the bridge that no pod holds.
+    pub fn free_slot(&self) -> u16 {
+        let taken: std::collections::BTreeSet<u16> =
+            self.pods.values().filter(|entry| entry.ended.is_none()).filter_map(|entry| entry.slot).collect();
+        (0..).find(|slot| !taken.contains(slot)).unwrap_or(u16::MAX)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Judgement {
+    New,
+    Known,
+    Stale,
+    OtherStore,
+}

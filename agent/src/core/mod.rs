@@ -1,0 +1,511 @@
+//! The agent's decisions: events in, records and actions out. Touches no disk, network, clock or process.
+//!
+//! Records are changes of the ledger; the loop has them on disk before it performs the actions beside them. All
+//! state that a restart may lose (what shims report, which pulls run) is rebuilt by asking, never remembered.
+
+pub mod grants;
+pub mod ledger;
+mod pods;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use berth_protocol::ids::{BootId, Digest, HardwareId, LedgerId, Run, SessionNonce};
+use berth_protocol::job::PodTemplate;
+use berth_protocol::limits;
+use berth_protocol::message::node::{
+    DepotAccess, Desired, DesiredPod, Events, Heartbeat, Hello, Lease, NodeEvent, NumberedEvent, PodChange,
+    PodEvent, PullProgress, held_digest,
+};
+use berth_protocol::resources::{GpuShare, Inventory, Usage};
+use berth_protocol::units::{BootMs, Bytes, Millis, Timestamp};
+
+use crate::task::{Exit, Order, Report, Root};
+use grants::Grants;
+use ledger::{Judgement, Ledger, PodKey, Record};
+use pods::Live;
+
+/// Civil time for records, boot time for leases and timers.
+#[derive(Debug, Clone, Copy)]
+pub struct Now {
+    pub wall: Timestamp,
+    pub boot: BootMs,
+}
+
+/// All that can happen to an agent.
+#[derive(Debug)]
+pub enum Event {
+    BusUp,
+    BusDown,
+    Desired(Desired),
+    Spec {
+        digest: Digest,
+        template: Box<PodTemplate>,
+    },
+    Lease(Lease),
+    /// A pull is under way.
+    Pulling {
+        key: PodKey,
+        done: Bytes,
+        total: Bytes,
+    },
+    Prepared {
+        key: PodKey,
+        result: Result<Prepared, Unready>,
+    },
+    Shim {
+        key: PodKey,
+        report: Report,
+    },
+    /// No shim serves the pod, nothing of it is alive; its last run's exit file, where there is one.
+    Gone {
+        key: PodKey,
+        exit: Option<Exit>,
+        why: Option<String>,
+    },
+    LogStored {
+        key: PodKey,
+        stored: bool,
+    },
+    OutputsStored {
+        key: PodKey,
+        result: Result<Option<(Digest, Bytes)>, String>,
+    },
+    Inventory(Box<Inventory>),
+    Tick,
+}
+
+/// What a pod needs before its shim can start.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prepared {
+    pub roots: Vec<Root>,
+    pub volumes: Vec<Option<PathBuf>>,
+    pub workspace: Option<PathBuf>,
+}
+
+/// Why a pod cannot start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unready {
+    pub reason: String,
+    pub message: String,
+    /// It may work later: a registry out of reach.
+    pub retriable: bool,
+}
+
+#[derive(Debug)]
+pub enum Action {
+    /// `pods` is filled in from a scan of the machine.
+    Hello(Box<Hello>),
+    /// `usage` is filled in from a probe.
+    Heartbeat(Box<Heartbeat>),
+    Events(Events),
+    Prepare {
+        key: PodKey,
+        template: Box<PodTemplate>,
+    },
+    CancelPrepare {
+        key: PodKey,
+    },
+    Launch(Box<Launch>),
+    Order {
+        key: PodKey,
+        order: Order,
+    },
+    /// Find the shim of this run: connect, or read its exit file, or clear away what a dead one left.
+    Adopt {
+        key: PodKey,
+        run: Run,
+    },
+    /// End whatever is left of the pod, by its control group.
+    Kill {
+        key: PodKey,
+        run: Run,
+    },
+    StoreLog {
+        key: PodKey,
+    },
+    StoreOutputs {
+        key: PodKey,
+    },
+    /// Nobody needs the pod's directory any more.
+    Drop {
+        key: PodKey,
+    },
+    Depot(DepotAccess),
+    /// For the operator's log.
+    Warn(String),
+}
+
+#[derive(Debug)]
+pub struct Launch {
+    pub key: PodKey,
+    pub run: Run,
+    pub template: PodTemplate,
+    pub prepared: Prepared,
+    pub gpus: Vec<GpuShare>,
+    pub slot: Option<u16>,
+}
+
+/// What follows from an event: first the records, durably, then the actions, in order.
+#[derive(Debug, Default)]
+pub struct Step {
+    pub records: Vec<Record>,
+    pub actions: Vec<Action>,
+}
+
+/// What an agent is told at its start.
+#[derive(Debug)]
+pub struct Identity {
+    pub hardware: HardwareId,
+    pub boot: BootId,
+    pub nonce: SessionNonce,
+    /// For a ledger that is new.
+    pub ledger: LedgerId,
+}
+
+/// Unacknowledged events are sent again after this long.
+const EVENTS_RESEND: Millis = Millis::from_secs(5);
+
+pub struct Agent {
+    ledger: Ledger,
+    hardware: HardwareId,
+    boot: BootId,
+    nonce: SessionNonce,
+    previous: Option<SessionNonce>,
+    inventory: Inventory,
+    grants: Grants,
+    live: BTreeMap<PodKey, Live>,
+    bus_up: bool,
+    next_heartbeat: BootMs,
+    last_heartbeat: BootMs,
+    /// The last event sent in this session of the bus, and when to begin again with the first.
+    sent_event: u64,
+    resend_at: Option<BootMs>,
+    out: Step,
+}
+
+impl Agent {
+    /// Begins a session on the ledger found on disk. The step holds its first records and the search for shims.
+    pub fn start(ledger: Ledger, identity: Identity, inventory: Inventory, now: Now) -> (Self, Step) {
+        let mut agent = Self {
+            previous: ledger.nonce.clone(),
+            hardware: identity.hardware,
+            boot: identity.boot,
+            nonce: identity.nonce.clone(),
+            inventory,
+            grants: Grants::default(),
+            live: BTreeMap::new(),
+            bus_up: false,
+            next_heartbeat: now.boot,
+            last_heartbeat: now.boot,
+            sent_event: 0,
+            resend_at: None,
+            out: Step::default(),
+            ledger,
+        };
+        if agent.ledger.id.is_none() {
+            agent.record(Record::Created { ledger: identity.ledger });
+        }
+        let number = agent.ledger.session + 1;
+        agent.record(Record::Session { number, nonce: identity.nonce });
+        let keys: Vec<PodKey> = agent.ledger.pods.keys().cloned().collect();
+        for key in &keys {
+            agent.adopt(now, key);
+        }
+        for key in &keys {
+            agent.reconcile(now, key);
+        }
+        let step = std::mem::take(&mut agent.out);
+        (agent, step)
+    }
+
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    pub fn step(&mut self, now: Now, event: Event) -> Step {
+        match event {
+            Event::BusUp => {
+                self.bus_up = true;
+                self.sent_event = 0;
+                self.hello();
+                self.heartbeat(now);
+            }
+            Event::BusDown => self.bus_up = false,
+            Event::Desired(desired) => self.desired(now, desired),
+            Event::Spec { digest, template } => self.spec(now, digest, template),
+            Event::Lease(lease) => self.lease(now, lease),
+            Event::Inventory(inventory) => {
+                if *inventory != self.inventory {
+                    self.inventory = (*inventory).clone();
+                    self.event(now, NodeEvent::Inventory(inventory));
+                }
+            }
+            Event::Tick => self.tick(now),
+            Event::Pulling { key, done, total } => self.pulling(now, &key, done, total),
+            Event::Prepared { key, result } => self.prepared(now, &key, result),
+            Event::Shim { key, report } => self.report(now, &key, report),
+            Event::Gone { key, exit, why } => self.gone(now, &key, exit, why),
+            Event::LogStored { key, stored } => self.log_stored(now, &key, stored),
+            Event::OutputsStored { key, result } => self.outputs_stored(now, &key, result),
+        }
+        self.send_events(now);
+        std::mem::take(&mut self.out)
+    }
+
+    /// When a `Tick` is due.
+    pub fn next_wake(&self) -> BootMs {
+        let pods = self.live.iter().filter_map(|(key, live)| self.pod_wake(key, live)).min();
+        [pods, self.resend_at.filter(|_| self.bus_up)]
+            .into_iter()
+            .flatten()
+            .fold(self.next_heartbeat, BootMs::min)
+    }
+
+    /// Digests of everything that pods of this ledger may need: their specs' images and workspaces stay.
+    pub fn specs(&self) -> impl Iterator<Item = &PodTemplate> {
+        self.ledger.specs.values()
+    }
+
+    fn record(&mut self, record: Record) {
+        self.ledger.apply(&record);
+        self.out.records.push(record);
+    }
+
+    fn act(&mut self, action: Action) {
+        self.out.actions.push(action);
+    }
+
+    fn warn(&mut self, text: String) {
+        self.act(Action::Warn(text));
+    }
+
+    fn event(&mut self, now: Now, event: NodeEvent) -> u64 {
+        if self.ledger.outbox.len() >= limits::OUTBOX_EVENTS_MAX && matches!(event, NodeEvent::Inventory(_)) {
+            return self.ledger.last_event;
+        }
+        let n = self.ledger.last_event + 1;
+        self.record(Record::Event { event: Box::new(NumberedEvent { n, at: now.wall, event }) });
+        n
+    }
+
+    fn pod_event(&mut self, now: Now, key: &PodKey, run: Run, change: PodChange) -> u64 {
+        let event = PodEvent { pod: key.pod.clone(), epoch: key.epoch, run, change };
+        self.event(now, NodeEvent::Pod(event))
+    }
+
+    fn tick(&mut self, now: Now) {
+        let keys: Vec<PodKey> = self.live.keys().cloned().collect();
+        for key in keys {
+            self.check_deadline(now, &key);
+            self.reconcile(now, &key);
+        }
+        if self.bus_up && self.resend_at.is_some_and(|at| at <= now.boot) {
+            self.sent_event = 0;
+            self.resend_at = None;
+        }
+        if self.next_heartbeat <= now.boot {
+            if self.bus_up && self.grants.last_grant().is_none() {
+                self.hello();
+            }
+            self.heartbeat(now);
+        }
+    }
+
+    fn hello(&mut self) {
+        let Some(ledger) = self.ledger.id.clone() else { return };
+        self.act(Action::Hello(Box::new(Hello {
+            nonce: self.nonce.clone(),
+            previous: self.previous.clone(),
+            session: self.ledger.session,
+            hardware: self.hardware.clone(),
+            boot: self.boot.clone(),
+            ledger,
+            store: self.ledger.store.clone(),
+            term: self.ledger.term,
+            generation: self.ledger.generation,
+            pods: Vec::new(),
+            inventory: self.inventory.clone(),
+        })));
+    }
+
+    /// Pods for which a grant is wanted: named by the controller and not over.
+    fn held(&self) -> Vec<PodKey> {
+        let wanted = |entry: &ledger::PodEntry| entry.ended.is_none() && !entry.unnamed;
+        self.ledger.pods.iter().filter(|(_, entry)| wanted(entry)).map(|(key, _)| key.clone()).collect()
+    }
+
+    fn heartbeat(&mut self, now: Now) {
+        self.next_heartbeat = now.boot.plus(Millis(limits::HEARTBEAT_RETRY_MS));
+        if !self.bus_up {
+            return;
+        }
+        self.last_heartbeat = now.boot;
+        let keys = self.held();
+        let held = held_digest(keys.iter().map(|key| (&key.pod, key.epoch)));
+        let seq = self.grants.sent(now.boot, held, keys);
+        let pulls = self.live.iter().filter_map(|(key, live)| {
+            let (done, total) = live.pull?;
+            Some(PullProgress { pod: key.pod.clone(), epoch: key.epoch, done, total })
+        });
+        let heartbeat = Heartbeat {
+            nonce: self.nonce.clone(),
+            seq,
+            boot_ms: now.boot,
+            last_grant: self.grants.last_grant(),
+            term: self.ledger.term,
+            generation: self.ledger.generation,
+            held,
+            usage: Usage::default(),
+            pulls: pulls.collect(),
+        };
+        self.act(Action::Heartbeat(Box::new(heartbeat)));
+    }
+
+    fn lease(&mut self, now: Now, lease: Lease) {
+        let foreign = self.ledger.store.as_ref().is_some_and(|store| *store != lease.store);
+        if foreign || lease.nonce != self.nonce {
+            return;
+        }
+        if lease.hello {
+            self.sent_event = 0;
+            self.hello();
+        }
+        if let Some(depot) = lease.depot.clone() {
+            self.act(Action::Depot(depot));
+            for live in self.live.values_mut() {
+                live.store_at = None;
+            }
+        }
+        let Some(grown) = self.grants.receive(&self.nonce, &lease) else { return };
+        let acks = self.ledger.id.as_ref() == Some(&lease.ledger)
+            && self.ledger.outbox.front().is_some_and(|event| event.n <= lease.acked);
+        if acks {
+            self.record(Record::Acked { n: lease.acked });
+            self.resend_at = self.resend_at.filter(|_| !self.ledger.outbox.is_empty());
+        }
+        for key in &grown {
+            self.renewed(key);
+            self.reconcile(now, key);
+        }
+        if acks {
+            self.reconcile_ended(now);
+        }
+        if !self.grants.is_unanswered() {
+            let waiting =
+                !self.ledger.outbox.is_empty() || self.live.values().any(|live| live.pull.is_some());
+            let period = if waiting { limits::HEARTBEAT_RETRY_MS } else { limits::HEARTBEAT_MS };
+            self.next_heartbeat = self.last_heartbeat.plus(Millis(period));
+        }
+    }
+
+    fn spec(&mut self, now: Now, digest: Digest, template: Box<PodTemplate>) {
+        if self.ledger.specs.contains_key(&digest) || self.ledger.specs.len() >= 2 * limits::PODS_PER_NODE_MAX
+        {
+            return;
+        }
+        self.record(Record::Spec { digest, template });
+        let waiting: Vec<PodKey> = self
+            .ledger
+            .pods
+            .iter()
+            .filter(|(_, entry)| entry.desired.spec == digest)
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in waiting {
+            self.reconcile(now, &key);
+        }
+    }
+
+    fn desired(&mut self, now: Now, desired: Desired) {
+        match self.ledger.judge(&desired) {
+            Judgement::New => {}
+            Judgement::Known => return self.heartbeat(now),
+            Judgement::Stale => return,
+            Judgement::OtherStore => {
+                return self.warn(format!(
+                    "refused orders of store {}: this node belongs to store {}; if the controller was set up \
+                     anew, stop the agent and remove its data directory",
+                    desired.store,
+                    self.ledger.store.as_ref().map_or("none", |store| store.as_str())
+                ));
+            }
+        }
+        if desired.pods.len() > limits::PODS_PER_NODE_MAX {
+            let (got, max) = (desired.pods.len(), limits::PODS_PER_NODE_MAX);
+            return self.warn(format!("refused orders that name {got} pods: at most {max} are allowed"));
+        }
+        let named: BTreeSet<PodKey> =
+            desired.pods.iter().map(|pod| PodKey::new(&pod.pod, pod.epoch)).collect();
+        for pod in desired.pods {
+            self.name(pod);
+        }
+        let unnamed: Vec<PodKey> = self
+            .ledger
+            .pods
+            .iter()
+            .filter(|(key, entry)| !entry.unnamed && !named.contains(key))
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in unnamed {
+            if let Some(mut entry) = self.ledger.pods.get(&key).cloned() {
+                entry.unnamed = true;
+                self.record(Record::Pod { key, entry: Box::new(entry) });
+            }
+        }
+        let (store, term, generation) = (desired.store, desired.term, desired.generation);
+        self.record(Record::Orders { store, term, generation });
+        self.drop_unused_specs();
+        let keys: Vec<PodKey> = self.ledger.pods.keys().cloned().collect();
+        for key in keys {
+            self.reconcile(now, &key);
+        }
+        self.heartbeat(now);
+    }
+
+    /// Takes one line of the orders into the ledger.
+    fn name(&mut self, pod: DesiredPod) {
+        let key = PodKey::new(&pod.pod, pod.epoch);
+        let newest = self.ledger.pods.keys().filter(|held| held.pod == key.pod).map(|held| held.epoch).max();
+        let mut entry = match self.ledger.pods.get(&key) {
+            Some(entry) if entry.desired == pod && !entry.unnamed => return,
+            Some(entry) => entry.clone(),
+            None if newest > Some(key.epoch) => return,
+            None => ledger::PodEntry::new(pod.clone()),
+        };
+        entry.desired = pod;
+        entry.unnamed = false;
+        self.record(Record::Pod { key, entry: Box::new(entry) });
+    }
+
+    fn drop_unused_specs(&mut self) {
+        let used: BTreeSet<Digest> = self.ledger.pods.values().map(|entry| entry.desired.spec).collect();
+        let unused: Vec<Digest> =
+            self.ledger.specs.keys().filter(|digest| !used.contains(digest)).copied().collect();
+        for digest in unused {
+            self.record(Record::SpecDropped { digest });
+        }
+    }
+
+    /// Sends what the outbox holds beyond what was sent; begins again when nothing is acknowledged for long.
+    fn send_events(&mut self, now: Now) {
+        if !self.bus_up || self.ledger.last_event <= self.sent_event {
+            return;
+        }
+        let Some(ledger) = self.ledger.id.clone() else { return };
+        let from = self.sent_event;
+        let waiting: Vec<NumberedEvent> =
+            self.ledger.outbox.iter().filter(|event| event.n > from).cloned().collect();
+        for events in waiting.chunks(limits::EVENTS_PER_MESSAGE_MAX) {
+            let message =
+                Events { nonce: self.nonce.clone(), ledger: ledger.clone(), events: events.to_vec() };
+            self.act(Action::Events(message));
+        }
+        self.sent_event = self.ledger.last_event;
+        if !waiting.is_empty() {
+            self.resend_at = Some(now.boot.plus(EVENTS_RESEND));
+            let soon = self.last_heartbeat.plus(Millis(limits::HEARTBEAT_RETRY_MS));
+            self.next_heartbeat = self.next_heartbeat.min(soon.max(now.boot));
+        }
+    }
+}

@@ -1,0 +1,547 @@
+//! One pod on its node: from the order to its end. `reconcile` compares what is wanted with what is there and takes
+//! the next step, however often it is asked.
+
+use berth_protocol::ids::{Digest, Run};
+use berth_protocol::job::{DisconnectAction, PodTemplate, Restart, RestartPolicy};
+use berth_protocol::message::node::PodChange;
+use berth_protocol::pod::{Cause, Goal, Outcome};
+use berth_protocol::units::{BootMs, Bytes, Millis};
+
+use super::ledger::{Ended, PodEntry, PodKey, Record};
+use super::{Action, Agent, Launch, Now, Prepared, Unready};
+use crate::task::{Exit, Lease, Order, Report};
+
+/// What is known of a pod beyond the ledger; lost with the agent and found again by asking.
+#[derive(Debug, Default)]
+pub(super) struct Live {
+    prep: Prep,
+    shim: Shim,
+    stop_sent: bool,
+    pause_sent: bool,
+    /// Failed preparations in a row, and when the next is due.
+    prep_failures: u32,
+    prep_at: Option<BootMs>,
+    /// When the next run is due.
+    retry_at: Option<BootMs>,
+    /// Bytes here and in all of a pull under way.
+    pub(super) pull: Option<(Bytes, Bytes)>,
+    storing: bool,
+    store_failures: u32,
+    pub(super) store_at: Option<BootMs>,
+}
+
+#[derive(Debug, Default)]
+enum Prep {
+    #[default]
+    No,
+    Busy,
+    Ready(Prepared),
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Shim {
+    /// The agent has just started and looks for it.
+    Unknown,
+    #[default]
+    None,
+    /// Spawned; makes its containers.
+    Launched,
+    /// Ready to begin, once granted.
+    Created,
+    Running,
+    Paused,
+    /// Being ended by force.
+    Dying,
+}
+
+/// Preparations that may fail in a row before the pod does.
+const PREP_ATTEMPTS_MAX: u32 = 6;
+const PREP_RETRY_MS: u64 = 2_000;
+const STORE_RETRY_MS: u64 = 5_000;
+const STORE_RETRY_MS_MAX: u64 = 300_000;
+/// Beyond the end of a lease that the shim keeps itself, the agent ends the pod.
+const SHIM_SLACK: Millis = Millis::from_secs(1);
+
+fn doubled(base_ms: u64, times: u32, max_ms: u64) -> Millis {
+    Millis(base_ms.saturating_mul(1 << times.min(32)).min(max_ms))
+}
+
+/// The pause before the run after `failures` failures in a row: doubling from `retry_min` to `retry_max`, less up
+/// to a tenth that the pod's name decides, so that a crowd does not come back at once.
+fn backoff(restart: &Restart, key: &PodKey, failures: u32) -> Millis {
+    let whole = doubled(restart.retry_min.0, failures.saturating_sub(1), restart.retry_max.0);
+    let digest = Digest::of(format!("{key}/{failures}").as_bytes()).hex();
+    let share = u64::from_str_radix(&digest[..4], 16).unwrap_or(0);
+    whole.saturating_sub(Millis(whole.0 / 10 * share / 0xffff))
+}
+
+/// What follows the end of a run.
+enum Next {
+    Retry(Millis),
+    End,
+}
+
+fn after_run(template: &PodTemplate, key: &PodKey, entry: &PodEntry, outcome: &Outcome) -> Next {
+    let restart = &template.restart;
+    if entry.desired.goal != Goal::Run {
+        return Next::End;
+    }
+    match (outcome.cause, restart.policy) {
+        (Cause::Eviction, _) | (_, RestartPolicy::Never) | (Cause::Success, RestartPolicy::OnFailure) => {
+            Next::End
+        }
+        (Cause::Success, RestartPolicy::Always) => Next::Retry(backoff(restart, key, 1)),
+        (Cause::Failure, RestartPolicy::OnFailure | RestartPolicy::Always) => {
+            let failures = entry.failures + 1;
+            let all = entry.desired.failures + u64::from(failures);
+            if all > u64::from(restart.backoff_limit) {
+                Next::End
+            } else {
+                Next::Retry(backoff(restart, key, failures))
+            }
+        }
+    }
+}
+
+impl Agent {
+    /// At the agent's start: what the ledger says may live is looked for before anything else is decided.
+    pub(super) fn adopt(&mut self, now: Now, key: &PodKey) {
+        let Some(entry) = self.ledger.pods.get(key) else { return };
+        let run = entry.run;
+        let mut live = Live::default();
+        if entry.may_be_alive() {
+            live.shim = Shim::Unknown;
+            self.act(Action::Adopt { key: key.clone(), run });
+        } else if let (Some(at), Some(template)) =
+            (entry.retry_at, self.ledger.specs.get(&entry.desired.spec))
+        {
+            // Civil time may have jumped while the agent was away; the pause is never longer than the longest.
+            let pause = at.since(now.wall).min(template.restart.retry_max);
+            live.retry_at = Some(now.boot.plus(pause));
+        }
+        self.live.insert(key.clone(), live);
+    }
+
+    /// The next thing that time alone makes this pod need.
+    pub(super) fn pod_wake(&self, key: &PodKey, live: &Live) -> Option<BootMs> {
+        let entry = self.ledger.pods.get(key)?;
+        if entry.ended.is_some() {
+            return live.store_at.filter(|_| !live.storing);
+        }
+        let end = matches!(live.shim, Shim::Running).then(|| self.lease_end(key, entry)).flatten();
+        [live.prep_at, live.retry_at, end].into_iter().flatten().min()
+    }
+
+    fn template(&self, entry: &PodEntry) -> Option<&PodTemplate> {
+        self.ledger.specs.get(&entry.desired.spec)
+    }
+
+    /// Until when the pod may run on the grants so far; `None`: not granted, or run out.
+    fn lease_of(&self, now: Now, key: &PodKey, template: &PodTemplate) -> Option<Lease> {
+        let since = self.grants.since(key)?;
+        if template.on_disconnect.action == DisconnectAction::Continue {
+            return Some(Lease { deadline: None });
+        }
+        let deadline = since.plus(template.on_disconnect.after);
+        (now.boot < deadline).then_some(Lease { deadline: Some(deadline) })
+    }
+
+    /// When a pod whose shim fails to fence it is ended by the agent.
+    fn lease_end(&self, key: &PodKey, entry: &PodEntry) -> Option<BootMs> {
+        let template = self.template(entry)?;
+        let lease = template.on_disconnect.lease(template.grace)?;
+        Some(self.grants.since(key)?.plus(lease).plus(SHIM_SLACK))
+    }
+
+    pub(super) fn check_deadline(&mut self, now: Now, key: &PodKey) {
+        let Some(entry) = self.ledger.pods.get(key) else { return };
+        let run = entry.run;
+        let over = self.lease_end(key, entry).is_some_and(|end| end <= now.boot);
+        let Some(live) = self.live.get_mut(key) else { return };
+        if over && live.shim == Shim::Running {
+            live.shim = Shim::Dying;
+            self.warn(format!("pod {key} ran past its lease, its shim does not answer: killing it"));
+            self.act(Action::Kill { key: key.clone(), run });
+        }
+    }
+
+    /// A grant grew: tell the shim.
+    pub(super) fn renewed(&mut self, key: &PodKey) {
+        let serves = self
+            .live
+            .get(key)
+            .is_some_and(|live| matches!(live.shim, Shim::Running | Shim::Paused | Shim::Unknown));
+        let Some(entry) = self.ledger.pods.get(key).filter(|_| serves) else { return };
+        let (Some(template), Some(since)) = (self.template(entry), self.grants.since(key)) else { return };
+        let deadline = match template.on_disconnect.action {
+            DisconnectAction::Continue => None,
+            DisconnectAction::Pause | DisconnectAction::Stop => {
+                Some(since.plus(template.on_disconnect.after))
+            }
+        };
+        self.act(Action::Order { key: key.clone(), order: Order::Renew { lease: Lease { deadline } } });
+    }
+
+    /// What is wanted of the pod now, everything considered.
+    fn goal(&self, key: &PodKey, entry: &PodEntry) -> Wanted {
+        let superseded = self.ledger.pods.keys().any(|other| other.pod == key.pod && other.epoch > key.epoch);
+        if superseded {
+            return Wanted::Stop { at_once: true };
+        }
+        if entry.unnamed {
+            return Wanted::Quarantine;
+        }
+        match entry.desired.goal {
+            Goal::Run => Wanted::Run,
+            Goal::Pause => Wanted::Pause,
+            Goal::Stop | Goal::Vacate => Wanted::Stop { at_once: false },
+        }
+    }
+
+    /// An older epoch of the same pod is still here.
+    fn predecessor_lives(&self, key: &PodKey) -> bool {
+        let older = |other: &PodKey| other.pod == key.pod && other.epoch < key.epoch;
+        self.ledger.pods.iter().any(|(other, entry)| older(other) && entry.ended.is_none())
+    }
+
+    pub(super) fn reconcile(&mut self, now: Now, key: &PodKey) {
+        let Some(entry) = self.ledger.pods.get(key) else { return };
+        if entry.ended.is_some() {
+            return self.settle(now, key);
+        }
+        let wanted = self.goal(key, entry);
+        let Some(template) = self.template(entry) else { return };
+        let lease = self.lease_of(now, key, template);
+        let grace =
+            if matches!(wanted, Wanted::Stop { at_once: true }) { Millis::ZERO } else { template.grace };
+        let live = self.live.entry(key.clone()).or_default();
+        let order = match (live.shim, wanted) {
+            (Shim::Unknown | Shim::Dying, _) => return,
+            (Shim::None, Wanted::Run) => return self.advance(now, key),
+            (Shim::None, Wanted::Stop { .. }) => return self.stopped_before_start(now, key),
+            (Shim::None, Wanted::Pause | Wanted::Quarantine) => return,
+            (_, Wanted::Stop { .. }) if !live.stop_sent => {
+                live.stop_sent = true;
+                Order::Stop { grace }
+            }
+            (Shim::Created, Wanted::Run) => match lease {
+                Some(lease) => Order::Start { lease },
+                None => return,
+            },
+            (Shim::Running | Shim::Paused, Wanted::Pause | Wanted::Quarantine) if !live.pause_sent => {
+                live.pause_sent = true;
+                Order::Pause { pause: true }
+            }
+            (Shim::Running | Shim::Paused, Wanted::Run) if live.pause_sent => {
+                live.pause_sent = false;
+                Order::Pause { pause: false }
+            }
+            _ => return,
+        };
+        self.act(Action::Order { key: key.clone(), order });
+    }
+
+    /// Towards the next run: prepare, then launch.
+    fn advance(&mut self, now: Now, key: &PodKey) {
+        if self.predecessor_lives(key) {
+            return;
+        }
+        let Some(entry) = self.ledger.pods.get(key) else { return };
+        let Some(template) = self.template(entry).cloned() else { return };
+        let Some(live) = self.live.get_mut(key) else { return };
+        let due = |at: Option<BootMs>| at.is_none_or(|at| at <= now.boot);
+        match &live.prep {
+            Prep::Busy => {}
+            Prep::No if due(live.prep_at) => {
+                live.prep = Prep::Busy;
+                live.prep_at = None;
+                self.act(Action::Prepare { key: key.clone(), template: Box::new(template) });
+            }
+            Prep::Ready(prepared) if due(live.retry_at) => {
+                let prepared = prepared.clone();
+                live.shim = Shim::Launched;
+                live.retry_at = None;
+                (live.stop_sent, live.pause_sent) = (false, false);
+                let mut entry = entry.clone();
+                entry.run = entry.run.next();
+                entry.run_over = false;
+                entry.retry_at = None;
+                if template.network == berth_protocol::job::Network::Bridge && entry.slot.is_none() {
+                    entry.slot = Some(self.ledger.free_slot());
+                }
+                let launch = Launch {
+                    key: key.clone(),
+                    run: entry.run,
+                    template,
+                    prepared,
+                    gpus: entry.desired.gpus.clone(),
+                    slot: entry.slot,
+                };
+                self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
+                self.pod_event(now, key, launch.run, PodChange::Starting);
+                self.act(Action::Launch(Box::new(launch)));
+            }
+            Prep::No | Prep::Ready(_) => {}
+        }
+    }
+
+    fn stopped_before_start(&mut self, now: Now, key: &PodKey) {
+        let Some(live) = self.live.get_mut(key) else { return };
+        if matches!(live.prep, Prep::Busy) {
+            self.act(Action::CancelPrepare { key: key.clone() });
+        }
+        let outcome = Outcome {
+            exit_code: None,
+            cause: Cause::Eviction,
+            reason: Some("Stopped".into()),
+            message: None,
+            started_at: None,
+            finished_at: now.wall,
+            log_records: 0,
+        };
+        self.end(now, key, outcome);
+    }
+
+    pub(super) fn pulling(&mut self, now: Now, key: &PodKey, done: Bytes, total: Bytes) {
+        let Some(live) = self.live.get_mut(key) else { return };
+        if live.pull.replace((done, total)).is_none()
+            && let Some(entry) = self.ledger.pods.get(key)
+        {
+            let run = entry.run.next();
+            self.pod_event(now, key, run, PodChange::Pulling);
+        }
+    }
+
+    pub(super) fn prepared(&mut self, now: Now, key: &PodKey, result: Result<Prepared, Unready>) {
+        let Some(live) = self.live.get_mut(key) else { return };
+        live.pull = None;
+        if !matches!(live.prep, Prep::Busy) {
+            return;
+        }
+        match result {
+            Ok(prepared) => {
+                live.prep = Prep::Ready(prepared);
+                live.prep_failures = 0;
+                self.reconcile(now, key);
+            }
+            Err(unready) if unready.retriable && live.prep_failures + 1 < PREP_ATTEMPTS_MAX => {
+                live.prep = Prep::No;
+                live.prep_at = Some(now.boot.plus(doubled(PREP_RETRY_MS, live.prep_failures, u64::MAX)));
+                live.prep_failures += 1;
+                self.warn(format!("pod {key}: {}: {}; trying again", unready.reason, unready.message));
+            }
+            Err(unready) => {
+                let outcome = Outcome {
+                    exit_code: None,
+                    cause: Cause::Failure,
+                    reason: Some(unready.reason),
+                    message: Some(unready.message),
+                    started_at: None,
+                    finished_at: now.wall,
+                    log_records: 0,
+                };
+                self.end(now, key, outcome);
+            }
+        }
+    }
+
+    pub(super) fn report(&mut self, now: Now, key: &PodKey, report: Report) {
+        let Some(entry) = self.ledger.pods.get(key) else { return };
+        if !entry.may_be_alive() {
+            return;
+        }
+        let current = entry.run;
+        let (run, shim) = match report {
+            Report::Created { run } => (run, Shim::Created),
+            Report::Running { run, .. } => (run, Shim::Running),
+            Report::Paused { run, .. } => (run, Shim::Paused),
+            Report::Exited { exit } => return self.run_over(now, key, exit),
+            Report::Log { .. } => return,
+        };
+        let Some(live) = self.live.get_mut(key).filter(|live| run == current && live.shim != Shim::Dying)
+        else {
+            return;
+        };
+        let before = std::mem::replace(&mut live.shim, shim);
+        if before == Shim::Unknown {
+            // The shim was found again: it may not have heard the last grant or order.
+            self.renewed(key);
+        } else if before != shim {
+            match shim {
+                Shim::Running => drop(self.pod_event(now, key, run, PodChange::Running)),
+                Shim::Paused => drop(self.pod_event(now, key, run, PodChange::Paused)),
+                _ => {}
+            }
+        }
+        self.reconcile(now, key);
+    }
+
+    pub(super) fn gone(&mut self, now: Now, key: &PodKey, exit: Option<Exit>, why: Option<String>) {
+        let Some(entry) = self.ledger.pods.get(key) else { return };
+        if !entry.may_be_alive() {
+            return;
+        }
+        let run = entry.run;
+        let exit = exit.filter(|exit| exit.run == run).unwrap_or_else(|| Exit {
+            run,
+            outcome: Outcome {
+                exit_code: None,
+                cause: Cause::Eviction,
+                reason: Some("ShimDied".into()),
+                message: Some(why.unwrap_or_else(|| {
+                    "the pod's supervisor ended without a word (killed, or the machine restarted)".into()
+                })),
+                started_at: None,
+                finished_at: now.wall,
+                log_records: 0,
+            },
+            containers: Vec::new(),
+        });
+        self.run_over(now, key, exit);
+    }
+
+    fn run_over(&mut self, now: Now, key: &PodKey, exit: Exit) {
+        let Some(entry) = self.ledger.pods.get(key) else { return };
+        if exit.run != entry.run || !entry.may_be_alive() {
+            return;
+        }
+        let Some(template) = self.template(entry) else { return self.end(now, key, exit.outcome) };
+        match after_run(template, key, entry, &exit.outcome) {
+            Next::End => self.end(now, key, exit.outcome),
+            Next::Retry(backoff) => {
+                let mut entry = entry.clone();
+                entry.run_over = true;
+                entry.retry_at = Some(now.wall.plus(backoff));
+                entry.failures += u32::from(exit.outcome.cause == Cause::Failure);
+                self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
+                let change = PodChange::Retrying { outcome: exit.outcome, backoff };
+                self.pod_event(now, key, exit.run, change);
+                if let Some(live) = self.live.get_mut(key) {
+                    live.shim = Shim::None;
+                    live.retry_at = Some(now.boot.plus(backoff));
+                }
+            }
+        }
+    }
+
+    /// The epoch is over, for good.
+    fn end(&mut self, now: Now, key: &PodKey, outcome: Outcome) {
+        let Some(mut entry) = self.ledger.pods.get(key).cloned() else { return };
+        let run = entry.run;
+        let log_stored = outcome.log_records == 0;
+        let has_outputs = self.template(&entry).is_some_and(|template| !template.outputs.is_empty());
+        let outputs_stored = run == Run::default() || !has_outputs;
+        let event = self.pod_event(now, key, run, PodChange::Ended { outcome: outcome.clone() });
+        entry.slot = None;
+        entry.run_over = true;
+        entry.ended = Some(Ended { outcome, event, log_stored, outputs_stored });
+        self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
+        self.grants.forget(key);
+        self.live.insert(key.clone(), Live::default());
+        self.settle(now, key);
+        // A newer epoch may have waited for this one.
+        let newer: Vec<PodKey> =
+            self.ledger.pods.keys().filter(|k| k.pod == key.pod && k.epoch > key.epoch).cloned().collect();
+        for key in newer {
+            self.reconcile(now, &key);
+        }
+    }
+
+    /// After the end: log and outputs to the depot, then forget.
+    fn settle(&mut self, now: Now, key: &PodKey) {
+        let Some(entry) = self.ledger.pods.get(key) else { return };
+        let Some(ended) = &entry.ended else { return };
+        let told = self.ledger.outbox.front().is_none_or(|event| event.n > ended.event);
+        let live = self.live.entry(key.clone()).or_default();
+        if !ended.log_stored || !ended.outputs_stored {
+            if !live.storing && live.store_at.is_none_or(|at| at <= now.boot) {
+                live.storing = true;
+                let key = key.clone();
+                let action =
+                    if ended.log_stored { Action::StoreOutputs { key } } else { Action::StoreLog { key } };
+                self.act(action);
+            }
+        } else if told && entry.unnamed {
+            self.record(Record::PodDropped { key: key.clone() });
+            self.live.remove(key);
+            self.act(Action::Drop { key: key.clone() });
+        }
+    }
+
+    /// Acknowledgements may have been the last thing that ended pods waited for.
+    pub(super) fn reconcile_ended(&mut self, now: Now) {
+        let ended: Vec<PodKey> = self
+            .ledger
+            .pods
+            .iter()
+            .filter(|(_, entry)| entry.ended.is_some())
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in ended {
+            self.settle(now, &key);
+        }
+    }
+
+    fn store_later(&mut self, now: Now, key: &PodKey) {
+        let Some(live) = self.live.get_mut(key) else { return };
+        live.storing = false;
+        live.store_at = Some(now.boot.plus(doubled(STORE_RETRY_MS, live.store_failures, STORE_RETRY_MS_MAX)));
+        live.store_failures += 1;
+    }
+
+    fn stored(&mut self, now: Now, key: &PodKey, change: PodChange, mark: fn(&mut Ended)) {
+        let Some(mut entry) = self.ledger.pods.get(key).cloned() else { return };
+        let Some(ended) = &mut entry.ended else { return };
+        mark(ended);
+        let run = entry.run;
+        let event = self.pod_event(now, key, run, change);
+        if let Some(ended) = &mut entry.ended {
+            // The directory stays until this is told as well.
+            ended.event = event;
+        }
+        self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
+        if let Some(live) = self.live.get_mut(key) {
+            *live = Live::default();
+        }
+        self.settle(now, key);
+    }
+
+    pub(super) fn log_stored(&mut self, now: Now, key: &PodKey, stored: bool) {
+        if stored {
+            self.stored(now, key, PodChange::LogStored, |ended| ended.log_stored = true);
+        } else {
+            self.store_later(now, key);
+        }
+    }
+
+    pub(super) fn outputs_stored(
+        &mut self,
+        now: Now,
+        key: &PodKey,
+        result: Result<Option<(Digest, Bytes)>, String>,
+    ) {
+        let change = match result {
+            Ok(Some((digest, bytes))) => {
+                PodChange::OutputsStored { digest: Some(digest), bytes, error: None }
+            }
+            Ok(None) => {
+                let error = Some("none of the paths named under outputs was there at the end".to_owned());
+                PodChange::OutputsStored { digest: None, bytes: Bytes::ZERO, error }
+            }
+            Err(_) => return self.store_later(now, key),
+        };
+        self.stored(now, key, change, |ended| ended.outputs_stored = true);
+    }
+}
+
+/// What is wanted of a pod, everything considered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Run,
+    Pause,
+    Stop {
+        at_once: bool,
+    },
+    /// Held here and unknown to the controller: frozen and listed, never ended by an order that does not name it.
+    Quarantine,
+}

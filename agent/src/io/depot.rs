@@ -1,0 +1,129 @@
+//! The depot, from an agent's side: puts logs and outputs, fetches workspaces, over plain HTTP/1.1 with a token.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use berth_protocol::ids::{Digest, Epoch, PodId};
+use berth_protocol::message::node::DepotAccess;
+use bytes::{Bytes, BytesMut};
+use futures_util::stream;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::Frame;
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+/// A whole exchange; a depot that stalls for longer is asked again later.
+const EXCHANGE_MAX: Duration = Duration::from_secs(600);
+const CHUNK_BYTES: usize = 64 * 1024;
+
+#[derive(Debug, thiserror::Error)]
+pub enum DepotError {
+    #[error("the controller has not yet said where the depot is")]
+    NoAccess,
+    #[error("`{0}` is not a depot's address")]
+    Url(String),
+    #[error("cannot reach the depot: {0}")]
+    Connect(#[source] io::Error),
+    #[error("the depot broke off: {0}")]
+    Http(#[from] hyper::Error),
+    #[error("the depot took too long")]
+    Slow,
+    #[error("the depot refused: {0}")]
+    Refused(StatusCode),
+    #[error("cannot read or write {path}: {source}")]
+    File { path: String, source: io::Error },
+    #[error("the depot sent something else than {0}")]
+    Digest(Digest),
+}
+
+type Body = UnsyncBoxBody<Bytes, Infallible>;
+
+/// Sends `files`, one after the other, as the log of a pod's epoch.
+pub async fn put_log(
+    access: &DepotAccess,
+    pod: &PodId,
+    epoch: Epoch,
+    files: Vec<tokio::fs::File>,
+) -> Result<(), DepotError> {
+    let path = format!("/v1/logs/{}/{}/{epoch}", pod.uid, pod.index);
+    exchange(access, Method::PUT, &path, files_body(files)).await.map(drop)
+}
+
+/// Sends a file under its digest.
+pub async fn put_blob(access: &DepotAccess, digest: &Digest, file: tokio::fs::File) -> Result<(), DepotError> {
+    let path = format!("/v1/blobs/{}", digest.hex());
+    exchange(access, Method::PUT, &path, files_body(vec![file])).await.map(drop)
+}
+
+/// Fetches a blob into `to`, which is left only if every byte is as the digest says.
+pub async fn get_blob(access: &DepotAccess, digest: &Digest, to: &Path) -> Result<(), DepotError> {
+    let wrong = |source| DepotError::File { path: to.display().to_string(), source };
+    let path = format!("/v1/blobs/{}", digest.hex());
+    let mut body = exchange(access, Method::GET, &path, files_body(Vec::new())).await?;
+    let mut file = tokio::fs::File::create(to).await.map_err(wrong)?;
+    let mut hash = <sha2::Sha256 as sha2::Digest>::new();
+    while let Some(frame) = body.frame().await {
+        if let Ok(data) = frame?.into_data() {
+            sha2::Digest::update(&mut hash, &data);
+            file.write_all(&data).await.map_err(wrong)?;
+        }
+    }
+    file.flush().await.map_err(wrong)?;
+    let found: [u8; 32] = sha2::Digest::finalize(hash).into();
+    if digest.bytes() != &found {
+        let _ = tokio::fs::remove_file(to).await;
+        return Err(DepotError::Digest(*digest));
+    }
+    Ok(())
+}
+
+/// The files as one body, a chunk at a time: a log is never held in memory whole.
+fn files_body(files: Vec<tokio::fs::File>) -> Body {
+    let chunks = stream::unfold(VecDeque::from(files), |mut files| async move {
+        loop {
+            let mut buffer = BytesMut::with_capacity(CHUNK_BYTES);
+            match files.front_mut()?.read_buf(&mut buffer).await {
+                Ok(length) if length > 0 => {
+                    return Some((Ok::<_, Infallible>(Frame::data(buffer.freeze())), files));
+                }
+                _ => drop(files.pop_front()),
+            }
+        }
+    });
+    StreamBody::new(chunks).boxed_unsync()
+}
+
+async fn exchange(
+    access: &DepotAccess,
+    method: Method,
+    path: &str,
+    body: Body,
+) -> Result<hyper::body::Incoming, DepotError> {
+    let authority =
+        access.url.strip_prefix("http://").ok_or_else(|| DepotError::Url(access.url.clone()))?.trim_end_matches('/');
+    let work = async {
+        let stream = TcpStream::connect(authority).await.map_err(DepotError::Connect)?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", authority)
+            .header("authorization", format!("Bearer {}", access.token))
+            .body(body)
+            .map_err(|_| DepotError::Url(access.url.clone()))?;
+        let response = sender.send_request(request).await?;
+        match response.status() {
+            status if status.is_success() => Ok(response.into_body()),
+            status => Err(DepotError::Refused(status)),
+        }
+    };
+    timeout(EXCHANGE_MAX, work).await.map_err(|_| DepotError::Slow)?
+}

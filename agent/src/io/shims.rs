@@ -1,0 +1,256 @@
+//! Shims as processes: starts them, finds them again, carries orders and reports, and clears away what a dead one
+//! left. Which pod gets which order is not decided here.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use berth_protocol::ids::Run;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::core::Event;
+use crate::core::ledger::PodKey;
+use crate::shim;
+use crate::task::{Exit, Order, Task, file};
+
+/// A shim that does not open its socket within this time counts as dead.
+const CONNECT_MAX: Duration = Duration::from_secs(30);
+/// A shim that has closed its socket ends within this time, or is killed.
+const END_MAX: Duration = Duration::from_secs(30);
+
+#[derive(Debug, thiserror::Error)]
+pub enum ShimError {
+    #[error("cannot write {path}: {source}")]
+    Task { path: PathBuf, source: io::Error },
+    #[error("cannot start the pod's supervisor: {0}")]
+    Spawn(#[source] io::Error),
+}
+
+struct Link {
+    orders: mpsc::UnboundedSender<Order>,
+    served: JoinHandle<()>,
+}
+
+pub struct Shims {
+    dir: PathBuf,
+    links: BTreeMap<PodKey, Link>,
+    events: mpsc::UnboundedSender<Event>,
+}
+
+impl Shims {
+    /// `dir` holds a directory for each pod.
+    pub fn new(dir: PathBuf, events: mpsc::UnboundedSender<Event>) -> Self {
+        Self { dir, links: BTreeMap::new(), events }
+    }
+
+    pub fn pod_dir(&self, key: &PodKey) -> PathBuf {
+        self.dir.join(key.to_string())
+    }
+
+    /// Starts the shim of a run. No fsync: after a crash of the machine there is nothing left that the task names.
+    pub fn launch(&mut self, key: &PodKey, task: &Task) -> Result<(), ShimError> {
+        let dir = self.pod_dir(key);
+        let path = dir.join(file::TASK);
+        let write = || -> io::Result<()> {
+            fs::create_dir_all(&dir)?;
+            fs::set_permissions(&dir, std::os::unix::fs::PermissionsExt::from_mode(0o700))?;
+            fs::write(&path, serde_json::to_vec(task)?)
+        };
+        write().map_err(|source| ShimError::Task { path: path.clone(), source })?;
+        let child = Command::new("/proc/self/exe")
+            .arg0("berth-agent")
+            .arg("shim")
+            .arg(&dir)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(ShimError::Spawn)?;
+        self.serve(key, task.run, Some(child));
+        Ok(())
+    }
+
+    /// Looks for the shim of a run that an earlier agent started.
+    pub fn adopt(&mut self, key: &PodKey, run: Run) {
+        self.serve(key, run, None);
+    }
+
+    /// Passes an order on; a shim that has ended needs none.
+    pub fn order(&self, key: &PodKey, order: Order) {
+        if let Some(link) = self.links.get(key) {
+            let _ = link.orders.send(order);
+        }
+    }
+
+    /// Ends the pod by force, its shim with it; `Gone` follows.
+    pub fn kill(&mut self, key: &PodKey, run: Run) {
+        if let Some(link) = self.links.remove(key) {
+            link.served.abort();
+        }
+        let dir = self.pod_dir(key);
+        clear_away(&dir);
+        let exit = read_exit(&dir, run);
+        let _ = self.events.send(Event::Gone { key: key.clone(), exit, why: None });
+    }
+
+    /// Removes the pod's directory once its shim has ended.
+    pub fn drop_pod(&mut self, key: &PodKey) {
+        let dir = self.pod_dir(key);
+        let link = self.links.remove(key);
+        tokio::spawn(async move {
+            if let Some(link) = link {
+                drop(link.orders);
+                let _ = timeout(END_MAX, link.served).await;
+            }
+            if let Err(error) = remove(&dir) {
+                tracing::warn!("cannot remove {}: {error}", dir.display());
+            }
+        });
+    }
+
+    /// Removes directories of pods that the ledger does not know, where nothing of them is alive.
+    pub fn sweep(&self, known: impl Fn(&PodKey) -> bool) {
+        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            let Some(key) = entry.file_name().to_str().and_then(PodKey::parse) else { continue };
+            let dir = entry.path();
+            if !known(&key) && is_free(&dir) {
+                clear_away(&dir);
+                if let Err(error) = remove(&dir) {
+                    tracing::warn!("cannot remove {}: {error}", dir.display());
+                }
+            }
+        }
+    }
+
+    fn serve(&mut self, key: &PodKey, run: Run, child: Option<Child>) {
+        let (orders, receiver) = mpsc::unbounded_channel();
+        let (dir, events, name) = (self.pod_dir(key), self.events.clone(), key.clone());
+        let served = tokio::spawn(serve(name, dir, run, child, receiver, events));
+        self.links.insert(key.clone(), Link { orders, served });
+    }
+}
+
+/// The life of one connection: from the socket's appearance to the shim's end.
+async fn serve(
+    key: PodKey,
+    dir: PathBuf,
+    run: Run,
+    mut child: Option<Child>,
+    mut orders: mpsc::UnboundedReceiver<Order>,
+    events: mpsc::UnboundedSender<Event>,
+) {
+    if let Some(stream) = connect(&dir, child.as_mut()).await {
+        let (read, mut write) = stream.into_split();
+        let mut lines = BufReader::with_capacity(1024, read).lines();
+        let mut asked = true;
+        loop {
+            tokio::select! {
+                line = lines.next_line() => {
+                    let Ok(Some(line)) = line else { break };
+                    match serde_json::from_str(&line) {
+                        Ok(report) => drop(events.send(Event::Shim { key: key.clone(), report })),
+                        Err(error) => tracing::warn!("pod {key}: its supervisor said what is not a report: {error}"),
+                    }
+                }
+                order = orders.recv(), if asked => match order {
+                    Some(order) => {
+                        let Ok(mut line) = serde_json::to_vec(&order) else { continue };
+                        line.push(b'\n');
+                        // A shim that no longer reads is at its end: its last words are still to be read.
+                        let _ = write.write_all(&line).await;
+                    }
+                    None => asked = false,
+                },
+            }
+        }
+    }
+    let ended = async {
+        match &mut child {
+            Some(child) => drop(child.wait().await),
+            None => {
+                while !is_free(&dir) {
+                    sleep(Duration::from_millis(10)).await;
+                }
+            }
+        }
+    };
+    if timeout(END_MAX, ended).await.is_err() {
+        tracing::warn!("pod {key}: its supervisor hangs, ending it");
+    }
+    let exit = read_exit(&dir, run);
+    if exit.is_none() || !is_free(&dir) {
+        clear_away(&dir);
+    }
+    let _ = events.send(Event::Gone { key, exit, why: None });
+}
+
+/// Connects to the shim in `dir`; `None` when there is none (any more).
+async fn connect(dir: &Path, mut child: Option<&mut Child>) -> Option<UnixStream> {
+    let until = Instant::now() + CONNECT_MAX;
+    let mut pause = Duration::from_micros(500);
+    // A socket's path is at most 108 bytes long; a descriptor's is short.
+    let handle = File::open(dir).ok()?;
+    let path = format!("/proc/self/fd/{}/{}", handle.as_raw_fd(), file::SOCKET);
+    while Instant::now() < until {
+        if let Ok(stream) = UnixStream::connect(&path).await {
+            return Some(stream);
+        }
+        let ended = match &mut child {
+            Some(child) => !matches!(child.try_wait(), Ok(None)),
+            None => is_free(dir),
+        };
+        if ended {
+            return None;
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_millis(20));
+    }
+    None
+}
+
+/// No shim lives in this directory.
+fn is_free(dir: &Path) -> bool {
+    match File::open(dir.join(file::LOCK)) {
+        Ok(lock) => lock.try_lock().is_ok(),
+        Err(_) => true,
+    }
+}
+
+fn read_exit(dir: &Path, run: Run) -> Option<Exit> {
+    let bytes = fs::read(dir.join(file::exit(run))).ok()?;
+    serde_json::from_slice(&bytes).ok()
+}
+
+/// Ends what is alive of a pod and undoes its mounts, groups and network.
+fn clear_away(dir: &Path) {
+    let Ok(bytes) = fs::read(dir.join(file::TASK)) else { return };
+    let Ok(task) = serde_json::from_slice::<Task>(&bytes) else { return };
+    if let Err(error) = shim::clean_up(&task, dir) {
+        tracing::warn!("pod {}.{}: cannot clear away all that it left: {error}", task.pod, task.epoch);
+    }
+}
+
+/// Removes a pod's directory, never through a mount: behind one may be somebody's data.
+fn remove(dir: &Path) -> io::Result<()> {
+    if !dir.exists() {
+        return Ok(());
+    }
+    let real = fs::canonicalize(dir)?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let below = |line: &str| line.split(' ').nth(4).is_some_and(|point| Path::new(point).starts_with(&real));
+    if mounts.lines().any(below) {
+        clear_away(dir);
+        if fs::read_to_string("/proc/self/mountinfo")?.lines().any(below) {
+            return Err(io::Error::other("something is still mounted in it"));
+        }
+    }
+    fs::remove_dir_all(dir)
+}
