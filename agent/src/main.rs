@@ -1,1 +1,65 @@
-fn main() {}
+//! `berth-agent`: the node daemon, and its hidden subcommands `shim` and `image`, chosen before any thread exists.
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::process::ExitCode;
+
+use berth_agent::config::{Args, Config};
+use berth_agent::{io, logging, run, shim};
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os().skip(1);
+    let first = args.next();
+    match (first.as_deref().and_then(OsStr::to_str), args.next()) {
+        (Some("shim"), Some(dir)) => return shim::main(Path::new(&dir)),
+        (Some("image"), _) => return io::image::worker_main(),
+        (Some("unpack"), Some(archive)) => {
+            let dir = args.next().unwrap_or_default();
+            return io::prepare::unpack_main(Path::new(&archive), Path::new(&dir));
+        }
+        _ => {}
+    }
+    let config = match Config::from_args(Args::parse()) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("berth-agent: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
+    logging::init();
+    match serve(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(config: Config) -> anyhow::Result<()> {
+    // Freed memory goes back at once: an agent is idle nearly always.
+    nix_mallopt();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build()?;
+    runtime.block_on(async {
+        let mut term = signal(SignalKind::terminate())?;
+        let mut int = signal(SignalKind::interrupt())?;
+        let shutdown = async move {
+            tokio::select! {
+                _ = term.recv() => {}
+                _ = int.recv() => {}
+            }
+        };
+        Ok(run::run(config, shutdown).await?)
+    })
+}
+
+fn nix_mallopt() {
+    // SAFETY: sets allocator parameters before other threads exist.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 64 * 1024);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 * 1024);
+    }
+}

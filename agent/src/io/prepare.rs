@@ -1,1 +1,243 @@
+//! What a pod needs before its shim starts: its images unpacked, its volumes there and allowed, its workspace fetched.
 
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::process::{ExitCode, Stdio};
+use std::time::Duration;
+
+use berth_protocol::ids::Digest;
+use berth_protocol::job::{PodTemplate, Volume, VolumeSource, Workspace};
+use berth_protocol::message::node::DepotAccess;
+use berth_protocol::units::Bytes;
+use tokio::process::Command;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::depot;
+use super::image::{ImageError, ImageRecord, ImageRef, ImageStore, RegistryConfig, StoreConfig};
+use crate::config::Config;
+use crate::core::ledger::PodKey;
+use crate::core::{Event, Prepared, Unready};
+use crate::task::{ImageProcess, Root};
+
+/// Images not used by any pod go, oldest first, while more of the disk than this is taken.
+const DISK_PERCENT_MAX: u8 = 85;
+/// What a workspace may unpack to, against archives made to fill a disk.
+const WORKSPACE_BYTES_MAX: u64 = 2 << 30;
+const WORKSPACE_UNPACK_MAX: Duration = Duration::from_secs(300);
+
+pub struct Preparer {
+    images: ImageStore,
+    data_dir: PathBuf,
+    host_image: bool,
+    /// Canonical directories below which jobs may mount.
+    host_paths: Vec<PathBuf>,
+}
+
+fn unready(reason: &str, message: String, retriable: bool) -> Unready {
+    Unready { reason: reason.to_owned(), message, retriable }
+}
+
+impl From<ImageError> for Unready {
+    fn from(error: ImageError) -> Self {
+        unready(error.reason(), error.to_string(), error.retriable())
+    }
+}
+
+impl Preparer {
+    pub fn open(config: &Config) -> io::Result<Self> {
+        let registry = RegistryConfig {
+            mirrors: config.mirrors.clone(),
+            insecure: config.insecure.clone(),
+            auth_file: config.registry_auth.clone(),
+        };
+        let store = StoreConfig { registry, ..StoreConfig::default() };
+        let canonical = |path: &PathBuf| {
+            fs::canonicalize(path)
+                .inspect_err(|error| tracing::warn!("--allow-host-path {}: {error}", path.display()))
+                .ok()
+        };
+        Ok(Self {
+            images: ImageStore::open(&config.data_dir.join("images"), store)?,
+            data_dir: config.data_dir.clone(),
+            host_image: config.host_image,
+            host_paths: config.host_paths.iter().filter_map(canonical).collect(),
+        })
+    }
+
+    /// Brings everything here; progress of pulls goes to `events`.
+    pub async fn prepare(
+        &self,
+        key: &PodKey,
+        template: &PodTemplate,
+        depot: Option<&DepotAccess>,
+        events: &UnboundedSender<Event>,
+    ) -> Result<Prepared, Unready> {
+        let volumes = template.volumes.iter().map(|volume| self.volume(template, volume)).collect::<Result<_, _>>()?;
+        let mut roots = Vec::with_capacity(template.containers.len());
+        for container in &template.containers {
+            roots.push(self.root(key, &container.image, events).await?);
+        }
+        let workspace = match &template.workspace {
+            Some(workspace) => Some(self.workspace(workspace, depot).await?),
+            None => None,
+        };
+        Ok(Prepared { roots, volumes, workspace })
+    }
+
+    async fn root(&self, key: &PodKey, image: &str, events: &UnboundedSender<Event>) -> Result<Root, Unready> {
+        if image == "host" {
+            let message = "this node does not run host images: start its agent with --allow-host-image, or name \
+                           an image";
+            return if self.host_image {
+                Ok(Root::Host)
+            } else {
+                Err(unready("HostImageForbidden", message.into(), false))
+            };
+        }
+        let reference = ImageRef::parse(image)?;
+        let record = match self.images.lookup(&reference)? {
+            Some(record) if !reference.floats() => record,
+            _ => {
+                let progress = |progress: super::image::Progress| {
+                    let (done, total) = (Bytes(progress.bytes_done), Bytes(progress.bytes_total));
+                    let _ = events.send(Event::Pulling { key: key.clone(), done, total });
+                };
+                self.images.ensure(&reference, progress).await?
+            }
+        };
+        Ok(self.image_root(record))
+    }
+
+    fn image_root(&self, record: ImageRecord) -> Root {
+        let layers = record.layers.iter().map(|layer| self.images.layer_dir(layer)).collect();
+        let text = |text: String| (!text.is_empty()).then_some(text);
+        let config = ImageProcess {
+            entrypoint: record.config.entrypoint,
+            cmd: record.config.cmd,
+            env: record.config.env,
+            working_dir: text(record.config.working_dir),
+            user: text(record.config.user),
+        };
+        Root::Image { layers, config }
+    }
+
+    /// The host's directory behind a volume; `None` for scratch, which the shim makes.
+    fn volume(&self, template: &PodTemplate, volume: &Volume) -> Result<Option<PathBuf>, Unready> {
+        match &volume.source {
+            VolumeSource::Scratch(_) => Ok(None),
+            VolumeSource::Host(path) => {
+                let real = fs::canonicalize(path).map_err(|error| {
+                    unready("VolumeMissing", format!("volume {}: host path {path}: {error}", volume.mount), false)
+                })?;
+                if self.host_paths.iter().any(|allowed| real.starts_with(allowed)) {
+                    return Ok(Some(real));
+                }
+                let message = format!(
+                    "volume {}: this node does not share {path}; its agent would with --allow-host-path",
+                    volume.mount
+                );
+                Err(unready("VolumeForbidden", message, false))
+            }
+            VolumeSource::Named(name) => {
+                let (namespace, job) = (template.namespace.as_str(), template.job.as_str());
+                let dir = self.data_dir.join("volumes").join(namespace).join(job).join(name.as_str());
+                fs::create_dir_all(&dir).map_err(|error| {
+                    unready("VolumeFailed", format!("cannot make {}: {error}", dir.display()), true)
+                })?;
+                Ok(Some(dir))
+            }
+        }
+    }
+
+    /// A workspace's files, unpacked once however many pods use them.
+    async fn workspace(&self, workspace: &Workspace, depot: Option<&DepotAccess>) -> Result<PathBuf, Unready> {
+        let all = self.data_dir.join("workspaces");
+        let dir = all.join(workspace.digest.hex());
+        if dir.is_dir() {
+            return Ok(dir);
+        }
+        let failed = |message: String| unready("WorkspaceFailed", message, true);
+        let access = depot.ok_or_else(|| failed("the controller has not yet said where the depot is".into()))?;
+        fs::create_dir_all(&all).map_err(|error| failed(format!("cannot make {}: {error}", all.display())))?;
+        let archive = all.join(format!("{}.tar.gz", workspace.digest.hex()));
+        depot::get_blob(access, &workspace.digest, &archive)
+            .await
+            .map_err(|error| failed(format!("cannot fetch the job's files: {error}")))?;
+        let half = all.join(format!("{}.half", workspace.digest.hex()));
+        let unpacked = Command::new("/proc/self/exe")
+            .arg0("berth-agent")
+            .args([Path::new("unpack"), &archive, &half])
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .output();
+        let output = tokio::time::timeout(WORKSPACE_UNPACK_MAX, unpacked)
+            .await
+            .map_err(|_| failed("unpacking the job's files takes too long".into()))?
+            .map_err(|error| failed(format!("cannot unpack the job's files: {error}")))?;
+        let _ = fs::remove_file(&archive);
+        if !output.status.success() {
+            let _ = fs::remove_dir_all(&half);
+            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            return Err(unready("WorkspaceMalformed", said, false));
+        }
+        match fs::rename(&half, &dir) {
+            // Another pod's preparation was first: the same bytes.
+            Err(_) if dir.is_dir() => drop(fs::remove_dir_all(&half)),
+            Err(error) => return Err(failed(format!("cannot keep the job's files: {error}"))),
+            Ok(()) => {}
+        }
+        Ok(dir)
+    }
+
+    /// Removes images above the disk's watermark, and workspaces, that none of these templates name.
+    pub async fn collect<'a>(&self, templates: impl Iterator<Item = &'a PodTemplate>) {
+        let mut workspaces = BTreeSet::new();
+        let mut layers = BTreeSet::new();
+        for template in templates {
+            workspaces.extend(template.workspace.as_ref().map(|workspace| workspace.digest));
+            for container in &template.containers {
+                let Ok(reference) = ImageRef::parse(&container.image) else { continue };
+                if let Ok(Some(record)) = self.images.lookup(&reference) {
+                    layers.extend(record.layers);
+                }
+            }
+        }
+        let now = super::clock::now().wall.0;
+        if let Err(error) = self.images.collect(&layers, DISK_PERCENT_MAX, now).await {
+            tracing::warn!("cannot collect images: {error}");
+        }
+        for entry in fs::read_dir(self.data_dir.join("workspaces")).into_iter().flatten().flatten() {
+            let used = |name: &str| workspaces.iter().any(|digest: &Digest| digest.hex() == name);
+            if !entry.file_name().to_str().is_some_and(used) && is_old(&entry.path()) {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+    }
+}
+
+/// Untouched for an hour: nobody is about to use it.
+fn is_old(path: &Path) -> bool {
+    let modified = fs::metadata(path).and_then(|meta| meta.modified()).ok();
+    modified.and_then(|at| at.elapsed().ok()).is_some_and(|age| age > Duration::from_secs(3600))
+}
+
+/// `berth-agent unpack ARCHIVE DIR`: reads a workspace in a process of its own, since its bytes are somebody's.
+pub fn unpack_main(archive: &Path, dir: &Path) -> ExitCode {
+    let unpack = || -> io::Result<()> {
+        fs::create_dir_all(dir)?;
+        let file = flate2::read::GzDecoder::new(File::open(archive)?);
+        let mut tar = tar::Archive::new(file.take(WORKSPACE_BYTES_MAX));
+        tar.set_preserve_permissions(true);
+        tar.set_unpack_xattrs(false);
+        tar.unpack(dir)
+    };
+    match unpack() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("the job's files cannot be unpacked: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

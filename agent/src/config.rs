@@ -1,0 +1,268 @@
+//! What an operator sets: flags, then `BERTH_…`, then the file, then defaults. Parsed here once and for all.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use berth_protocol::ids::{ClusterName, NodeId};
+use berth_protocol::limits::{LABEL_BYTES_MAX, LABELS_PER_NODE_MAX};
+use berth_protocol::units::{Bytes, MilliCpu};
+use clap::Parser;
+use serde::Deserialize;
+
+const EXAMPLES: &str = "Examples:
+  berth-agent --dev                                          one person's machine: the broker on loopback, host images
+  berth-agent --config /etc/berth/agent.toml                 as the service does
+  berth-agent --dev --node a2 --data-dir /tmp/a2 --capacity cpu=2,memory=4Gi
+                                                             a second agent beside the first, with a part of the machine
+  berth-agent --broker mqtt://10.0.0.5:1883 --label rack=r7 --taint spot";
+
+/// The node daemon of berth: runs containers as the controller directs.
+#[derive(Parser, Debug)]
+#[command(name = "berth-agent", version, after_help = EXAMPLES)]
+pub struct Args {
+    /// Configuration file (TOML, the same names as the flags)
+    #[arg(long, env = "BERTH_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Everything that may be set in all three places.
+#[derive(clap::Args, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+struct Settings {
+    /// Where the agent keeps its ledger, pods and images [default: /var/lib/berth/agent]
+    #[arg(long, env = "BERTH_DATA_DIR", value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// The fleet to belong to [default: default]
+    #[arg(long, env = "BERTH_CLUSTER", value_name = "NAME")]
+    cluster: Option<String>,
+    /// The broker [default: mqtt://127.0.0.1:1883]
+    #[arg(long, env = "BERTH_BROKER", value_name = "URL")]
+    broker: Option<String>,
+    /// This node's name [default: the host's]
+    #[arg(long, env = "BERTH_NODE", value_name = "NAME")]
+    node: Option<String>,
+    /// A label, as `zone=lab`; may be repeated
+    #[arg(long = "label", env = "BERTH_LABEL", value_name = "K=V", value_delimiter = ',')]
+    #[serde(rename = "label")]
+    labels: Option<Vec<String>>,
+    /// A taint that only pods tolerating it ignore; may be repeated
+    #[arg(long = "taint", env = "BERTH_TAINT", value_name = "NAME", value_delimiter = ',')]
+    #[serde(rename = "taint")]
+    taints: Option<Vec<String>>,
+    /// Let jobs run on a copy-on-write view of this machine's own files (`image: host`)
+    #[arg(long, env = "BERTH_ALLOW_HOST_IMAGE", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    allow_host_image: Option<bool>,
+    /// A directory whose files jobs may mount (`volumes: [{host: …}]`); may be repeated
+    #[arg(long = "allow-host-path", env = "BERTH_ALLOW_HOST_PATH", value_name = "DIR", value_delimiter = ',')]
+    #[serde(rename = "allow-host-path")]
+    host_paths: Option<Vec<PathBuf>>,
+    /// The CRIU to use [default: the first that works of criu/criu beside this program, /usr/lib/berth/criu/criu, PATH]
+    #[arg(long, env = "BERTH_CRIU", value_name = "PATH")]
+    criu: Option<PathBuf>,
+    /// Offer this much instead of the whole machine, as `cpu=2,memory=4Gi`
+    #[arg(long, env = "BERTH_CAPACITY", value_name = "AMOUNTS")]
+    capacity: Option<String>,
+    /// Keep this much for the system, as `cpu=100m,memory=256Mi`
+    #[arg(long, env = "BERTH_RESERVED", value_name = "AMOUNTS")]
+    reserved: Option<String>,
+    /// Mirrors of a registry, as `docker.io=http://mirror:5000`; may be repeated
+    #[arg(long = "registry-mirror", env = "BERTH_REGISTRY_MIRROR", value_name = "HOST=URL", value_delimiter = ',')]
+    #[serde(rename = "registry-mirror")]
+    mirrors: Option<Vec<String>>,
+    /// A registry reached over plain HTTP (loopback always is); may be repeated
+    #[arg(long = "registry-insecure", env = "BERTH_REGISTRY_INSECURE", value_name = "HOST", value_delimiter = ',')]
+    #[serde(rename = "registry-insecure")]
+    insecure: Option<Vec<String>>,
+    /// Credentials for registries, in the form of docker's config.json
+    #[arg(long, env = "BERTH_REGISTRY_AUTH", value_name = "FILE")]
+    registry_auth: Option<PathBuf>,
+    /// Log of one pod at most; the oldest part goes first [default: 16Mi]
+    #[arg(long, env = "BERTH_LOG_MAX", value_name = "SIZE")]
+    log_max: Option<String>,
+    /// For one person's machine and for tests: loopback only, no identity, host images allowed
+    #[arg(long, env = "BERTH_DEV", value_name = "CIDR", num_args = 0..=1, default_missing_value = "127.0.0.0/8", require_equals = true)]
+    dev: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub data_dir: PathBuf,
+    pub cluster: ClusterName,
+    pub broker: String,
+    pub node: NodeId,
+    pub labels: BTreeMap<String, String>,
+    pub taints: BTreeSet<String>,
+    pub host_image: bool,
+    pub host_paths: Vec<PathBuf>,
+    pub criu: Option<PathBuf>,
+    pub capacity: Amounts,
+    pub reserved: Amounts,
+    pub mirrors: BTreeMap<String, Vec<String>>,
+    pub insecure: Vec<String>,
+    pub registry_auth: Option<PathBuf>,
+    pub log_bytes_max: Bytes,
+}
+
+/// CPU and memory, each where it was named.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Amounts {
+    pub cpu: Option<MilliCpu>,
+    pub memory: Option<Bytes>,
+}
+
+impl Amounts {
+    fn parse(text: &str) -> Result<Self> {
+        let mut amounts = Self::default();
+        for part in text.split(',').filter(|part| !part.is_empty()) {
+            match part.split_once('=') {
+                Some(("cpu", value)) => amounts.cpu = Some(MilliCpu::parse(value)?),
+                Some(("memory", value)) => amounts.memory = Some(Bytes::parse(value)?),
+                _ => bail!("`{part}` is not an amount: write cpu=2,memory=4Gi"),
+            }
+        }
+        Ok(amounts)
+    }
+}
+
+/// The host's name as a node's: lowercased, other characters become `-`.
+fn node_name(host: &str) -> String {
+    let name: String = host
+        .chars()
+        .map(|c| c.to_ascii_lowercase())
+        .map(|c| if c.is_ascii_lowercase() || c.is_ascii_digit() { c } else { '-' })
+        .take(63)
+        .collect();
+    let name = name.trim_matches('-');
+    if name.is_empty() { "node".into() } else { name.into() }
+}
+
+fn pairs(what: &str, items: Vec<String>) -> Result<Vec<(String, String)>> {
+    items
+        .into_iter()
+        .map(|item| match item.split_once('=') {
+            Some((key, value)) if !key.is_empty() && item.len() <= LABEL_BYTES_MAX => {
+                Ok((key.to_owned(), value.to_owned()))
+            }
+            _ => bail!("`{item}` is not a {what}: write NAME=VALUE, at most {LABEL_BYTES_MAX} bytes"),
+        })
+        .collect()
+}
+
+/// Why a broker's address is not one that `--dev` may use.
+fn check_dev(cidr: &str, broker: &str) -> Result<()> {
+    let (host, _) = crate::io::bus::parse_url(broker)?;
+    let (network, bits) = cidr.split_once('/').unwrap_or((cidr, "32"));
+    let network: std::net::Ipv4Addr = network.parse().with_context(|| format!("--dev={cidr}: not a network"))?;
+    let bits: u32 = bits.parse().ok().filter(|bits| *bits <= 32).context("--dev: a prefix is 0 to 32")?;
+    let mask = u32::MAX.checked_shl(32 - bits).unwrap_or(0);
+    let inside = |ip: std::net::Ipv4Addr| u32::from(ip) & mask == u32::from(network) & mask;
+    match host.as_str() {
+        "localhost" | "::1" => Ok(()),
+        host if host.parse().is_ok_and(inside) => Ok(()),
+        _ => bail!(
+            "--dev trusts whoever reaches the broker, so it is for loopback only; {broker} is not in {cidr} \
+             (for a test network: --dev=CIDR)"
+        ),
+    }
+}
+
+impl Config {
+    pub fn from_args(args: Args) -> Result<Self> {
+        let file = match &args.config {
+            Some(path) => {
+                let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+                toml::from_str(&text).with_context(|| format!("{} is not valid", path.display()))?
+            }
+            None => Settings::default(),
+        };
+        let set = args.settings;
+        macro_rules! pick {
+            ($name:ident) => {
+                set.$name.or(file.$name)
+            };
+        }
+        let broker = pick!(broker).unwrap_or_else(|| "mqtt://127.0.0.1:1883".into());
+        let dev = pick!(dev);
+        match &dev {
+            Some(cidr) => check_dev(cidr, &broker)?,
+            None => bail!(
+                "this version knows no identities yet, so it runs in one mode only: pass --dev \
+                 (or dev = \"127.0.0.0/8\" in the configuration), which trusts whoever reaches the broker"
+            ),
+        }
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let node = pick!(node).unwrap_or_else(|| node_name(host.trim()));
+        let labels: BTreeMap<_, _> = pairs("label", pick!(labels).unwrap_or_default())?.into_iter().collect();
+        let taints: BTreeSet<_> = pick!(taints).unwrap_or_default().into_iter().collect();
+        if labels.len() + taints.len() > LABELS_PER_NODE_MAX {
+            bail!("at most {LABELS_PER_NODE_MAX} labels and taints together");
+        }
+        let mut mirrors = BTreeMap::<String, Vec<String>>::new();
+        for (host, url) in pairs("mirror", pick!(mirrors).unwrap_or_default())? {
+            mirrors.entry(host).or_default().push(url);
+        }
+        let log_max = pick!(log_max).unwrap_or_else(|| "16Mi".into());
+        Ok(Self {
+            data_dir: pick!(data_dir).unwrap_or_else(|| "/var/lib/berth/agent".into()),
+            cluster: ClusterName::parse(&pick!(cluster).unwrap_or_else(|| "default".into()))?,
+            broker,
+            node: NodeId::parse(&node).context("--node")?,
+            labels,
+            taints,
+            host_image: pick!(allow_host_image).unwrap_or(dev.is_some()),
+            host_paths: pick!(host_paths).unwrap_or_default(),
+            criu: pick!(criu),
+            capacity: Amounts::parse(&pick!(capacity).unwrap_or_default()).context("--capacity")?,
+            reserved: Amounts::parse(&pick!(reserved).unwrap_or_default()).context("--reserved")?,
+            mirrors,
+            insecure: pick!(insecure).unwrap_or_default(),
+            registry_auth: pick!(registry_auth),
+            log_bytes_max: Bytes::parse(&log_max).context("--log-max")?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(args: &[&str]) -> Result<Config> {
+        Config::from_args(Args::parse_from(std::iter::once(&"berth-agent").chain(args)))
+    }
+
+    #[test]
+    fn host_names_become_node_names() {
+        for (host, node) in [("Box.lab", "box-lab"), ("_x_", "x"), ("", "node"), ("a", "a")] {
+            assert_eq!(node_name(host), node);
+        }
+    }
+
+    #[test]
+    fn dev_stays_on_loopback() {
+        assert!(config(&["--dev"]).is_ok());
+        assert!(config(&["--dev", "--broker", "mqtt://localhost:1883"]).is_ok());
+        assert!(config(&["--dev", "--broker", "mqtt://10.0.0.1:1883"]).is_err());
+        assert!(config(&["--dev=10.0.0.0/8", "--broker", "mqtt://10.0.0.1:1883"]).is_ok());
+        let refused = config(&[]).unwrap_err().to_string();
+        assert!(refused.contains("--dev"), "{refused}");
+    }
+
+    #[test]
+    fn flags_go_before_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.toml");
+        std::fs::write(&path, "node = \"one\"\nlabel = [\"a=b\"]\ncapacity = \"cpu=2,memory=4Gi\"\ndev = \"127.0.0.0/8\"\n")
+            .unwrap();
+        let path = path.to_str().unwrap();
+        let got = config(&["--config", path, "--node", "two"]).unwrap();
+        assert_eq!(got.node.as_str(), "two");
+        assert_eq!(got.labels["a"], "b");
+        assert_eq!(got.capacity.cpu, Some(MilliCpu(2000)));
+        std::fs::write(path, "nodes = \"one\"").unwrap();
+        let wrong = format!("{:#}", config(&["--config", path]).unwrap_err());
+        assert!(wrong.contains("nodes") && wrong.contains("node"), "{wrong}");
+    }
+}

@@ -1,0 +1,399 @@
+//! The agent's loop: event → core → records on disk → actions. Everything else in `io` only feeds or serves it.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_protocol::codec::{self, CodecError};
+use berth_protocol::ids::{IdError, LedgerId, SessionNonce};
+use berth_protocol::message::node::{DepotAccess, Desired, Lease, NodeRequest, Request, SpecMessage};
+use berth_protocol::resources::CgroupVersion;
+use berth_protocol::topic::{NodeTopic, Topic};
+use berth_protocol::units::{Bytes, MilliCpu};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use crate::config::Config;
+use crate::core::ledger::PodKey;
+use crate::core::{Action, Agent, Event, Identity, Launch, Now};
+use crate::io::bus::{BrokerUrlError, Bus, BusEvent};
+use crate::io::journal::{Journal, JournalError};
+use crate::io::logs::Followers;
+use crate::io::network::Bridge;
+use crate::io::prepare::Preparer;
+use crate::io::probe::{Probe, ProbeConfig, criu};
+use crate::io::shims::Shims;
+use crate::io::{clock, depot, logs, notify};
+use crate::shim;
+use crate::task::{Order, Report, Task};
+
+/// Events taken together before the disk is synced for all of them.
+const BATCH: usize = 64;
+/// The longest sleep: timers run on CLOCK_BOOTTIME, which goes on through a suspend, and the sleep does not.
+const NAP_MAX: Duration = Duration::from_secs(5);
+/// Messages from the broker that may wait.
+const BUS_QUEUE: usize = 256;
+
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error(transparent)]
+    Broker(#[from] BrokerUrlError),
+    #[error("cannot draw random numbers: {0}")]
+    Random(#[source] std::io::Error),
+    #[error("cannot tell this boot or machine from others: {0}")]
+    Identity(#[from] IdError),
+    #[error("cannot set up images: {0}")]
+    Images(#[source] std::io::Error),
+}
+
+struct Agency {
+    config: Config,
+    core: Agent,
+    journal: Journal,
+    bus: Bus,
+    shims: Shims,
+    probe: Probe,
+    preparer: Arc<Preparer>,
+    preparing: BTreeMap<PodKey, JoinHandle<()>>,
+    bridge: Option<Bridge>,
+    depot: Option<DepotAccess>,
+    followers: Followers,
+    events: mpsc::UnboundedSender<Event>,
+    /// Messages refused since the start, by kind; each kind is logged once.
+    refused: BTreeMap<&'static str, u64>,
+}
+
+/// Runs an agent until `shutdown`. Pods go on without it.
+pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), RunError> {
+    let (journal, ledger, damaged) = Journal::open(&config.data_dir)?;
+    if damaged > 0 {
+        tracing::error!("{damaged} damaged records in the ledger were passed over: is the disk failing?");
+    }
+    let bridge = Bridge::set_up(&config.node)
+        .inspect_err(|error| tracing::warn!("no network for pods of their own: {error}"))
+        .ok();
+    let mut probe = Probe::new(probe_config(&config, bridge.is_some())).await;
+    let random = || clock::random_token().map_err(RunError::Random);
+    let nonce = SessionNonce::parse(&random()?[..16])?;
+    let identity = Identity {
+        hardware: clock::hardware_id()?,
+        boot: clock::boot_id()?,
+        nonce: nonce.clone(),
+        ledger: LedgerId::parse(&random()?)?,
+    };
+    let (events, mut inbox) = mpsc::unbounded_channel();
+    let (bus_events, mut bus_inbox) = mpsc::channel(BUS_QUEUE);
+    let preparer = Arc::new(Preparer::open(&config).map_err(RunError::Images)?);
+    let shims = Shims::new(config.data_dir.join("pods"), events.clone());
+    shims.sweep(|key| ledger.pods.contains_key(key));
+    probe.sample().await;
+    let (core, first) = Agent::start(ledger, identity, probe.inventory().clone(), clock::now());
+    let bus = Bus::connect(&config.broker, &config.cluster, &config.node, &nonce, bus_events)?;
+    tracing::info!(
+        "node {} of cluster {}: {} cores, {} of memory, broker {}",
+        config.node,
+        config.cluster,
+        probe.inventory().cpu,
+        probe.inventory().memory,
+        config.broker
+    );
+    let mut agency = Agency {
+        core,
+        journal,
+        bus,
+        shims,
+        probe,
+        preparer,
+        preparing: BTreeMap::new(),
+        bridge,
+        depot: None,
+        followers: Followers::default(),
+        events,
+        refused: BTreeMap::new(),
+        config,
+    };
+    agency.find_criu();
+    agency.journal.append(&first.records)?;
+    agency.perform(first.actions).await;
+    notify::notify("READY=1");
+    let watchdog = notify::watchdog();
+    tokio::pin!(shutdown);
+    loop {
+        let nap = Duration::from_millis(agency.core.next_wake().since(clock::now().boot).0);
+        let nap = nap.min(NAP_MAX).min(watchdog.unwrap_or(NAP_MAX));
+        let mut batch = Vec::new();
+        tokio::select! {
+            biased;
+            () = &mut shutdown => break,
+            Some(event) = inbox.recv() => batch.push(event),
+            Some(event) = bus_inbox.recv() => batch.extend(agency.read(event)),
+            () = tokio::time::sleep(nap) => batch.push(Event::Tick),
+        }
+        while batch.len() < BATCH {
+            if let Ok(event) = inbox.try_recv() {
+                batch.push(event);
+            } else if let Ok(event) = bus_inbox.try_recv() {
+                batch.extend(agency.read(event));
+            } else {
+                break;
+            }
+        }
+        agency.handle(batch).await?;
+        if watchdog.is_some() {
+            notify::notify("WATCHDOG=1");
+        }
+    }
+    notify::notify("STOPPING=1");
+    tracing::info!("ending; pods go on under their supervisors");
+    agency.bus.disconnect();
+    // The farewell is on its way when the connection's task has run once more.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    Ok(())
+}
+
+fn probe_config(config: &Config, bridge: bool) -> ProbeConfig {
+    let capacity = (config.capacity.cpu.is_some() || config.capacity.memory.is_some()).then(|| {
+        (
+            config.capacity.cpu.unwrap_or(MilliCpu(u64::MAX)),
+            config.capacity.memory.unwrap_or(Bytes(u64::MAX)),
+        )
+    });
+    ProbeConfig {
+        capacity,
+        reserved_cpu: config.reserved.cpu.unwrap_or_default(),
+        reserved_memory: config.reserved.memory.unwrap_or_default(),
+        data_dir: config.data_dir.clone(),
+        labels: config.labels.clone(),
+        taints: config.taints.clone(),
+        host_image: config.host_image,
+        bridge,
+        ..ProbeConfig::default()
+    }
+}
+
+impl Agency {
+    /// Decides about a batch of events and does what was decided, the records of all of it durable first.
+    async fn handle(&mut self, batch: Vec<Event>) -> Result<(), RunError> {
+        let now: Now = clock::now();
+        let (mut records, mut actions) = (Vec::new(), Vec::new());
+        for event in batch {
+            if let Event::Shim { key, report } = &event {
+                self.followers.on_report(&self.bus, &self.shims.pod_dir(key), key, report).await;
+            }
+            let step = self.core.step(now, event);
+            records.extend(step.records);
+            actions.extend(step.actions);
+        }
+        self.journal.append(&records)?;
+        self.journal.compact(self.core.ledger())?;
+        self.perform(actions).await;
+        Ok(())
+    }
+
+    /// A message of the broker's as an event, where it is one.
+    fn read(&mut self, event: BusEvent) -> Option<Event> {
+        let (topic, payload) = match event {
+            BusEvent::Up => return Some(Event::BusUp),
+            BusEvent::Down => return Some(Event::BusDown),
+            BusEvent::Message { topic, payload } => (topic, payload),
+        };
+        let Topic::Node { kind, .. } = &topic else { return None };
+        let read = match kind {
+            NodeTopic::Desired => codec::decode::<Desired>(&topic, &payload).map(Event::Desired).map(Some),
+            NodeTopic::Lease => codec::decode::<Lease>(&topic, &payload).map(Event::Lease).map(Some),
+            NodeTopic::Spec => read_spec(&topic, &payload).map(Some),
+            NodeTopic::Request => codec::decode::<NodeRequest>(&topic, &payload).map(|request| {
+                self.request(request);
+                None
+            }),
+            _ => return None,
+        };
+        match read {
+            Ok(event) => event,
+            Err(error) => {
+                let count = self.refused.entry(error.kind()).or_default();
+                *count += 1;
+                if *count == 1 {
+                    tracing::warn!("refused message on {topic}: {error} (further ones are only counted)");
+                }
+                None
+            }
+        }
+    }
+
+    fn request(&mut self, request: NodeRequest) {
+        let Request::Logs { pod, epoch, from_seq, follow } = request.request;
+        let key = PodKey::new(&pod, epoch);
+        let Some(entry) = self.core.ledger().pods.get(&key) else {
+            // A follower may come before the order that brings the pod.
+            return self.followers.expect(key, from_seq, follow);
+        };
+        let template = self.core.ledger().specs.get(&entry.desired.spec);
+        if let Some(template) = template {
+            let topic = Topic::Logs { namespace: template.namespace.clone(), pod: template.job.pod(pod.index) };
+            self.followers.follow(&self.bus, &self.shims.pod_dir(&key), key.clone(), topic, from_seq, follow);
+            self.shims.order(&key, Order::Follow { follow });
+        }
+    }
+
+    async fn perform(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Hello(mut hello) => {
+                    hello.pods = shim::scan(&self.cgroup_parent());
+                    self.bus.publish(&self.topic(NodeTopic::Hello), &*hello);
+                }
+                Action::Heartbeat(mut heartbeat) => {
+                    let sample = self.probe.sample().await;
+                    heartbeat.usage = sample.usage;
+                    if sample.changed {
+                        let _ = self.events.send(Event::Inventory(Box::new(self.probe.inventory().clone())));
+                    }
+                    self.bus.publish(&self.topic(NodeTopic::Heartbeat), &*heartbeat);
+                }
+                Action::Events(events) => self.bus.publish(&self.topic(NodeTopic::Event), &events),
+                Action::Prepare { key, template } => {
+                    let (preparer, events, depot) =
+                        (self.preparer.clone(), self.events.clone(), self.depot.clone());
+                    let task = tokio::spawn({
+                        let key = key.clone();
+                        async move {
+                            let result = preparer.prepare(&key, &template, depot.as_ref(), &events).await;
+                            let _ = events.send(Event::Prepared { key, result });
+                        }
+                    });
+                    self.preparing.retain(|_, task| !task.is_finished());
+                    self.preparing.insert(key, task);
+                }
+                Action::CancelPrepare { key } => {
+                    if let Some(task) = self.preparing.remove(&key) {
+                        task.abort();
+                    }
+                }
+                Action::Launch(launch) => self.launch(*launch),
+                Action::Order { key, order } => self.shims.order(&key, order),
+                Action::Adopt { key, run } => self.shims.adopt(&key, run),
+                Action::Kill { key, run } => self.shims.kill(&key, run),
+                Action::StoreLog { key } => self.store_log(key),
+                Action::StoreOutputs { key } => self.store_outputs(key),
+                Action::Drop { key } => self.shims.drop_pod(&key),
+                Action::Depot(access) => self.depot = Some(access),
+                Action::Warn(text) => tracing::warn!("{text}"),
+            }
+        }
+    }
+
+    fn topic(&self, kind: NodeTopic) -> Topic {
+        Topic::node(&self.config.node, kind)
+    }
+
+    fn cgroup_parent(&self) -> std::path::PathBuf {
+        std::path::Path::new("berth").join(self.config.node.as_str())
+    }
+
+    fn launch(&mut self, launch: Launch) {
+        let key = launch.key.clone();
+        if let Err(why) = self.try_launch(launch) {
+            tracing::warn!("pod {key} did not start: {why}");
+            let _ = self.events.send(Event::Gone { key, exit: None, why: Some(why) });
+        }
+    }
+
+    fn try_launch(&mut self, launch: Launch) -> Result<(), String> {
+        let Launch { key, run, template, prepared, gpus, slot } = launch;
+        let network = match (&self.bridge, slot) {
+            (Some(bridge), Some(slot)) => Some(bridge.address(slot).map_err(|error| error.to_string())?),
+            _ => None,
+        };
+        let task = Task {
+            node: self.config.node.clone(),
+            pod: key.pod.clone(),
+            epoch: key.epoch,
+            run,
+            roots: prepared.roots,
+            volumes: prepared.volumes,
+            workspace: prepared.workspace,
+            devices: self.probe.grants(&gpus).map_err(|error| error.to_string())?,
+            network,
+            cgroup_parent: self.cgroup_parent(),
+            log_bytes_max: self.config.log_bytes_max,
+            scratch_bytes_max: Bytes(0),
+            template,
+        };
+        self.shims.launch(&key, &task).map_err(|error| error.to_string())?;
+        if let Some(topic) = self.followers.expected(&key, &task) {
+            let dir = self.shims.pod_dir(&key);
+            self.followers.follow(&self.bus, &dir, key.clone(), topic.0, topic.1, topic.2);
+        }
+        if self.followers.wants(&key) {
+            self.shims.order(&key, Order::Follow { follow: true });
+        }
+        Ok(())
+    }
+
+    fn store_log(&self, key: PodKey) {
+        let (events, access) = (self.events.clone(), self.depot.clone());
+        let dir = self.shims.pod_dir(&key);
+        tokio::spawn(async move {
+            let put = async {
+                let access = access.as_ref().ok_or(depot::DepotError::NoAccess)?;
+                depot::put_log(access, &key.pod, key.epoch, logs::segments(&dir).await).await
+            };
+            let stored = put.await;
+            if let Err(error) = &stored {
+                tracing::debug!("log of pod {key} is not in the depot yet: {error}");
+            }
+            let _ = events.send(Event::LogStored { key, stored: stored.is_ok() });
+        });
+    }
+
+    fn store_outputs(&self, key: PodKey) {
+        let (events, access) = (self.events.clone(), self.depot.clone());
+        let path = self.shims.pod_dir(&key).join(crate::task::file::OUTPUTS);
+        tokio::spawn(async move {
+            let result = depot::put_outputs(access.as_ref(), &path).await.map_err(|error| error.to_string());
+            let _ = events.send(Event::OutputsStored { key, result });
+        });
+    }
+
+    /// Looks for a CRIU that works, beside everything else: its own check takes a while.
+    fn find_criu(&mut self) {
+        let (events, path) = (self.events.clone(), self.config.criu.clone());
+        let mut inventory = self.probe.inventory().clone();
+        let found = self.probe.criu_cell();
+        tokio::spawn(async move {
+            let criu = criu::find(path.as_deref()).await;
+            inventory.criu = criu.map(|criu| criu.version);
+            found.set(inventory.criu.clone());
+            let _ = events.send(Event::Inventory(Box::new(inventory)));
+        });
+    }
+}
+
+/// A template whose digest is of the very bytes that came.
+fn read_spec(topic: &Topic, payload: &[u8]) -> Result<Event, CodecError> {
+    let message: SpecMessage = codec::decode(topic, payload)?;
+    let malformed = |text: &str| CodecError::Malformed(serde::de::Error::custom(text));
+    if berth_protocol::ids::Digest::of(message.spec.get().as_bytes()) != message.digest {
+        return Err(malformed("the spec is not what its digest says"));
+    }
+    let template = serde_json::from_str(message.spec.get()).map_err(CodecError::Malformed)?;
+    Ok(Event::Spec { digest: message.digest, template: Box::new(template) })
+}
+
+/// What followers need of a report.
+pub(crate) fn last_seq(report: &Report) -> Option<u64> {
+    match report {
+        Report::Log { seq } => Some(*seq),
+        Report::Exited { exit } => Some(exit.outcome.log_records),
+        _ => None,
+    }
+}
+
+/// Where control groups are mounted decides how a pod's are read.
+pub(crate) fn unified(version: CgroupVersion) -> bool {
+    version == CgroupVersion::V2
+}

@@ -1,0 +1,415 @@
+//! One history: a controller, some nodes, a network that loses, doubles, delays and reorders, and faults, all drawn
+//! from one seed.
+
+use std::collections::BTreeMap;
+
+use berth_agent::core::{Action, Event as AgentEvent, Now as AgentNow};
+use berth_controller::core::{Config, Controller, Effect, Event as ControllerEvent, Now, Step};
+use berth_protocol::codec;
+use berth_protocol::ids::{ClusterName, JobName, Namespace, NodeId, StoreId, Term};
+use berth_protocol::message::node::{Desired, Lease, SpecMessage};
+use berth_protocol::message::user::{Answer, JobPhase, JobStatus, Verdict};
+use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
+use berth_protocol::units::{BootMs, MilliCpu, Timestamp};
+
+use crate::node::{Node, Out};
+use crate::oracle::Oracle;
+
+/// Civil time at the beginning of every history.
+const EPOCH_MS: u64 = 1_700_000_000_000;
+/// How long a history is disturbed, and how long it then has to come to rest.
+const FAULTS_MS: u64 = 600_000;
+const REST_MS: u64 = 1_800_000;
+
+/// Something under way, due at its time.
+enum Due {
+    ToController { topic: Topic, payload: Vec<u8> },
+    ToNode { node: usize, session: u64, event: AgentEvent },
+    /// Within a machine: reaches whichever agent runs there.
+    Local { node: usize, event: AgentEvent },
+    Fault(Fault),
+    Submit(usize),
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Fault {
+    AgentCrash(usize),
+    AgentStart(usize),
+    PowerCut(usize),
+    Partition(usize),
+    Heal(usize),
+    ControllerCrash,
+    ControllerStart,
+}
+
+struct Job {
+    name: String,
+    file: String,
+    expect: JobPhase,
+}
+
+pub struct World {
+    rng: fastrand::Rng,
+    now_ms: u64,
+    due: BTreeMap<(u64, u64), Due>,
+    sequence: u64,
+    controller: Option<Controller>,
+    store: BTreeMap<String, Vec<u8>>,
+    term: u64,
+    nodes: Vec<Node>,
+    cut: Vec<bool>,
+    sessions: Vec<u64>,
+    jobs: Vec<Job>,
+    oracle: Oracle,
+    calm: bool,
+    cluster: ClusterName,
+    /// What happened, for a person; empty unless asked for.
+    pub trace: Option<Vec<String>>,
+    pub steps: u64,
+}
+
+/// Runs one seed. The error says what went wrong, and when.
+pub fn run(seed: u64, trace: bool) -> (Result<u64, String>, Vec<String>) {
+    let mut world = World::new(seed, trace);
+    let result = world.play().map_err(|error| format!("at {} ms: {error}", world.now_ms));
+    (result.map(|()| world.steps), world.trace.unwrap_or_default())
+}
+
+impl World {
+    fn new(seed: u64, trace: bool) -> Self {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let count = rng.usize(2..8);
+        let nodes: Vec<Node> = (0..count)
+            .map(|n| Node::new(NodeId::parse(&format!("n{n}")).expect("a name"), MilliCpu(rng.u64(1..5) * 1000)))
+            .collect();
+        let mut world = Self {
+            now_ms: 0,
+            due: BTreeMap::new(),
+            sequence: 0,
+            controller: None,
+            store: BTreeMap::new(),
+            term: 0,
+            cut: vec![false; count],
+            sessions: vec![0; count],
+            nodes,
+            jobs: Vec::new(),
+            oracle: Oracle::default(),
+            calm: false,
+            cluster: ClusterName::parse("sim").expect("a name"),
+            trace: trace.then(Vec::new),
+            steps: 0,
+            rng,
+        };
+        world.plan();
+        world
+    }
+
+    /// Draws the jobs and the faults.
+    fn plan(&mut self) {
+        for n in 0..self.rng.usize(1..8) {
+            let (work, code) = (self.rng.u64(50..90_000), if self.rng.u8(0..4) == 0 { 3 } else { 0 });
+            let action = self.rng.choice(["pause", "continue", "stop"]).unwrap_or("pause");
+            let completions = self.rng.u32(1..4);
+            // `continue` pods of a machine that never returns wait for an operator; machines here return.
+            let file = format!(
+                "image: host\ncommand: [work, \"{work}\", \"{code}\"]\nresources: {{cpu: 500m, memory: 64Mi}}\n\
+                 completions: {completions}\nparallelism: {completions}\nonDisconnect: {{do: {action}}}\n\
+                 terminationGracePeriodSeconds: 5\n"
+            );
+            let expect = if code == 0 { JobPhase::Succeeded } else { JobPhase::Failed };
+            self.jobs.push(Job { name: format!("job{n}"), file, expect });
+            let at = self.rng.u64(0..FAULTS_MS / 2);
+            self.at(at, Due::Submit(n));
+        }
+        self.at(0, Due::Fault(Fault::ControllerStart));
+        for node in 0..self.nodes.len() {
+            self.at(1, Due::Fault(Fault::AgentStart(node)));
+        }
+        for _ in 0..self.rng.usize(0..10) {
+            let (at, node) = (self.rng.u64(1_000..FAULTS_MS), self.rng.usize(0..self.nodes.len()));
+            let back = at + self.rng.u64(10..150_000);
+            let (fault, repair) = match self.rng.u8(0..4) {
+                0 => (Fault::AgentCrash(node), Fault::AgentStart(node)),
+                1 => (Fault::PowerCut(node), Fault::AgentStart(node)),
+                2 => (Fault::Partition(node), Fault::Heal(node)),
+                _ => (Fault::ControllerCrash, Fault::ControllerStart),
+            };
+            self.at(at, Due::Fault(fault));
+            self.at(back.min(FAULTS_MS), Due::Fault(repair));
+        }
+    }
+
+    fn at(&mut self, ms: u64, due: Due) {
+        self.sequence += 1;
+        self.due.insert((ms.max(self.now_ms), self.sequence), due);
+    }
+
+    fn now(&self) -> Now {
+        Now { wall: Timestamp(EPOCH_MS + self.now_ms), boot: BootMs(1_000_000 + self.now_ms) }
+    }
+
+    fn agent_now(&self) -> AgentNow {
+        let Now { wall, boot } = self.now();
+        AgentNow { wall, boot }
+    }
+
+    fn note(&mut self, text: impl FnOnce() -> String) {
+        let now_ms = self.now_ms;
+        if let Some(trace) = &mut self.trace {
+            trace.push(format!("{now_ms:>8} {}", text()));
+        }
+    }
+
+    fn play(&mut self) -> Result<(), String> {
+        let expect: BTreeMap<String, JobPhase> =
+            self.jobs.iter().map(|job| (job.name.clone(), job.expect)).collect();
+        while self.now_ms < FAULTS_MS + REST_MS {
+            if self.now_ms >= FAULTS_MS && !self.calm {
+                self.calm = true;
+                self.note(|| "the faults are over".into());
+            }
+            if self.calm && self.oracle.all_accepted(&expect) && self.oracle.converged(&expect).is_ok() {
+                return Ok(());
+            }
+            self.advance()?;
+            self.steps += 1;
+            self.oracle.check(&self.nodes)?;
+        }
+        if !self.oracle.all_accepted(&expect) {
+            return Err("a job was never accepted".into());
+        }
+        self.oracle.converged(&expect)
+    }
+
+    /// The next thing that is due, anywhere.
+    fn advance(&mut self) -> Result<(), String> {
+        let base = BootMs(1_000_000);
+        let message = self.due.keys().next().map(|(ms, _)| *ms);
+        let controller = self.controller.as_ref().and_then(Controller::next_wake).map(|at| at.since(base).0);
+        let nodes: Vec<Option<u64>> =
+            self.nodes.iter().map(|node| node.next_wake().map(|at| at.since(base).0)).collect();
+        let next = nodes.iter().flatten().copied().chain(message).chain(controller).min();
+        let Some(next) = next else { return Err("nothing will ever happen again".into()) };
+        // A wake that lies in the past is due now; time moves at least a millisecond, so that nothing spins.
+        self.now_ms = if Some(next) == message { next.max(self.now_ms) } else { next.max(self.now_ms + 1) };
+        for (node, wake) in nodes.into_iter().enumerate() {
+            if wake.is_some_and(|wake| wake <= self.now_ms) {
+                let now = self.agent_now();
+                let mut out = self.nodes[node].advance_all(now);
+                out.extend(self.nodes[node].step(now, AgentEvent::Tick));
+                self.from_node(node, out);
+            }
+        }
+        if controller.is_some_and(|wake| wake <= self.now_ms) {
+            self.to_controller(ControllerEvent::Tick)?;
+        }
+        while let Some(entry) = self.due.first_entry() {
+            if entry.key().0 > self.now_ms {
+                break;
+            }
+            let due = entry.remove();
+            self.happen(due)?;
+        }
+        Ok(())
+    }
+
+    fn happen(&mut self, due: Due) -> Result<(), String> {
+        match due {
+            Due::ToController { topic, payload } => {
+                self.to_controller(ControllerEvent::Message { topic, payload })?;
+            }
+            Due::ToNode { node, session, event } => {
+                // A clean session forgets what waited for the last one.
+                if session == self.sessions[node] && !self.cut[node] {
+                    let out = self.nodes[node].step(self.agent_now(), event);
+                    self.from_node(node, out);
+                }
+            }
+            Due::Local { node, event } => {
+                let out = self.nodes[node].step(self.agent_now(), event);
+                self.from_node(node, out);
+            }
+            Due::Fault(fault) => {
+                self.note(|| format!("{fault:?}"));
+                self.fault(fault)?;
+            }
+            Due::Submit(n) => self.submit(n),
+        }
+        Ok(())
+    }
+
+    fn fault(&mut self, fault: Fault) -> Result<(), String> {
+        match fault {
+            Fault::AgentCrash(n) => self.nodes[n].crash(),
+            Fault::PowerCut(n) => self.nodes[n].power_cut(),
+            Fault::AgentStart(n) if self.nodes[n].agent.is_none() => {
+                self.sessions[n] += 1;
+                let out = self.nodes[n].start(self.agent_now());
+                self.from_node(n, out);
+            }
+            Fault::Partition(n) => {
+                self.cut[n] = true;
+                let out = self.nodes[n].step(self.agent_now(), AgentEvent::BusDown);
+                self.from_node(n, out);
+            }
+            Fault::Heal(n) if self.cut[n] => {
+                self.cut[n] = false;
+                self.sessions[n] += 1;
+                let out = self.nodes[n].step(self.agent_now(), AgentEvent::BusUp);
+                self.from_node(n, out);
+            }
+            Fault::ControllerCrash => self.controller = None,
+            Fault::ControllerStart if self.controller.is_none() => {
+                self.term += 1;
+                let config = Config {
+                    cluster: self.cluster.clone(),
+                    store: StoreId::parse("sim-store").expect("a token"),
+                    term: Term(self.term),
+                    depot_url: "http://127.0.0.1:1".into(),
+                    secret: [7; 32],
+                    seed: self.rng.u64(..),
+                };
+                let entries = self.store.clone().into_iter().collect();
+                let controller =
+                    Controller::load(config, entries, self.now()).map_err(|error| format!("cannot load: {error}"))?;
+                self.controller = Some(controller);
+                self.to_controller(ControllerEvent::BusUp)?;
+            }
+            Fault::AgentStart(_) | Fault::Heal(_) | Fault::ControllerStart => {}
+        }
+        Ok(())
+    }
+
+    /// A client sends its file again until it is answered.
+    fn submit(&mut self, n: usize) {
+        let Ok(name) = JobName::parse(&self.jobs[n].name) else { return };
+        let topic = Topic::job(&Namespace::default_namespace(), &name, JobTopic::Submit);
+        let payload = self.jobs[n].file.clone().into_bytes();
+        self.send(topic, payload);
+        let again = self.now_ms + 4_000;
+        self.at(again, Due::Submit(n));
+    }
+
+    /// Delays in the network: short as a rule, now and then long, so that messages overtake each other.
+    fn delay(&mut self) -> u64 {
+        match self.rng.u8(..) {
+            _ if self.calm => self.rng.u64(1..20),
+            0..200 => self.rng.u64(1..20),
+            200..250 => self.rng.u64(20..1_000),
+            _ => self.rng.u64(1_000..15_000),
+        }
+    }
+
+    /// How many copies of a message arrive.
+    fn copies(&mut self) -> u32 {
+        match self.rng.u8(..) {
+            _ if self.calm => 1,
+            0..20 => 0,
+            20..40 => 2,
+            _ => 1,
+        }
+    }
+
+    fn send(&mut self, topic: Topic, payload: Vec<u8>) {
+        for _ in 0..self.copies() {
+            let at = self.now_ms + self.delay();
+            self.at(at, Due::ToController { topic: topic.clone(), payload: payload.clone() });
+        }
+    }
+
+    fn from_node(&mut self, node: usize, out: Vec<Out>) {
+        for out in out {
+            let action = match out {
+                Out::Later { ms, event } => {
+                    let at = self.now_ms + ms;
+                    self.at(at, Due::Local { node, event });
+                    continue;
+                }
+                Out::Send(action) => action,
+            };
+            let kind = match &action {
+                Action::Hello(_) => NodeTopic::Hello,
+                Action::Heartbeat(_) => NodeTopic::Heartbeat,
+                _ => NodeTopic::Event,
+            };
+            let topic = Topic::node(&self.nodes[node].id, kind);
+            let payload = match action {
+                Action::Hello(mut hello) => {
+                    hello.pods = self.nodes[node].held();
+                    codec::encode(&topic, &*hello)
+                }
+                Action::Heartbeat(heartbeat) => codec::encode(&topic, &*heartbeat),
+                Action::Events(events) => codec::encode(&topic, &events),
+                _ => continue,
+            };
+            if let (Ok(payload), false) = (payload, self.cut[node]) {
+                self.send(topic, payload);
+            }
+        }
+    }
+
+    fn to_controller(&mut self, event: ControllerEvent) -> Result<(), String> {
+        let now = self.now();
+        let Some(controller) = &mut self.controller else { return Ok(()) };
+        let Step { writes, effects } = controller.step(now, event);
+        for write in writes {
+            match write.value {
+                Some(value) => self.store.insert(write.key, value),
+                None => self.store.remove(&write.key),
+            };
+        }
+        for effect in effects {
+            if let Effect::Publish { topic, payload, .. } = effect {
+                self.published(topic, payload)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn published(&mut self, topic: Topic, payload: Vec<u8>) -> Result<(), String> {
+        match &topic {
+            Topic::Node { node, kind } => {
+                let Some(n) = self.nodes.iter().position(|candidate| candidate.id == *node) else { return Ok(()) };
+                for _ in 0..self.copies() {
+                    let at = self.now_ms + self.delay();
+                    let Some(event) = read(*kind, &topic, &payload) else { continue };
+                    self.at(at, Due::ToNode { node: n, session: self.sessions[n], event });
+                }
+            }
+            Topic::Job { job, kind: JobTopic::Answer, .. } => {
+                let answer: Answer = codec::decode(&topic, &payload).map_err(|error| error.to_string())?;
+                match answer.verdict {
+                    Verdict::Accepted { .. } => {
+                        self.oracle.accepted(job.as_str());
+                        let name = job.as_str().to_owned();
+                        let done = self.jobs.iter().position(|candidate| candidate.name == name);
+                        self.due.retain(|_, due| !matches!(due, Due::Submit(n) if Some(*n) == done));
+                    }
+                    Verdict::Rejected { rejected } => return Err(format!("{job} rejected: {rejected:?}")),
+                }
+            }
+            Topic::Job { job, kind: JobTopic::Status, .. } if !payload.is_empty() => {
+                let status: JobStatus = codec::decode(&topic, &payload).map_err(|error| error.to_string())?;
+                let line = format!("{job} {:?} {:?}", status.phase, status.message);
+                self.note(|| line);
+                self.oracle.status(job.as_str(), status)?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// What a node makes of the controller's message.
+fn read(kind: NodeTopic, topic: &Topic, payload: &[u8]) -> Option<AgentEvent> {
+    match kind {
+        NodeTopic::Desired => codec::decode::<Desired>(topic, payload).ok().map(AgentEvent::Desired),
+        NodeTopic::Lease => codec::decode::<Lease>(topic, payload).ok().map(AgentEvent::Lease),
+        NodeTopic::Spec => {
+            let message: SpecMessage = codec::decode(topic, payload).ok()?;
+            let template = serde_json::from_str(message.spec.get()).ok()?;
+            Some(AgentEvent::Spec { digest: message.digest, template })
+        }
+        _ => None,
+    }
+}
