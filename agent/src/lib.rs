@@ -1,3 +1,4 @@
 //! berth's node daemon and its per-pod supervisor.
 
+pub mod io;
 pub mod task;

@@ -1,0 +1,4 @@
+//! Everything of the agent that touches the machine; it decides nothing.
+
+pub mod probe;
+pub mod usage;
