@@ -1,6 +1,9 @@
 //! berth's node daemon and its per-pod supervisor.
 
+pub mod config;
 pub mod core;
 pub mod io;
+pub mod logging;
+pub mod run;
 pub mod shim;
 pub mod task;

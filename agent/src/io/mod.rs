@@ -3,7 +3,12 @@
 pub mod bus;
 pub mod clock;
 pub mod depot;
+pub mod image;
 pub mod journal;
+pub mod logs;
+pub mod network;
 pub mod notify;
 pub mod prepare;
+pub mod probe;
 pub mod shims;
+pub mod usage;

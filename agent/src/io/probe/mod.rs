@@ -1,0 +1,235 @@
+//! What this machine is, has and uses: owns the node's inventory and usage; it may change nothing on the machine.
+//!
+//! Built for a daemon of four MiB: what never changes is read once, a heartbeat's sample reads a handful of small
+//! files, and a machine without GPUs has no driver library loaded and no thread started.
+//!
+//! - [`host`]: processors, memory, disk, load, texts about the system
+//! - [`cgroup`]: how control groups are mounted, and the limits that the agent itself runs under
+//! - [`gpus`]: asks the drivers from a thread of its own; [`nvidia`] through NVML, [`drm`] for AMD and Intel
+//! - [`devices`]: how an allotted GPU reaches a container; [`cdi`] finds the names of CDI specifications
+//! - [`criu`]: finds a CRIU that works
+
+pub mod cdi;
+pub mod cgroup;
+pub mod criu;
+pub mod devices;
+pub mod drm;
+pub mod gpus;
+pub mod host;
+pub mod nvidia;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use berth_protocol::resources::{GpuShare, Inventory, Usage};
+use berth_protocol::units::{Bytes, MilliCpu};
+
+use crate::task::DeviceGrant;
+use devices::GrantError;
+use gpus::Gpus;
+use host::Meter;
+
+/// How long the first look at the GPUs may take: without persistence mode the NVIDIA driver brings each device up
+/// first. A hello that goes out sooner would tell of a node without GPUs.
+const FIRST_ANSWER_MS_MAX: u64 = 15_000;
+/// How long a later sample waits for the GPUs' drivers; a late answer counts at the next one.
+const ANSWER_MS_MAX: u64 = 250;
+/// After this long without an answer the devices count as unhealthy.
+const STUCK_MS: u64 = 25_000;
+
+/// What the configuration says about the node.
+#[derive(Debug, Clone, Default)]
+pub struct ProbeConfig {
+    /// Where the machine's files are found: empty or `/`, and a made-up tree in tests.
+    pub root: PathBuf,
+    /// The NVML library in place of `libnvidia-ml.so.1`.
+    pub nvml: Option<PathBuf>,
+    /// Offer no more than this (`--capacity`); what the machine has less the reserve remains the upper bound.
+    pub capacity: Option<(MilliCpu, Bytes)>,
+    /// Kept back for the system and berth itself.
+    pub reserved_cpu: MilliCpu,
+    pub reserved_memory: Bytes,
+    /// The agent's data directory: its file system is the node's disk.
+    pub data_dir: PathBuf,
+    pub labels: BTreeMap<String, String>,
+    pub taints: BTreeSet<String>,
+    pub host_image: bool,
+    /// Whether pods can have a network of their own, as the agent's network code found.
+    pub bridge: bool,
+}
+
+/// One look at the machine.
+#[derive(Debug, Clone)]
+pub struct Sample {
+    pub usage: Usage,
+    /// The inventory is another than at the last sample.
+    pub changed: bool,
+}
+
+/// The node's inventory, kept current.
+#[derive(Debug)]
+pub struct Probe {
+    config: ProbeConfig,
+    meter: Meter,
+    limits: cgroup::OwnLimits,
+    gpus: Gpus,
+    inventory: Inventory,
+}
+
+impl Probe {
+    /// Looks at everything once. Takes milliseconds, or up to 15 s where an NVIDIA driver wakes its devices.
+    /// The inventory has no CRIU until [`Probe::set_criu`].
+    pub async fn new(config: ProbeConfig) -> Self {
+        let facts = host::facts(&config.root);
+        let mounts = cgroup::mounts(&config.root);
+        let inventory = Inventory {
+            hostname: facts.hostname,
+            arch: facts.arch,
+            kernel: facts.kernel,
+            os: facts.os,
+            cpu: MilliCpu::ZERO,
+            memory: Bytes::ZERO,
+            disk: Bytes::ZERO,
+            cpu_model: facts.cpu_model,
+            cpu_features: facts.cpu_features,
+            cgroup: cgroup::version(&mounts),
+            criu: None,
+            gpus: Vec::new(),
+            gpu_driver: None,
+            cuda: None,
+            labels: config.labels.clone(),
+            taints: config.taints.clone(),
+            host_image: config.host_image,
+            bridge: config.bridge,
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        let gpus = Gpus::new(config.root.clone(), config.nvml.clone(), Duration::from_millis(STUCK_MS));
+        let limits = cgroup::OwnLimits::find(&config.root, &mounts);
+        let mut probe = Self { config, meter: Meter::new(), limits, gpus, inventory };
+        probe.look(Duration::from_millis(FIRST_ANSWER_MS_MAX)).await;
+        probe
+    }
+
+    pub fn inventory(&self) -> &Inventory {
+        &self.inventory
+    }
+
+    /// The version of the CRIU that was found to work.
+    pub fn set_criu(&mut self, version: Option<String>) {
+        self.inventory.criu = version;
+    }
+
+    /// Looks again: about 100 µs, with GPUs at most 250 ms and then with their drivers' last answer.
+    /// CPU usage is the mean since the last sample.
+    pub async fn sample(&mut self) -> Sample {
+        self.look(Duration::from_millis(ANSWER_MS_MAX)).await
+    }
+
+    /// How the pod's share of the devices reaches its containers.
+    pub fn grants(&self, shares: &[GpuShare]) -> Result<Vec<DeviceGrant>, GrantError> {
+        devices::grants(&self.config.root, &self.gpus.snapshot().found, shares)
+    }
+
+    async fn look(&mut self, wait: Duration) -> Sample {
+        self.gpus.refresh(wait).await;
+        let reading = self.meter.read(&self.config.data_dir);
+        let limit = self.limits.read();
+        let cpu = offered(
+            reading.cpu_total.min(limit.cpu.unwrap_or(MilliCpu(u64::MAX))),
+            self.config.reserved_cpu,
+            self.config.capacity.map(|(cpu, _)| cpu),
+            MilliCpu::saturating_sub,
+        );
+        let memory = offered(
+            reading.memory_total.min(limit.memory.unwrap_or(Bytes(u64::MAX))),
+            self.config.reserved_memory,
+            self.config.capacity.map(|(_, memory)| memory),
+            Bytes::saturating_sub,
+        );
+        let snapshot = self.gpus.snapshot();
+        let known = &mut self.inventory;
+        let same = (known.cpu, known.memory, known.disk) == (cpu, memory, reading.disk_total)
+            && known.gpus.iter().eq(snapshot.found.iter().map(|found| &found.gpu))
+            && (&known.gpu_driver, &known.cuda) == (&snapshot.driver, &snapshot.cuda);
+        if !same {
+            (known.cpu, known.memory, known.disk) = (cpu, memory, reading.disk_total);
+            known.gpus = snapshot.found.iter().map(|found| found.gpu.clone()).collect();
+            known.gpu_driver.clone_from(&snapshot.driver);
+            known.cuda.clone_from(&snapshot.cuda);
+        }
+        let usage = Usage {
+            cpu: reading.cpu_used,
+            memory: reading.memory_used,
+            disk: reading.disk_used,
+            load_milli: reading.load_milli,
+            gpus: snapshot.found.iter().filter_map(|found| found.usage.clone()).collect(),
+        };
+        Sample { usage, changed: !same }
+    }
+}
+
+/// What pods may use: the machine less the reserve, and no more than the configuration offers.
+fn offered<T: Ord + Copy>(machine: T, reserved: T, capacity: Option<T>, less: impl Fn(T, T) -> T) -> T {
+    let free = less(machine, reserved);
+    capacity.map_or(free, |capacity| capacity.min(free))
+}
+
+/// Cuts a text from the machine to what a message may carry of it, and takes control characters out.
+fn bounded(text: &str, bytes_max: usize) -> String {
+    let mut out = String::new();
+    for c in text.trim().chars().filter(|c| !c.is_control()) {
+        if out.len() + c.len_utf8() > bytes_max {
+            break;
+        }
+        out.push(c);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn capacity_never_exceeds_the_machine(
+            machine in any::<u64>(), reserved in any::<u64>(), capacity in any::<Option<u64>>()
+        ) {
+            let got = offered(
+                Bytes(machine), Bytes(reserved), capacity.map(Bytes), Bytes::saturating_sub,
+            );
+            prop_assert!(got.0 <= machine.saturating_sub(reserved));
+            prop_assert!(capacity.is_none_or(|capacity| got.0 <= capacity));
+        }
+
+        #[test]
+        fn bounded_is_bounded(text in "\\PC{0,60}", max in 0usize..80) {
+            prop_assert!(bounded(&text, max).len() <= max);
+        }
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn this_machine() {
+        let data = tempfile::tempdir().unwrap();
+        let whole = ProbeConfig { data_dir: data.path().into(), ..ProbeConfig::default() };
+        let probe = Probe::new(whole.clone()).await;
+        let inventory = probe.inventory();
+        assert!(inventory.cpu.0 >= 100 && inventory.memory.0 > 64 * Bytes::MIB && inventory.disk.0 > 0);
+        assert!(!inventory.kernel.is_empty() && !inventory.arch.is_empty() && !inventory.os.is_empty());
+
+        let reserved = Bytes(64 * Bytes::MIB);
+        let mut part = Probe::new(ProbeConfig {
+            capacity: Some((MilliCpu(250), Bytes(u64::MAX))),
+            reserved_memory: reserved,
+            ..whole
+        })
+        .await;
+        assert_eq!(part.inventory().cpu, MilliCpu(250));
+        assert_eq!(part.inventory().memory, inventory.memory.saturating_sub(reserved));
+        let sample = part.sample().await;
+        assert!(!sample.changed, "{sample:?}");
+        assert!(sample.usage.memory.0 > 0 && sample.usage.disk.0 > 0);
+    }
+}
