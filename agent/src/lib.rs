@@ -1,1 +1,3 @@
+//! berth's node agent: `io` acts on the machine.
 
+pub mod io;

@@ -1,0 +1,3 @@
+//! Everything of the agent that touches the machine; it decides nothing.
+
+pub mod image;
