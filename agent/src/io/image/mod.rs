@@ -1,0 +1,33 @@
+//! Owns the node's container images: references, pulling, unpacking into overlayfs layers, and collecting what
+//! is no longer used; it knows nothing of pods, and mounts nothing.
+//!
+//! Two processes share this code. The daemon uses [`ImageStore`]: it reads small records and never parses an
+//! image. Whatever comes from outside (registries, archives, tar streams) is read by a short-lived child, the
+//! hidden subcommand `image` ([`worker_main`]), so that TLS, decompression and hostile input stay out of the
+//! daemon's memory. The two meet only in the store's directory (`disk`) and on a pipe of JSON lines (`worker`).
+
+mod archive;
+mod auth;
+mod collect;
+mod digest;
+mod disk;
+mod error;
+mod layout;
+mod manifest;
+mod pull;
+mod record;
+mod reference;
+mod registry;
+mod source;
+mod store;
+mod tar_stream;
+mod unpack;
+mod worker;
+
+pub use collect::Collected;
+pub use digest::Digest;
+pub use error::ImageError;
+pub use record::{ImageConfig, ImageRecord, Progress, RegistryConfig};
+pub use reference::{ImageRef, RegistryName};
+pub use store::{ImageStore, StoreConfig};
+pub use worker::worker_main;
