@@ -56,7 +56,12 @@ struct Settings {
     #[arg(long, env = "BERTH_ALLOW_HOST_IMAGE", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     allow_host_image: Option<bool>,
     /// A directory whose files jobs may mount (`volumes: [{host: …}]`); may be repeated
-    #[arg(long = "allow-host-path", env = "BERTH_ALLOW_HOST_PATH", value_name = "DIR", value_delimiter = ',')]
+    #[arg(
+        long = "allow-host-path",
+        env = "BERTH_ALLOW_HOST_PATH",
+        value_name = "DIR",
+        value_delimiter = ','
+    )]
     #[serde(rename = "allow-host-path")]
     host_paths: Option<Vec<PathBuf>>,
     /// The CRIU to use [default: the first that works of criu/criu beside this program, /usr/lib/berth/criu/criu, PATH]
@@ -69,11 +74,21 @@ struct Settings {
     #[arg(long, env = "BERTH_RESERVED", value_name = "AMOUNTS")]
     reserved: Option<String>,
     /// Mirrors of a registry, as `docker.io=http://mirror:5000`; may be repeated
-    #[arg(long = "registry-mirror", env = "BERTH_REGISTRY_MIRROR", value_name = "HOST=URL", value_delimiter = ',')]
+    #[arg(
+        long = "registry-mirror",
+        env = "BERTH_REGISTRY_MIRROR",
+        value_name = "HOST=URL",
+        value_delimiter = ','
+    )]
     #[serde(rename = "registry-mirror")]
     mirrors: Option<Vec<String>>,
     /// A registry reached over plain HTTP (loopback always is); may be repeated
-    #[arg(long = "registry-insecure", env = "BERTH_REGISTRY_INSECURE", value_name = "HOST", value_delimiter = ',')]
+    #[arg(
+        long = "registry-insecure",
+        env = "BERTH_REGISTRY_INSECURE",
+        value_name = "HOST",
+        value_delimiter = ','
+    )]
     #[serde(rename = "registry-insecure")]
     insecure: Option<Vec<String>>,
     /// Credentials for registries, in the form of docker's config.json
@@ -155,7 +170,8 @@ fn pairs(what: &str, items: Vec<String>) -> Result<Vec<(String, String)>> {
 fn check_dev(cidr: &str, broker: &str) -> Result<()> {
     let (host, _) = crate::io::bus::parse_url(broker)?;
     let (network, bits) = cidr.split_once('/').unwrap_or((cidr, "32"));
-    let network: std::net::Ipv4Addr = network.parse().with_context(|| format!("--dev={cidr}: not a network"))?;
+    let network: std::net::Ipv4Addr =
+        network.parse().with_context(|| format!("--dev={cidr}: not a network"))?;
     let bits: u32 = bits.parse().ok().filter(|bits| *bits <= 32).context("--dev: a prefix is 0 to 32")?;
     let mask = u32::MAX.checked_shl(32 - bits).unwrap_or(0);
     let inside = |ip: std::net::Ipv4Addr| u32::from(ip) & mask == u32::from(network) & mask;
@@ -173,7 +189,8 @@ impl Config {
     pub fn from_args(args: Args) -> Result<Self> {
         let file = match &args.config {
             Some(path) => {
-                let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+                let text = std::fs::read_to_string(path)
+                    .with_context(|| format!("cannot read {}", path.display()))?;
                 toml::from_str(&text).with_context(|| format!("{} is not valid", path.display()))?
             }
             None => Settings::default(),
@@ -254,8 +271,11 @@ mod tests {
     fn flags_go_before_the_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("agent.toml");
-        std::fs::write(&path, "node = \"one\"\nlabel = [\"a=b\"]\ncapacity = \"cpu=2,memory=4Gi\"\ndev = \"127.0.0.0/8\"\n")
-            .unwrap();
+        std::fs::write(
+            &path,
+            "node = \"one\"\nlabel = [\"a=b\"]\ncapacity = \"cpu=2,memory=4Gi\"\ndev = \"127.0.0.0/8\"\n",
+        )
+        .unwrap();
         let path = path.to_str().unwrap();
         let got = config(&["--config", path, "--node", "two"]).unwrap();
         assert_eq!(got.node.as_str(), "two");

@@ -41,7 +41,8 @@ fn main() -> ExitCode {
 fn serve(config: Config) -> anyhow::Result<()> {
     // Freed memory goes back at once: an agent is idle nearly always.
     nix_mallopt();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build()?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build()?;
     runtime.block_on(async {
         let mut term = signal(SignalKind::terminate())?;
         let mut int = signal(SignalKind::interrupt())?;

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use berth_protocol::codec::{self, CodecError};
 use berth_protocol::ids::{IdError, LedgerId, SessionNonce};
-use berth_protocol::message::node::{DepotAccess, Desired, Lease, NodeRequest, Request, SpecMessage};
-use berth_protocol::resources::CgroupVersion;
+use berth_protocol::job::PodTemplate;
+use berth_protocol::message::node::{DepotAccess, NodeRequest, Request, SpecMessage};
 use berth_protocol::topic::{NodeTopic, Topic};
 use berth_protocol::units::{Bytes, MilliCpu};
 use tokio::sync::mpsc;
@@ -32,6 +32,10 @@ use crate::task::{Order, Report, Task};
 const BATCH: usize = 64;
 /// The longest sleep: timers run on CLOCK_BOOTTIME, which goes on through a suspend, and the sleep does not.
 const NAP_MAX: Duration = Duration::from_secs(5);
+/// While followers wait for room in the broker's queue.
+const CATCH_UP: Duration = Duration::from_millis(10);
+const COLLECT_FIRST: Duration = Duration::from_secs(60);
+const COLLECT_EVERY: Duration = Duration::from_secs(600);
 /// Messages from the broker that may wait.
 const BUS_QUEUE: usize = 256;
 
@@ -64,6 +68,13 @@ struct Agency {
     events: mpsc::UnboundedSender<Event>,
     /// Messages refused since the start, by kind; each kind is logged once.
     refused: BTreeMap<&'static str, u64>,
+}
+
+/// What the loop takes in: things to decide about, and requests that change nothing.
+enum Input {
+    Event(Event),
+    Logs(NodeRequest),
+    Criu(Option<String>),
 }
 
 /// Runs an agent until `shutdown`. Pods go on without it.
@@ -115,7 +126,9 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         refused: BTreeMap::new(),
         config,
     };
-    agency.find_criu();
+    let mut find_criu = tokio::spawn(find_criu(agency.config.criu.clone()));
+    let mut collect_at = tokio::time::Instant::now() + COLLECT_FIRST;
+    let mut searching = true;
     agency.journal.append(&first.records)?;
     agency.perform(first.actions).await;
     notify::notify("READY=1");
@@ -123,18 +136,23 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     tokio::pin!(shutdown);
     loop {
         let nap = Duration::from_millis(agency.core.next_wake().since(clock::now().boot).0);
-        let nap = nap.min(NAP_MAX).min(watchdog.unwrap_or(NAP_MAX));
+        let nap_max = if agency.followers.behind() { CATCH_UP } else { NAP_MAX };
+        let nap = nap.min(nap_max).min(watchdog.unwrap_or(NAP_MAX));
         let mut batch = Vec::new();
         tokio::select! {
             biased;
             () = &mut shutdown => break,
-            Some(event) = inbox.recv() => batch.push(event),
+            Some(event) = inbox.recv() => batch.push(Input::Event(event)),
             Some(event) = bus_inbox.recv() => batch.extend(agency.read(event)),
-            () = tokio::time::sleep(nap) => batch.push(Event::Tick),
+            criu = &mut find_criu, if searching => {
+                searching = false;
+                batch.push(Input::Criu(criu.ok().flatten()));
+            }
+            () = tokio::time::sleep(nap) => batch.push(Input::Event(Event::Tick)),
         }
         while batch.len() < BATCH {
             if let Ok(event) = inbox.try_recv() {
-                batch.push(event);
+                batch.push(Input::Event(event));
             } else if let Ok(event) = bus_inbox.try_recv() {
                 batch.extend(agency.read(event));
             } else {
@@ -142,6 +160,11 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
             }
         }
         agency.handle(batch).await?;
+        agency.followers.catch_up(&agency.bus);
+        if collect_at <= tokio::time::Instant::now() {
+            collect_at = tokio::time::Instant::now() + COLLECT_EVERY;
+            agency.collect();
+        }
         if watchdog.is_some() {
             notify::notify("WATCHDOG=1");
         }
@@ -156,10 +179,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
 
 fn probe_config(config: &Config, bridge: bool) -> ProbeConfig {
     let capacity = (config.capacity.cpu.is_some() || config.capacity.memory.is_some()).then(|| {
-        (
-            config.capacity.cpu.unwrap_or(MilliCpu(u64::MAX)),
-            config.capacity.memory.unwrap_or(Bytes(u64::MAX)),
-        )
+        (config.capacity.cpu.unwrap_or(MilliCpu(u64::MAX)), config.capacity.memory.unwrap_or(Bytes(u64::MAX)))
     });
     ProbeConfig {
         capacity,
@@ -176,12 +196,23 @@ fn probe_config(config: &Config, bridge: bool) -> ProbeConfig {
 
 impl Agency {
     /// Decides about a batch of events and does what was decided, the records of all of it durable first.
-    async fn handle(&mut self, batch: Vec<Event>) -> Result<(), RunError> {
+    async fn handle(&mut self, batch: Vec<Input>) -> Result<(), RunError> {
         let now: Now = clock::now();
         let (mut records, mut actions) = (Vec::new(), Vec::new());
-        for event in batch {
-            if let Event::Shim { key, report } = &event {
-                self.followers.on_report(&self.bus, &self.shims.pod_dir(key), key, report).await;
+        for input in batch {
+            let event = match input {
+                Input::Event(event) => event,
+                Input::Logs(request) => {
+                    self.follow(request);
+                    continue;
+                }
+                Input::Criu(version) => {
+                    self.probe.set_criu(version);
+                    Event::Inventory(Box::new(self.probe.inventory().clone()))
+                }
+            };
+            if let Event::Shim { key, report: Report::Log { .. } | Report::Exited { .. } } = &event {
+                self.followers.grown(&self.bus, key);
             }
             let step = self.core.step(now, event);
             records.extend(step.records);
@@ -194,25 +225,22 @@ impl Agency {
     }
 
     /// A message of the broker's as an event, where it is one.
-    fn read(&mut self, event: BusEvent) -> Option<Event> {
+    fn read(&mut self, event: BusEvent) -> Option<Input> {
         let (topic, payload) = match event {
-            BusEvent::Up => return Some(Event::BusUp),
-            BusEvent::Down => return Some(Event::BusDown),
+            BusEvent::Up => return Some(Input::Event(Event::BusUp)),
+            BusEvent::Down => return Some(Input::Event(Event::BusDown)),
             BusEvent::Message { topic, payload } => (topic, payload),
         };
         let Topic::Node { kind, .. } = &topic else { return None };
         let read = match kind {
-            NodeTopic::Desired => codec::decode::<Desired>(&topic, &payload).map(Event::Desired).map(Some),
-            NodeTopic::Lease => codec::decode::<Lease>(&topic, &payload).map(Event::Lease).map(Some),
-            NodeTopic::Spec => read_spec(&topic, &payload).map(Some),
-            NodeTopic::Request => codec::decode::<NodeRequest>(&topic, &payload).map(|request| {
-                self.request(request);
-                None
-            }),
+            NodeTopic::Desired => codec::decode(&topic, &payload).map(Event::Desired).map(Input::Event),
+            NodeTopic::Lease => codec::decode(&topic, &payload).map(Event::Lease).map(Input::Event),
+            NodeTopic::Spec => read_spec(&topic, &payload).map(Input::Event),
+            NodeTopic::Request => codec::decode(&topic, &payload).map(Input::Logs),
             _ => return None,
         };
         match read {
-            Ok(event) => event,
+            Ok(input) => Some(input),
             Err(error) => {
                 let count = self.refused.entry(error.kind()).or_default();
                 *count += 1;
@@ -224,19 +252,24 @@ impl Agency {
         }
     }
 
-    fn request(&mut self, request: NodeRequest) {
+    /// Follows a pod's log. What cannot be followed yet is asked for again by whoever wants it.
+    fn follow(&mut self, request: NodeRequest) {
         let Request::Logs { pod, epoch, from_seq, follow } = request.request;
         let key = PodKey::new(&pod, epoch);
-        let Some(entry) = self.core.ledger().pods.get(&key) else {
-            // A follower may come before the order that brings the pod.
-            return self.followers.expect(key, from_seq, follow);
-        };
-        let template = self.core.ledger().specs.get(&entry.desired.spec);
-        if let Some(template) = template {
-            let topic = Topic::Logs { namespace: template.namespace.clone(), pod: template.job.pod(pod.index) };
-            self.followers.follow(&self.bus, &self.shims.pod_dir(&key), key.clone(), topic, from_seq, follow);
-            self.shims.order(&key, Order::Follow { follow });
-        }
+        let ledger = self.core.ledger();
+        let Some(entry) = ledger.pods.get(&key) else { return };
+        let Some(template) = ledger.specs.get(&entry.desired.spec) else { return };
+        let topic = Topic::Logs { namespace: template.namespace.clone(), pod: template.job.pod(pod.index) };
+        let dir = self.shims.pod_dir(&key);
+        self.followers.follow(&self.bus, &dir, &key, topic, from_seq, follow);
+        self.shims.order(&key, Order::Follow { follow: true });
+    }
+
+    /// Frees disk that no pod of the ledger needs.
+    fn collect(&self) {
+        let templates: Vec<PodTemplate> = self.core.specs().cloned().collect();
+        let preparer = self.preparer.clone();
+        tokio::spawn(async move { preparer.collect(templates.iter()).await });
     }
 
     async fn perform(&mut self, actions: Vec<Action>) {
@@ -254,7 +287,7 @@ impl Agency {
                     }
                     self.bus.publish(&self.topic(NodeTopic::Heartbeat), &*heartbeat);
                 }
-                Action::Events(events) => self.bus.publish(&self.topic(NodeTopic::Event), &events),
+                Action::Events(events) => drop(self.bus.publish(&self.topic(NodeTopic::Event), &events)),
                 Action::Prepare { key, template } => {
                     let (preparer, events, depot) =
                         (self.preparer.clone(), self.events.clone(), self.depot.clone());
@@ -324,10 +357,6 @@ impl Agency {
             template,
         };
         self.shims.launch(&key, &task).map_err(|error| error.to_string())?;
-        if let Some(topic) = self.followers.expected(&key, &task) {
-            let dir = self.shims.pod_dir(&key);
-            self.followers.follow(&self.bus, &dir, key.clone(), topic.0, topic.1, topic.2);
-        }
         if self.followers.wants(&key) {
             self.shims.order(&key, Order::Follow { follow: true });
         }
@@ -354,22 +383,22 @@ impl Agency {
         let (events, access) = (self.events.clone(), self.depot.clone());
         let path = self.shims.pod_dir(&key).join(crate::task::file::OUTPUTS);
         tokio::spawn(async move {
-            let result = depot::put_outputs(access.as_ref(), &path).await.map_err(|error| error.to_string());
+            let result = depot::put_file(access.as_ref(), &path).await.map_err(|error| error.to_string());
             let _ = events.send(Event::OutputsStored { key, result });
         });
     }
+}
 
-    /// Looks for a CRIU that works, beside everything else: its own check takes a while.
-    fn find_criu(&mut self) {
-        let (events, path) = (self.events.clone(), self.config.criu.clone());
-        let mut inventory = self.probe.inventory().clone();
-        let found = self.probe.criu_cell();
-        tokio::spawn(async move {
-            let criu = criu::find(path.as_deref()).await;
-            inventory.criu = criu.map(|criu| criu.version);
-            found.set(inventory.criu.clone());
-            let _ = events.send(Event::Inventory(Box::new(inventory)));
-        });
+/// The version of a CRIU that works; looked for beside everything else, since its own check takes a while.
+async fn find_criu(configured: Option<std::path::PathBuf>) -> Option<String> {
+    let program = std::env::current_exe().ok();
+    let path = std::env::var("PATH").unwrap_or_default();
+    match criu::find(&criu::candidates(configured.as_deref(), program.as_deref(), &path)).await {
+        Ok(criu) => Some(criu.version),
+        Err(error) => {
+            tracing::info!("no transparent checkpoints on this node: {error}");
+            None
+        }
     }
 }
 
@@ -382,18 +411,4 @@ fn read_spec(topic: &Topic, payload: &[u8]) -> Result<Event, CodecError> {
     }
     let template = serde_json::from_str(message.spec.get()).map_err(CodecError::Malformed)?;
     Ok(Event::Spec { digest: message.digest, template: Box::new(template) })
-}
-
-/// What followers need of a report.
-pub(crate) fn last_seq(report: &Report) -> Option<u64> {
-    match report {
-        Report::Log { seq } => Some(*seq),
-        Report::Exited { exit } => Some(exit.outcome.log_records),
-        _ => None,
-    }
-}
-
-/// Where control groups are mounted decides how a pod's are read.
-pub(crate) fn unified(version: CgroupVersion) -> bool {
-    version == CgroupVersion::V2
 }

@@ -8,6 +8,7 @@
 //! | `shim.sock` | shim | control: JSON lines, [`Order`] one way and [`Report`] the other |
 //! | `shim.lock` | shim | held (flock) as long as the shim lives |
 //! | `exit-{run}.json` | shim, durably, before anyone is told | [`Exit`]; nothing of the run is alive |
+//! | `outputs.tar.gz` | shim, before the exit file | what the template's `outputs` name, where any was there |
 //! | `log/` | shim | the epoch's log, all runs of it, in segments named by their first record's seq |
 //! | `upper/ work/ rootfs/ …` | shim | a container's file system while it lives |
 //!
@@ -186,6 +187,8 @@ pub mod file {
     pub const SOCKET: &str = "shim.sock";
     pub const LOCK: &str = "shim.lock";
     pub const LOG_DIR: &str = "log";
+    /// What the template's `outputs` name, archived at the end of the last run that had them.
+    pub const OUTPUTS: &str = "outputs.tar.gz";
 
     pub fn exit(run: berth_protocol::ids::Run) -> String {
         format!("exit-{run}.json")

@@ -327,8 +327,9 @@ impl Digest {
         Ok(Self(out))
     }
 
-    pub fn bytes(&self) -> &[u8; 32] {
-        &self.0
+    /// Of a hash that was computed piece by piece.
+    pub fn from_bytes(sha256: [u8; 32]) -> Self {
+        Self(sha256)
     }
 
     /// The 64 digits without the algorithm's name: fit for a file's name.

@@ -6,6 +6,8 @@
 pub mod grants;
 pub mod ledger;
 mod pods;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;

@@ -8,7 +8,9 @@ use berth_protocol::ids::{ClusterName, NodeId, SessionNonce};
 use berth_protocol::limits::PACKET_BYTES_MAX;
 use berth_protocol::message::node::Bye;
 use berth_protocol::topic::{NodeTopic, Topic, filter};
-use rumqttc::{AsyncClient, ConnectionError, Event as MqttEvent, LastWill, MqttOptions, Packet, QoS, SubscribeFilter};
+use rumqttc::{
+    AsyncClient, ConnectionError, Event as MqttEvent, LastWill, MqttOptions, Packet, QoS, SubscribeFilter,
+};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
@@ -124,18 +126,18 @@ impl Bus {
         Ok(bus)
     }
 
-    pub fn publish<T: Serialize>(&self, topic: &Topic, message: &T) {
+    /// Hands a message to the connection; `false` where too many wait for it already.
+    pub fn publish<T: Serialize>(&self, topic: &Topic, message: &T) -> bool {
         let qos = match topic {
             Topic::Node { kind, .. } if kind.is_qos0() => QoS::AtMostOnce,
             _ => QoS::AtLeastOnce,
         };
         match codec::encode(topic, message) {
-            Ok(payload) => {
-                if self.client.try_publish(topic.render(&self.cluster), qos, false, payload).is_err() {
-                    tracing::debug!("{topic} not sent: too much waits for the broker");
-                }
+            Ok(payload) => self.client.try_publish(topic.render(&self.cluster), qos, false, payload).is_ok(),
+            Err(error) => {
+                tracing::error!("{topic} not sent: {error}");
+                true
             }
-            Err(error) => tracing::error!("{topic} not sent: {error}"),
         }
     }
 

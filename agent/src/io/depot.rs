@@ -15,7 +15,7 @@ use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -56,10 +56,33 @@ pub async fn put_log(
     exchange(access, Method::PUT, &path, files_body(files)).await.map(drop)
 }
 
-/// Sends a file under its digest.
-pub async fn put_blob(access: &DepotAccess, digest: &Digest, file: tokio::fs::File) -> Result<(), DepotError> {
+/// Sends a file under its digest, which is returned with the file's size; `None` where there is no such file.
+pub async fn put_file(
+    access: Option<&DepotAccess>,
+    path: &Path,
+) -> Result<Option<(Digest, berth_protocol::units::Bytes)>, DepotError> {
+    let access = access.ok_or(DepotError::NoAccess)?;
+    let wrong = |source| DepotError::File { path: path.display().to_string(), source };
+    let mut file = match tokio::fs::File::open(path).await {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(wrong)?,
+    };
+    let mut hash = <sha2::Sha256 as sha2::Digest>::new();
+    let (mut buffer, mut bytes) = (vec![0; CHUNK_BYTES], 0);
+    loop {
+        match file.read(&mut buffer).await.map_err(wrong)? {
+            0 => break,
+            length => {
+                bytes += length as u64;
+                sha2::Digest::update(&mut hash, &buffer[..length]);
+            }
+        }
+    }
+    let digest = Digest::from_bytes(sha2::Digest::finalize(hash).into());
+    file.rewind().await.map_err(wrong)?;
     let path = format!("/v1/blobs/{}", digest.hex());
-    exchange(access, Method::PUT, &path, files_body(vec![file])).await.map(drop)
+    exchange(access, Method::PUT, &path, files_body(vec![file])).await.map(drop)?;
+    Ok(Some((digest, berth_protocol::units::Bytes(bytes))))
 }
 
 /// Fetches a blob into `to`, which is left only if every byte is as the digest says.
@@ -76,8 +99,7 @@ pub async fn get_blob(access: &DepotAccess, digest: &Digest, to: &Path) -> Resul
         }
     }
     file.flush().await.map_err(wrong)?;
-    let found: [u8; 32] = sha2::Digest::finalize(hash).into();
-    if digest.bytes() != &found {
+    if *digest != Digest::from_bytes(sha2::Digest::finalize(hash).into()) {
         let _ = tokio::fs::remove_file(to).await;
         return Err(DepotError::Digest(*digest));
     }
@@ -106,8 +128,11 @@ async fn exchange(
     path: &str,
     body: Body,
 ) -> Result<hyper::body::Incoming, DepotError> {
-    let authority =
-        access.url.strip_prefix("http://").ok_or_else(|| DepotError::Url(access.url.clone()))?.trim_end_matches('/');
+    let authority = access
+        .url
+        .strip_prefix("http://")
+        .ok_or_else(|| DepotError::Url(access.url.clone()))?
+        .trim_end_matches('/');
     let work = async {
         let stream = TcpStream::connect(authority).await.map_err(DepotError::Connect)?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;

@@ -61,8 +61,7 @@ impl Journal {
         if lock.try_lock().is_err() {
             return Err(JournalError::Locked { path: dir.into() });
         }
-        let mut file =
-            OpenOptions::new().create(true).read(true).append(true).open(&path).map_err(wrong)?;
+        let mut file = OpenOptions::new().create(true).read(true).append(true).open(&path).map_err(wrong)?;
         sync_dir(dir).map_err(wrong)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(wrong)?;

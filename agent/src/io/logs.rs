@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use berth_protocol::ids::Epoch;
 use berth_protocol::limits::FOLLOW_MS;
+use berth_protocol::log::Record;
 use berth_protocol::topic::Topic;
 use tokio::time::Instant;
 
 use crate::core::ledger::PodKey;
 use crate::io::bus::Bus;
-use crate::shim::log::read_from;
+use crate::shim::log::{OwnedRecord, read_from};
 use crate::task::file;
 
 /// One reader of a pod's log, however many clients listen.
@@ -80,11 +81,13 @@ impl Follower {
         let mut records = read_from(&self.dir, self.next_seq);
         // A log that cannot be read now is asked for again, or comes from the depot.
         while let Ok(Some(record)) = records.next() {
-            if !bus.publish(&self.topic, &record.message(self.epoch)) {
+            let OwnedRecord { seq, at, stream, container, bytes } = record;
+            let message = Record { seq, at, stream, container, bytes: &bytes }.message(self.epoch);
+            if !bus.publish(&self.topic, &message) {
                 self.behind = true;
                 return;
             }
-            self.next_seq = record.seq + 1;
+            self.next_seq = seq + 1;
         }
     }
 }

@@ -74,7 +74,8 @@ impl Preparer {
         depot: Option<&DepotAccess>,
         events: &UnboundedSender<Event>,
     ) -> Result<Prepared, Unready> {
-        let volumes = template.volumes.iter().map(|volume| self.volume(template, volume)).collect::<Result<_, _>>()?;
+        let volumes =
+            template.volumes.iter().map(|volume| self.volume(template, volume)).collect::<Result<_, _>>()?;
         let mut roots = Vec::with_capacity(template.containers.len());
         for container in &template.containers {
             roots.push(self.root(key, &container.image, events).await?);
@@ -86,7 +87,12 @@ impl Preparer {
         Ok(Prepared { roots, volumes, workspace })
     }
 
-    async fn root(&self, key: &PodKey, image: &str, events: &UnboundedSender<Event>) -> Result<Root, Unready> {
+    async fn root(
+        &self,
+        key: &PodKey,
+        image: &str,
+        events: &UnboundedSender<Event>,
+    ) -> Result<Root, Unready> {
         if image == "host" {
             let message = "this node does not run host images: start its agent with --allow-host-image, or name \
                            an image";
@@ -129,7 +135,11 @@ impl Preparer {
             VolumeSource::Scratch(_) => Ok(None),
             VolumeSource::Host(path) => {
                 let real = fs::canonicalize(path).map_err(|error| {
-                    unready("VolumeMissing", format!("volume {}: host path {path}: {error}", volume.mount), false)
+                    unready(
+                        "VolumeMissing",
+                        format!("volume {}: host path {path}: {error}", volume.mount),
+                        false,
+                    )
                 })?;
                 if self.host_paths.iter().any(|allowed| real.starts_with(allowed)) {
                     return Ok(Some(real));
@@ -152,15 +162,21 @@ impl Preparer {
     }
 
     /// A workspace's files, unpacked once however many pods use them.
-    async fn workspace(&self, workspace: &Workspace, depot: Option<&DepotAccess>) -> Result<PathBuf, Unready> {
+    async fn workspace(
+        &self,
+        workspace: &Workspace,
+        depot: Option<&DepotAccess>,
+    ) -> Result<PathBuf, Unready> {
         let all = self.data_dir.join("workspaces");
         let dir = all.join(workspace.digest.hex());
         if dir.is_dir() {
             return Ok(dir);
         }
         let failed = |message: String| unready("WorkspaceFailed", message, true);
-        let access = depot.ok_or_else(|| failed("the controller has not yet said where the depot is".into()))?;
-        fs::create_dir_all(&all).map_err(|error| failed(format!("cannot make {}: {error}", all.display())))?;
+        let access =
+            depot.ok_or_else(|| failed("the controller has not yet said where the depot is".into()))?;
+        fs::create_dir_all(&all)
+            .map_err(|error| failed(format!("cannot make {}: {error}", all.display())))?;
         let archive = all.join(format!("{}.tar.gz", workspace.digest.hex()));
         depot::get_blob(access, &workspace.digest, &archive)
             .await

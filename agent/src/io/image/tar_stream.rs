@@ -87,7 +87,11 @@ impl<R: Read> TarStream<R> {
         let mut extensions = Extensions::default();
         for _ in 0..=EXTENSIONS_MAX {
             let Some(header) = self.header()? else {
-                return if extensions.any { Err(malformed("the archive ends after an extension header")) } else { Ok(None) };
+                return if extensions.any {
+                    Err(malformed("the archive ends after an extension header"))
+                } else {
+                    Ok(None)
+                };
             };
             let size = header.entry_size().map_err(|error| malformed(error.to_string()))?;
             match header.entry_type() {
@@ -119,7 +123,8 @@ impl<R: Read> TarStream<R> {
         extensions: Extensions,
     ) -> Result<Entry, TarError> {
         let number = |result: io::Result<u64>| result.map_err(|error| malformed(error.to_string()));
-        let path = extensions.path.or(extensions.long_name).unwrap_or_else(|| header.path_bytes().into_owned());
+        let path =
+            extensions.path.or(extensions.long_name).unwrap_or_else(|| header.path_bytes().into_owned());
         let link = extensions
             .link
             .or(extensions.long_link)
@@ -148,7 +153,12 @@ impl<R: Read> TarStream<R> {
             EntryType::Fifo => Kind::Fifo,
             EntryType::Char => device().map(|(major, minor)| Kind::CharDevice(major, minor))?,
             EntryType::Block => device().map(|(major, minor)| Kind::BlockDevice(major, minor))?,
-            other => return Err(malformed(format!("entry type {:?} is not supported", char::from(other.as_byte())))),
+            other => {
+                return Err(malformed(format!(
+                    "entry type {:?} is not supported",
+                    char::from(other.as_byte())
+                )));
+            }
         };
         // Only files have data, whatever the header says of its size: so reads Go.
         let size = if kind == Kind::File { extensions.size.unwrap_or(header_size) } else { 0 };
@@ -158,7 +168,10 @@ impl<R: Read> TarStream<R> {
         let id = |pax: Option<u64>, header: io::Result<u64>| {
             let id = pax.map_or_else(|| number(header), Ok)?;
             // The last one means "leave it" to chown.
-            u32::try_from(id).ok().filter(|id| *id != u32::MAX).ok_or_else(|| malformed("an owner's id is out of range"))
+            u32::try_from(id)
+                .ok()
+                .filter(|id| *id != u32::MAX)
+                .ok_or_else(|| malformed("an owner's id is out of range"))
         };
         Ok(Entry {
             uid: id(extensions.uid, header.uid())?,
@@ -205,7 +218,9 @@ impl<R: Read> TarStream<R> {
 
     fn extension(&mut self, size: u64) -> Result<Vec<u8>, TarError> {
         if size > EXTENSION_BYTES_MAX {
-            return Err(malformed(format!("an extension header has {size} bytes, at most {EXTENSION_BYTES_MAX} are allowed")));
+            return Err(malformed(format!(
+                "an extension header has {size} bytes, at most {EXTENSION_BYTES_MAX} are allowed"
+            )));
         }
         let mut bytes = vec![0; size as usize];
         self.inner.read_exact(&mut bytes)?;
@@ -258,7 +273,9 @@ impl Extensions {
         let broken = || malformed("a pax record is malformed");
         while !block.is_empty() {
             let space = block.iter().take(20).position(|byte| *byte == b' ').ok_or_else(broken)?;
-            let length = decimal(&block[..space]).and_then(|length| usize::try_from(length).ok()).ok_or_else(broken)?;
+            let length = decimal(&block[..space])
+                .and_then(|length| usize::try_from(length).ok())
+                .ok_or_else(broken)?;
             // The shortest record is "5 a=\n".
             if length < space + 4 || length > block.len() || block[length - 1] != b'\n' {
                 return Err(broken());
@@ -275,13 +292,17 @@ impl Extensions {
                 b"uid" => self.uid = Some(number()?),
                 b"gid" => self.gid = Some(number()?),
                 b"mtime" => self.mtime = Some(timestamp(value).ok_or_else(broken)?),
-                _ if key.starts_with(b"GNU.sparse.") => return Err(malformed("sparse entries are not supported")),
+                _ if key.starts_with(b"GNU.sparse.") => {
+                    return Err(malformed("sparse entries are not supported"));
+                }
                 _ => {
                     if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
                         self.xattrs.retain(|(known, _)| known != name);
                         self.xattrs.push((name.to_vec(), value.to_vec()));
                         if self.xattrs.len() > XATTRS_MAX {
-                            return Err(malformed(format!("an entry has more than {XATTRS_MAX} extended attributes")));
+                            return Err(malformed(format!(
+                                "an entry has more than {XATTRS_MAX} extended attributes"
+                            )));
                         }
                     }
                 }
@@ -353,7 +374,9 @@ mod tests {
     #[test]
     fn pax_records_may_hold_newlines() {
         let value = b"\x01\n5 a=\n\x00\n";
-        let records = [pax(b"SCHILY.xattr.user.x", value), pax(b"path", b"real/name"), pax(b"mtime", b"-1.25")].concat();
+        let records =
+            [pax(b"SCHILY.xattr.user.x", value), pax(b"path", b"real/name"), pax(b"mtime", b"-1.25")]
+                .concat();
         let stream = [
             block(EntryType::XHeader, "x", records.len() as u64),
             padded(&records),
@@ -380,7 +403,9 @@ mod tests {
         assert!(TarStream::new(&huge[..]).next_entry().is_err());
         let endless = [block(EntryType::GNULongName, "x", 1), padded(b"a")].concat().repeat(20);
         assert!(TarStream::new(&endless[..]).next_entry().is_err());
-        let long = [block(EntryType::GNULongName, "x", 8192), vec![b'a'; 8192], block(EntryType::Regular, "a", 0)].concat();
+        let long =
+            [block(EntryType::GNULongName, "x", 8192), vec![b'a'; 8192], block(EntryType::Regular, "a", 0)]
+                .concat();
         assert!(TarStream::new(&long[..]).next_entry().is_err());
         let cut = block(EntryType::Regular, "a", 4096);
         let mut tar = TarStream::new(&cut[..]);

@@ -1,0 +1,371 @@
+//! Orders and happenings in, what the agent does about them out.
+
+use berth_protocol::ids::{Epoch, Generation, JobUid, StoreId, Term};
+use berth_protocol::job::{Network, RestartPolicy};
+use berth_protocol::message::node::Covers;
+use berth_protocol::pod::{Cause, Goal, Outcome};
+use berth_protocol::resources::CgroupVersion;
+
+use super::*;
+use crate::task::Root;
+
+/// An agent with the world around it played by hand.
+struct Bench {
+    agent: Agent,
+    disk: Ledger,
+    now: Now,
+    generation: u64,
+    heartbeat: Option<Heartbeat>,
+}
+
+fn template(policy: RestartPolicy) -> PodTemplate {
+    let name = |text: &str| serde_json::json!(text);
+    let mut template: PodTemplate = serde_json::from_value(serde_json::json!({
+        "namespace": name("default"), "job": name("j"), "network": "none", "grace": 30_000,
+        "containers": [{"name": "main", "image": "host", "resources": {"cpu": 100, "memory": 1 << 20},
+                        "limits": {"cpu": 100, "memory": 1 << 20}}],
+        "restart": {"policy": "Never", "backoffLimit": 2, "retryMin": 10_000, "retryMax": 300_000},
+        "onDisconnect": {"after": 40_000, "do": "pause", "lostAfter": 60_000},
+        "checkpoint": {"mode": "auto", "grace": 30_000, "tcp": "close", "keep": 3}
+    }))
+    .unwrap();
+    template.restart.policy = policy;
+    assert_eq!(template.network, Network::None);
+    template
+}
+
+fn inventory() -> Inventory {
+    Inventory {
+        hostname: "h".into(),
+        arch: "x86_64".into(),
+        kernel: "6".into(),
+        os: "Debian".into(),
+        cpu: berth_protocol::units::MilliCpu(1000),
+        memory: Bytes(1 << 30),
+        disk: Bytes(1 << 30),
+        cpu_model: String::new(),
+        cpu_features: BTreeSet::new(),
+        cgroup: CgroupVersion::V2,
+        criu: None,
+        gpus: Vec::new(),
+        gpu_driver: None,
+        cuda: None,
+        labels: BTreeMap::new(),
+        taints: BTreeSet::new(),
+        host_image: true,
+        bridge: true,
+        agent_version: "0".into(),
+    }
+}
+
+fn key(index: u32, epoch: u64) -> PodKey {
+    PodKey::new(&JobUid::parse("u").unwrap().pod(index), Epoch(epoch))
+}
+
+fn outcome(cause: Cause, code: u8) -> Outcome {
+    Outcome {
+        exit_code: Some(code),
+        cause,
+        reason: None,
+        message: None,
+        started_at: None,
+        finished_at: Timestamp(0),
+        log_records: 1,
+    }
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self::on(Ledger::default(), 1)
+    }
+
+    fn on(disk: Ledger, session: u64) -> Self {
+        let identity = Identity {
+            hardware: HardwareId::parse("hw").unwrap(),
+            boot: BootId::parse("b").unwrap(),
+            nonce: SessionNonce::parse(&format!("n{session}")).unwrap(),
+            ledger: LedgerId::parse("l").unwrap(),
+        };
+        let now = Now { wall: Timestamp(1_000_000), boot: BootMs(1_000_000) };
+        let (agent, step) = Agent::start(disk.clone(), identity, inventory(), now);
+        let mut bench = Self { agent, disk, now, generation: 0, heartbeat: None };
+        bench.take(step);
+        bench.event(Event::BusUp);
+        bench
+    }
+
+    /// Keeps the records, as a disk would, and returns the actions as one line each.
+    fn take(&mut self, step: Step) -> Vec<String> {
+        for record in &step.records {
+            self.disk.apply(record);
+        }
+        assert_eq!(&self.disk, self.agent.ledger(), "the disk holds what the agent knows");
+        let mut lines = Vec::new();
+        for action in step.actions {
+            lines.push(match action {
+                Action::Hello(_) => "hello".into(),
+                Action::Heartbeat(heartbeat) => {
+                    self.heartbeat = Some(*heartbeat);
+                    continue;
+                }
+                Action::Events(events) => {
+                    for event in events.events {
+                        if let NodeEvent::Pod(event) = event.event {
+                            let what = match event.change {
+                                PodChange::Ended { outcome } => format!("ended {:?}", outcome.cause),
+                                PodChange::Retrying { .. } => "retrying".into(),
+                                other => format!("{other:?}").to_lowercase(),
+                            };
+                            lines.push(format!("tell {}.{} {what}", event.pod, event.epoch));
+                        }
+                    }
+                    continue;
+                }
+                Action::Prepare { key, .. } => format!("prepare {key}"),
+                Action::CancelPrepare { key } => format!("cancel {key}"),
+                Action::Launch(launch) => format!("launch {} run {}", launch.key, launch.run),
+                Action::Order { key, order } => match order {
+                    Order::Start { .. } => format!("start {key}"),
+                    Order::Renew { .. } => format!("renew {key}"),
+                    Order::Pause { pause } => format!("pause {key} {pause}"),
+                    Order::Stop { grace } => format!("stop {key} {grace}"),
+                    Order::Follow { .. } => format!("follow {key}"),
+                },
+                Action::Adopt { key, .. } => format!("adopt {key}"),
+                Action::Kill { key, .. } => format!("kill {key}"),
+                Action::StoreLog { key } => format!("store log {key}"),
+                Action::StoreOutputs { key } => format!("store outputs {key}"),
+                Action::Drop { key } => format!("drop {key}"),
+                Action::Depot(_) => "depot".into(),
+                Action::Warn(text) => format!("warn {text}"),
+            });
+        }
+        lines
+    }
+
+    fn event(&mut self, event: Event) -> Vec<String> {
+        let step = self.agent.step(self.now, event);
+        self.take(step)
+    }
+
+    fn wait(&mut self, ms: u64) -> Vec<String> {
+        self.now.wall.0 += ms;
+        self.now.boot.0 += ms;
+        self.event(Event::Tick)
+    }
+
+    fn desired(&mut self, pods: &[(PodKey, Goal, &PodTemplate)]) -> Vec<String> {
+        let mut lines = Vec::new();
+        let digest = |template: &PodTemplate| Digest::of(&serde_json::to_vec(template).unwrap());
+        for (_, _, template) in pods {
+            let spec = Event::Spec { digest: digest(template), template: Box::new((*template).clone()) };
+            lines.extend(self.event(spec));
+        }
+        self.generation += 1;
+        let pods = pods.iter().map(|(key, goal, template)| DesiredPod {
+            pod: key.pod.clone(),
+            epoch: key.epoch,
+            spec: digest(template),
+            goal: *goal,
+            checkpoint: 0,
+            from: None,
+            gpus: Vec::new(),
+            failures: 0,
+        });
+        let desired = Desired {
+            store: StoreId::parse("s").unwrap(),
+            term: Term(1),
+            generation: Generation(self.generation),
+            pods: pods.collect(),
+        };
+        lines.extend(self.event(Event::Desired(desired)));
+        lines
+    }
+
+    /// Grants all that the last heartbeat asked for, and acknowledges all events.
+    fn grant(&mut self) -> Vec<String> {
+        let heartbeat = self.heartbeat.clone().unwrap();
+        let lease = Lease {
+            store: StoreId::parse("s").unwrap(),
+            term: Term(1),
+            nonce: heartbeat.nonce,
+            seq: heartbeat.seq,
+            covers: Covers::All(heartbeat.held),
+            ledger: LedgerId::parse("l").unwrap(),
+            acked: self.disk.last_event,
+            depot: None,
+            hello: false,
+        };
+        self.event(Event::Lease(lease))
+    }
+
+    fn prepared(&mut self, key: &PodKey) -> Vec<String> {
+        let prepared = Prepared { roots: vec![Root::Host], volumes: vec![], workspace: None };
+        self.event(Event::Prepared { key: key.clone(), result: Ok(prepared) })
+    }
+
+    fn report(&mut self, key: &PodKey, report: Report) -> Vec<String> {
+        self.event(Event::Shim { key: key.clone(), report })
+    }
+
+    fn exited(&mut self, key: &PodKey, run: u64, cause: Cause, code: u8) -> Vec<String> {
+        let exit = Exit { run: Run(run), outcome: outcome(cause, code), containers: vec![] };
+        self.report(key, Report::Exited { exit })
+    }
+
+    /// From the order to a running pod.
+    fn running(template: &PodTemplate) -> Self {
+        let mut bench = Self::new();
+        bench.desired(&[(key(0, 1), Goal::Run, template)]);
+        bench.prepared(&key(0, 1));
+        bench.grant();
+        bench.report(&key(0, 1), Report::Created { run: Run(1) });
+        bench.report(&key(0, 1), Report::Running { run: Run(1), started_at: Timestamp(0) });
+        bench.grant();
+        bench
+    }
+}
+
+#[test]
+fn a_pod_from_order_to_end() {
+    let (mut bench, template) = (Bench::new(), template(RestartPolicy::Never));
+    assert_eq!(bench.desired(&[(key(0, 1), Goal::Run, &template)]), [] as [&str; 0]);
+    assert_eq!(bench.prepared(&key(0, 1)), ["launch u-0.1 run 1", "tell u-0.1 starting"]);
+    // Ready, and not granted: the program does not begin.
+    assert_eq!(bench.report(&key(0, 1), Report::Created { run: Run(1) }), [] as [&str; 0]);
+    assert_eq!(bench.grant(), ["start u-0.1"]);
+    let running = Report::Running { run: Run(1), started_at: Timestamp(0) };
+    assert_eq!(bench.report(&key(0, 1), running), ["tell u-0.1 running"]);
+    bench.wait(10_000);
+    assert_eq!(bench.grant(), ["renew u-0.1"]);
+    let ended = bench.exited(&key(0, 1), 1, Cause::Success, 0);
+    assert_eq!(ended, ["store log u-0.1", "tell u-0.1 ended Success"]);
+    // Told and stored, it stays until the controller no longer names it.
+    assert_eq!(bench.event(Event::LogStored { key: key(0, 1), stored: true }), ["tell u-0.1 logstored"]);
+    assert_eq!(bench.desired(&[]), [] as [&str; 0]);
+    assert_eq!(bench.grant(), ["drop u-0.1"]);
+    assert!(bench.disk.pods.is_empty());
+}
+
+#[test]
+fn the_same_orders_again_change_nothing_and_older_ones_are_ignored() {
+    let template = template(RestartPolicy::Never);
+    let mut bench = Bench::running(&template);
+    bench.generation -= 1;
+    assert_eq!(bench.desired(&[(key(0, 1), Goal::Run, &template)]), [] as [&str; 0]);
+    bench.generation = 0;
+    assert_eq!(bench.desired(&[(key(0, 1), Goal::Stop, &template)]), [] as [&str; 0], "the same generation");
+}
+
+#[test]
+fn a_stop_before_the_start_ends_the_epoch_as_an_eviction() {
+    let (mut bench, template) = (Bench::new(), template(RestartPolicy::Never));
+    bench.desired(&[(key(0, 1), Goal::Run, &template)]);
+    let lines = bench.desired(&[(key(0, 1), Goal::Stop, &template)]);
+    assert_eq!(lines, ["cancel u-0.1", "tell u-0.1 ended Eviction"]);
+}
+
+#[test]
+fn failures_are_retried_with_growing_pauses_until_the_limit() {
+    let template = template(RestartPolicy::OnFailure);
+    let mut bench = Bench::running(&template);
+    let mut pauses = Vec::new();
+    for run in 1..=2 {
+        assert_eq!(bench.exited(&key(0, 1), run, Cause::Failure, 1), ["tell u-0.1 retrying"]);
+        let begin = bench.now.boot;
+        while !bench.wait(250).iter().any(|line| line.starts_with("launch")) {
+            assert!(bench.now.boot.since(begin) < Millis(60_000), "never started again");
+            bench.grant();
+        }
+        pauses.push(bench.now.boot.since(begin).0);
+        bench.grant();
+        assert!(
+            bench.report(&key(0, 1), Report::Created { run: Run(run + 1) }).contains(&"start u-0.1".into())
+        );
+    }
+    assert!((9_000..10_500).contains(&pauses[0]) && (18_000..20_500).contains(&pauses[1]), "{pauses:?}");
+    let lines = bench.exited(&key(0, 1), 3, Cause::Failure, 1);
+    assert_eq!(lines, ["store log u-0.1", "tell u-0.1 ended Failure"]);
+}
+
+#[test]
+fn an_eviction_is_never_retried_here() {
+    let mut bench = Bench::running(&template(RestartPolicy::Always));
+    let lines = bench.exited(&key(0, 1), 1, Cause::Eviction, 143);
+    assert_eq!(lines, ["store log u-0.1", "tell u-0.1 ended Eviction"]);
+}
+
+#[test]
+fn a_newer_epoch_waits_until_the_older_is_gone() {
+    let template = template(RestartPolicy::Never);
+    let mut bench = Bench::running(&template);
+    let both = [(key(0, 1), Goal::Run, &template), (key(0, 2), Goal::Run, &template)];
+    assert_eq!(bench.desired(&both), ["stop u-0.1 0s"]);
+    let lines = bench.exited(&key(0, 1), 1, Cause::Eviction, 137);
+    assert_eq!(lines, ["store log u-0.1", "prepare u-0.2", "tell u-0.1 ended Eviction"]);
+    // Once gone, the older epoch never comes back.
+    bench.desired(&[(key(0, 2), Goal::Run, &template)]);
+    bench.event(Event::LogStored { key: key(0, 1), stored: true });
+    bench.grant();
+    assert_eq!(
+        bench.desired(&[(key(0, 1), Goal::Run, &template)]),
+        ["prepare u-0.1"].map(|_| "").map(str::to_owned)[1..]
+    );
+}
+
+#[test]
+fn a_pod_that_orders_no_longer_name_is_frozen_not_killed() {
+    let mut bench = Bench::running(&template(RestartPolicy::Never));
+    assert_eq!(bench.desired(&[]), ["pause u-0.1 true"]);
+}
+
+#[test]
+fn a_restarted_agent_asks_before_it_acts() {
+    let template = template(RestartPolicy::Never);
+    let bench = Bench::running(&template);
+    let mut again = Bench::on(bench.disk.clone(), 2);
+    again.generation = bench.generation;
+    assert_eq!(again.desired(&[(key(0, 1), Goal::Run, &template)]), [] as [&str; 0]);
+    again.grant();
+    // The shim is found alive: it hears the grant, and nothing is told twice.
+    let running = Report::Running { run: Run(1), started_at: Timestamp(0) };
+    assert_eq!(again.report(&key(0, 1), running), ["renew u-0.1"]);
+}
+
+#[test]
+fn a_shim_that_is_gone_without_a_word_is_an_eviction() {
+    let mut bench = Bench::running(&template(RestartPolicy::OnFailure));
+    let lines = bench.event(Event::Gone { key: key(0, 1), exit: None, why: None });
+    assert_eq!(lines, ["tell u-0.1 ended Eviction"]);
+}
+
+#[test]
+fn a_pod_past_its_lease_is_killed_where_its_shim_does_not_fence_it() {
+    let mut bench = Bench::running(&template(RestartPolicy::Never));
+    bench.event(Event::BusDown);
+    assert_eq!(bench.wait(49_000), [] as [&str; 0]);
+    let lines = bench.wait(3_000);
+    assert!(lines.contains(&"kill u-0.1".to_owned()), "{lines:?}");
+}
+
+#[test]
+fn another_store_is_not_obeyed() {
+    let template = template(RestartPolicy::Never);
+    let mut bench = Bench::running(&template);
+    let desired = Desired {
+        store: StoreId::parse("other").unwrap(),
+        term: Term(9),
+        generation: Generation(9),
+        pods: vec![],
+    };
+    let lines = bench.event(Event::Desired(desired));
+    assert!(lines.len() == 1 && lines[0].starts_with("warn refused orders of store other"), "{lines:?}");
+}
+
+#[test]
+fn a_ledger_survives_its_snapshot() {
+    let bench = Bench::running(&template(RestartPolicy::Never));
+    let mut again = Ledger::default();
+    bench.disk.snapshot().iter().for_each(|record| again.apply(record));
+    assert_eq!(again, bench.disk);
+}
