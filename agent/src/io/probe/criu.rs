@@ -64,7 +64,9 @@ pub fn candidates(configured: Option<&Path>, program: Option<&Path>, path: &str)
     let mut found: Vec<PathBuf> = configured.map(Path::to_owned).into_iter().collect();
     let on_path = path.split(':').filter(|dir| dir.starts_with('/')).map(|dir| Path::new(dir).join("criu"));
     for candidate in beside.into_iter().chain([packaged]).chain(on_path) {
-        if candidate.is_file() && !found.contains(&candidate) {
+        // `/sbin` is often `/usr/sbin` by another name.
+        let same = |other: &PathBuf| other.canonicalize().ok() == candidate.canonicalize().ok();
+        if candidate.is_file() && !found.iter().any(same) {
             found.push(candidate);
         }
     }

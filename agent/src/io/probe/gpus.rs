@@ -15,6 +15,8 @@ use super::nvidia::{self, Records, Session};
 
 /// Virtual: only what is touched counts.
 const STACK_BYTES: usize = 1 << 20;
+/// Questions answered without the library after it could not be loaded: trying takes 11 ms of processor time.
+const RELOAD_PAUSE: u32 = 5;
 
 /// A device as its driver tells of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,7 +74,8 @@ impl Gpus {
         &self.snapshot
     }
 
-    /// Asks the drivers, and waits at most `wait` for the answer; one that comes later is taken the next time.
+    /// Asks the drivers, and waits at most `wait` for the answer. One that comes later is taken the next time, and
+    /// is not waited for again.
     pub async fn refresh(&mut self, wait: Duration) {
         if self.worker.is_none() {
             if !(nvidia::present(&self.root, self.nvml.as_deref()) || Drm::present(&self.root)) {
@@ -85,6 +88,7 @@ impl Gpus {
             self.snapshot = late;
             worker.asked = None;
         }
+        let wait = if worker.asked.is_some() { Duration::ZERO } else { wait };
         let asked = *worker.asked.get_or_insert_with(|| {
             // Its room of one is free: the last question was answered.
             let _ = worker.asks.try_send(());
@@ -135,8 +139,13 @@ fn spawn(root: PathBuf, nvml: Option<PathBuf>) -> Option<Worker> {
 fn serve(root: &Path, nvml: Option<&Path>, asks: &Receiver<()>, answers: &mpsc::Sender<Snapshot>) {
     let mut records = Records::default();
     let mut drm = Drm::new(root);
-    let mut told = None;
+    let (mut told, mut pause) = (None, 0);
     while asks.recv().is_ok() {
+        if pause > 0 && nvidia::present(root, nvml) {
+            pause -= 1;
+            let _ = answers.blocking_send(snapshot(records.found(), &mut drm));
+            continue;
+        }
         let failure = match nvidia::present(root, nvml).then(|| nvidia::load(nvml)) {
             Some(Ok(library)) => {
                 // Answers this question and those that follow, while the driver is well.
@@ -148,6 +157,7 @@ fn serve(root: &Path, nvml: Option<&Path>, asks: &Receiver<()>, answers: &mpsc::
             Some(Err(error)) => {
                 let failure = format!("NVIDIA's driver cannot be used: {error}");
                 let _ = answers.blocking_send(snapshot(records.all_lost(&failure), &mut drm));
+                pause = RELOAD_PAUSE;
                 Some(failure)
             }
             None => {

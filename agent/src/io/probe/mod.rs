@@ -41,7 +41,7 @@ const STUCK_MS: u64 = 25_000;
 /// What the configuration says about the node.
 #[derive(Debug, Clone, Default)]
 pub struct ProbeConfig {
-    /// Where the machine's files are found: empty or `/`, and a made-up tree in tests.
+    /// Where the machine's files are found: `/` (also when empty), and a made-up tree in tests.
     pub root: PathBuf,
     /// The NVML library in place of `libnvidia-ml.so.1`.
     pub nvml: Option<PathBuf>,
@@ -80,7 +80,10 @@ pub struct Probe {
 impl Probe {
     /// Looks at everything once. Takes milliseconds, or up to 15 s where an NVIDIA driver wakes its devices.
     /// The inventory has no CRIU until [`Probe::set_criu`].
-    pub async fn new(config: ProbeConfig) -> Self {
+    pub async fn new(mut config: ProbeConfig) -> Self {
+        if config.root.as_os_str().is_empty() {
+            config.root = PathBuf::from("/");
+        }
         let facts = host::facts(&config.root);
         let mounts = cgroup::mounts(&config.root);
         let inventory = Inventory {
@@ -218,6 +221,7 @@ mod tests {
         let inventory = probe.inventory();
         assert!(inventory.cpu.0 >= 100 && inventory.memory.0 > 64 * Bytes::MIB && inventory.disk.0 > 0);
         assert!(!inventory.kernel.is_empty() && !inventory.arch.is_empty() && !inventory.os.is_empty());
+        assert!(!inventory.cpu_model.is_empty() && !inventory.cpu_features.is_empty(), "{inventory:?}");
 
         let reserved = Bytes(64 * Bytes::MIB);
         let mut part = Probe::new(ProbeConfig {
