@@ -1,4 +1,28 @@
 //! A job as the programs hold it: parsed, normalised, every default filled in. `parse` alone makes one from a file.
+//!
+//! The way of a file: text → `document` (a tree with positions, from `json` or `yaml`) → `read` (held against the
+//! `schema`) → `written` (typed, still without defaults) → `build` (defaults and relations) → `JobSpec`. All errors
+//! on the way go to one `report`.
+
+mod build;
+mod document;
+mod form;
+mod json;
+mod json_schema;
+mod parse;
+mod read;
+mod report;
+mod schema;
+mod suggest;
+mod written;
+mod yaml;
+
+#[cfg(test)]
+mod tests;
+
+pub use json_schema::json_schema;
+pub use parse::{ParsedJob, parse, render};
+pub use report::show_errors;
 
 use std::collections::{BTreeMap, BTreeSet};
 
