@@ -47,7 +47,9 @@ impl Archive {
     pub fn open(path: &Path, image: String) -> Result<Archive, ImageError> {
         let mut file = open_regular(path).map_err(|error| open_error(&image, path, &error))?;
         let members = members(&mut file).map_err(|error| match error {
-            TarError::Malformed(why) => ImageError::malformed(&image, format!("{why}; an archive must not be compressed")),
+            TarError::Malformed(why) => {
+                ImageError::malformed(&image, format!("{why}; an archive must not be compressed"))
+            }
             TarError::Read(error) => ImageError::disk(&image, path, &error),
         })?;
         Ok(Archive { image, file, members })
@@ -64,17 +66,22 @@ impl Archive {
         }
         let malformed = |why: String| ImageError::malformed(&self.image, why);
         let index = self.document("manifest.json")?;
-        let mut images: Vec<Image> =
-            serde_json::from_slice(&index).map_err(|error| malformed(format!("its manifest.json: {error}")))?;
+        let mut images: Vec<Image> = serde_json::from_slice(&index)
+            .map_err(|error| malformed(format!("its manifest.json: {error}")))?;
         let image = match images.len() {
             1 => images.remove(0),
             0 => return Err(malformed("its manifest.json names no image".into())),
             _ => {
-                let names: Vec<String> = images.iter().filter_map(|image| image.repo_tags.as_ref()?.first().cloned()).collect();
-                return Err(malformed(format!("it holds several images, save one alone: {}", clip(&names.join(", ")))));
+                let names: Vec<String> =
+                    images.iter().filter_map(|image| image.repo_tags.as_ref()?.first().cloned()).collect();
+                return Err(malformed(format!(
+                    "it holds several images, save one alone: {}",
+                    clip(&names.join(", "))
+                )));
             }
         };
-        let layers = image.layers.unwrap_or_default().iter().map(|name| self.find(name)).collect::<Result<_, _>>()?;
+        let layers =
+            image.layers.unwrap_or_default().iter().map(|name| self.find(name)).collect::<Result<_, _>>()?;
         Ok((self.document(&image.config)?, layers))
     }
 
@@ -89,7 +96,10 @@ impl Archive {
     fn document(&self, name: &str) -> Result<Vec<u8>, ImageError> {
         let extent = self.find(name)?;
         if extent.bytes > DOCUMENT_BYTES_MAX {
-            return Err(ImageError::malformed(&self.image, format!("its {} is larger than 4 MiB", clip(name))));
+            return Err(ImageError::malformed(
+                &self.image,
+                format!("its {} is larger than 4 MiB", clip(name)),
+            ));
         }
         let mut bytes = Vec::new();
         self.part(extent)
@@ -104,11 +114,16 @@ impl Archive {
             match self.members.get(&at) {
                 Some(Member::File(extent)) => return Ok(*extent),
                 // docker saved a repeated layer as a link to the first.
-                Some(Member::Link(target)) => at = normal(at.rsplit_once('/').map_or("", |(parent, _)| parent), target),
+                Some(Member::Link(target)) => {
+                    at = normal(at.rsplit_once('/').map_or("", |(parent, _)| parent), target)
+                }
                 None => break,
             }
         }
-        Err(ImageError::malformed(&self.image, format!("it is no docker archive, or a part is missing: {}", clip(name))))
+        Err(ImageError::malformed(
+            &self.image,
+            format!("it is no docker archive, or a part is missing: {}", clip(name)),
+        ))
     }
 }
 
@@ -121,9 +136,10 @@ fn members(file: &mut File) -> Result<BTreeMap<String, Member>, TarError> {
         let mut tar = TarStream::new(&mut *file);
         let Some(entry) = tar.next_entry()? else { return Ok(members) };
         let offset = position + tar.position();
-        position = offset.checked_add(entry.size).and_then(|end| end.checked_next_multiple_of(512)).ok_or_else(
-            || TarError::Malformed("a size is out of range".into()),
-        )?;
+        position = offset
+            .checked_add(entry.size)
+            .and_then(|end| end.checked_next_multiple_of(512))
+            .ok_or_else(|| TarError::Malformed("a size is out of range".into()))?;
         let path = normal("", &String::from_utf8_lossy(&entry.path));
         match entry.kind {
             Kind::File => drop(members.insert(path, Member::File(Extent { offset, bytes: entry.size }))),

@@ -48,7 +48,11 @@ impl AuthFile {
                 .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
                 .then_some(key.len())
         };
-        let best = self.auths.iter().filter_map(|(key, entry)| Some((covers(key)?, entry))).max_by_key(|(len, _)| *len);
+        let best = self
+            .auths
+            .iter()
+            .filter_map(|(key, entry)| Some((covers(key)?, entry)))
+            .max_by_key(|(len, _)| *len);
         best.and_then(|(_, entry)| entry.credentials()).unwrap_or(RegistryAuth::Anonymous)
     }
 }

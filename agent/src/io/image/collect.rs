@@ -25,7 +25,7 @@ pub struct Collected {
 }
 
 enum Victim {
-    Image(ImageRecord),
+    Image(Box<ImageRecord>),
     /// In no record: of an image that moved on, or was never completed.
     Layer(Digest),
 }
@@ -52,9 +52,11 @@ pub(super) fn collect(
         victims.push((disk.layer_used_ms(&layer).unwrap_or(0), Victim::Layer(layer)));
     }
     // Without its record an image in use would only be pulled again.
-    let removable = |record: &ImageRecord| record.layers.is_empty() || !record.layers.iter().all(|layer| in_use.contains(layer));
+    let removable = |record: &ImageRecord| {
+        record.layers.is_empty() || !record.layers.iter().all(|layer| in_use.contains(layer))
+    };
     for record in records.into_iter().filter(removable) {
-        victims.push((record.last_used_ms, Victim::Image(record)));
+        victims.push((record.last_used_ms, Victim::Image(Box::new(record))));
     }
     victims.sort_by_key(|(used_ms, _)| *used_ms);
     for (used_ms, victim) in victims {
@@ -88,7 +90,12 @@ pub(super) fn collect(
 }
 
 /// Removes a layer unless a worker has it or it has just been used; its size.
-fn remove_layer(disk: &Disk, layer: &Digest, work: &WorkDir, unused_since_ms: u64) -> io::Result<Option<u64>> {
+fn remove_layer(
+    disk: &Disk,
+    layer: &Digest,
+    work: &WorkDir,
+    unused_since_ms: u64,
+) -> io::Result<Option<u64>> {
     let Some(lock) = disk.try_lock(layer, true)? else { return Ok(None) };
     let Some(meta) = disk.layer_meta(layer)? else { return Ok(None) };
     if disk.layer_used_ms(layer)? > unused_since_ms {

@@ -60,7 +60,8 @@ impl Digest {
         };
         let mut bytes = [0; 32];
         for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
-            *byte = value(pair[0]).zip(value(pair[1])).map(|(high, low)| high << 4 | low).ok_or_else(invalid)?;
+            *byte =
+                value(pair[0]).zip(value(pair[1])).map(|(high, low)| high << 4 | low).ok_or_else(invalid)?;
         }
         Ok(Digest(bytes))
     }

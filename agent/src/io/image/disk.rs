@@ -91,7 +91,8 @@ impl Disk {
     pub fn record(&self, reference: &ImageRef) -> io::Result<Option<ImageRecord>> {
         let record = read_record(&self.record_path(reference))?;
         let complete = |record: &ImageRecord| {
-            record.reference == *reference && record.layers.iter().all(|layer| self.layer_tree(layer).is_dir())
+            record.reference == *reference
+                && record.layers.iter().all(|layer| self.layer_tree(layer).is_dir())
         };
         Ok(record.filter(complete))
     }
@@ -161,7 +162,9 @@ impl Disk {
             let file = File::options().create(true).truncate(false).write(true).open(&path)?;
             let inode = file.metadata()?.ino();
             match Flock::lock(file, how) {
-                Ok(lock) if fs::metadata(&path).is_ok_and(|metadata| metadata.ino() == inode) => return Ok(Some(lock)),
+                Ok(lock) if fs::metadata(&path).is_ok_and(|metadata| metadata.ino() == inode) => {
+                    return Ok(Some(lock));
+                }
                 Ok(_) => {}
                 Err((_, nix::errno::Errno::EWOULDBLOCK)) => return Ok(None),
                 Err((_, errno)) => return Err(errno.into()),
@@ -175,7 +178,13 @@ impl Disk {
     }
 
     /// Makes an unpacked layer, a directory of `work` with `tree` in it, the store's.
-    pub fn commit_layer(&self, layer: &Digest, half: &Path, meta: LayerMeta, _exclusive: &LayerLock) -> io::Result<()> {
+    pub fn commit_layer(
+        &self,
+        layer: &Digest,
+        half: &Path,
+        meta: LayerMeta,
+        _exclusive: &LayerLock,
+    ) -> io::Result<()> {
         write_durably(&half.join("meta.json"), &serde_json::to_vec(&meta)?)?;
         // One call for perhaps 100,000 files; it also reports what could not be written back.
         nix::unistd::syncfs(File::open(half)?)?;

@@ -34,7 +34,9 @@ pub enum ImageError {
          another node by node.arch"
     )]
     PlatformMissing { image: String, wanted: String, offered: String },
-    #[error("{registry} cannot be reached for image {image}: {why}; check the network, the registry and its mirrors")]
+    #[error(
+        "{registry} cannot be reached for image {image}: {why}; check the network, the registry and its mirrors"
+    )]
     Unreachable { image: String, registry: String, why: String },
     #[error("no space left at {path} for image {image}; free space there or give the node a larger disk")]
     DiskFull { image: String, path: String },

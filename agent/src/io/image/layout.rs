@@ -41,14 +41,16 @@ impl Layout<'_> {
         let Document::Index(index) = document else {
             return Err(ImageError::malformed(&self.image, "its index.json is not an index"));
         };
-        let name = |entry: &Descriptor| entry.annotations.as_ref().and_then(|all| all.get(TAG_ANNOTATION)).cloned();
+        let name =
+            |entry: &Descriptor| entry.annotations.as_ref().and_then(|all| all.get(TAG_ANNOTATION)).cloned();
         let mut names: Vec<String> = index.iter().filter_map(name).map(|name| clip(&name)).collect();
         names.sort();
         names.dedup();
         let not_found = |why: String| ImageError::NotFound { image: self.image.clone(), why };
         match tag {
             Some(tag) => {
-                let tagged: Vec<_> = index.into_iter().filter(|entry| name(entry).as_deref() == Some(tag)).collect();
+                let tagged: Vec<_> =
+                    index.into_iter().filter(|entry| name(entry).as_deref() == Some(tag)).collect();
                 if tagged.is_empty() {
                     names.truncate(20);
                     return Err(not_found(format!("the layout has no such tag, only: {}", names.join(", "))));
@@ -65,7 +67,8 @@ impl Layout<'_> {
     }
 
     pub fn document(&self, descriptor: &Descriptor) -> Result<Vec<u8>, ImageError> {
-        let bytes = self.read(&self.blob_path(&descriptor.digest), descriptor.size.min(DOCUMENT_BYTES_MAX))?;
+        let bytes =
+            self.read(&self.blob_path(&descriptor.digest), descriptor.size.min(DOCUMENT_BYTES_MAX))?;
         let actual = Digest::of(&bytes);
         if actual != descriptor.digest {
             return Err(self.mismatch(&descriptor.digest, &actual));
@@ -77,7 +80,8 @@ impl Layout<'_> {
     pub fn blob(&self, digest: &Digest) -> Result<File, ImageError> {
         let path = self.blob_path(digest);
         let file = self.open(&path)?;
-        let actual = Digest::of_reader(&file).map_err(|error| ImageError::disk(&self.image, &path, &error))?;
+        let actual =
+            Digest::of_reader(&file).map_err(|error| ImageError::disk(&self.image, &path, &error))?;
         if actual != *digest {
             return Err(self.mismatch(digest, &actual));
         }
@@ -111,9 +115,10 @@ impl Layout<'_> {
 /// Why a file that the image needs cannot be opened.
 pub(super) fn open_error(image: &str, path: &Path, error: &io::Error) -> ImageError {
     match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
-            ImageError::NotFound { image: image.to_owned(), why: format!("{} does not exist on this node", path.display()) }
-        }
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => ImageError::NotFound {
+            image: image.to_owned(),
+            why: format!("{} does not exist on this node", path.display()),
+        },
         _ => ImageError::Failed { image: image.to_owned(), why: format!("{}: {error}", path.display()) },
     }
 }

@@ -73,7 +73,8 @@ impl Platform {
         }
         match (self.architecture.as_str(), made_for.variant.as_str()) {
             ("arm", variant) => {
-                let level = |variant: &str| variant.strip_prefix('v').and_then(|level| level.parse::<u8>().ok());
+                let level =
+                    |variant: &str| variant.strip_prefix('v').and_then(|level| level.parse::<u8>().ok());
                 // An image that names no variant may be anything up to v7, by docker's default it is v7.
                 let made_for = level(variant).unwrap_or(7);
                 (made_for <= level(&self.variant).unwrap_or(7)).then_some(made_for)
@@ -154,7 +155,10 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Document, String> {
                 return Err("its index claims to be a manifest".into());
             }
             if manifests.len() > INDEX_ENTRIES_MAX {
-                return Err(format!("its index has {} entries, at most {INDEX_ENTRIES_MAX} are allowed", manifests.len()));
+                return Err(format!(
+                    "its index has {} entries, at most {INDEX_ENTRIES_MAX} are allowed",
+                    manifests.len()
+                ));
             }
             Ok(Document::Index(manifests))
         }
@@ -210,8 +214,8 @@ pub(super) fn parse_configuration(bytes: &[u8]) -> Result<Configuration, String>
         stop_signal: Option<String>,
         volumes: Option<BTreeMap<String, serde::de::IgnoredAny>>,
     }
-    let file: File =
-        serde_json::from_slice(bytes).map_err(|error| format!("its configuration is not an image's: {error}"))?;
+    let file: File = serde_json::from_slice(bytes)
+        .map_err(|error| format!("its configuration is not an image's: {error}"))?;
     let given = file.config.unwrap_or_default();
     let config = ImageConfig {
         entrypoint: given.entrypoint.unwrap_or_default(),
@@ -223,7 +227,8 @@ pub(super) fn parse_configuration(bytes: &[u8]) -> Result<Configuration, String>
         volumes: given.volumes.unwrap_or_default().into_keys().collect(),
     };
     let strings = [&config.working_dir, &config.user].into_iter().chain(&config.stop_signal);
-    let strings = strings.chain(&config.entrypoint).chain(&config.cmd).chain(&config.env).chain(&config.volumes);
+    let strings =
+        strings.chain(&config.entrypoint).chain(&config.cmd).chain(&config.env).chain(&config.volumes);
     let mut bytes = 0;
     for string in strings {
         if string.contains('\0') {
@@ -232,7 +237,9 @@ pub(super) fn parse_configuration(bytes: &[u8]) -> Result<Configuration, String>
         bytes += string.len() + 1;
     }
     if bytes > CONFIG_STRINGS_BYTES_MAX {
-        return Err(format!("its configuration has {bytes} bytes of strings, at most {CONFIG_STRINGS_BYTES_MAX} are allowed"));
+        return Err(format!(
+            "its configuration has {bytes} bytes of strings, at most {CONFIG_STRINGS_BYTES_MAX} are allowed"
+        ));
     }
     let diff_ids = file.rootfs.diff_ids.unwrap_or_default();
     if diff_ids.len() > LAYERS_MAX {
@@ -285,7 +292,10 @@ mod tests {
         check("linux/arm/v6", &["linux/arm/v7", "linux/arm/v5"], Some(1));
         check("linux/arm/v6", &["linux/arm/v7", "linux/arm64"], None);
         check("linux/amd64", &[], None);
-        assert_eq!(offered(&index(&["linux/arm64", "unknown/unknown", "linux/386"])), "linux/386, linux/arm64");
+        assert_eq!(
+            offered(&index(&["linux/arm64", "unknown/unknown", "linux/386"])),
+            "linux/386, linux/arm64"
+        );
     }
 
     #[test]
@@ -297,7 +307,10 @@ mod tests {
         let manifest = format!(r#"{{"schemaVersion":2,"config":{descriptor},"layers":[{descriptor}]}}"#);
         assert!(matches!(parse(manifest.as_bytes()), Ok(Document::Manifest { .. })));
         for (bad, why) in [
-            (format!(r#"{{"schemaVersion":2,"manifests":[],"config":{descriptor},"layers":[]}}"#), "index too"),
+            (
+                format!(r#"{{"schemaVersion":2,"manifests":[],"config":{descriptor},"layers":[]}}"#),
+                "index too",
+            ),
             (r#"{"schemaVersion":1}"#.to_owned(), "schema version 1"),
             (r#"{"schemaVersion":2}"#.to_owned(), "neither"),
             ("[".to_owned(), "its manifest"),

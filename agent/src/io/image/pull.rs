@@ -89,13 +89,17 @@ impl Pull<'_> {
                     }
                     next_is_plain = endpoint.next_is_plain;
                     match self.from(Source::Registry(endpoint)).await {
-                        Err(error @ (ImageError::DiskFull { .. } | ImageError::Failed { .. })) => return Err(error),
+                        Err(error @ (ImageError::DiskFull { .. } | ImageError::Failed { .. })) => {
+                            return Err(error);
+                        }
                         Err(error) => refusals.push(error),
                         Ok(record) => return Ok(record),
                     }
                 }
                 // The registry's own answer comes last, and says most.
-                Err(refusals.pop().unwrap_or(ImageError::NotFound { image, why: "it has no registry".into() }))
+                Err(refusals
+                    .pop()
+                    .unwrap_or(ImageError::NotFound { image, why: "it has no registry".into() }))
             }
             ImageRef::Layout { path, tag } => {
                 let layout = layout::Layout::new(path, image);
@@ -272,7 +276,9 @@ fn decompressed(blob: io::Take<File>) -> io::Result<Box<dyn Read + Send>> {
         [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(blob)),
         [0x28, 0xb5, 0x2f, 0xfd, ..] => Box::new(zstd::stream::read::Decoder::with_buffer(blob)?),
         [0xfd, b'7', b'z', b'X', b'Z', ..] | [b'B', b'Z', b'h', ..] => {
-            return Err(io::Error::other("a layer is compressed by xz or bzip2, only gzip and zstd are supported"));
+            return Err(io::Error::other(
+                "a layer is compressed by xz or bzip2, only gzip and zstd are supported",
+            ));
         }
         _ => Box::new(blob),
     })

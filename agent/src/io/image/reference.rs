@@ -86,9 +86,10 @@ fn absolute(path: &str) -> Result<PathBuf, &'static str> {
 
 fn registry_name(text: &str) -> Result<RegistryName, &'static str> {
     let (text, digest) = match text.split_once('@') {
-        Some((name, digest)) => {
-            (name, Some(digest.parse::<Digest>().map_err(|_| "the digest must be sha256:<64 hexadecimal digits>")?))
-        }
+        Some((name, digest)) => (
+            name,
+            Some(digest.parse::<Digest>().map_err(|_| "the digest must be sha256:<64 hexadecimal digits>")?),
+        ),
         None => (text, None),
     };
     let (name, tag) = match text.rsplit_once(':') {
@@ -97,7 +98,9 @@ fn registry_name(text: &str) -> Result<RegistryName, &'static str> {
         _ => (text, None),
     };
     if tag.is_some_and(|tag| !is_tag(tag)) {
-        return Err("the tag must be at most 128 letters, digits, '_', '.' or '-', and begin with none of the last two");
+        return Err(
+            "the tag must be at most 128 letters, digits, '_', '.' or '-', and begin with none of the last two",
+        );
     }
     let (registry, repository) = match name.split_once('/') {
         Some((host, rest)) if host.contains(['.', ':']) || host == "localhost" => (host, rest.to_owned()),
@@ -115,7 +118,9 @@ fn registry_name(text: &str) -> Result<RegistryName, &'static str> {
         return Err("the name is longer than 255 bytes");
     }
     if !repository.split('/').all(is_component) {
-        return Err("the repository must be lowercase letters and digits, joined by '.', '_', '__', '-' or '/'");
+        return Err(
+            "the repository must be lowercase letters and digits, joined by '.', '_', '__', '-' or '/'",
+        );
     }
     let tag = match (tag, &digest) {
         (None, None) => Some(DEFAULT_TAG.to_owned()),
@@ -158,7 +163,9 @@ pub(super) fn is_host(host: &str) -> bool {
         Some((name, port)) if !port.ends_with(']') => (name, Some(port)),
         _ => (host, None),
     };
-    if port.is_some_and(|port| port.parse::<u16>().is_err() || !port.bytes().all(|byte| byte.is_ascii_digit())) {
+    if port
+        .is_some_and(|port| port.parse::<u16>().is_err() || !port.bytes().all(|byte| byte.is_ascii_digit()))
+    {
         return false;
     }
     if let Some(address) = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')) {
@@ -265,10 +272,39 @@ mod tests {
     #[test]
     fn refuses_what_is_not_a_name() {
         for text in [
-            "", ":", "@", "/", "a/", "/a", "a//b", "A", "a:", "a:-x", "a:b:c", "a@sha256:00", "a..b", "a.-b", "-a",
-            "exa mple.com/a", "example.com:port/a", "example.com:99999/a", "user@example.com/a", "a.b?x/c", "a.b#x/c",
-            "[::1/a", "[fe80::1%eth0]/a", "http://example.com/a", "oci:relative", "oci:/a:", "oci:", "oci:/a\n",
-            "docker-archive:x.tar", "docker-archive:", "ex\u{e4}mple.com/a", ".example.com/a", "a/../b",
+            "",
+            ":",
+            "@",
+            "/",
+            "a/",
+            "/a",
+            "a//b",
+            "A",
+            "a:",
+            "a:-x",
+            "a:b:c",
+            "a@sha256:00",
+            "a..b",
+            "a.-b",
+            "-a",
+            "exa mple.com/a",
+            "example.com:port/a",
+            "example.com:99999/a",
+            "user@example.com/a",
+            "a.b?x/c",
+            "a.b#x/c",
+            "[::1/a",
+            "[fe80::1%eth0]/a",
+            "http://example.com/a",
+            "oci:relative",
+            "oci:/a:",
+            "oci:",
+            "oci:/a\n",
+            "docker-archive:x.tar",
+            "docker-archive:",
+            "ex\u{e4}mple.com/a",
+            ".example.com/a",
+            "a/../b",
         ] {
             let error = ImageRef::parse(text).expect_err(text);
             assert_eq!(error.reason(), "ImageReferenceInvalid");
@@ -282,7 +318,9 @@ mod tests {
         for host in ["localhost", "localhost:5000", "127.0.0.1", "127.9.9.9:1", "[::1]", "[::1]:5000"] {
             assert!(is_loopback(host), "{host}");
         }
-        for host in ["docker.io", "localhost.example.com", "10.0.0.1:5000", "127.0.0.1.example.com", "[::2]:1"] {
+        for host in
+            ["docker.io", "localhost.example.com", "10.0.0.1:5000", "127.0.0.1.example.com", "[::2]:1"]
+        {
             assert!(!is_loopback(host), "{host}");
         }
     }

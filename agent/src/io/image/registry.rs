@@ -6,10 +6,10 @@ use std::io::{Seek, Write};
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use oci_client::Reference;
 use oci_client::client::{BlobResponse, Client, ClientConfig, ClientProtocol};
 use oci_client::errors::{OciDistributionError, OciErrorCode};
 use oci_client::secrets::RegistryAuth;
-use oci_client::Reference;
 
 use super::auth::AuthFile;
 use super::digest::Digester;
@@ -59,14 +59,23 @@ pub(super) fn endpoints(image: &RegistryName, config: &RegistryConfig) -> Result
         let (plain, address) = match mirror.split_once("://") {
             Some(("https", address)) => (false, address),
             Some(("http", address)) => (true, address),
-            _ => return Err(failed(format!("mirror \"{mirror}\" of {} is not an http(s) URL", image.registry))),
+            _ => {
+                return Err(failed(format!(
+                    "mirror \"{mirror}\" of {} is not an http(s) URL",
+                    image.registry
+                )));
+            }
         };
         let address = address.trim_end_matches('/');
         let (host, prefix) = address.split_once('/').unwrap_or((address, ""));
         if !is_host(host) {
             return Err(failed(format!("mirror \"{mirror}\" of {} has no valid host", image.registry)));
         }
-        let repository = if prefix.is_empty() { image.repository.clone() } else { format!("{prefix}/{}", image.repository) };
+        let repository = if prefix.is_empty() {
+            image.repository.clone()
+        } else {
+            format!("{prefix}/{}", image.repository)
+        };
         endpoints.push(Endpoint::new(image, host, &repository, plain, &auth)?);
     }
     endpoints.push(Endpoint::new(image, &image.registry, &image.repository, false, &auth)?);
@@ -166,7 +175,8 @@ impl Endpoint {
                 Err(error @ ImageError::Unreachable { .. }) => error,
                 Err(error) => return Err(error),
             };
-            fruitless = if download.have >= before.saturating_add(FRUITFUL_BYTES_MIN) { 0 } else { fruitless + 1 };
+            fruitless =
+                if download.have >= before.saturating_add(FRUITFUL_BYTES_MIN) { 0 } else { fruitless + 1 };
             if fruitless >= FRUITLESS_ATTEMPTS_MAX {
                 return Err(error);
             }
@@ -184,7 +194,8 @@ impl Endpoint {
         moved: &mut impl FnMut(i64),
     ) -> Result<(), ImageError> {
         let digest = digest.to_string();
-        let answer = self.client.pull_blob_stream_partial(&self.reference, digest.as_str(), download.have, None).await;
+        let answer =
+            self.client.pull_blob_stream_partial(&self.reference, digest.as_str(), download.have, None).await;
         let mut stream = match answer.map_err(|error| self.error(&error))? {
             BlobResponse::Partial(stream) => stream,
             BlobResponse::Full(stream) => {
@@ -243,9 +254,8 @@ impl Endpoint {
             _ => "the credentials were not accepted",
         };
         match error {
-            OciDistributionError::UnauthorizedError { .. } | OciDistributionError::AuthenticationFailure(_) => {
-                unauthorized(credentials.to_owned())
-            }
+            OciDistributionError::UnauthorizedError { .. }
+            | OciDistributionError::AuthenticationFailure(_) => unauthorized(credentials.to_owned()),
             OciDistributionError::ServerError { code: 404, message, .. } => not_found(message),
             OciDistributionError::ServerError { code: 401 | 403, .. } => unauthorized(credentials.to_owned()),
             OciDistributionError::ServerError { code, message, .. } => {

@@ -98,7 +98,12 @@ impl Source<'_> {
         Err(ImageError::malformed(&image, "its indexes are nested too deeply"))
     }
 
-    async fn configuration(&self, image: &str, config: &Descriptor, work: &Path) -> Result<Vec<u8>, ImageError> {
+    async fn configuration(
+        &self,
+        image: &str,
+        config: &Descriptor,
+        work: &Path,
+    ) -> Result<Vec<u8>, ImageError> {
         if config.size > DOCUMENT_BYTES_MAX {
             return Err(ImageError::malformed(&image, "its configuration is larger than 4 MiB"));
         }
@@ -149,7 +154,11 @@ impl Source<'_> {
     }
 }
 
-fn choose<'a>(image: &str, index: &'a [Descriptor], platform: &Platform) -> Result<&'a Descriptor, ImageError> {
+fn choose<'a>(
+    image: &str,
+    index: &'a [Descriptor],
+    platform: &Platform,
+) -> Result<&'a Descriptor, ImageError> {
     manifest::choose(index, platform).ok_or_else(|| ImageError::PlatformMissing {
         image: image.to_owned(),
         wanted: platform.to_string(),

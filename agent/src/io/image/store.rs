@@ -15,7 +15,9 @@ use tokio::time::timeout;
 
 use super::disk::{Disk, now_ms};
 use super::worker::{REPORT_INTERVAL, Report, Request};
-use super::{Collected, Digest, ImageError, ImageRecord, ImageRef, Progress, RegistryConfig, archive, layout};
+use super::{
+    Collected, Digest, ImageError, ImageRecord, ImageRef, Progress, RegistryConfig, archive, layout,
+};
 
 const WORKERS_MAX: usize = 3;
 const REPORT_BYTES_MAX: u64 = 1 << 20;
@@ -233,7 +235,9 @@ impl ImageStore {
                     return Err(io::Error::other("nobody waits for it any more"));
                 }
             };
-            match report.map_err(|_| io::Error::other(format!("the worker was silent for {SILENCE_MAX:?}")))?? {
+            match report
+                .map_err(|_| io::Error::other(format!("the worker was silent for {SILENCE_MAX:?}")))??
+            {
                 Some(Report::Progress(progress)) => on_progress(progress),
                 Some(report) => {
                     drop(stdin);

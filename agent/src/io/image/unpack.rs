@@ -74,7 +74,8 @@ pub(super) fn unpack(layer: impl Read, root: &Path) -> Result<Unpacked, UnpackEr
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let root = nix::fcntl::open(root, flags, Mode::empty())
         .map_err(|errno| UnpackError::Write { entry: root.display().to_string(), source: errno.into() })?;
-    let mut tree = Tree { root: Rc::new(root.into()), parent: None, directory_times: Vec::new(), buffer: Vec::new() };
+    let mut tree =
+        Tree { root: Rc::new(root.into()), parent: None, directory_times: Vec::new(), buffer: Vec::new() };
     tree.buffer.resize(COPY_BUFFER_BYTES, 0);
     let mut tar = TarStream::new(layer);
     let mut unpacked = Unpacked { bytes: 0, entries: 0 };
@@ -214,7 +215,9 @@ impl Tree {
                 self.make_room(parent, name, false)?;
                 let (directory, target) = target;
                 return match linkat(&directory, target, parent, name, AtFlags::empty()) {
-                    Err(Errno::ENOENT) => Err(PlaceError::Hostile("it is a hard link to nothing in this layer")),
+                    Err(Errno::ENOENT) => {
+                        Err(PlaceError::Hostile("it is a hard link to nothing in this layer"))
+                    }
                     Err(Errno::EPERM) => Err(PlaceError::Hostile("it is a hard link to a directory")),
                     other => Ok(other?),
                 };
@@ -357,7 +360,9 @@ fn components(path: &[u8]) -> Result<Vec<&[u8]>, PlaceError> {
         match part {
             b"" | b"." => {}
             b".." => return Err(PlaceError::Hostile("its path leads upwards by \"..\"")),
-            _ if part.len() > NAME_BYTES_MAX => return Err(PlaceError::Hostile("a part of its path is too long")),
+            _ if part.len() > NAME_BYTES_MAX => {
+                return Err(PlaceError::Hostile("a part of its path is too long"));
+            }
             _ => parts.push(part),
         }
     }
@@ -377,9 +382,9 @@ fn hard_link_target<'a>(root: &File, link: &'a [u8]) -> Result<(File, &'a [u8]),
 
 /// Opens the directory at `path` as if `root` were the root of the file system.
 fn resolve(root: &File, path: &[u8]) -> nix::Result<File> {
-    let how = OpenHow::new()
-        .flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
-        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS | ResolveFlag::RESOLVE_NO_XDEV);
+    let how = OpenHow::new().flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC).resolve(
+        ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS | ResolveFlag::RESOLVE_NO_XDEV,
+    );
     let path = if path.is_empty() { b"." } else { path };
     let mut attempts = 1;
     loop {

@@ -14,7 +14,14 @@ use super::*;
 struct Tar(Vec<u8>);
 
 impl Tar {
-    fn add(mut self, kind: EntryType, name: &str, link: &str, data: &[u8], change: impl FnOnce(&mut Header)) -> Tar {
+    fn add(
+        mut self,
+        kind: EntryType,
+        name: &str,
+        link: &str,
+        data: &[u8],
+        change: impl FnOnce(&mut Header),
+    ) -> Tar {
         let mut header = Header::new_gnu();
         let raw = header.as_mut_bytes();
         raw[..name.len()].copy_from_slice(name.as_bytes());
@@ -82,7 +89,8 @@ impl Ground {
 
     fn unpack(&self, tar: Tar) -> Result<Unpacked, UnpackError> {
         let result = unpack(&tar.0[..], &self.root());
-        let beside: Vec<_> = fs::read_dir(self.base.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let beside: Vec<_> =
+            fs::read_dir(self.base.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(beside.len(), 2, "{beside:?}");
         assert_eq!(fs::read_dir(self.base.path().join("outside")).unwrap().count(), 1);
         let secret = self.base.path().join("outside/secret");
@@ -185,7 +193,8 @@ fn whiteouts_become_overlayfs_own() {
     assert!(ground.is_opaque("dir") && ground.read("dir/inner") == "2");
     assert!(ground.is_opaque("later") && ground.read("later/inner") == "3");
     assert!(ground.is_opaque("again"));
-    let names = fs::read_dir(ground.root()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let names =
+        fs::read_dir(ground.root()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     assert!(names.into_iter().all(|name| !name.starts_with(".wh.")));
     refused(Tar::default().file(".wh...", ""), "whiteout of nothing");
     refused(Tar::default().file(".wh..", ""), "whiteout of nothing");
@@ -226,7 +235,10 @@ fn nothing_escapes() {
     refused(Tar::default().file(".", "x"), "root directory");
     refused(Tar::default().symlink("loop", "loop").file("loop/a", "x"), "loop");
     refused(Tar::default().file("file", "x").file("file/a", "x"), "not a directory");
-    refused(Tar::default().symlink("dangling", "nowhere").file("dangling/a", "x"), "symbolic link to nothing");
+    refused(
+        Tar::default().symlink("dangling", "nowhere").file("dangling/a", "x"),
+        "symbolic link to nothing",
+    );
     let ground = Ground::new();
     let path = outside(&ground);
     // An absolute path is one in the layer; so is where a symbolic link leads.
