@@ -25,7 +25,7 @@ pub struct Collected {
 }
 
 enum Victim {
-    Image(ImageRecord),
+    Image(Box<ImageRecord>),
     /// In no record: of an image that moved on, or was never completed.
     Layer(Digest),
 }
@@ -56,7 +56,7 @@ pub(super) fn collect(
         record.layers.is_empty() || !record.layers.iter().all(|layer| in_use.contains(layer))
     };
     for record in records.into_iter().filter(removable) {
-        victims.push((record.last_used_ms, Victim::Image(record)));
+        victims.push((record.last_used_ms, Victim::Image(Box::new(record))));
     }
     victims.sort_by_key(|(used_ms, _)| *used_ms);
     for (used_ms, victim) in victims {

@@ -6,6 +6,7 @@
 //! disagree about a stream, this one does as Go's archive/tar, which every other container runtime uses.
 
 use std::io::{self, Read};
+use std::ops::Range;
 
 use tar::{EntryType, Header};
 
@@ -17,6 +18,15 @@ const EXTENSION_BYTES_MAX: u64 = 1 << 20;
 const EXTENSIONS_MAX: u32 = 8;
 const XATTRS_MAX: usize = 64;
 const BLOCK_BYTES: u64 = 512;
+
+/// Where a header has its numbers (POSIX.1-2024, pax, "ustar Interchange Format").
+const MODE: Range<usize> = 100..108;
+const UID: Range<usize> = 108..116;
+const GID: Range<usize> = 116..124;
+const SIZE: Range<usize> = 124..136;
+const MTIME: Range<usize> = 136..148;
+const DEVICE_MAJOR: Range<usize> = 329..337;
+const DEVICE_MINOR: Range<usize> = 337..345;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum TarError {
@@ -93,7 +103,7 @@ impl<R: Read> TarStream<R> {
                     Ok(None)
                 };
             };
-            let size = header.entry_size().map_err(|error| malformed(error.to_string()))?;
+            let size = field(&header, SIZE)?;
             match header.entry_type() {
                 EntryType::GNULongName => extensions.long_name = Some(until_zero(self.extension(size)?)),
                 EntryType::GNULongLink => extensions.long_link = Some(until_zero(self.extension(size)?)),
@@ -122,7 +132,6 @@ impl<R: Read> TarStream<R> {
         header_size: u64,
         extensions: Extensions,
     ) -> Result<Entry, TarError> {
-        let number = |result: io::Result<u64>| result.map_err(|error| malformed(error.to_string()));
         let path =
             extensions.path.or(extensions.long_name).unwrap_or_else(|| header.path_bytes().into_owned());
         let link = extensions
@@ -137,11 +146,10 @@ impl<R: Read> TarStream<R> {
             return Err(malformed("a path contains a zero byte"));
         }
         let device = || {
-            let number = |result: io::Result<Option<u32>>| match result {
-                Ok(number) => Ok(number.unwrap_or(0)),
-                Err(error) => Err(malformed(error.to_string())),
+            let number = |range| {
+                u32::try_from(field(header, range)?).map_err(|_| malformed("a device number is out of range"))
             };
-            Ok::<_, TarError>((number(header.device_major())?, number(header.device_minor())?))
+            Ok::<_, TarError>((number(DEVICE_MAJOR)?, number(DEVICE_MINOR)?))
         };
         let kind = match kind {
             // Before POSIX a directory was a file whose name ends with a slash.
@@ -165,8 +173,8 @@ impl<R: Read> TarStream<R> {
         self.data_left = size;
         self.padding = size.wrapping_neg() % BLOCK_BYTES;
         size.checked_add(self.padding).ok_or_else(|| malformed("a size is out of range"))?;
-        let id = |pax: Option<u64>, header: io::Result<u64>| {
-            let id = pax.map_or_else(|| number(header), Ok)?;
+        let id = |pax: Option<u64>, range| {
+            let id = pax.map_or_else(|| field(header, range), Ok)?;
             // The last one means "leave it" to chown.
             u32::try_from(id)
                 .ok()
@@ -174,12 +182,12 @@ impl<R: Read> TarStream<R> {
                 .ok_or_else(|| malformed("an owner's id is out of range"))
         };
         Ok(Entry {
-            uid: id(extensions.uid, header.uid())?,
-            gid: id(extensions.gid, header.gid())?,
-            mode: header.mode().map_err(|error| malformed(error.to_string()))? & 0o7777,
+            uid: id(extensions.uid, UID)?,
+            gid: id(extensions.gid, GID)?,
+            mode: (field(header, MODE)? & 0o7777) as u32,
             mtime: match extensions.mtime {
                 Some(time) => time,
-                None => (i64::try_from(number(header.mtime())?).unwrap_or(0), 0),
+                None => (i64::try_from(field(header, MTIME)?).unwrap_or(0), 0),
             },
             xattrs: extensions.xattrs,
             path,
@@ -310,6 +318,26 @@ impl Extensions {
         }
         Ok(())
     }
+}
+
+/// A number of a header: octal digits, or GNU's base 256 for what is too large for them. An empty field is 0: the
+/// crate `tar` calls that an error, and real archives have it.
+fn field(header: &Header, range: Range<usize>) -> Result<u64, TarError> {
+    let bytes = &header.as_bytes()[range];
+    let number = if bytes[0] & 0x80 != 0 {
+        // The next bit is the sign; a time before 1970 is the only negative number in use, and counts as 1970.
+        match bytes[0] & 0x40 {
+            0 => bytes[1..].iter().try_fold(u64::from(bytes[0] & 0x3f), |sum, byte| {
+                sum.checked_mul(256).map(|sum| sum | u64::from(*byte))
+            }),
+            _ => Some(0),
+        }
+    } else {
+        let digits = bytes.split(|byte| *byte == 0).next().unwrap_or_default().trim_ascii();
+        let digit = |byte: &u8| matches!(byte, b'0'..=b'7').then(|| u64::from(byte - b'0'));
+        digits.iter().try_fold(0_u64, |sum, byte| sum.checked_mul(8)?.checked_add(digit(byte)?))
+    };
+    number.ok_or_else(|| malformed("a number in a header is malformed"))
 }
 
 fn until_zero(mut bytes: Vec<u8>) -> Vec<u8> {
