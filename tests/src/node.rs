@@ -10,7 +10,7 @@ use berth_protocol::job::{DisconnectAction, PodTemplate};
 use berth_protocol::message::node::HeldPod;
 use berth_protocol::pod::{Cause, Outcome};
 use berth_protocol::resources::{CgroupVersion, Inventory};
-use berth_protocol::units::{BootMs, Bytes, Millis, MilliCpu};
+use berth_protocol::units::{BootMs, Bytes, MilliCpu, Millis};
 
 /// How a run of a made-up program goes.
 #[derive(Debug, Clone, Copy)]
@@ -61,7 +61,10 @@ pub struct Node {
 pub enum Out {
     Send(Action),
     /// Comes back to this agent after a while.
-    Later { ms: u64, event: Event },
+    Later {
+        ms: u64,
+        event: Event,
+    },
 }
 
 impl Node {
@@ -316,7 +319,10 @@ impl Shim {
         }
         if self.state != ShimState::Created {
             let fenced = self.fenced(now);
-            if fenced && self.template.on_disconnect.action == DisconnectAction::Stop && self.kill_at.is_none() {
+            if fenced
+                && self.template.on_disconnect.action == DisconnectAction::Stop
+                && self.kill_at.is_none()
+            {
                 self.kill_at = Some(now.plus(Millis(self.template.grace.0 / 2)));
             }
             let freeze = self.template.on_disconnect.action == DisconnectAction::Pause && fenced;
@@ -334,6 +340,7 @@ impl Shim {
 
 /// The program that a template names: `["work", "MS", "CODE"]`.
 fn program(template: &PodTemplate) -> Program {
-    let number = |at: usize| template.containers.first().and_then(|c| c.command.get(at)?.parse().ok()).unwrap_or(0);
+    let number =
+        |at: usize| template.containers.first().and_then(|c| c.command.get(at)?.parse().ok()).unwrap_or(0);
     Program { work_ms: number(1), exit_code: u8::try_from(number(2)).unwrap_or(1) }
 }

@@ -23,10 +23,20 @@ const REST_MS: u64 = 1_800_000;
 
 /// Something under way, due at its time.
 enum Due {
-    ToController { topic: Topic, payload: Vec<u8> },
-    ToNode { node: usize, session: u64, event: AgentEvent },
+    ToController {
+        topic: Topic,
+        payload: Vec<u8>,
+    },
+    ToNode {
+        node: usize,
+        session: u64,
+        event: AgentEvent,
+    },
     /// Within a machine: reaches whichever agent runs there.
-    Local { node: usize, event: AgentEvent },
+    Local {
+        node: usize,
+        event: AgentEvent,
+    },
     Fault(Fault),
     Submit(usize),
 }
@@ -80,7 +90,9 @@ impl World {
         let mut rng = fastrand::Rng::with_seed(seed);
         let count = rng.usize(2..8);
         let nodes: Vec<Node> = (0..count)
-            .map(|n| Node::new(NodeId::parse(&format!("n{n}")).expect("a name"), MilliCpu(rng.u64(1..5) * 1000)))
+            .map(|n| {
+                Node::new(NodeId::parse(&format!("n{n}")).expect("a name"), MilliCpu(rng.u64(1..5) * 1000))
+            })
             .collect();
         let mut world = Self {
             now_ms: 0,
@@ -270,8 +282,8 @@ impl World {
                     seed: self.rng.u64(..),
                 };
                 let entries = self.store.clone().into_iter().collect();
-                let controller =
-                    Controller::load(config, entries, self.now()).map_err(|error| format!("cannot load: {error}"))?;
+                let controller = Controller::load(config, entries, self.now())
+                    .map_err(|error| format!("cannot load: {error}"))?;
                 self.controller = Some(controller);
                 self.to_controller(ControllerEvent::BusUp)?;
             }
@@ -369,7 +381,9 @@ impl World {
     fn published(&mut self, topic: Topic, payload: Vec<u8>) -> Result<(), String> {
         match &topic {
             Topic::Node { node, kind } => {
-                let Some(n) = self.nodes.iter().position(|candidate| candidate.id == *node) else { return Ok(()) };
+                let Some(n) = self.nodes.iter().position(|candidate| candidate.id == *node) else {
+                    return Ok(());
+                };
                 for _ in 0..self.copies() {
                     let at = self.now_ms + self.delay();
                     let Some(event) = read(*kind, &topic, &payload) else { continue };
