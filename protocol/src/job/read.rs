@@ -72,13 +72,7 @@ fn value_of(node: &Node, field: &Field, path: &str, report: &mut Report) -> Opti
 }
 
 /// The canonical form of one value. `example` shows what is wanted.
-pub(super) fn value(
-    node: &Node,
-    kind: &Kind,
-    example: &str,
-    path: &str,
-    report: &mut Report,
-) -> Option<Json> {
+pub(super) fn value(node: &Node, kind: &Kind, example: &str, path: &str, report: &mut Report) -> Option<Json> {
     report.place(path, node.at);
     match scalar(&node.value, kind) {
         Ok(json) => return Some(json),
@@ -146,11 +140,7 @@ fn scalar(value: &Value, kind: &Kind) -> Result<Json, Wrong> {
             Err(message) => Err(Wrong::Value(message)),
         },
         (Kind::Choice(words), Value::Text(text)) => {
-            if words.contains(&text.as_str()) {
-                Ok(text.as_str().into())
-            } else {
-                Err(no_choice(text, words))
-            }
+            if words.contains(&text.as_str()) { Ok(text.as_str().into()) } else { Err(no_choice(text, words)) }
         }
         (Kind::Flag, Value::Bool(flag)) => Ok((*flag).into()),
         (Kind::Whole { min, max }, Value::Number(number)) => {
@@ -174,7 +164,9 @@ fn scalar(value: &Value, kind: &Kind) -> Result<Json, Wrong> {
             let span = Millis::parse(text)?;
             least(span.0, min.0, || format!("{span} is shorter than the least duration, {min}"))
         }
-        (Kind::Span { .. }, Value::Number(_)) => Err(UnitError::NotDuration(shorten(&spelled(value))).into()),
+        (Kind::Span { .. }, Value::Number(_)) => {
+            Err(UnitError::NotDuration(shorten(&spelled(value))).into())
+        },
         _ => Err(Wrong::Type),
     }
 }
@@ -193,9 +185,7 @@ fn whole(number: &Numeral) -> Option<i64> {
 fn spelled(value: &Value) -> String {
     match value {
         Value::Text(text) => text.clone(),
-        Value::Number(number) => {
-            number.whole.map_or_else(|| number.value.to_string(), |whole| whole.to_string())
-        }
+        Value::Number(number) => number.whole.map_or_else(|| number.value.to_string(), |whole| whole.to_string()),
         _ => String::new(),
     }
 }

@@ -2,8 +2,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
 use crate::ids::Digest;
-use crate::message::user::FieldError;
 use crate::units::MilliCpu;
+use crate::message::user::FieldError;
 
 const CONTRACT: &str = include_str!("testdata/contract.yaml");
 
@@ -182,10 +182,7 @@ fn wrong_types() {
             "command: python3 train.py",
             r#"3:10 command: expected a list, found the text `python3 train.py`; write for example ["python3", "train.py"]"#,
         ),
-        (
-            "env: {EPOCHS: 20}",
-            r#"3:15 env.EPOCHS: expected text, found the number 20; put it in quotes: "20""#,
-        ),
+        ("env: {EPOCHS: 20}", r#"3:15 env.EPOCHS: expected text, found the number 20; put it in quotes: "20""#),
         ("env: {V: 1.10}", r#"3:10 env.V: expected text, found the number 1.10; put it in quotes: "1.10""#),
         ("env: {V: true}", r#"3:10 env.V: expected text, found the boolean true; put it in quotes: "true""#),
         ("env: {V: }", "3:10 env.V: expected text, found nothing; write a value, or leave the field out"),
@@ -225,18 +222,9 @@ fn bounds_and_words() {
         ),
         ("restartPolicy: always", "3:16 restartPolicy: `always` is not known, did you mean `Always`?"),
         ("network: vlan", "3:10 network: `vlan` is not known; write one of bridge, host, none"),
-        (
-            "capabilities: [CAP_NET_ADMIN]",
-            "3:16 capabilities[0]: `CAP_NET_ADMIN` is not known, did you mean `NET_ADMIN`?",
-        ),
-        (
-            "checkpoint: {signal: USR1}",
-            "3:22 checkpoint.signal: `USR1` is not known, did you mean `SIGUSR1`?",
-        ),
-        (
-            "checkpoint: {signal: SIGKILL}",
-            "3:22 checkpoint.signal: `SIGKILL` is not known, did you mean `SIGALRM`?",
-        ),
+        ("capabilities: [CAP_NET_ADMIN]", "3:16 capabilities[0]: `CAP_NET_ADMIN` is not known, did you mean `NET_ADMIN`?"),
+        ("checkpoint: {signal: USR1}", "3:22 checkpoint.signal: `USR1` is not known, did you mean `SIGUSR1`?"),
+        ("checkpoint: {signal: SIGKILL}", "3:22 checkpoint.signal: `SIGKILL` is not known, did you mean `SIGALRM`?"),
         ("workingDir: app", "3:13 workingDir: not an absolute path: begin it with `/`"),
         ("workingDir: /a/../b", "3:13 workingDir: holds an empty part, `.` or `..`: write the path out"),
         ("outputs: [model]", "3:11 outputs[0]: not an absolute path: begin it with `/`"),
@@ -310,12 +298,18 @@ fn relations() {
             "resources: {gpu: {count: 2, milli: 500}}",
             "3:36 resources.gpu.milli: a share of 500 thousandths is of one device, and `count` is 2",
         ),
-        ("resources: {cpu: 2}\nlimits: {cpu: 1}", "4:15 limits.cpu: 1 is less than `resources.cpu` (2)"),
+        (
+            "resources: {cpu: 2}\nlimits: {cpu: 1}",
+            "4:15 limits.cpu: 1 is less than `resources.cpu` (2)",
+        ),
         (
             "limits: {memory: 64Mi}",
             "3:18 limits.memory: 64Mi is less than `resources.memory` (128Mi, the default)",
         ),
-        ("retry: {min: 10m}", "3:8 retry: the first wait (min, 10m) is longer than the longest (max, 5m)"),
+        (
+            "retry: {min: 10m}",
+            "3:8 retry: the first wait (min, 10m) is longer than the longest (max, 5m)",
+        ),
         (
             "onDisconnect: {after: 2m, lostAfter: 60s}",
             "3:38 onDisconnect.lostAfter: 1m is shorter than `after` (2m): a node is not lost before its pods act",
@@ -342,10 +336,7 @@ fn relations() {
             "3:34 volumes[0].name: cannot be together with `size`",
         ),
         ("volumes: [{mount: /a}]", "3:11 volumes[0]: one of host, size, name is required"),
-        (
-            "volumes: [{mount: /, size: 1Gi}]",
-            "3:19 volumes[0].mount: the root itself cannot be a mount: name a directory below it",
-        ),
+        ("volumes: [{mount: /, size: 1Gi}]", "3:19 volumes[0].mount: the root itself cannot be a mount: name a directory below it"),
         ("secrets: [{mount: /a}]", "3:11 secrets[0].name: required, such as \"wandb\""),
     ] {
         check_field(text, expect);
@@ -360,9 +351,7 @@ fn relations() {
 
 #[test]
 fn several_containers() {
-    let job = spec(
-        "name: a\ncontainers:\n- {name: x, image: host, resources: {cpu: 1}}\n- {name: y, image: b, resources: {gpu: {}}}",
-    );
+    let job = spec("name: a\ncontainers:\n- {name: x, image: host, resources: {cpu: 1}}\n- {name: y, image: b, resources: {gpu: {}}}");
     let names: Vec<&str> = job.pod.containers.iter().map(|c| c.name.as_str()).collect();
     assert_eq!(names, ["x", "y"]);
     assert_eq!(job.pod.resources().cpu, MilliCpu(1100));
@@ -386,10 +375,7 @@ fn what_is_not_a_document() {
     check("# nothing\n", &[": the job file is empty"]);
     check("[a]", &[": expected the fields of a job, such as `image: host`; found a list"]);
     check("hello", &[": expected the fields of a job, such as `image: host`; found the text `hello`"]);
-    check(
-        "name: a\nimage: host\n---\nname: b\n",
-        &["3:1 : a second document begins here, and a file holds one job"],
-    );
+    check("name: a\nimage: host\n---\nname: b\n", &["3:1 : a second document begins here, and a file holds one job"]);
     check("name: a\nimage: host\nname: b\n", &["3:1 name: written twice; the first is in line 1"]);
     check(r#"{"name":"a","image":"host","name":"b"}"#, &["1:28 name: written twice; the first is in line 1"]);
     check("name: &x a\nimage: host\n", &["1:10 name: anchors are not allowed: write the value out"]);
@@ -400,10 +386,7 @@ fn what_is_not_a_document() {
             "2:8 image: aliases are not allowed: write the value out",
         ],
     );
-    check(
-        "name: !!str a\nimage: host\n",
-        &["1:13 name: tags such as `tag:yaml.org,2002:!str` are not allowed"],
-    );
+    check("name: !!str a\nimage: host\n", &["1:13 name: tags such as `tag:yaml.org,2002:!str` are not allowed"]);
     check(
         "name: a\nimage: host\nenv:\n  <<: {A: b}\n",
         &["4:3 env.<<: merge keys are not allowed: write the fields out"],
@@ -441,8 +424,7 @@ fn errors_are_bounded() {
 
 #[test]
 fn the_same_file_is_the_same_however_it_is_spelled() {
-    let json =
-        r#"{"name":"a","image":"host","resources":{"cpu":0.5,"memory":1073741824},"tolerations":["b","a"]}"#;
+    let json = r#"{"name":"a","image":"host","resources":{"cpu":0.5,"memory":1073741824},"tolerations":["b","a"]}"#;
     let yaml = "tolerations: [a, b]\nimage: 'host'\nresources:\n  memory: 1Gi\n  cpu: 500m\n";
     let topic = (Namespace::default_namespace(), JobName::parse("a").unwrap());
     let with_topic = parse(yaml.as_bytes(), Some((&topic.0, &topic.1))).unwrap();
@@ -452,7 +434,10 @@ fn the_same_file_is_the_same_however_it_is_spelled() {
     assert_ne!(written("{name: a, image: host}"), written("{name: a, image: host, priority: 0}"));
     assert_ne!(written("{name: a, image: host}"), written("{name: a, image: b}"));
     // The digest lasts: stored generations are compared with it.
-    assert_eq!(written(CONTRACT).to_string(), "sha256:0");
+    assert_eq!(
+        written(CONTRACT).to_string(),
+        "sha256:0"
+    );
 }
 
 #[test]
@@ -500,10 +485,8 @@ fn a_terminal_sees_the_line_and_a_caret() {
 #[test]
 fn hostile_error_places_do_not_panic() {
     let error = |line, column| FieldError { field: String::new(), line, column, message: "m".into() };
-    for (line, column) in
-        [(Some(0), Some(0)), (Some(u32::MAX), Some(1)), (Some(1), Some(u32::MAX)), (Some(1), None)]
-    {
-        assert!(show_errors("f", "abc", &[error(line, column)]).ends_with('\n'));
+    for (line, column) in [(Some(0), Some(0)), (Some(u32::MAX), Some(1)), (Some(1), Some(u32::MAX)), (Some(1), None)] {
+        assert!(show_errors("f", "abc", &[error(line, column)]).ends_with('\n') );
     }
 }
 
@@ -529,13 +512,10 @@ fn worst() -> Vec<String> {
     };
     let laughs = "a: &a [x,x,x,x,x,x,x,x,x]\n".to_owned()
         + &numbered(&|n| format!("b{n}: &b{n} [*a,*a,*a,*a,*a,*a,*a,*a,*a]\n"));
-    let mut all: Vec<String> = [
-        "[", "{", "{a: ", "[a: ", "- ", "? ", "- - ", "a: ", "\"", "'", "&a ", "!a ", "*a ", "x ", "\n",
-        "\t", "#", "|\n ", "%a\n", ": ", "[]", ",", "\\", "---\n", "\u{fffd}",
-    ]
-    .iter()
-    .flat_map(|unit| ["", "a: ", "[", "{", "\"", "env: {"].map(|head| fill(head, unit)))
-    .collect();
+    let mut all: Vec<String> = ["[", "{", "{a: ", "[a: ", "- ", "? ", "- - ", "a: ", "\"", "'", "&a ", "!a ", "*a ", "x ", "\n", "\t", "#", "|\n ", "%a\n", ": ", "[]", ",", "\\", "---\n", "\u{fffd}"]
+        .iter()
+        .flat_map(|unit| ["", "a: ", "[", "{", "\"", "env: {"].map(|head| fill(head, unit)))
+        .collect();
     all.push(laughs.chars().take(max).collect());
     all.push(numbered(&|n| format!("x{n}: 1\n")));
     all.push(numbered(&|n| format!("{n:>width$}:\n", width = n % 40)));
@@ -558,9 +538,7 @@ fn the_worst_files_take_bounded_work() {
         assert!(told <= crate::limits::JOB_FILE_ERRORS_MAX, "{head:?}");
         let took = before.elapsed();
         assert!(took.as_secs() < SECONDS_MAX, "{head:?} took {took:?}");
-        if took.as_millis() > 200 {
-            eprintln!("{head:?} took {took:?}");
-        }
+        if took.as_millis() > 200 { eprintln!("{head:?} took {took:?}"); }
     }
 }
 

@@ -84,7 +84,11 @@ written!(
     }
 );
 
-written!(Resources { cpu: MilliCpu, memory: Bytes, gpu: Gpu });
+written!(Resources {
+    cpu: MilliCpu,
+    memory: Bytes,
+    gpu: Gpu,
+});
 
 written!(Gpu {
     count: u32,
@@ -93,17 +97,39 @@ written!(Gpu {
     model: BTreeSet<String>,
 });
 
-written!(Limits { cpu: MilliCpu, memory: Bytes });
+written!(Limits {
+    cpu: MilliCpu,
+    memory: Bytes,
+});
 
-written!(Secret { name: SecretName, mount: String });
+written!(Secret {
+    name: SecretName,
+    mount: String,
+});
 
-written!(Preference { when: String, weight: i32 });
+written!(Preference {
+    when: String,
+    weight: i32,
+});
 
-written!(Volume { mount: String, host: String, size: Bytes, name: VolumeName, read_only: bool });
+written!(Volume {
+    mount: String,
+    host: String,
+    size: Bytes,
+    name: VolumeName,
+    read_only: bool,
+});
 
-written!(Workspace { digest: Digest, bytes: Bytes, path: String });
+written!(Workspace {
+    digest: Digest,
+    bytes: Bytes,
+    path: String,
+});
 
-written!(Retry { min: Millis, max: Millis });
+written!(Retry {
+    min: Millis,
+    max: Millis,
+});
 
 written!(Checkpoint {
     mode: CheckpointMode,
@@ -150,8 +176,7 @@ impl From<&JobSpec> for File {
             _ => None,
         };
         let several = || {
-            let container =
-                |c: &super::ContainerSpec| Container { name: Some(c.name.clone()), body: Body::from(c) };
+            let container = |c: &super::ContainerSpec| Container { name: Some(c.name.clone()), body: Body::from(c) };
             pod.containers.iter().map(container).collect()
         };
         let preference =
