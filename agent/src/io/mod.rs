@@ -1,0 +1,3 @@
+//! Everything that acts on the world for the daemon.
+
+pub mod network;

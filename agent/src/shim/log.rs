@@ -1,0 +1,308 @@
+//! A pod's log on disk: written by its shim, read by the daemon. Segments of records in `log/`, each named by the
+//! seq of its first record; the seq goes on over the runs of an epoch, and the oldest segments go first.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use berth_protocol::ids::ContainerName;
+use berth_protocol::limits::LOG_RECORD_BYTES_MAX;
+use berth_protocol::log::{Record, RecordError, Stream, read_record};
+use berth_protocol::units::{Bytes, Timestamp};
+
+/// A log is cut into this many segments, so that dropping the oldest loses little.
+const SEGMENTS: u64 = 8;
+const SEGMENT_BYTES_MIN: u64 = 64 * 1024;
+const SEGMENT_BYTES_MAX: u64 = 16 * 1024 * 1024;
+/// What the reader holds at once: a record and its header fit.
+const READ_BYTES: usize = 4 * LOG_RECORD_BYTES_MAX;
+
+/// Appends records; one writer a log, the shim that holds the pod's lock.
+pub struct Writer {
+    dir: PathBuf,
+    file: File,
+    bytes: u64,
+    segment_bytes_max: u64,
+    total_bytes_max: u64,
+    next_seq: u64,
+    line: Vec<u8>,
+}
+
+impl Writer {
+    /// Opens the log to go on behind its last whole record; a torn end is cut off.
+    pub fn open(dir: &Path, total: Bytes) -> io::Result<Self> {
+        fs::create_dir_all(dir)?;
+        let (path, next_seq, bytes) = match segments(dir)?.last() {
+            None => (segment(dir, 1), 1, 0),
+            Some((first, path)) => {
+                let (count, bytes) = whole_records(path)?;
+                OpenOptions::new().write(true).open(path)?.set_len(bytes)?;
+                (path.clone(), first + count, bytes)
+            }
+        };
+        Ok(Self {
+            dir: dir.to_owned(),
+            file: OpenOptions::new().create(true).append(true).open(path)?,
+            bytes,
+            segment_bytes_max: (total.0 / SEGMENTS).clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX),
+            total_bytes_max: total.0,
+            next_seq,
+            line: Vec::new(),
+        })
+    }
+
+    /// The seq of the last record; 0 before the first.
+    pub fn last_seq(&self) -> u64 {
+        self.next_seq - 1
+    }
+
+    /// Writes one record of at most `LOG_RECORD_BYTES_MAX` bytes.
+    pub fn append(
+        &mut self,
+        at: Timestamp,
+        container: &ContainerName,
+        stream: Stream,
+        bytes: &[u8],
+    ) -> io::Result<()> {
+        if self.bytes >= self.segment_bytes_max {
+            self.rotate()?;
+        }
+        self.line.clear();
+        Record { seq: self.next_seq, at, stream, container: container.clone(), bytes }.write(&mut self.line);
+        if let Err(e) = self.file.write_all(&self.line) {
+            // A record that a full disk cut short would make all that follow unreadable.
+            let _ = self.file.set_len(self.bytes);
+            return Err(e);
+        }
+        self.bytes += self.line.len() as u64;
+        self.next_seq += 1;
+        Ok(())
+    }
+
+    fn rotate(&mut self) -> io::Result<()> {
+        self.file = OpenOptions::new().create(true).append(true).open(segment(&self.dir, self.next_seq))?;
+        self.bytes = 0;
+        let mut kept = self.segment_bytes_max;
+        for (first, path) in segments(&self.dir)?.into_iter().rev().filter(|(first, _)| *first < self.next_seq) {
+            kept += fs::metadata(&path)?.len();
+            if kept > self.total_bytes_max && first != self.next_seq {
+                fs::remove_file(path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Frees the buffer that a long record has left.
+    pub fn shrink(&mut self) {
+        self.line = Vec::new();
+    }
+}
+
+fn segment(dir: &Path, first: u64) -> PathBuf {
+    // Names sort as their numbers do.
+    dir.join(format!("{first:020}.log"))
+}
+
+/// The segments, ascending, each with the seq of its first record.
+fn segments(dir: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let first = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_suffix(".log")?.parse().ok());
+        all.extend(first.map(|first| (first, path)));
+    }
+    all.sort();
+    Ok(all)
+}
+
+/// Counts the whole records of a segment, and their bytes.
+fn whole_records(path: &Path) -> io::Result<(u64, u64)> {
+    let mut segment = Segment::open(path)?;
+    let mut count = 0;
+    while segment.next(|_| ())?.is_some() {
+        count += 1;
+    }
+    Ok((count, segment.offset))
+}
+
+/// A segment being read; what is behind `offset` is not yet read, or torn.
+struct Segment {
+    file: File,
+    buffer: Vec<u8>,
+    used: usize,
+    offset: u64,
+}
+
+impl Segment {
+    fn open(path: &Path) -> io::Result<Self> {
+        Ok(Self { file: File::open(path)?, buffer: Vec::new(), used: 0, offset: 0 })
+    }
+
+    /// The next whole record; `None` at the end, which may grow later.
+    fn next<T>(&mut self, take: impl FnOnce(Record<'_>) -> T) -> io::Result<Option<T>> {
+        loop {
+            match read_record(&self.buffer[self.used..]) {
+                Ok((record, length)) => {
+                    self.used += length;
+                    self.offset += length as u64;
+                    return Ok(Some(take(record)));
+                }
+                Err(RecordError::Torn) => {
+                    if !self.fill()? {
+                        return Ok(None);
+                    }
+                }
+                Err(RecordError::Header(_)) => return Ok(None),
+            }
+        }
+    }
+
+    fn fill(&mut self) -> io::Result<bool> {
+        self.buffer.drain(..self.used);
+        self.used = 0;
+        self.file.seek(SeekFrom::Start(self.offset + self.buffer.len() as u64))?;
+        Ok((&mut self.file).take(READ_BYTES as u64).read_to_end(&mut self.buffer)? > 0)
+    }
+}
+
+/// A record that owns its bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnedRecord {
+    pub seq: u64,
+    pub at: Timestamp,
+    pub stream: Stream,
+    pub container: ContainerName,
+    pub bytes: Vec<u8>,
+}
+
+/// Reads a log while its shim may be writing it.
+pub struct Reader {
+    dir: PathBuf,
+    current: Option<Segment>,
+    next_seq: u64,
+}
+
+/// Records from `seq` on, or from the oldest kept after it. An end is no end: call `next` again when the shim
+/// reports more.
+pub fn read_from(dir: &Path, seq: u64) -> Reader {
+    Reader { dir: dir.to_owned(), current: None, next_seq: seq.max(1) }
+}
+
+impl Reader {
+    /// The next record, if one is there.
+    pub fn next(&mut self) -> io::Result<Option<OwnedRecord>> {
+        loop {
+            if self.current.is_none() && !self.open_next()? {
+                return Ok(None);
+            }
+            let Some(segment) = &mut self.current else { return Ok(None) };
+            let wanted = self.next_seq;
+            let owned = |r: Record<'_>| {
+                let Record { seq, at, stream, container, bytes } = r;
+                (seq >= wanted).then(|| OwnedRecord { seq, at, stream, container, bytes: bytes.to_vec() })
+            };
+            match segment.next(owned)? {
+                Some(Some(record)) => {
+                    self.next_seq = record.seq + 1;
+                    return Ok(Some(record));
+                }
+                Some(None) => {}
+                // The writer begins a segment only behind a whole record: a later one means that this is read.
+                None if self.later_exists()? => self.current = None,
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// Opens the segment that holds `next_seq`, or the oldest behind it.
+    fn open_next(&mut self) -> io::Result<bool> {
+        let all = match segments(&self.dir) {
+            Ok(all) => all,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(e) => return Err(e),
+        };
+        let holder = all.iter().rposition(|(first, _)| *first <= self.next_seq).unwrap_or(0);
+        let Some((_, path)) = all.get(holder) else { return Ok(false) };
+        match Segment::open(path) {
+            Ok(segment) => self.current = Some(segment),
+            // Dropped in this moment: a newer one is the oldest now.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(e) => return Err(e),
+        }
+        Ok(true)
+    }
+
+    fn later_exists(&self) -> io::Result<bool> {
+        Ok(segments(&self.dir)?.iter().any(|(first, _)| *first == self.next_seq))
+            .and_then(|found| if found { self.not_current() } else { Ok(false) })
+    }
+
+    /// Whether the segment at `next_seq` is another one than that being read.
+    fn not_current(&self) -> io::Result<bool> {
+        use std::os::unix::fs::MetadataExt;
+        let Some(current) = &self.current else { return Ok(true) };
+        let later = fs::metadata(segment(&self.dir, self.next_seq))?;
+        Ok(later.ino() != current.file.metadata()?.ino())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name() -> ContainerName {
+        ContainerName::parse("main").unwrap()
+    }
+
+    fn put(writer: &mut Writer, text: &str) {
+        writer.append(Timestamp(5), &name(), Stream::Stdout, text.as_bytes()).unwrap();
+    }
+
+    fn all(dir: &Path, from: u64) -> Vec<(u64, String)> {
+        let mut reader = read_from(dir, from);
+        let mut found = Vec::new();
+        while let Some(record) = reader.next().unwrap() {
+            found.push((record.seq, String::from_utf8(record.bytes).unwrap()));
+        }
+        found
+    }
+
+    #[test]
+    fn the_seq_goes_on_over_runs_and_a_torn_end_is_cut() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = Writer::open(dir.path(), Bytes(1 << 20)).unwrap();
+        put(&mut writer, "one\n");
+        put(&mut writer, "two\n");
+        drop(writer);
+        let mut file = OpenOptions::new().append(true).open(segment(dir.path(), 1)).unwrap();
+        file.write_all(b"3 5 o main 100\nhalf").unwrap();
+        let mut writer = Writer::open(dir.path(), Bytes(1 << 20)).unwrap();
+        assert_eq!(writer.last_seq(), 2);
+        put(&mut writer, "three\n");
+        let expect: Vec<(u64, String)> =
+            [(1, "one\n"), (2, "two\n"), (3, "three\n")].map(|(n, t)| (n, t.to_owned())).into();
+        assert_eq!(all(dir.path(), 0), expect);
+        assert_eq!(all(dir.path(), 3), expect[2..]);
+    }
+
+    #[test]
+    fn old_segments_go_and_a_reader_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let total = SEGMENTS * SEGMENT_BYTES_MIN;
+        let mut writer = Writer::open(dir.path(), Bytes(total)).unwrap();
+        let text = "x".repeat(1000);
+        let mut reader = read_from(dir.path(), 1);
+        for seq in 1..=2000 {
+            put(&mut writer, &text);
+            assert_eq!(reader.next().unwrap().map(|r| r.seq), Some(seq));
+            assert_eq!(reader.next().unwrap(), None);
+        }
+        let kept = all(dir.path(), 1);
+        assert_eq!(kept.last().unwrap().0, 2000);
+        assert!(kept[0].0 > 1, "nothing was dropped");
+        assert!(kept.windows(2).all(|pair| pair[0].0 + 1 == pair[1].0));
+        let bytes: u64 =
+            segments(dir.path()).unwrap().iter().map(|(_, path)| fs::metadata(path).unwrap().len()).sum();
+        assert!(bytes <= total, "{bytes} > {total}");
+    }
+}
