@@ -8,7 +8,7 @@ use std::time::Duration;
 use berth_protocol::codec::{self, CodecError};
 use berth_protocol::ids::{IdError, LedgerId, SessionNonce};
 use berth_protocol::job::PodTemplate;
-use berth_protocol::message::node::{DepotAccess, NodeRequest, Request, SpecMessage};
+use berth_protocol::message::node::{DepotAccess, HeldPod, NodeRequest, Request, SpecMessage};
 use berth_protocol::topic::{NodeTopic, Topic};
 use berth_protocol::units::{Bytes, MilliCpu};
 use tokio::sync::mpsc;
@@ -276,7 +276,7 @@ impl Agency {
         for action in actions {
             match action {
                 Action::Hello(mut hello) => {
-                    hello.pods = shim::scan(&self.cgroup_parent());
+                    hello.pods = self.scan();
                     self.bus.publish(&self.topic(NodeTopic::Hello), &*hello);
                 }
                 Action::Heartbeat(mut heartbeat) => {
@@ -321,6 +321,19 @@ impl Agency {
 
     fn topic(&self, kind: NodeTopic) -> Topic {
         Topic::node(&self.config.node, kind)
+    }
+
+    /// Every pod that the machine holds, whatever the ledger says; its run is the ledger's, where that knows one.
+    fn scan(&self) -> Vec<HeldPod> {
+        let found = shim::scan(&self.cgroup_parent()).unwrap_or_else(|error| {
+            tracing::error!("cannot tell which pods are alive: {error}");
+            Vec::new()
+        });
+        let held = |(pod, epoch)| {
+            let run = self.core.ledger().pods.get(&PodKey::new(&pod, epoch)).map(|entry| entry.run);
+            HeldPod { pod, epoch, run: run.unwrap_or_default(), alive: true }
+        };
+        found.into_iter().map(held).collect()
     }
 
     fn cgroup_parent(&self) -> std::path::PathBuf {

@@ -1,13 +1,178 @@
-//! placeholder until the shim lands
+//! The supervisor of one run of a pod: a process of its own with one thread, alone in knowing libcontainer. It obeys
+//! whichever agent is connected and goes on without one, up to its lease; it never touches another pod's things.
+//!
+//! `clean_up`, `scan`, the log's reader and `rootfs::mount_result` are the daemon's side of it: they work on what a
+//! shim, dead or alive, leaves in directories and control groups.
+
+pub mod cgroup;
+mod container;
+pub mod control;
+mod create;
+mod devices;
+mod error;
+mod exit;
+mod init;
+pub mod lease;
 pub mod log;
-use std::path::Path;
+pub mod netlink;
+mod network;
+mod process;
+mod pump;
+pub mod rootfs;
+mod seccomp;
+mod spec;
+mod supervisor;
+pub mod sys;
+#[cfg(test)]
+mod testing;
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-pub fn main(_dir: &Path) -> ExitCode {
-    ExitCode::FAILURE
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::unistd::Pid;
+
+use crate::task::{Task, file};
+use cgroup::{Cgroup, CgroupError};
+use supervisor::Supervisor;
+
+pub use cgroup::scan;
+
+/// How long processes may take to die after SIGKILL.
+pub const KILL_MS_MAX: u64 = 10_000;
+
+/// The subcommand `shim POD_DIR`: runs the pod of `dir` once, as its `task.json` says. To be called before any
+/// thread exists. What went wrong with the pod is in its exit file; what keeps the shim from even writing that is
+/// printed, and its code is 1.
+pub fn main(dir: &Path) -> ExitCode {
+    match run(dir) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("berth-agent shim {}: {e}", dir.display());
+            ExitCode::FAILURE
+        }
+    }
 }
-pub fn clean_up(_task: &crate::task::Task, _dir: &Path) -> std::io::Result<()> {
+
+fn run(dir: &Path) -> io::Result<()> {
+    sys::open_standard_streams()?;
+    let dir = &fs::canonicalize(dir)?;
+    let task: Task = serde_json::from_slice(&fs::read(dir.join(file::TASK))?)?;
+    let Some(_lock) = lock(dir)? else {
+        return Err(io::Error::new(io::ErrorKind::WouldBlock, "another shim holds the pod"));
+    };
+    let signals = prepare_process()?;
+    Supervisor::new(task, dir, signals)?.run()
+}
+
+/// The pod's lock; `None` while a shim lives.
+pub fn lock(dir: &Path) -> io::Result<Option<Flock<fs::File>>> {
+    let file = fs::OpenOptions::new().create(true).truncate(false).write(true).open(dir.join(file::LOCK))?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(Some(lock)),
+        Err((_, nix::Error::EWOULDBLOCK)) => Ok(None),
+        Err((_, e)) => Err(e.into()),
+    }
+}
+
+/// Makes this process fit to outlive its agent. Returns the signals that the loop reads.
+fn prepare_process() -> io::Result<SigSet> {
+    // The leader of a group already cannot, and need not.
+    let _ = nix::unistd::setsid();
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+    // SAFETY: plain prctl calls with constants and a C string.
+    unsafe {
+        libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1);
+        libc::prctl(libc::PR_SET_NAME, c"berth-shim".as_ptr());
+    }
+    protect_from_oom();
+    let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
+    for signal in [Signal::SIGPIPE, Signal::SIGHUP, Signal::SIGINT] {
+        // SAFETY: no handler is installed.
+        unsafe { sigaction(signal, &ignore) }?;
+    }
+    let mut mask = SigSet::empty();
+    mask.add(Signal::SIGCHLD);
+    mask.add(Signal::SIGTERM);
+    mask.thread_block()?;
+    Ok(mask)
+}
+
+/// Where allowed: without CAP_SYS_RESOURCE the score stays as it is.
+fn protect_from_oom() {
+    let _ = fs::write("/proc/self/oom_score_adj", "-1000");
+}
+
+/// Why a pod could not be cleaned up.
+#[derive(Debug, thiserror::Error)]
+pub enum CleanUpError {
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error("cannot remove the pod's link: {0}")]
+    Network(io::Error),
+    #[error("cannot remove {path}: {source}")]
+    Remove { path: PathBuf, source: io::Error },
+}
+
+/// Ends all that is left of a pod whose shim is dead: processes, control groups, link, writable layers. Task, log
+/// and exit files stay, and what `keep_written` says. Safe to call again, and for a pod of which nothing is left.
+pub fn clean_up(task: &Task, dir: &Path) -> Result<(), CleanUpError> {
+    end(task)?;
+    clear(dir, false)
+}
+
+/// Kills the pod and removes what the kernel holds of it.
+fn end(task: &Task) -> Result<(), CleanUpError> {
+    let cgroup = pod_cgroup(task)?;
+    cgroup.kill(Duration::from_millis(KILL_MS_MAX))?;
+    cgroup.remove()?;
+    network::clean_up(task).map_err(CleanUpError::Network)
+}
+
+fn pod_cgroup(task: &Task) -> Result<Cgroup, CgroupError> {
+    Cgroup::new(&task.cgroup_parent.join(cgroup::pod_name(&task.pod, task.epoch)))
+}
+
+/// Removes a run's files; with `keep_written` not what containers have written, for outputs are in there.
+fn clear(dir: &Path, keep_written: bool) -> Result<(), CleanUpError> {
+    let mut names = vec!["state", "berth", "etc", "netns", file::SOCKET];
+    if !keep_written {
+        names.extend(["root", "volumes"]);
+    }
+    for name in names {
+        let path = dir.join(name);
+        let removed = match fs::symlink_metadata(&path) {
+            Ok(file) if file.is_dir() => fs::remove_dir_all(&path),
+            Ok(_) => fs::remove_file(&path),
+            Err(e) => Err(e),
+        };
+        match removed {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                return Err(CleanUpError::Remove { path, source });
+            }
+            _ => {}
+        }
+    }
     Ok(())
 }
-pub fn scan(_parent: &Path) -> Vec<berth_protocol::message::node::HeldPod> {
-    Vec::new()
+
+fn make_private_dir(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Waits for a child of this process that has ended; `None` when there is none.
+fn reap() -> Option<(Pid, u8)> {
+    let mut status = 0;
+    // SAFETY: the pointer is to a local.
+    let pid = unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG) };
+    let code = match libc::WIFSIGNALED(status) {
+        true => 128 + libc::WTERMSIG(status) as u8,
+        false => libc::WEXITSTATUS(status) as u8,
+    };
+    (pid > 0).then(|| (Pid::from_raw(pid), code))
 }

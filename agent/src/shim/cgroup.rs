@@ -1,0 +1,285 @@
+//! A pod's control groups, on v1, hybrid and v2: where they are, who is in them, frozen or not, killed, gone.
+//! Limits are libcontainer's work; this module knows nothing of it, so that the daemon uses it as well.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use berth_protocol::ids::{Epoch, PodId};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const MOUNT: &str = "/sys/fs/cgroup";
+/// Groups below a pod's are its containers'; anything deeper they made themselves.
+const DEPTH_MAX: usize = 16;
+const POLL_MS: u64 = 2;
+
+/// Why control groups do not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    #[error(
+        "no control groups are mounted below {MOUNT}: mount them, or boot with systemd, which does so by itself"
+    )]
+    NotMounted,
+    #[error("the control group hierarchies lack {0}, which the kernel must offer: cgroup v1 or v2 with it is needed")]
+    NoController(&'static str),
+    #[error("cannot {action} {path}: {source}")]
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("processes of {path} are alive {ms} ms after SIGKILL; they may wait for a device or a network disk")]
+    Unkillable { path: PathBuf, ms: u128 },
+}
+
+/// How the machine's control groups are mounted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Layout {
+    /// One directory a hierarchy, each named for its controllers.
+    V1(Vec<PathBuf>),
+    V2,
+}
+
+impl Layout {
+    /// Looks at the mounts; a few µs.
+    pub fn detect() -> Result<Self, CgroupError> {
+        if Path::new(MOUNT).join("cgroup.controllers").exists() {
+            return Ok(Layout::V2);
+        }
+        let entries = fs::read_dir(MOUNT).map_err(|_| CgroupError::NotMounted)?;
+        let mut roots: Vec<PathBuf> = entries
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            // `cpu` may be a link to `cpu,cpuacct`; the directory itself is listed as well.
+            .filter(|path| !path.is_symlink() && path.join("cgroup.procs").exists())
+            .filter(|path| !path.join("cgroup.controllers").exists() && !path.ends_with("systemd"))
+            .collect();
+        roots.sort();
+        if roots.is_empty() {
+            return Err(CgroupError::NotMounted);
+        }
+        Ok(Layout::V1(roots))
+    }
+
+    /// The v1 hierarchy of a controller.
+    fn root(roots: &[PathBuf], controller: &'static str) -> Result<PathBuf, CgroupError> {
+        let named = |path: &&PathBuf| {
+            path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.split(',').any(|c| c == controller))
+        };
+        roots.iter().find(named).cloned().ok_or(CgroupError::NoController(controller))
+    }
+}
+
+/// The groups of one pod, or one of its containers.
+#[derive(Debug, Clone)]
+pub struct Cgroup {
+    layout: Layout,
+    /// Below each mount, without a leading slash.
+    path: PathBuf,
+}
+
+/// The last part of a pod's cgroup: `{uid}-{index}.{epoch}`.
+pub fn pod_name(pod: &PodId, epoch: Epoch) -> String {
+    format!("{pod}.{epoch}")
+}
+
+fn parse_pod_name(name: &str) -> Option<(PodId, Epoch)> {
+    let (pod, epoch) = name.rsplit_once('.')?;
+    let (pod, epoch) = (PodId::parse(pod).ok()?, Epoch(epoch.parse().ok()?));
+    (pod_name(&pod, epoch) == name).then_some((pod, epoch))
+}
+
+/// Pods in berth's groups below `parent` in which processes live, frozen ones too. Asks the kernel alone.
+pub fn scan(parent: &Path) -> Result<Vec<(PodId, Epoch)>, CgroupError> {
+    let all = Cgroup::new(parent)?;
+    let mut found = Vec::new();
+    let entries = match fs::read_dir(all.processes_dir()?) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(found),
+        Err(source) => return Err(CgroupError::Io { action: "read", path: parent.to_owned(), source }),
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let Some((pod, epoch)) = name.to_str().and_then(parse_pod_name) else { continue };
+        if !Cgroup::new(&parent.join(&name))?.processes()?.is_empty() {
+            found.push((pod, epoch));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+impl Cgroup {
+    /// `path` is below each mount; nothing is made yet.
+    pub fn new(path: &Path) -> Result<Self, CgroupError> {
+        let path = path.strip_prefix("/").unwrap_or(path).to_owned();
+        Ok(Self { layout: Layout::detect()?, path })
+    }
+
+    pub fn child(&self, name: &str) -> Self {
+        Self { layout: self.layout.clone(), path: self.path.join(name) }
+    }
+
+    pub fn is_v2(&self) -> bool {
+        self.layout == Layout::V2
+    }
+
+    /// As the OCI configuration wants it.
+    pub fn absolute(&self) -> PathBuf {
+        Path::new("/").join(&self.path)
+    }
+
+    /// The group's directory in each hierarchy.
+    pub fn dirs(&self) -> Vec<PathBuf> {
+        match &self.layout {
+            Layout::V1(roots) => roots.iter().map(|root| root.join(&self.path)).collect(),
+            Layout::V2 => vec![Path::new(MOUNT).join(&self.path)],
+        }
+    }
+
+    fn dir(&self, controller: &'static str) -> Result<PathBuf, CgroupError> {
+        Ok(match &self.layout {
+            Layout::V1(roots) => Layout::root(roots, controller)?.join(&self.path),
+            Layout::V2 => Path::new(MOUNT).join(&self.path),
+        })
+    }
+
+    /// Where the pod's processes are listed: the hierarchy that can freeze them.
+    fn processes_dir(&self) -> Result<PathBuf, CgroupError> {
+        self.dir("freezer")
+    }
+
+    /// Makes the group in every hierarchy; libcontainer makes the containers' below it.
+    pub fn create(&self) -> Result<(), CgroupError> {
+        for dir in self.dirs() {
+            fs::create_dir_all(&dir).map_err(|source| CgroupError::Io { action: "make", path: dir, source })?;
+        }
+        Ok(())
+    }
+
+    /// Can v1 bound memory and swap together? v2 always can.
+    pub fn accounts_swap(&self) -> bool {
+        self.dir("memory").is_ok_and(|dir| dir.join("memory.memsw.limit_in_bytes").exists())
+    }
+
+    /// Every process of the group and of those below it.
+    pub fn processes(&self) -> Result<Vec<Pid>, CgroupError> {
+        let mut pids = Vec::new();
+        collect(&self.processes_dir()?, 0, &mut pids);
+        Ok(pids)
+    }
+
+    /// Asks the kernel to freeze or thaw; `is_frozen` tells when it has.
+    pub fn freeze(&self, frozen: bool) -> Result<(), CgroupError> {
+        let (file, value) = match (self.is_v2(), frozen) {
+            (true, true) => ("cgroup.freeze", "1"),
+            (true, false) => ("cgroup.freeze", "0"),
+            (false, true) => ("freezer.state", "FROZEN"),
+            (false, false) => ("freezer.state", "THAWED"),
+        };
+        let path = self.processes_dir()?.join(file);
+        fs::write(&path, value).map_err(|source| CgroupError::Io { action: "write", path, source })
+    }
+
+    /// As the kernel confirms it: no task of the group runs.
+    pub fn is_frozen(&self) -> bool {
+        let (file, sign) = match self.is_v2() {
+            true => ("cgroup.events", "frozen 1"),
+            // Reading it also makes v1 look again at tasks that were busy.
+            false => ("freezer.state", "FROZEN"),
+        };
+        let Ok(dir) = self.processes_dir() else { return false };
+        fs::read_to_string(dir.join(file)).is_ok_and(|text| text.lines().any(|line| line == sign))
+    }
+
+    /// How often the kernel killed a process of this very group for want of memory.
+    pub fn oom_kills(&self) -> u64 {
+        let file = if self.is_v2() { "memory.events" } else { "memory.oom_control" };
+        let Ok(dir) = self.dir("memory") else { return 0 };
+        let text = fs::read_to_string(dir.join(file)).unwrap_or_default();
+        text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok()).unwrap_or(0)
+    }
+
+    /// SIGKILL to every process, once. A frozen v1 group dies only once it is thawed after the signal.
+    pub fn signal_kill(&self) -> Result<(), CgroupError> {
+        if self.is_v2() && fs::write(self.processes_dir()?.join("cgroup.kill"), "1").is_ok() {
+            return Ok(());
+        }
+        for pid in self.processes()? {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+        let _ = self.freeze(false);
+        Ok(())
+    }
+
+    /// Kills until nobody is left, at most `timeout`.
+    pub fn kill(&self, timeout: Duration) -> Result<(), CgroupError> {
+        let begun = Instant::now();
+        while !self.processes()?.is_empty() {
+            if begun.elapsed() > timeout {
+                let path = self.absolute();
+                return Err(CgroupError::Unkillable { path, ms: begun.elapsed().as_millis() });
+            }
+            self.signal_kill()?;
+            sleep(Duration::from_millis(POLL_MS));
+        }
+        Ok(())
+    }
+
+    /// Removes the group from every hierarchy; not being there is fine.
+    pub fn remove(&self) -> Result<(), CgroupError> {
+        self.dirs().iter().try_for_each(|dir| remove_tree(dir, 0))
+    }
+}
+
+fn collect(dir: &Path, depth: usize, pids: &mut Vec<Pid>) {
+    let Ok(text) = fs::read_to_string(dir.join("cgroup.procs")) else { return };
+    pids.extend(text.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid > 0).map(Pid::from_raw));
+    for child in children(dir, depth) {
+        collect(&child, depth + 1, pids);
+    }
+}
+
+fn children(dir: &Path, depth: usize) -> Vec<PathBuf> {
+    if depth >= DEPTH_MAX {
+        return Vec::new();
+    }
+    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
+    let is_dir = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|t| t.is_dir());
+    entries.flatten().filter(is_dir).map(|entry| entry.path()).collect()
+}
+
+/// A group whose last process has just ended may be busy for a moment.
+const REMOVE_TRIES_MAX: u32 = 200;
+
+fn remove_tree(dir: &Path, depth: usize) -> Result<(), CgroupError> {
+    for child in children(dir, depth) {
+        remove_tree(&child, depth + 1)?;
+    }
+    let mut tries = 0;
+    loop {
+        match fs::remove_dir(dir) {
+            Ok(()) => return Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && tries < REMOVE_TRIES_MAX => {
+                tries += 1;
+                sleep(Duration::from_millis(POLL_MS));
+            }
+            Err(source) => return Err(CgroupError::Io { action: "remove", path: dir.to_owned(), source }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use berth_protocol::ids::JobUid;
+
+    #[test]
+    fn a_pods_group_has_one_spelling() {
+        let pod = PodId { uid: JobUid::parse("a1b2").unwrap(), index: 7 };
+        assert_eq!(pod_name(&pod, Epoch(3)), "a1b2-7.3");
+        assert_eq!(parse_pod_name("a1b2-7.3"), Some((pod, Epoch(3))));
+        for other in ["a1b2-7", "a1b2-7.03", "a1b2-07.3", "a1b2.3", "cgroup.procs", "x-1.y"] {
+            assert_eq!(parse_pod_name(other), None, "{other}");
+        }
+    }
+}

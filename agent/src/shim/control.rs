@@ -1,0 +1,152 @@
+//! The shim's Unix socket: agents come and go, each line one message. Speaks, decides nothing.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+use super::sys;
+use crate::task::{Order, Report, file};
+
+/// Agents at once: one, a second during its restart, and somebody who looks.
+const CONNECTIONS_MAX: usize = 8;
+const ORDER_BYTES_MAX: usize = 4 * 1024;
+/// Who does not read what it is told is left alone.
+const UNSENT_BYTES_MAX: usize = 64 * 1024;
+
+pub struct Server {
+    listener: UnixListener,
+    connections: Vec<Connection>,
+}
+
+struct Connection {
+    stream: UnixStream,
+    received: Vec<u8>,
+    unsent: Vec<u8>,
+    follow: bool,
+    open: bool,
+}
+
+/// Connects to the shim of a pod's directory, however long its path is.
+pub fn connect(pod_dir: &Path) -> io::Result<UnixStream> {
+    let dir = fs::File::open(pod_dir)?;
+    UnixStream::connect(format!("/proc/self/fd/{}/{}", dir.as_raw_fd(), file::SOCKET))
+}
+
+impl Server {
+    /// Must be the holder of the pod's lock: an old socket is removed.
+    pub fn bind(pod_dir: &Path) -> io::Result<Self> {
+        let dir = fs::File::open(pod_dir)?;
+        // A socket's address has 108 bytes.
+        let path = format!("/proc/self/fd/{}/{}", dir.as_raw_fd(), file::SOCKET);
+        let _ = fs::remove_file(&path);
+        let listener = UnixListener::bind(&path)?;
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener, connections: Vec::new() })
+    }
+
+    /// What the loop is to poll: the listener, then the connections.
+    pub fn poll_fds(&self) -> Vec<libc::pollfd> {
+        let connection = |c: &Connection| {
+            let out = if c.unsent.is_empty() { 0 } else { libc::POLLOUT };
+            sys::want(&c.stream, libc::POLLIN | out)
+        };
+        [sys::want(&self.listener, libc::POLLIN)]
+            .into_iter()
+            .chain(self.connections.iter().map(connection))
+            .collect()
+    }
+
+    /// Takes in who has come, telling them `greeting`, and what was ordered; never blocks.
+    pub fn receive(&mut self, greeting: &[Report]) -> Vec<Order> {
+        while let Ok((stream, _)) = self.listener.accept() {
+            if self.connections.len() >= CONNECTIONS_MAX || stream.set_nonblocking(true).is_err() {
+                continue;
+            }
+            let mut connection = Connection {
+                stream,
+                received: Vec::new(),
+                unsent: Vec::new(),
+                follow: false,
+                open: true,
+            };
+            greeting.iter().for_each(|report| connection.send(report));
+            self.connections.push(connection);
+        }
+        let orders = self.connections.iter_mut().flat_map(Connection::receive).collect();
+        self.drop_closed();
+        orders
+    }
+
+    pub fn send(&mut self, report: &Report) {
+        self.connections.iter_mut().for_each(|connection| connection.send(report));
+        self.drop_closed();
+    }
+
+    /// To those who follow the log.
+    pub fn send_to_followers(&mut self, report: &Report) {
+        self.connections.iter_mut().filter(|c| c.follow).for_each(|connection| connection.send(report));
+        self.drop_closed();
+    }
+
+    fn drop_closed(&mut self) {
+        self.connections.retain(|connection| connection.open);
+    }
+}
+
+impl Connection {
+    fn send(&mut self, report: &Report) {
+        // A report always has a JSON form.
+        let Ok(line) = serde_json::to_vec(report) else { return };
+        self.unsent.extend_from_slice(&line);
+        self.unsent.push(b'\n');
+        self.flush();
+    }
+
+    fn flush(&mut self) {
+        while !self.unsent.is_empty() {
+            match self.stream.write(&self.unsent) {
+                Ok(n) => drop(self.unsent.drain(..n)),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.open &= self.unsent.len() <= UNSENT_BYTES_MAX;
+                    return;
+                }
+                Err(_) => return self.open = false,
+            }
+        }
+        self.unsent = Vec::new();
+    }
+
+    fn receive(&mut self) -> Vec<Order> {
+        self.flush();
+        let mut buffer = [0; 1024];
+        loop {
+            match self.stream.read(&mut buffer) {
+                Ok(0) => self.open = false,
+                Ok(n) => {
+                    self.received.extend_from_slice(&buffer[..n]);
+                    if self.received.len() <= ORDER_BYTES_MAX {
+                        continue;
+                    }
+                    self.open = false;
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => self.open = false,
+            }
+            break;
+        }
+        let mut orders = Vec::new();
+        while let Some(end) = self.received.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = self.received.drain(..=end).collect();
+            match serde_json::from_slice(&line) {
+                // Whose wish it is matters only here.
+                Ok(Order::Follow { follow }) => self.follow = follow,
+                Ok(order) => orders.push(order),
+                // A newer agent may know words that this shim does not.
+                Err(_) => {}
+            }
+        }
+        orders
+    }
+}

@@ -1,0 +1,74 @@
+//! The devices that a pod was given, as its containers' configuration has them: by CDI where a specification names
+//! them, else their nodes and files. Whatever was not given is neither visible nor, by the control group, usable.
+
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use container_device_interface::cache::{new_cache, with_auto_refresh};
+use container_device_interface::spec_dirs::with_spec_dirs;
+use libcontainer::oci_spec::runtime::Spec;
+use serde_json::{Value, json};
+
+use super::error::ShimError;
+use crate::task::DeviceGrant;
+
+const CDI_DIRS: [&str; 2] = ["/etc/cdi", "/var/run/cdi"];
+
+/// What grants without CDI bring.
+#[derive(Default)]
+pub struct Direct {
+    /// As in the OCI configuration.
+    pub nodes: Vec<Value>,
+    pub files: Vec<PathBuf>,
+    pub env: Vec<String>,
+}
+
+pub fn direct(grants: &[DeviceGrant]) -> Result<Direct, ShimError> {
+    let mut all = Direct::default();
+    for grant in grants {
+        all.env.extend(grant.env.iter().cloned());
+        if grant.cdi.is_some() {
+            continue;
+        }
+        for path in &grant.nodes {
+            let node = node(path).map_err(|message| ShimError::Device { device: grant.uuid.clone(), message })?;
+            // Grants share nodes, such as /dev/nvidiactl.
+            if !all.nodes.contains(&node) {
+                all.nodes.push(node);
+            }
+        }
+        let new: Vec<PathBuf> = grant.files.iter().filter(|path| !all.files.contains(path)).cloned().collect();
+        all.files.extend(new);
+    }
+    Ok(all)
+}
+
+fn node(path: &Path) -> Result<Value, String> {
+    let file = std::fs::metadata(path).map_err(|e| format!("{}: {e}; is the driver loaded?", path.display()))?;
+    let kind = match file.file_type() {
+        t if t.is_char_device() => "c",
+        t if t.is_block_device() => "b",
+        _ => return Err(format!("{} is no device", path.display())),
+    };
+    Ok(json!({
+        "path": path, "type": kind, "fileMode": file.permissions().mode() & 0o777,
+        "major": libc::major(file.rdev()), "minor": libc::minor(file.rdev()),
+        "uid": file.uid(), "gid": file.gid(),
+    }))
+}
+
+/// The configuration with what CDI says of the grants that name a CDI device.
+pub fn inject(grants: &[DeviceGrant], oci: Value) -> Result<Value, ShimError> {
+    let names: Vec<String> = grants.iter().filter_map(|grant| grant.cdi.clone()).collect();
+    if names.is_empty() {
+        return Ok(oci);
+    }
+    let failed = |message: String| ShimError::Device { device: names.join(", "), message };
+    let mut spec: Spec = serde_json::from_value(oci).map_err(|e| failed(e.to_string()))?;
+    let cache = new_cache(vec![with_spec_dirs(&CDI_DIRS), with_auto_refresh(false)]);
+    let mut cache = cache.lock().map_err(|e| failed(e.to_string()))?;
+    cache
+        .inject_devices(Some(&mut spec), names.clone())
+        .map_err(|e| failed(format!("{e}; see the specifications in {}", CDI_DIRS.join(" and "))))?;
+    serde_json::to_value(&spec).map_err(|e| failed(e.to_string()))
+}

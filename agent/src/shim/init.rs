@@ -1,0 +1,123 @@
+//! The pod's own init: pid 1 of its pid namespace and keeper of the namespaces that its containers share. It reaps
+//! orphans and ends with its shim; with it the kernel ends every process of the pod.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::unistd::Pid;
+
+use super::sys;
+
+/// A pod's init, the shim's child.
+pub struct Init {
+    pub pid: Pid,
+    pub pidfd: OwnedFd,
+}
+
+impl Init {
+    /// Makes the pod's namespaces (pid, ipc, uts, time; net with `network`) and their first process. The calling
+    /// process must be single-threaded. Returns once the namespaces are as they shall be.
+    pub fn spawn(hostname: &str, network: bool) -> io::Result<Self> {
+        // Children alone enter it, init and containers alike. Kernels before 5.6 have none.
+        // SAFETY: no pointers.
+        let time = unsafe { libc::unshare(libc::CLONE_NEWTIME) };
+        if time != 0 && io::Error::last_os_error().raw_os_error() != Some(libc::EINVAL) {
+            return Err(io::Error::last_os_error());
+        }
+        let shim = sys::pidfd(nix::unistd::getpid().as_raw())?;
+        let (ready, done) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+        let mut flags = libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+        if network {
+            flags |= libc::CLONE_NEWNET;
+        }
+        match fork_into(flags)? {
+            0 => {
+                let code = match live(hostname, &shim, done) {
+                    Ok(()) => 0,
+                    Err(_) => 1,
+                };
+                // SAFETY: ends the child without running what belongs to the shim.
+                unsafe { libc::_exit(code) }
+            }
+            pid => {
+                drop(done);
+                let pidfd = sys::pidfd(pid)?;
+                let mut byte = [0];
+                if nix::unistd::read(&ready, &mut byte)? == 0 {
+                    return Err(io::Error::other("the pod's init ended before it was ready"));
+                }
+                Ok(Self { pid: Pid::from_raw(pid), pidfd })
+            }
+        }
+    }
+
+    pub fn namespace(&self, kind: &str) -> String {
+        format!("/proc/{}/ns/{kind}", self.pid)
+    }
+
+    /// Kills it, and thereby all that lives in its pid namespace; frozen processes once they thaw.
+    pub fn kill(&self) {
+        let _ = nix::sys::signal::kill(self.pid, Signal::SIGKILL);
+    }
+}
+
+impl Drop for Init {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// As fork, into new namespaces.
+fn fork_into(flags: i32) -> io::Result<i32> {
+    // SAFETY: without CLONE_VM and with a null stack this is a fork; the process has one thread.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags | libc::SIGCHLD, 0, 0, 0, 0) };
+    if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(pid as i32) }
+}
+
+/// What init does for ever. It holds no descriptor but these, and allocates nothing worth speaking of.
+fn live(hostname: &str, shim: &OwnedFd, done: OwnedFd) -> io::Result<()> {
+    // SAFETY: plain prctl calls with constants and a C string.
+    unsafe {
+        libc::prctl(libc::PR_SET_NAME, c"berth-init".as_ptr());
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+    }
+    let name = sys::c_string(hostname)?;
+    // SAFETY: the pointer and the length belong together.
+    if unsafe { libc::sethostname(name.as_ptr(), name.as_bytes().len()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut mask = SigSet::empty();
+    mask.add(Signal::SIGCHLD);
+    mask.thread_block()?;
+    let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    nix::unistd::write(&done, b".")?;
+    drop(done);
+    let kept = [sys::dup_to(shim.as_raw_fd(), KEPT)?, sys::dup_to(children_fd(&children), KEPT + 1)?];
+    sys::close_from(KEPT as u32 + 2)?;
+    sys::close_below(KEPT as u32)?;
+    // Closed by number just now.
+    std::mem::forget(children);
+    // SAFETY: just made by dup_to, and owned by nobody.
+    let (shim, children) = unsafe { (OwnedFd::from_raw_fd(kept[0]), OwnedFd::from_raw_fd(kept[1])) };
+    loop {
+        let mut fds = [sys::want(&shim, libc::POLLIN), sys::want(&children, libc::POLLIN)];
+        sys::poll(&mut fds, None)?;
+        if fds[0].revents != 0 {
+            return Ok(());
+        }
+        let mut buffer = [0; size_of::<libc::signalfd_siginfo>()];
+        while nix::unistd::read(&children, &mut buffer).is_ok() {}
+        // SAFETY: a null status is allowed.
+        while unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) } > 0 {}
+    }
+}
+
+/// Descriptors are moved here, so that two calls close all the others.
+const KEPT: RawFd = 100;
+
+fn children_fd(signals: &SignalFd) -> RawFd {
+    use std::os::fd::AsFd;
+    signals.as_fd().as_raw_fd()
+}

@@ -1,0 +1,272 @@
+//! A container's file system: the layers under a writable one, the files that berth lays over them, volumes. All
+//! mounts are made in the shim's own mount namespace, so that they end with it whatever happens.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use berth_protocol::ids::ContainerName;
+use berth_protocol::job::VolumeSource;
+use nix::fcntl::OFlag;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::Mode;
+
+use super::error::ShimError;
+use super::sys;
+use crate::task::{Root, Task};
+
+/// Scratch up to this size is memory (charged to who writes it), above it a directory beside the writable layers,
+/// whose size the file system does not bound.
+pub const SCRATCH_TMPFS_BYTES_MAX: u64 = 64 << 20;
+/// The image's files that the shim reads.
+const IMAGE_FILE_BYTES_MAX: u64 = 4 << 20;
+
+/// Where a container's parts lie within its pod's directory.
+#[derive(Debug, Clone)]
+pub struct Home(PathBuf);
+
+impl Home {
+    pub fn new(pod_dir: &Path, container: &ContainerName) -> Self {
+        Self(pod_dir.join("root").join(container.as_str()))
+    }
+    /// The OCI bundle: `config.json` lies here.
+    pub fn dir(&self) -> &Path {
+        &self.0
+    }
+    pub fn rootfs(&self) -> PathBuf {
+        self.0.join("rootfs")
+    }
+    /// What the container has written; of its own run alone.
+    pub fn upper(&self) -> PathBuf {
+        self.0.join("upper")
+    }
+    pub fn workspace(&self) -> PathBuf {
+        self.0.join("workspace")
+    }
+    /// What the container has written below the workspace's path.
+    pub fn workspace_upper(&self) -> PathBuf {
+        self.0.join("workspace-upper")
+    }
+}
+
+pub fn volume_dir(pod_dir: &Path, index: usize) -> PathBuf {
+    pod_dir.join("volumes").join(index.to_string())
+}
+
+/// Leaves the node's mount namespace for one of the shim's own. What the node mounts and unmounts later is still
+/// seen here; what is mounted here is not seen there.
+pub fn enter_private_mounts() -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    let none = None::<&str>;
+    Ok(mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)?)
+}
+
+fn make_dir(path: &Path, mode: u32) -> Result<(), ShimError> {
+    fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(ShimError::io("make", path))
+}
+
+/// Mounts the container's root at `Home::rootfs`, empty of what an earlier run wrote.
+pub fn mount_root(root: &Root, home: &Home) -> Result<(), ShimError> {
+    let layers = match root {
+        Root::Host => vec![PathBuf::from("/")],
+        Root::Image { layers, .. } if layers.is_empty() => {
+            let empty = home.dir().join("empty");
+            make_dir(&empty, 0o755)?;
+            vec![empty]
+        }
+        Root::Image { layers, .. } => layers.clone(),
+    };
+    overlay(&layers, &home.upper(), &home.dir().join("work"), &home.rootfs())
+}
+
+/// Mounts a writable view of the workspace at `Home::workspace`.
+pub fn mount_workspace(workspace: &Path, home: &Home) -> Result<(), ShimError> {
+    let layers = [workspace.to_owned()];
+    overlay(&layers, &home.workspace_upper(), &home.dir().join("workspace-work"), &home.workspace())
+}
+
+/// The container's root as its run left it, read-only at `at`: for collecting outputs once the shim has gone.
+pub fn mount_result(root: &Root, home: &Home, at: &Path) -> Result<(), ShimError> {
+    let mut layers = match root {
+        Root::Host => vec![PathBuf::from("/")],
+        Root::Image { layers, .. } => layers.clone(),
+    };
+    layers.push(home.upper());
+    make_dir(at, 0o755)?;
+    if layers.len() == 1 {
+        let flags = MsFlags::MS_BIND;
+        return mount(Some(&layers[0]), at, None::<&str>, flags, None::<&str>)
+            .map_err(|e| ShimError::io("mount", at)(e.into()));
+    }
+    let fds = open_layers(&layers)?;
+    let options = format!("lowerdir={}", lower(&fds));
+    mount_overlay(at, MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOSUID, &options)
+        .map_err(ShimError::io("mount an overlay at", at))
+}
+
+/// Takes away what `mount_result` has mounted.
+pub fn unmount(at: &Path) -> io::Result<()> {
+    match umount2(at, MntFlags::MNT_DETACH) {
+        Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+fn overlay(layers: &[PathBuf], upper: &Path, work: &Path, at: &Path) -> Result<(), ShimError> {
+    for fresh in [upper, work] {
+        match fs::remove_dir_all(fresh) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(ShimError::io("clear", fresh)(e)),
+            _ => make_dir(fresh, 0o755)?,
+        }
+    }
+    make_dir(at, 0o755)?;
+    // The root directory of the view is the upper one's: its mode is what the top layer says.
+    if let Ok(top) = fs::metadata(&layers[layers.len() - 1]) {
+        let mode = fs::Permissions::from_mode(top.permissions().mode() & 0o7777);
+        fs::set_permissions(upper, mode).map_err(ShimError::io("set the mode of", upper))?;
+        std::os::unix::fs::chown(upper, Some(owner(&top).0), Some(owner(&top).1))
+            .map_err(ShimError::io("set the owner of", upper))?;
+    }
+    let fds = open_layers(layers)?;
+    let (upper_fd, work_fd) = (open_path(upper)?, open_path(work)?);
+    let options =
+        format!("lowerdir={},upperdir={},workdir={}", lower(&fds), fd_path(&upper_fd), fd_path(&work_fd));
+    // What a run has written counts for nothing after a crash, so it need not be synced. Linux 5.10 and later.
+    let fast = format!("{options},volatile");
+    let flags = MsFlags::empty();
+    match mount_overlay(at, flags, &fast) {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => mount_overlay(at, flags, &options),
+        other => other,
+    }
+    .map_err(ShimError::io("mount an overlay (is the kernel module there, the data on ext4, xfs or btrfs?) at", at))
+}
+
+fn owner(metadata: &fs::Metadata) -> (u32, u32) {
+    use std::os::unix::fs::MetadataExt;
+    (metadata.uid(), metadata.gid())
+}
+
+fn mount_overlay(at: &Path, flags: MsFlags, options: &str) -> io::Result<()> {
+    Ok(mount(Some("berth"), at, Some("overlay"), flags, Some(options))?)
+}
+
+/// Layers are named by descriptor: a mount's options have one page, and paths may hold `:` or `,`.
+fn open_layers(layers: &[PathBuf]) -> Result<Vec<OwnedFd>, ShimError> {
+    layers
+        .iter()
+        .map(|path| {
+            open_path(path).map_err(|e| match e {
+                ShimError::Io { source, path, .. } if source.kind() == io::ErrorKind::NotFound => {
+                    ShimError::LayerMissing { path }
+                }
+                other => other,
+            })
+        })
+        .collect()
+}
+
+fn open_path(path: &Path) -> Result<OwnedFd, ShimError> {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+        .open(path)
+        .map(OwnedFd::from)
+        .map_err(ShimError::io("open", path))
+}
+
+fn fd_path(fd: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+/// Overlayfs wants the highest first.
+fn lower(fds: &[OwnedFd]) -> String {
+    fds.iter().rev().map(fd_path).collect::<Vec<_>>().join(":")
+}
+
+/// Makes the pod's scratch volumes and checks that the others are there.
+pub fn prepare_volumes(task: &Task, pod_dir: &Path) -> Result<(), ShimError> {
+    for (index, volume) in task.template.volumes.iter().enumerate() {
+        let given = task.volumes.get(index).and_then(Option::as_ref);
+        match (&volume.source, given) {
+            (VolumeSource::Scratch(size), None) => {
+                let at = volume_dir(pod_dir, index);
+                make_dir(&at, 0o777)?;
+                // For any user of the container, as /tmp.
+                let mode = fs::Permissions::from_mode(0o1777);
+                fs::set_permissions(&at, mode).map_err(ShimError::io("set the mode of", &at))?;
+                if size.0 <= SCRATCH_TMPFS_BYTES_MAX {
+                    let options = format!("size={},mode=1777", size.0);
+                    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+                    mount(Some("scratch"), &at, Some("tmpfs"), flags, Some(options.as_str()))
+                        .map_err(|e| ShimError::io("mount a tmpfs at", &at)(e.into()))?;
+                }
+            }
+            (_, Some(path)) if path.exists() => {}
+            (_, path) => {
+                let path = path.cloned().unwrap_or_default();
+                return Err(ShimError::VolumeMissing { mount: volume.mount.clone(), path });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A container's root, for touching it from outside without ever leaving it, whatever links it holds.
+pub struct Inside(OwnedFd);
+
+impl Inside {
+    pub fn open(rootfs: &Path) -> Result<Self, ShimError> {
+        open_path(rootfs).map(Self)
+    }
+
+    /// The text of a file; empty where it is not there.
+    pub fn read(&self, path: &str) -> String {
+        let mut text = Vec::new();
+        let Ok(fd) = sys::open_in_root(&self.0, Path::new(path), libc::O_RDONLY | libc::O_NONBLOCK) else {
+            return String::new();
+        };
+        let _ = File::from(fd).take(IMAGE_FILE_BYTES_MAX).read_to_end(&mut text);
+        String::from_utf8_lossy(&text).into_owned()
+    }
+
+    /// Makes a directory and its parents where they are missing, owned by `uid:gid`.
+    pub fn make_dirs(&self, path: &str, uid: u32, gid: u32) -> io::Result<()> {
+        let mut at = PathBuf::from("/");
+        for part in Path::new(path).components().skip(1) {
+            let parent = sys::open_in_root(&self.0, &at, libc::O_PATH | libc::O_DIRECTORY)?;
+            at.push(part);
+            match nix::sys::stat::mkdirat(parent.as_fd(), part.as_os_str(), Mode::from_bits_truncate(0o755)) {
+                Ok(()) => {
+                    let owner = (Some(uid.into()), Some(gid.into()));
+                    let flags = nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW;
+                    nix::unistd::fchownat(parent.as_fd(), part.as_os_str(), owner.0, owner.1, flags)?;
+                }
+                Err(nix::Error::EEXIST) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes `dir`/`name` a plain file to mount over, where it is a link that may lead to nothing.
+    pub fn make_mount_file(&self, dir: &str, name: &str) -> io::Result<()> {
+        self.make_dirs(dir, 0, 0)?;
+        let parent = sys::open_in_root(&self.0, Path::new(dir), libc::O_PATH | libc::O_DIRECTORY)?;
+        let flags = nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW;
+        match nix::sys::stat::fstatat(parent.as_fd(), name, flags) {
+            Ok(stat) if stat.st_mode & libc::S_IFMT == libc::S_IFLNK => {
+                nix::unistd::unlinkat(parent.as_fd(), name, nix::unistd::UnlinkatFlags::NoRemoveDir)?;
+            }
+            Ok(_) => return Ok(()),
+            Err(nix::Error::ENOENT) => {}
+            Err(e) => return Err(e.into()),
+        }
+        let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_WRONLY;
+        let mode = Mode::from_bits_truncate(0o644);
+        nix::fcntl::openat(parent.as_fd(), name, flags, mode)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,395 @@
+//! The shim's loop: waits for orders, output, deadlines and ends, and makes the pod do what the policy says. All
+//! waiting is in one poll; what happened is always asked of the kernel, never inferred from a signal.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use berth_protocol::ids::{ContainerName, Run};
+use berth_protocol::units::{BootMs, Millis, Timestamp};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use super::cgroup::Cgroup;
+use super::container::{self, Container};
+use super::control::Server;
+use super::create::{self, Made};
+use super::error::ShimError;
+use super::exit::{self, Facts};
+use super::init::Init;
+use super::lease::{EndedBy, Goal, Policy};
+use super::log::Writer;
+use super::pump::drain_rest;
+use super::rootfs::{self, Home};
+use super::sys::{self, Alarm};
+use crate::task::{Exit, Order, Report, Task, file};
+
+/// How soon an unconfirmed freeze and an undead process are looked at again.
+const RECHECK_MS: u64 = 5;
+
+pub struct Supervisor {
+    task: Task,
+    dir: PathBuf,
+    signals: SignalFd,
+    alarm: Alarm,
+    server: Server,
+    log: Writer,
+    policy: Policy,
+    containers: Vec<Container>,
+    cgroup: Option<Cgroup>,
+    init: Option<Init>,
+    phase: Phase,
+    /// The freezer was asked, and perhaps has answered.
+    freeze: Option<Freeze>,
+    stop_signal_sent: bool,
+    /// In the order in which they ended.
+    exits: Vec<(ContainerName, container::Exit)>,
+    error: Option<ShimError>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Waits for its start.
+    Created,
+    /// The start was ordered; programs may not have begun.
+    Started(Timestamp),
+    /// All programs have begun.
+    Running(Timestamp),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Freeze {
+    confirmed: bool,
+    fenced: bool,
+}
+
+impl Supervisor {
+    /// Opens socket and log; from here on agents may connect.
+    pub fn new(task: Task, dir: &Path, signals: SigSet) -> io::Result<Self> {
+        let policy = Policy::new(&task.template.on_disconnect, task.template.grace);
+        Ok(Self {
+            server: Server::bind(dir)?,
+            log: Writer::open(&dir.join(file::LOG_DIR), task.log_bytes_max)?,
+            signals: SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?,
+            alarm: Alarm::new()?,
+            policy,
+            containers: Vec::new(),
+            cgroup: None,
+            init: None,
+            phase: Phase::Created,
+            freeze: None,
+            stop_signal_sent: false,
+            exits: Vec::new(),
+            error: None,
+            dir: dir.to_owned(),
+            task,
+        })
+    }
+
+    /// Returns when the pod is over, told, and cleaned up.
+    pub fn run(mut self) -> io::Result<()> {
+        match self.create() {
+            Ok(()) => {
+                // Creating has lowered the score to that of the containers, and used much memory once.
+                super::protect_from_oom();
+                sys::trim_heap();
+                self.server.send(&Report::Created { run: self.task.run });
+                while self.containers.iter().any(|container| container.exit.is_none()) {
+                    self.turn()?;
+                }
+            }
+            Err(e) => self.error = Some(e),
+        }
+        self.finish()
+    }
+
+    fn create(&mut self) -> Result<(), ShimError> {
+        let cgroup = super::pod_cgroup(&self.task)?;
+        let cgroup = self.cgroup.insert(cgroup);
+        let Made { init, containers } = create::create(&self.task, &self.dir, cgroup)?;
+        (self.init, self.containers) = (Some(init), containers);
+        Ok(())
+    }
+
+    /// Waits for something to happen and sees to all that has.
+    fn turn(&mut self) -> io::Result<()> {
+        self.wait()?;
+        for order in self.server.receive(&self.greeting()) {
+            self.obey(order);
+        }
+        self.read_signals();
+        let before = self.log.last_seq();
+        for container in &mut self.containers {
+            container.pumps.iter_mut().for_each(|pump| pump.drain(&mut self.log, &container.name));
+        }
+        if self.log.last_seq() != before {
+            self.server.send_to_followers(&Report::Log { seq: self.log.last_seq() });
+        }
+        self.notice_begun();
+        self.reap();
+        self.act()
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        let mut fds = vec![sys::want(&self.signals, libc::POLLIN), sys::want(&self.alarm, libc::POLLIN)];
+        fds.extend(self.server.poll_fds());
+        for container in &self.containers {
+            let open = container.pumps.iter().filter_map(|pump| pump.fd());
+            fds.extend(open.map(|fd| sys::want(&fd, libc::POLLIN)));
+            if container.exit.is_none() {
+                fds.push(sys::want(&container.pidfd, libc::POLLIN));
+                fds.extend(container.beginning().map(|fd| sys::want(&fd, libc::POLLIN)));
+            }
+        }
+        sys::poll(&mut fds, None)?;
+        Ok(())
+    }
+
+    fn obey(&mut self, order: Order) {
+        let now = sys::boot_now();
+        match order {
+            Order::Start { lease } => self.policy.grant(lease),
+            // Only a start starts.
+            Order::Renew { lease } if self.phase != Phase::Created => self.policy.grant(lease),
+            Order::Renew { .. } => {}
+            Order::Pause { pause } => self.policy.pause(pause),
+            Order::Stop { grace } => self.policy.stop(EndedBy::Order, grace, now),
+            // Seen to by the server.
+            Order::Follow { .. } => {}
+        }
+    }
+
+    /// SIGTERM comes when the machine shuts down: the pod has its grace, then goes elsewhere.
+    fn read_signals(&mut self) {
+        while let Ok(Some(signal)) = self.signals.read_signal() {
+            if signal.ssi_signo == Signal::SIGTERM as u32 {
+                self.policy.stop(EndedBy::Order, self.task.template.grace, sys::boot_now());
+            }
+        }
+    }
+
+    fn notice_begun(&mut self) {
+        let Phase::Started(at) = self.phase else { return };
+        for container in &mut self.containers {
+            if let Some(Err(error)) = container.begun() {
+                self.error.get_or_insert(error);
+            }
+        }
+        if self.containers.iter().all(|container| container.beginning().is_none()) && self.error.is_none() {
+            self.phase = Phase::Running(at);
+            self.server.send(&Report::Running { run: self.task.run, started_at: at });
+        }
+    }
+
+    fn reap(&mut self) {
+        while let Some((pid, code)) = super::reap() {
+            let Some(container) = self.containers.iter_mut().find(|c| c.pid == pid) else { continue };
+            let oom_killed = code != 0 && container.cgroup.oom_kills() > 0;
+            let exit = container::Exit { code, oom_killed };
+            container.exit = Some(exit);
+            if self.phase != Phase::Created {
+                self.exits.push((container.name.clone(), exit));
+            }
+            // What it left running would be nobody's.
+            let _ = container.cgroup.signal_kill();
+            if code != 0 && self.containers.iter().any(|c| c.exit.is_none()) {
+                self.policy.stop(EndedBy::Container, self.task.template.grace, sys::boot_now());
+            }
+        }
+    }
+
+    /// Brings the pod to what the policy wants of it now, and sets the alarm for when that changes.
+    fn act(&mut self) -> io::Result<()> {
+        let now = sys::boot_now();
+        let mut recheck = None;
+        match self.policy.goal(now) {
+            Goal::Wait => {}
+            Goal::Run if self.phase == Phase::Created => self.start(),
+            Goal::Run => self.thaw(),
+            // Not begun, it is as good as frozen.
+            Goal::Freeze { .. } if self.phase == Phase::Created => {}
+            Goal::Freeze { confirm_by, fenced } => recheck = self.keep_frozen(now, confirm_by, fenced),
+            Goal::Stop { .. } => {
+                if !std::mem::replace(&mut self.stop_signal_sent, true) {
+                    self.signal(Signal::SIGTERM);
+                }
+                self.thaw();
+            }
+            Goal::Kill => {
+                self.kill();
+                recheck = Some(now.plus(Millis(RECHECK_MS)));
+            }
+        }
+        let next = self.policy.next_change(now).into_iter().chain(recheck).min();
+        self.alarm.set(next)
+    }
+
+    fn start(&mut self) {
+        self.phase = Phase::Started(sys::now());
+        for container in &self.containers {
+            if let Err(error) = container.start() {
+                self.error.get_or_insert(error);
+                self.policy.stop(EndedBy::Container, Millis::ZERO, sys::boot_now());
+            }
+        }
+    }
+
+    fn thaw(&mut self) {
+        if self.freeze.take().is_none() {
+            return;
+        }
+        if let Some(cgroup) = &self.cgroup {
+            let _ = cgroup.freeze(false);
+        }
+        if let Phase::Running(started_at) = self.phase {
+            self.server.send(&Report::Running { run: self.task.run, started_at });
+        }
+    }
+
+    /// Returns when to look again.
+    fn keep_frozen(&mut self, now: BootMs, confirm_by: Option<BootMs>, fenced: bool) -> Option<BootMs> {
+        let cgroup = self.cgroup.as_ref()?;
+        let before = self.freeze;
+        let mut freeze = before.unwrap_or(Freeze { confirmed: false, fenced });
+        freeze.fenced = fenced;
+        if !freeze.confirmed {
+            // Asked again each time: v1 may answer FREEZING for ever while a task keeps coming back.
+            let asked = cgroup.freeze(true);
+            freeze.confirmed = asked.is_ok() && cgroup.is_frozen();
+        }
+        self.freeze = Some(freeze);
+        if freeze.confirmed {
+            if before != self.freeze {
+                self.server.send(&Report::Paused { run: self.task.run, fenced });
+            }
+            return None;
+        }
+        match confirm_by {
+            Some(deadline) if deadline <= now => {
+                self.policy.freeze_failed(now);
+                self.kill();
+            }
+            _ => {}
+        }
+        Some(now.plus(Millis(RECHECK_MS)))
+    }
+
+    fn signal(&self, signal: Signal) {
+        for container in self.containers.iter().filter(|c| c.exit.is_none()) {
+            // Not yet reaped, so the number is still its own.
+            let _ = kill(container.pid, signal);
+        }
+    }
+
+    /// Everything, at once.
+    fn kill(&self) {
+        if let Some(init) = &self.init {
+            init.kill();
+        }
+        if let Some(cgroup) = &self.cgroup {
+            let _ = cgroup.signal_kill();
+        }
+    }
+
+    /// What an agent is told that connects now.
+    fn greeting(&self) -> Vec<Report> {
+        let run = self.task.run;
+        let mut reports = match self.phase {
+            Phase::Created => vec![Report::Created { run }],
+            Phase::Started(_) => Vec::new(),
+            Phase::Running(started_at) => vec![Report::Running { run, started_at }],
+        };
+        if let Some(Freeze { confirmed: true, fenced }) = self.freeze {
+            reports.push(Report::Paused { run, fenced });
+        }
+        reports
+    }
+
+    /// All of the pod dead, its end on disk, then told, then everything taken away.
+    fn finish(mut self) -> io::Result<()> {
+        self.end_processes();
+        for container in &mut self.containers {
+            drain_rest(&mut container.pumps, &mut self.log, &container.name);
+        }
+        let exit = self.describe_end();
+        exit::write(&self.dir, &exit)?;
+        let report = Report::Exited { exit };
+        self.server.send_to_followers(&Report::Log { seq: self.log.last_seq() });
+        self.server.send(&report);
+        // Who connected while the end was being written is told as well.
+        self.server.receive(std::slice::from_ref(&report));
+        self.clean_up();
+        Ok(())
+    }
+
+    fn end_processes(&mut self) {
+        loop {
+            self.kill();
+            let dead = match &self.cgroup {
+                Some(cgroup) => cgroup.kill(Duration::from_millis(super::KILL_MS_MAX)),
+                None => Ok(()),
+            };
+            let init = self.init.as_ref().map(|init| &init.pidfd);
+            let ended = init.is_none_or(|fd| {
+                let mut fds = [sys::want(fd, libc::POLLIN)];
+                sys::poll(&mut fds, Some(super::KILL_MS_MAX as i32)).is_ok_and(|n| n > 0)
+            });
+            self.reap();
+            match dead {
+                Ok(()) if ended => return,
+                // To say that the pod has ended would be a lie.
+                Ok(()) => eprintln!("berth-agent shim: the pod's init does not end; trying again"),
+                Err(e) => eprintln!("berth-agent shim: {e}; trying again"),
+            }
+        }
+    }
+
+    fn describe_end(&mut self) -> Exit {
+        let run: Run = self.task.run;
+        let started_at = match self.phase {
+            Phase::Created => None,
+            Phase::Started(at) | Phase::Running(at) => Some(at),
+        };
+        for container in &mut self.containers {
+            if let Some(Err(error)) = container.begun() {
+                self.error.get_or_insert(error);
+            }
+        }
+        exit::exit(&Facts {
+            run,
+            started_at,
+            finished_at: sys::now(),
+            log_records: self.log.last_seq(),
+            exits: &self.exits,
+            ended_by: self.policy.ended_by(),
+            error: self.error.as_ref(),
+        })
+    }
+
+    /// The run's end is known: what fails here is tried again by the agent.
+    fn clean_up(self) {
+        if let Err(e) = super::end(&self.task) {
+            eprintln!("berth-agent shim: {e}");
+        }
+        if let Err(e) = self.unmount() {
+            // Removing the files through a mount would remove what is mounted.
+            return eprintln!("berth-agent shim: cannot unmount: {e}");
+        }
+        let keep_written = !self.task.template.outputs.is_empty();
+        if let Err(e) = super::clear(&self.dir, keep_written) {
+            eprintln!("berth-agent shim: {e}");
+        }
+    }
+
+    fn unmount(&self) -> io::Result<()> {
+        for container in &self.task.template.containers {
+            let home = Home::new(&self.dir, &container.name);
+            rootfs::unmount(&home.rootfs())?;
+            rootfs::unmount(&home.workspace())?;
+        }
+        for index in 0..self.task.template.volumes.len() {
+            rootfs::unmount(&rootfs::volume_dir(&self.dir, index))?;
+        }
+        rootfs::unmount(&self.dir.join("netns"))
+    }
+}

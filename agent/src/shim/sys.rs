@@ -1,0 +1,161 @@
+//! Small wrappers around system calls that the standard library lacks; no policy.
+
+use std::ffi::{CString, OsStr};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::time::SystemTime;
+
+use berth_protocol::units::{BootMs, Timestamp};
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use nix::time::clock_gettime;
+
+/// Milliseconds of CLOCK_BOOTTIME, which goes on while the machine sleeps.
+pub fn boot_now() -> BootMs {
+    let time = clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).unwrap_or(TimeSpec::new(0, 0));
+    let ms = time.tv_sec() * 1000 + time.tv_nsec() / 1_000_000;
+    BootMs(u64::try_from(ms).unwrap_or(0))
+}
+
+pub fn now() -> Timestamp {
+    Timestamp::from_system(SystemTime::now())
+}
+
+/// An alarm on CLOCK_BOOTTIME, readable once its time has come.
+pub struct Alarm(TimerFd);
+
+impl Alarm {
+    pub fn new() -> io::Result<Self> {
+        let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
+        Ok(Self(TimerFd::new(ClockId::CLOCK_BOOTTIME, flags)?))
+    }
+
+    /// Also silences an alarm that rings.
+    pub fn set(&self, at: Option<BootMs>) -> io::Result<()> {
+        let Some(at) = at else { return Ok(self.0.unset()?) };
+        // Zero would switch it off; a time long past rings at once.
+        let ms = at.0.max(1);
+        let seconds = i64::try_from(ms / 1000).unwrap_or(i64::MAX);
+        let time = TimeSpec::new(seconds, (ms % 1000) as i64 * 1_000_000);
+        Ok(self.0.set(Expiration::OneShot(time), TimerSetTimeFlags::TFD_TIMER_ABSTIME)?)
+    }
+}
+
+impl AsFd for Alarm {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// A handle on a process, readable once it has ended.
+pub fn pidfd(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers; a new descriptor (always CLOEXEC) or -1 comes back.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made it, and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// One entry of a poll: the descriptor and what it is asked.
+pub fn want(fd: &impl AsFd, events: i16) -> libc::pollfd {
+    libc::pollfd { fd: fd.as_fd().as_raw_fd(), events, revents: 0 }
+}
+
+/// Waits for events, for ever or up to `timeout_ms`.
+pub fn poll(fds: &mut [libc::pollfd], timeout_ms: Option<i32>) -> io::Result<usize> {
+    loop {
+        // SAFETY: the pointer and the length are the slice's.
+        let n = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout_ms.unwrap_or(-1)) };
+        match n {
+            0.. => return Ok(n as usize),
+            _ => {
+                let e = io::Error::last_os_error();
+                if e.kind() != io::ErrorKind::Interrupted {
+                    return Err(e);
+                }
+            }
+        }
+    }
+}
+
+/// Writes a file so that after a crash it is there whole or not at all, and is there once this returns.
+pub fn write_durably(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    let tmp = dir.join(format!("{name}.tmp"));
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(&tmp)?;
+    file.write_all(bytes)?;
+    file.sync_data()?;
+    fs::rename(&tmp, dir.join(name))?;
+    File::open(dir)?.sync_all()
+}
+
+pub fn c_string(text: impl AsRef<OsStr>) -> io::Result<CString> {
+    CString::new(text.as_ref().as_bytes())
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "the text holds a NUL byte"))
+}
+
+/// As dup2 with CLOEXEC.
+pub fn dup_to(fd: RawFd, to: RawFd) -> io::Result<RawFd> {
+    // SAFETY: no pointers.
+    match unsafe { libc::dup3(fd, to, libc::O_CLOEXEC) } {
+        -1 => Err(io::Error::last_os_error()),
+        fd => Ok(fd),
+    }
+}
+
+fn close_range(first: u32, last: u32) -> io::Result<()> {
+    // SAFETY: no pointers; callers own no descriptor in the range any more.
+    match unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+pub fn close_from(first: u32) -> io::Result<()> {
+    close_range(first, u32::MAX)
+}
+
+pub fn close_below(end: u32) -> io::Result<()> {
+    close_range(0, end - 1)
+}
+
+/// Opens `path` as if `root` were the file system's root, links and `..` included (openat2, Linux 5.6).
+pub fn open_in_root(root: &impl AsFd, path: &Path, flags: i32) -> io::Result<OwnedFd> {
+    let path = c_string(path)?;
+    // SAFETY: plain integers; zero is valid for each.
+    let mut how: libc::open_how = unsafe { std::mem::zeroed() };
+    how.flags = (flags | libc::O_CLOEXEC) as u64;
+    how.resolve = libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS;
+    let root = root.as_fd().as_raw_fd();
+    // SAFETY: both pointers outlive the call, and the size is that of `how`.
+    let fd = unsafe { libc::syscall(libc::SYS_openat2, root, path.as_ptr(), &how, size_of_val(&how)) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made it, and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Whoever started the shim may have closed 0, 1 or 2: what is opened next must not take their place.
+pub fn open_standard_streams() -> io::Result<()> {
+    loop {
+        let fd = File::options().read(true).write(true).open("/dev/null")?;
+        if fd.as_raw_fd() > 2 {
+            return Ok(());
+        }
+        std::mem::forget(fd);
+    }
+}
+
+/// Gives memory that is no longer used back to the kernel.
+pub fn trim_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: no pointers.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
