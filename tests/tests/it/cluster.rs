@@ -1,0 +1,229 @@
+//! A private cluster of the real programs on loopback, in a temporary directory, gone with the test.
+
+use std::fs::File;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// The programs, built beside this test.
+pub fn program(name: &str) -> PathBuf {
+    let here = std::env::current_exe().expect("a test has a path");
+    let path = here.parent().and_then(Path::parent).expect("target/PROFILE/deps").join(name);
+    assert!(path.exists(), "{} is not there: cargo build --workspace makes it", path.display());
+    path
+}
+
+/// A port that was free a moment ago.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("loopback has ports").port()
+}
+
+/// Waits for a condition; panics with `what` when it does not come.
+pub fn until<T>(what: &str, seconds: u64, mut check: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + Duration::from_secs(seconds);
+    loop {
+        if let Some(value) = check() {
+            return value;
+        }
+        assert!(Instant::now() < end, "not within {seconds} s: {what}");
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
+}
+
+/// A program that ends with its handle.
+pub struct Daemon {
+    pub child: Child,
+    pub name: String,
+}
+
+impl Daemon {
+    fn start(name: &str, command: &mut Command, log: &Path) -> Self {
+        let log = File::options().create(true).append(true).open(log).expect("the log opens");
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a second handle"))
+            .stderr(log)
+            .spawn()
+            .unwrap_or_else(|error| panic!("{name} does not start: {error}"));
+        Self { child, name: name.to_owned() }
+    }
+
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    pub fn signal(&self, signal: &str) {
+        let status = Command::new("kill").args([signal, &self.child.id().to_string()]).status();
+        assert!(status.is_ok_and(|status| status.success()), "kill {signal} {}", self.name);
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+pub struct Cluster {
+    pub dir: tempfile::TempDir,
+    pub port: u16,
+    pub http: u16,
+    pub controller: Option<Daemon>,
+    pub mosquitto: Option<Daemon>,
+    pub agents: Vec<Daemon>,
+}
+
+impl Cluster {
+    /// A controller with its own broker, not yet any agent.
+    pub fn new() -> Self {
+        let mut cluster = Self::empty();
+        cluster.start_controller();
+        cluster
+    }
+
+    /// A controller on a real Mosquitto.
+    pub fn on_mosquitto() -> Self {
+        let mut cluster = Self::empty();
+        cluster.start_mosquitto();
+        cluster.start_controller();
+        cluster
+    }
+
+    fn empty() -> Self {
+        Self {
+            dir: tempfile::Builder::new().prefix("berth-it").tempdir().expect("a temporary directory"),
+            port: free_port(),
+            http: free_port(),
+            controller: None,
+            mosquitto: None,
+            agents: Vec::new(),
+        }
+    }
+
+    pub fn start_mosquitto(&mut self) {
+        let config = self.dir.path().join("mosquitto.conf");
+        let text = format!("listener {} 127.0.0.1\nallow_anonymous true\npersistence false\n", self.port);
+        std::fs::write(&config, text).expect("the configuration is written");
+        let mut command = Command::new("mosquitto");
+        command.arg("-c").arg(config);
+        self.mosquitto = Some(Daemon::start("mosquitto", &mut command, &self.log_path("mosquitto")));
+    }
+
+    pub fn url(&self) -> String {
+        format!("mqtt://127.0.0.1:{}", self.port)
+    }
+
+    fn log_path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(format!("{name}.log"))
+    }
+
+    pub fn log(&self, name: &str) -> String {
+        std::fs::read_to_string(self.log_path(name)).unwrap_or_default()
+    }
+
+    pub fn start_controller(&mut self) {
+        let broker = if self.mosquitto.is_some() { self.url() } else { "embedded".into() };
+        let mut command = Command::new(program("berth-controller"));
+        command.args(["--dev", "--cluster", "default", "--broker", &broker, "--data-dir"]);
+        command.arg(self.dir.path().join("ctl"));
+        command.args(["--listen-mqtt", &format!("127.0.0.1:{}", self.port)]);
+        command.args(["--listen-http", &format!("127.0.0.1:{}", self.http)]);
+        self.controller = Some(Daemon::start("controller", &mut command, &self.log_path("controller")));
+    }
+
+    /// Starts an agent (anew, on its old data directory, where there was one) and waits until it is online.
+    pub fn agent(&mut self, node: &str, flags: &[&str]) -> usize {
+        let mut command = Command::new(program("berth-agent"));
+        command.args(["--dev", "--cluster", "default", "--broker", &self.url(), "--node", node, "--data-dir"]);
+        command.arg(self.dir.path().join(node)).args(flags);
+        self.agents.push(Daemon::start(node, &mut command, &self.log_path(node)));
+        until(&format!("{node} online: {}", self.log(node)), 30, || {
+            let nodes = self.json(&["get", "nodes"])?;
+            let online = |row: &&Value| row["node"] == node && row["state"] == "online";
+            nodes.as_array()?.iter().find(online).map(drop)
+        });
+        self.agents.len() - 1
+    }
+
+    pub fn berth(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(program("berth"));
+        command.env("BERTH_BROKER", self.url()).args(args).stdin(Stdio::null());
+        command
+    }
+
+    pub fn run(&self, args: &[&str]) -> Output {
+        self.berth(args).output().expect("berth starts")
+    }
+
+    pub fn json(&self, args: &[&str]) -> Option<Value> {
+        let output = self.berth(args).args(["-o", "json"]).output().ok()?;
+        serde_json::from_slice(&output.stdout).ok()
+    }
+
+    /// Submits a job file and expects it to be accepted.
+    pub fn submit(&self, name: &str, file: &str) {
+        let path = self.dir.path().join(format!("{name}.yaml"));
+        std::fs::write(&path, format!("name: {name}\n{file}")).expect("the job file is written");
+        let output = self.run(&["submit", path.to_str().expect("a plain path")]);
+        assert!(output.status.success(), "submit {name}: {}", text(&output));
+    }
+
+    pub fn job(&self, name: &str) -> Value {
+        self.json(&["describe", "job", name]).unwrap_or(Value::Null)
+    }
+
+    pub fn phase(&self, name: &str) -> String {
+        self.job(name)["phase"].as_str().unwrap_or_default().to_owned()
+    }
+
+    pub fn until_phase(&self, name: &str, phase: &str, seconds: u64) -> Value {
+        let end = Instant::now() + Duration::from_secs(seconds);
+        loop {
+            let job = self.job(name);
+            if job["phase"] == phase {
+                return job;
+            }
+            assert!(Instant::now() < end, "{name} is not {phase} within {seconds} s: {job:#}\n{}", self.logs_of_all());
+            std::thread::park_timeout(Duration::from_millis(20));
+        }
+    }
+
+    pub fn logs(&self, name: &str) -> String {
+        let output = self.run(&["logs", name]);
+        assert!(output.status.success(), "logs {name}: {}", text(&output));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// What the programs said, for a failed test's message.
+    pub fn logs_of_all(&self) -> String {
+        let names = self.agents.iter().map(|agent| agent.name.as_str()).chain(["controller"]);
+        names.map(|name| format!("--- {name}\n{}", self.log(name))).collect()
+    }
+}
+
+impl Drop for Cluster {
+    /// Pods outlive agents, so they are ended first; then what they left mounted is undone by ending their shims.
+    fn drop(&mut self) {
+        for agent in &mut self.agents {
+            agent.kill();
+        }
+        let dir = self.dir.path().to_string_lossy().into_owned();
+        for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let Ok(command) = std::fs::read(entry.path().join("cmdline")) else { continue };
+            let command = String::from_utf8_lossy(&command).into_owned();
+            if command.starts_with("berth-agent\0shim\0") && command.contains(&dir) {
+                let pid = entry.file_name().to_string_lossy().into_owned();
+                let _ = Command::new("kill").args(["-9", &pid]).status();
+            }
+        }
+    }
+}
+
+/// Both streams of a program, for messages.
+pub fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}

@@ -1,0 +1,84 @@
+//! Programs killed and brokers restarted under running jobs.
+
+use crate::cluster::{Cluster, until};
+
+/// Prints numbers for a while; its log tells whether anything was lost or begun anew.
+const COUNTER: &str = "image: host\ncommand: [sh, -c, \"i=0; while [ $i -lt 150 ]; do echo $i; i=$((i+1)); sleep 0.05; done\"]\n\
+                       resources: {cpu: 100m, memory: 32Mi}\n";
+
+fn whole(log: &str) {
+    let got: Vec<u32> = log.lines().filter_map(|line| line.parse().ok()).collect();
+    assert_eq!(got, (0..150).collect::<Vec<u32>>());
+}
+
+#[test]
+fn kill_9_of_agent_and_controller_leaves_a_running_job_alone() {
+    let mut cluster = Cluster::new();
+    let agent = cluster.agent("a1", &[]);
+    cluster.submit("counter", COUNTER);
+    cluster.until_phase("counter", "Running", 30);
+    until("some output", 30, || cluster.logs("counter").lines().nth(10).map(drop));
+    cluster.agents[agent].kill();
+    cluster.agent("a1", &[]);
+    if let Some(controller) = &mut cluster.controller {
+        controller.kill();
+    }
+    cluster.start_controller();
+    let job = cluster.until_phase("counter", "Succeeded", 90);
+    assert_eq!((&job["evictions"], &job["failures"]), (&0.into(), &0.into()), "{job:#}");
+    whole(&cluster.logs("counter"));
+}
+
+#[test]
+fn a_restarted_mosquitto_costs_nothing() {
+    let mut cluster = Cluster::on_mosquitto();
+    cluster.agent("a1", &[]);
+    cluster.submit("counter", COUNTER);
+    cluster.until_phase("counter", "Running", 30);
+    if let Some(mosquitto) = &mut cluster.mosquitto {
+        mosquitto.kill();
+    }
+    cluster.start_mosquitto();
+    let job = cluster.until_phase("counter", "Succeeded", 90);
+    assert_eq!((&job["evictions"], &job["failures"]), (&0.into(), &0.into()), "{job:#}");
+    whole(&cluster.logs("counter"));
+}
+
+#[test]
+fn follow_shows_every_line_once_across_an_agent_restart() {
+    let mut cluster = Cluster::new();
+    let agent = cluster.agent("a1", &[]);
+    cluster.submit("counter", COUNTER);
+    let follower = cluster
+        .berth(&["logs", "-f", "counter"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("berth starts");
+    cluster.until_phase("counter", "Running", 30);
+    cluster.agents[agent].kill();
+    cluster.agent("a1", &[]);
+    let output = follower.wait_with_output().expect("it ends with the job");
+    whole(&String::from_utf8_lossy(&output.stdout));
+}
+
+#[test]
+fn a_dead_shim_is_an_eviction_and_the_pod_runs_again() {
+    let mut cluster = Cluster::new();
+    cluster.agent("a1", &[]);
+    cluster.submit("victim", "image: host\ncommand: [sh, -c, \"echo begun; sleep 2; echo done\"]\nresources: {cpu: 100m, memory: 32Mi}\n");
+    cluster.until_phase("victim", "Running", 30);
+    let dir = cluster.dir.path().to_string_lossy().into_owned();
+    let shim = until("its shim", 10, || {
+        std::fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
+            let command = std::fs::read(entry.path().join("cmdline")).ok()?;
+            let command = String::from_utf8_lossy(&command).into_owned();
+            (command.starts_with("berth-agent\0shim\0") && command.contains(&dir))
+                .then(|| entry.file_name().to_string_lossy().into_owned())
+        })
+    });
+    let killed = std::process::Command::new("kill").args(["-9", &shim]).status();
+    assert!(killed.is_ok_and(|status| status.success()));
+    let job = cluster.until_phase("victim", "Succeeded", 60);
+    assert_eq!((&job["evictions"], &job["failures"]), (&1.into(), &0.into()), "{job:#}");
+    assert_eq!(job["pods"][0]["epoch"], 2);
+}

@@ -1,0 +1,197 @@
+//! Jobs from submit to log and exit code.
+
+use std::process::{Command, Stdio};
+
+use serde_json::json;
+
+use crate::cluster::{Cluster, text, until};
+
+/// Publishes as any MQTT client would.
+fn mosquitto_pub(cluster: &Cluster, topic: &str, payload: &str) {
+    let status = Command::new("mosquitto_pub")
+        .args(["-p", &cluster.port.to_string(), "-q", "1", "-t", topic, "-m", payload])
+        .status();
+    assert!(status.is_ok_and(|status| status.success()), "mosquitto_pub {topic}");
+}
+
+fn host(script: &str) -> String {
+    format!("image: host\ncommand: [sh, -c, {}]\nresources: {{cpu: 100m, memory: 32Mi}}\n", json!(script))
+}
+
+#[test]
+fn a_plain_mqtt_client_submits_and_sees_log_and_exit_code() {
+    let mut cluster = Cluster::new();
+    cluster.agent("a1", &[]);
+    let job = json!({
+        "image": "host", "command": ["sh", "-c", "echo hello-$((6*7)); echo oops >&2; exit 3"],
+        "resources": {"cpu": "0.1", "memory": "32Mi"}
+    });
+    mosquitto_pub(&cluster, "berth/v1/default/jobs/default/first/submit", &job.to_string());
+    let status = cluster.until_phase("first", "Failed", 30);
+    assert_eq!(status["pods"][0]["exitCode"], 3, "{status:#}");
+    assert_eq!((&status["failures"], &status["evictions"]), (&json!(1), &json!(0)));
+    let output = cluster.run(&["logs", "first"]);
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "hello-42\n");
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "oops\n");
+    assert_eq!(cluster.run(&["wait", "first"]).status.code(), Some(3));
+    // The status is retained: whoever comes later sees it.
+    let watch = Command::new("mosquitto_sub")
+        .args(["-p", &cluster.port.to_string(), "-C", "1", "-W", "10", "-t", "berth/v1/default/jobs/default/first/status"])
+        .output()
+        .expect("mosquitto_sub starts");
+    assert!(text(&watch).contains(r#""phase":"Failed""#), "{}", text(&watch));
+}
+
+#[test]
+fn run_streams_and_ends_with_the_programs_code() {
+    let mut cluster = Cluster::new();
+    cluster.agent("a1", &[]);
+    for (script, code) in [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 137), ("true", 0)] {
+        let output = cluster.run(&["run", "--cpu", "0.1", "--memory", "32Mi", "--", "sh", "-c", &format!("echo out; echo err >&2; {script}")]);
+        assert_eq!(output.status.code(), Some(code), "{script}: {}", text(&output));
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "out\n", "{script}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("err\n"), "{script}");
+    }
+    let output = cluster.run(&["run", "--cpu", "0.1", "--memory", "32Mi", "--", "no-such-program"]);
+    assert_eq!(output.status.code(), Some(127), "{}", text(&output));
+    assert!(text(&output).contains("no-such-program"), "{}", text(&output));
+}
+
+#[test]
+fn the_same_file_twice_is_one_job_and_a_changed_one_a_new_generation() {
+    let mut cluster = Cluster::new();
+    cluster.agent("a1", &[]);
+    cluster.submit("twice", &host("echo one"));
+    let first = cluster.until_phase("twice", "Succeeded", 30);
+    cluster.submit("twice", &host("echo one"));
+    let again = cluster.job("twice");
+    assert_eq!((&first["uid"], &first["generation"], &first["finishedAt"]), (&again["uid"], &again["generation"], &again["finishedAt"]));
+    cluster.submit("twice", &host("echo two"));
+    until("the second generation succeeds", 30, || {
+        let job = cluster.job("twice");
+        (job["generation"] == 2 && job["phase"] == "Succeeded").then_some(())
+    });
+    assert!(cluster.logs("twice").ends_with("two\n"), "{}", cluster.logs("twice"));
+}
+
+#[test]
+fn a_job_that_fits_nowhere_waits_and_says_why() {
+    let mut cluster = Cluster::new();
+    cluster.agent("a1", &["--capacity", "cpu=1,memory=1Gi"]);
+    cluster.submit("huge", "image: host\ncommand: [\"true\"]\nresources: {cpu: \"64\", memory: 32Mi}\n");
+    let job = until("a reason", 10, || Some(cluster.job("huge")).filter(|job| job["reason"].is_string()));
+    assert_eq!(job["phase"], "Pending");
+    let explained = text(&cluster.run(&["explain", "huge"]));
+    assert!(explained.contains("a1") && explained.contains("64"), "{explained}");
+    // Room comes with a node that has it.
+    cluster.submit("fits", &host("echo fits"));
+    cluster.until_phase("fits", "Succeeded", 30);
+    assert_eq!(cluster.phase("huge"), "Pending");
+}
+
+#[test]
+fn failures_are_retried_up_to_the_limit() {
+    let mut cluster = Cluster::new();
+    cluster.agent("a1", &[]);
+    let file = format!("{}restartPolicy: OnFailure\nbackoffLimit: 2\nretry: {{min: 1s, max: 1s}}\n", host("echo try; exit 9"));
+    cluster.submit("flaky", &file);
+    let job = cluster.until_phase("flaky", "Failed", 60);
+    assert_eq!(job["failures"], 3, "{job:#}");
+    assert_eq!(cluster.logs("flaky"), "try\ntry\ntry\n");
+    assert_eq!(cluster.run(&["wait", "flaky"]).status.code(), Some(9));
+}
+
+#[test]
+fn cancel_suspend_and_resume() {
+    let mut cluster = Cluster::new();
+    cluster.agent("a1", &[]);
+    let patient = "trap 'echo stopping; exit 0' TERM; echo begun; while :; do sleep 0.1; done";
+    cluster.submit("patient", &host(patient));
+    until("its first line", 30, || cluster.logs("patient").contains("begun").then_some(()));
+    assert!(cluster.run(&["suspend", "patient"]).status.success());
+    cluster.until_phase("patient", "Suspended", 30);
+    assert!(cluster.run(&["resume", "patient"]).status.success());
+    cluster.until_phase("patient", "Running", 30);
+    assert!(cluster.run(&["cancel", "patient"]).status.success());
+    let job = cluster.until_phase("patient", "Cancelled", 30);
+    assert_eq!(job["failures"], 0, "{job:#}");
+    assert_eq!(cluster.run(&["wait", "patient"]).status.code(), Some(130));
+    assert!(cluster.logs("patient").contains("stopping"));
+}
+
+#[test]
+fn two_hundred_at_once_and_none_is_lost() {
+    let mut cluster = Cluster::new();
+    cluster.agent("a1", &["--capacity", "cpu=64,memory=64Gi"]);
+    let file = "image: host\ncommand: [sh, -c, \"echo $JOB_COMPLETION_INDEX\"]\nnetwork: none\n\
+                resources: {cpu: 10m, memory: 8Mi}\nparallelism: 200\ncompletions: 200\n";
+    cluster.submit("crowd", file);
+    let job = cluster.until_phase("crowd", "Succeeded", 120);
+    assert_eq!(job["podCounts"]["Succeeded"], 200, "{}", job["podCounts"]);
+    let output = cluster.run(&["logs", "crowd"]);
+    let mut numbers: Vec<u32> = String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| line.split_whitespace().last()?.parse().ok())
+        .collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, (0..200).collect::<Vec<u32>>());
+}
+
+#[test]
+fn an_image_from_a_layout_runs_as_it_says() {
+    let mut cluster = Cluster::new();
+    let layout = cluster.dir.path().join("image");
+    busybox_layout(&layout);
+    cluster.agent("a1", &[]);
+    let file = format!("image: oci:{}:latest\nresources: {{cpu: 100m, memory: 32Mi}}\n", layout.display());
+    cluster.submit("box", &file);
+    cluster.until_phase("box", "Succeeded", 30);
+    assert_eq!(cluster.logs("box"), "from the image\n");
+    let missing = "image: oci:/nowhere/at/all\nresources: {cpu: 100m, memory: 32Mi}\n";
+    cluster.submit("nobox", missing);
+    let job = cluster.until_phase("nobox", "Failed", 30);
+    let message = job["pods"][0]["message"].as_str().unwrap_or_default();
+    assert!(message.contains("/nowhere/at/all"), "{job:#}");
+}
+
+/// An image with busybox and nothing else, made by umoci.
+fn busybox_layout(layout: &std::path::Path) {
+    let root = layout.with_extension("bundle");
+    let tag = format!("{}:latest", layout.display());
+    let script = format!(
+        "set -e; umoci init --layout {l}; umoci new --image {tag}; umoci unpack --image {tag} {r}; \
+         mkdir -p {r}/rootfs/bin; cp /bin/busybox {r}/rootfs/bin/; ln -s busybox {r}/rootfs/bin/sh; \
+         umoci repack --image {tag} {r}; umoci config --image {tag} --config.cmd sh --config.cmd -c --config.cmd 'echo from the image'",
+        l = layout.display(),
+        r = root.display()
+    );
+    let output = Command::new("sh").args(["-c", &script]).stdin(Stdio::null()).output().expect("sh starts");
+    assert!(output.status.success(), "{}", text(&output));
+}
+
+#[test]
+fn bad_input_is_refused_with_every_error_at_once() {
+    let cluster = Cluster::new();
+    until("the controller answers", 20, || cluster.json(&["get", "jobs"]));
+    let path = cluster.dir.path().join("bad.yaml");
+    std::fs::write(&path, "name: Bad\nimage: host\ncommnd: [x]\nresources: {cpu: lots}\n").expect("written");
+    let output = cluster.run(&["submit", path.to_str().expect("plain")]);
+    assert_eq!(output.status.code(), Some(2));
+    let said = text(&output);
+    for part in ["bad.yaml:1:", "bad.yaml:3:", "bad.yaml:4:", "command", "lots"] {
+        assert!(said.contains(part), "`{part}` in:\n{said}");
+    }
+    // What goes round the command line meets the same parser, and is counted.
+    let topic = "berth/v1/default/jobs/default/bad/submit";
+    let answer = Command::new("mosquitto_sub")
+        .args(["-p", &cluster.port.to_string(), "-C", "1", "-W", "20", "-t", "berth/v1/default/jobs/default/bad/answer"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("mosquitto_sub starts");
+    until("an answer", 20, || {
+        mosquitto_pub(&cluster, topic, "{\"image\":");
+        cluster.json(&["describe", "job", "bad"]).filter(|job| job["phase"] == "Rejected").map(drop)
+    });
+    let answer = answer.wait_with_output().expect("it ends");
+    assert!(text(&answer).contains("\"rejected\""), "{}", text(&answer));
+}

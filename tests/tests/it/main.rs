@@ -1,0 +1,5 @@
+//! The real programs, real brokers, real containers, seen from outside as a user sees them.
+
+mod cluster;
+mod faults;
+mod jobs;
