@@ -251,8 +251,10 @@ impl Executor for Program {
         };
         // The shim blocks and ignores signals; its containers begin as programs expect.
         let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-        // SAFETY: no handler is installed.
-        let _ = unsafe { sigaction(Signal::SIGPIPE, &default) };
+        for signal in Signal::iterator() {
+            // SAFETY: no handler is installed. SIGKILL and SIGSTOP refuse, rightly.
+            let _ = unsafe { sigaction(signal, &default) };
+        }
         let _ = SigSet::empty().thread_set_mask();
         if let Err(e) = seccomp::install(&self.filter) {
             self.report(Fault::Seccomp, e.raw_os_error().unwrap_or(0));

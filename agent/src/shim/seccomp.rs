@@ -102,6 +102,27 @@ const ARCHS: [(ScmpArch, u32); 1] = [(ScmpArch::Arm, 0x4000_0028)];
 #[cfg(target_arch = "riscv64")]
 const ARCHS: [(ScmpArch, u32); 1] = [(ScmpArch::Riscv64, 0xc000_00f3)];
 
+/// What 32-bit x86 has as calls of their own beside `socketcall` and `ipc`; libseccomp knows them as these only.
+const X86_DIRECT: [(&str, u32); 2] = [
+    (
+        "socket socketpair bind connect listen accept4 getsockopt setsockopt getsockname getpeername sendto sendmsg \
+         recvfrom recvmsg shutdown",
+        359,
+    ),
+    ("semget semctl shmget shmctl shmat shmdt msgget msgsnd msgrcv msgctl", 393),
+];
+
+fn number(name: &str, arch: ScmpArch) -> Option<u32> {
+    let number = ScmpSyscall::from_name_by_arch(name, arch).ok()?.as_raw_syscall();
+    if let (true, -999..0) = (arch == ScmpArch::X86, number) {
+        return X86_DIRECT.iter().find_map(|(names, first)| {
+            names.split_whitespace().zip(*first..).find_map(|(n, number)| (n == name).then_some(number))
+        });
+    }
+    // Negative: unknown to this architecture.
+    u32::try_from(number).ok()
+}
+
 /// The filter for a process with these capabilities (named without `CAP_`).
 pub fn filter(capabilities: &BTreeSet<String>) -> Vec<sock_filter> {
     let mut program = vec![load(OFFSET_ARCH)];
@@ -128,11 +149,6 @@ pub fn install(program: &[sock_filter]) -> io::Result<()> {
 
 /// The action from each number on, until the next; ascending, the first at 0.
 fn steps(arch: ScmpArch, capabilities: &BTreeSet<String>) -> Vec<(u32, Action)> {
-    let number = |name: &str, arch| {
-        let number = ScmpSyscall::from_name_by_arch(name, arch).ok()?.as_raw_syscall();
-        // Negative: unknown to this architecture.
-        u32::try_from(number).ok()
-    };
     let mut known = Vec::with_capacity(1024);
     let mut add = |arch| {
         let mut put = |names: &str, action| {
@@ -287,7 +303,7 @@ mod tests {
                 };
                 assert_eq!(run(&program, audit, number, 0), expect, "{arch:?} {number}");
             }
-            let number = |name| ScmpSyscall::from_name_by_arch(name, arch).unwrap().as_raw_syscall() as u32;
+            let number = |name| number(name, arch).unwrap();
             for (name, arg0, expect) in [
                 ("read", 0, ALLOWED),
                 ("openat", 0, ALLOWED),

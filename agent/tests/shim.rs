@@ -1,0 +1,308 @@
+//! The real shim, driven as the agent drives it: by task file and socket. Needs root; on a machine without it each
+//! test says so.
+
+#[allow(dead_code)]
+#[path = "shim/world.rs"]
+mod world;
+
+use std::fs;
+use std::time::Instant;
+
+use berth_agent::shim;
+use berth_agent::task::{ImageProcess, Order, Report, Root};
+use berth_protocol::pod::Cause;
+use berth_protocol::units::{Bytes, Millis};
+use world::*;
+
+/// Layers with a static busybox: the lower one has it, the upper one a file and a whiteout.
+fn busybox(dir: &std::path::Path) -> Root {
+    use std::os::unix::fs::PermissionsExt;
+    let (lower, upper) = (dir.join("lower"), dir.join("upper"));
+    for path in [lower.join("bin"), lower.join("etc"), upper.join("srv")] {
+        fs::create_dir_all(path).unwrap();
+    }
+    fs::copy("/bin/busybox", lower.join("bin/busybox")).unwrap();
+    for name in ["sh", "cat", "id", "echo", "ls", "pwd", "touch", "sleep", "env"] {
+        std::os::unix::fs::symlink("busybox", lower.join("bin").join(name)).unwrap();
+    }
+    fs::write(lower.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nada:x:1000:1001::/home/ada:/bin/sh\n").unwrap();
+    fs::write(lower.join("etc/group"), "ada:x:1001:\naudio:x:29:ada\n").unwrap();
+    std::os::unix::fs::symlink("/nowhere/resolv.conf", lower.join("etc/resolv.conf")).unwrap();
+    fs::write(lower.join("gone"), "").unwrap();
+    fs::write(upper.join("srv/data"), "from the upper layer\n").unwrap();
+    let whiteout = upper.join("gone");
+    let made = std::process::Command::new("mknod").arg(&whiteout).args(["c", "0", "0"]).status().unwrap();
+    assert!(made.success());
+    for layer in [&lower, &upper] {
+        fs::set_permissions(layer, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let config = ImageProcess {
+        entrypoint: vec!["sh".to_owned(), "-c".to_owned()],
+        cmd: vec!["echo by default".to_owned()],
+        env: vec!["FROM=image".to_owned()],
+        working_dir: Some("/work/here".to_owned()),
+        user: Some("ada".to_owned()),
+    };
+    Root::Image { layers: vec![lower, upper], config }
+}
+
+fn image_pod(tmp: &tempfile::TempDir, args: &[&str]) -> Pod {
+    let mut pod = Pod::of(Vec::new());
+    pod.main().args = args.iter().map(|s| (*s).to_owned()).collect();
+    pod.task.roots = vec![busybox(tmp.path())];
+    pod
+}
+
+#[test]
+fn a_host_image_runs_and_leaves_nothing() {
+    let mut pod = Pod::new("echo out; echo err >&2; touch /only-here; hostname; cat /run/berth/pod.json");
+    let output = pod.succeed();
+    assert!(output.contains("out\n") && output.contains("err\n"), "{output}");
+    assert!(output.contains(&format!("digits-{}\n", pod.task.pod.index)), "{output}");
+    assert!(output.contains("\"restarts\":0"), "{output}");
+    assert!(!std::path::Path::new("/only-here").exists());
+    pod.assert_clean();
+}
+
+#[test]
+fn layers_users_and_the_images_defaults() {
+    let tmp = tempfile::tempdir().unwrap();
+    assert_eq!(image_pod(&tmp, &[]).succeed(), "by default\n");
+    let tmp = tempfile::tempdir().unwrap();
+    let script = "id; pwd; echo $FROM $HOME; cat /srv/data; ls /gone; cat /etc/resolv.conf; touch mine";
+    let mut pod = image_pod(&tmp, &[script]);
+    let output = pod.succeed();
+    let expect = "uid=1000(ada) gid=1001(ada) groups=29(audio)\n/work/here\nimage /home/ada\n\
+                  from the upper layer\n";
+    assert!(output.starts_with(expect), "{output}");
+    assert!(output.contains("/gone: No such file"), "{output}");
+    pod.assert_clean();
+}
+
+#[test]
+fn exit_codes_signals_and_commands_that_are_none() {
+    for (command, code, reason) in [
+        (shell("exit 7"), Some(7), Some("Error")),
+        (shell("kill -KILL $$"), Some(137), Some("Signaled")),
+        (vec!["nonesuch".to_owned()], Some(127), Some("CommandNotFound")),
+        (vec!["/nonesuch/x".to_owned()], Some(127), Some("CommandNotFound")),
+        (vec!["/etc/passwd".to_owned()], Some(126), Some("CommandNotExecutable")),
+        (shell("true"), Some(0), None),
+    ] {
+        let mut pod = Pod::of(command.clone());
+        let exit = pod.run();
+        assert_eq!(exit.outcome.exit_code, code, "{command:?} {exit:?}");
+        assert_eq!(exit.outcome.reason.as_deref(), reason, "{command:?} {exit:?}");
+        pod.assert_clean();
+    }
+}
+
+#[test]
+fn what_cannot_be_made_says_why() {
+    let mut pod = Pod::new("true");
+    pod.main().user = Some("nobody-such".to_owned());
+    let outcome = pod.run().outcome;
+    assert_eq!((outcome.reason.as_deref(), outcome.exit_code), (Some("UserNotFound"), None));
+    pod.assert_clean();
+    let mut pod = Pod::new("true");
+    pod.task.roots = vec![Root::Image { layers: vec!["/nonesuch/layer".into()], config: ImageProcess::default() }];
+    let outcome = pod.run().outcome;
+    assert_eq!(outcome.reason.as_deref(), Some("ImageMissing"), "{outcome:?}");
+    pod.assert_clean();
+}
+
+#[test]
+fn two_hundred_that_end_at_once_are_all_seen() {
+    for n in 0..200 {
+        let mut pod = Pod::of(vec!["/bin/true".to_owned()]);
+        let exit = pod.run();
+        assert_eq!(exit.outcome.exit_code, Some(0), "{n}: {exit:?}");
+    }
+}
+
+#[test]
+fn too_much_memory_is_told_apart_from_a_failure() {
+    let mut pod = Pod::new("x=$(head -c 200000000 /dev/zero | tr '\\0' x); echo ${#x}");
+    let exit = pod.run();
+    assert_eq!(exit.outcome.reason.as_deref(), Some("OOMKilled"), "{exit:?} {}", pod.output());
+    assert!(exit.containers[0].oom_killed);
+    assert_eq!(exit.outcome.cause, Cause::Failure);
+}
+
+#[test]
+fn a_stop_gives_grace_and_then_kills() {
+    let mut pod = Pod::new("trap 'echo saved; exit 9' TERM; echo up; while :; do sleep 0.01; done");
+    let mut agent = pod.start();
+    wait_for("output", || pod.output().contains("up"));
+    agent.order(&Order::Stop { grace: Millis(10_000) });
+    let exit = agent.exited();
+    assert_eq!((exit.outcome.exit_code, exit.outcome.cause), (Some(9), Cause::Eviction));
+    assert!(pod.output().contains("saved"));
+    pod.wait();
+
+    let mut pod = Pod::new("trap '' TERM; echo up; while :; do sleep 0.01; done");
+    let mut agent = pod.start();
+    wait_for("output", || pod.output().contains("up"));
+    let begun = Instant::now();
+    agent.order(&Order::Stop { grace: Millis(300) });
+    let exit = agent.exited();
+    assert_eq!((exit.outcome.exit_code, exit.outcome.cause), (Some(137), Cause::Eviction));
+    let took = begun.elapsed().as_millis();
+    assert!((300..2000).contains(&took), "{took} ms");
+    pod.wait();
+    pod.assert_clean();
+}
+
+#[test]
+fn it_stands_still_at_its_deadline_and_goes_on_when_renewed() {
+    let mut pod = Pod::new("i=0; while :; do i=$((i+1)); echo $i; sleep 0.005; done");
+    let mut agent = pod.start_under(lease(400));
+    agent.running();
+    assert!(agent.paused());
+    let frozen = pod.output();
+    assert!(!frozen.is_empty());
+    // Nothing may come any more: a busy writer would within this time.
+    let begun = Instant::now();
+    while begun.elapsed().as_millis() < 100 {
+        assert_eq!(pod.output().len(), frozen.len());
+    }
+    // The user's wish does not lift the fence.
+    agent.order(&Order::Pause { pause: false });
+    let mut second = pod.connect();
+    assert!(second.paused());
+    agent.order(&Order::Renew { lease: lease(60_000) });
+    agent.running();
+    wait_for("more output", || pod.output().len() > frozen.len());
+    agent.order(&Order::Pause { pause: true });
+    assert!(!agent.paused());
+    agent.order(&Order::Stop { grace: Millis(5000) });
+    assert_eq!(agent.exited().outcome.cause, Cause::Eviction);
+    pod.wait();
+}
+
+#[test]
+fn with_stop_on_disconnect_it_ends_at_its_deadline() {
+    let mut pod = Pod::new("echo up; sleep 100");
+    pod.task.template.on_disconnect.action = berth_protocol::job::DisconnectAction::Stop;
+    let mut agent = pod.start_under(lease(300));
+    let outcome = agent.exited().outcome;
+    assert_eq!((outcome.cause, outcome.reason.as_deref()), (Cause::Eviction, Some("LeaseExpired")));
+    pod.wait();
+}
+
+#[test]
+fn a_dead_shim_takes_its_pod_along() {
+    for fenced in [false, true] {
+        let mut pod = Pod::new("echo up; (trap '' TERM HUP; setsid sleep 1000 & sleep 1000)");
+        let mut agent = pod.start_under(if fenced { lease(300) } else { lease(60_000) });
+        wait_for("output", || pod.output().contains("up"));
+        if fenced {
+            assert!(agent.paused());
+        }
+        let parent = pod.task.cgroup_parent.clone();
+        let mine = (pod.task.pod.clone(), pod.task.epoch);
+        assert!(shim::scan(&parent).unwrap().contains(&mine));
+        pod.kill_shim();
+        if !fenced {
+            wait_for("the pod's end", || !shim::scan(&parent).unwrap().contains(&mine));
+        }
+        assert_eq!(pod.exit_file(), None);
+        shim::clean_up(&pod.task, &pod.dir).unwrap();
+        assert!(!shim::scan(&parent).unwrap().contains(&mine));
+        pod.assert_clean();
+    }
+}
+
+#[test]
+fn agents_come_and_go() {
+    let mut pod = Pod::new("read line < /run/berth/go || true; while [ ! -e /run/berth/go ]; do sleep 0.01; done; echo done");
+    drop(pod.start());
+    let mut first = pod.connect();
+    first.running();
+    let mut second = pod.connect();
+    second.running();
+    drop(first);
+    fs::write(pod.dir.join("berth/go"), "").unwrap();
+    assert_eq!(second.exited().outcome.cause, Cause::Success);
+    pod.wait();
+}
+
+#[test]
+fn not_started_it_can_be_stopped_and_never_ran() {
+    let mut pod = Pod::new("echo ran");
+    pod.spawn();
+    let mut agent = pod.connect();
+    assert!(matches!(agent.report(), Report::Created { .. }));
+    agent.order(&Order::Renew { lease: lease(60_000) });
+    agent.order(&Order::Stop { grace: Millis(1000) });
+    let outcome = agent.exited().outcome;
+    assert_eq!((outcome.exit_code, outcome.cause, outcome.started_at), (None, Cause::Eviction, None));
+    assert_eq!(pod.output(), "");
+    pod.wait();
+    pod.assert_clean();
+}
+
+#[test]
+fn the_log_is_whole_and_bounded() {
+    let mut pod = Pod::new("i=0; while [ $i -lt 20000 ]; do i=$((i+1)); echo line $i; done; printf 'no end'");
+    let output = pod.succeed();
+    let expect: String = (1..=20_000).map(|i| format!("line {i}\n")).chain(["no end".to_owned()]).collect();
+    assert_eq!(output, expect);
+
+    let mut pod = Pod::new("head -c 5000000 /dev/zero | tr '\\0' x | fold -w 99");
+    pod.task.log_bytes_max = Bytes(1 << 20);
+    pod.succeed();
+    let bytes: u64 =
+        fs::read_dir(pod.dir.join("log")).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).sum();
+    assert!(bytes <= 1 << 20, "{bytes}");
+    // A second run goes on where the first has ended.
+    let last = pod.exit_file().unwrap().outcome.log_records;
+    pod.task.run = pod.task.run.next();
+    *pod.main() = container("main", shell("echo again"));
+    assert_eq!(pod.run().outcome.log_records, last + 1);
+}
+
+#[test]
+fn it_is_confined() {
+    let script = "grep -E '^(CapEff|CapBnd|NoNewPrivs|Seccomp|SigBlk|SigIgn):' /proc/self/status; \
+        cat /proc/kcore | head -c 1; ls -l /proc/self/fd | wc -l; ls /dev; \
+        unshare -U true || echo no user namespace; mount -t tmpfs x /mnt || echo no mount; \
+        echo 1 > /proc/sys/kernel/panic || echo no sysctl; cat /dev/kmsg || echo no kmsg; \
+        ulimit -n; cat /proc/1/comm; ls /proc | grep -c '^[0-9]'; cat /proc/self/oom_score_adj; \
+        cat /proc/self/cgroup; touch /sys/fs/cgroup/x || echo no cgroup; readlink /proc/self/ns/time; \
+        mknod /dev/vda b 254 0 && cat /dev/vda || echo no disk";
+    let mut pod = Pod::new(script);
+    let output = pod.succeed();
+    println!("{output}");
+    for line in [
+        "CapEff:\t00000000a80425fb",
+        "CapBnd:\t00000000a80425fb",
+        "NoNewPrivs:\t1",
+        "Seccomp:\t2",
+        "SigBlk:\t0000000000000000",
+        "no user namespace",
+        "no mount",
+        "no sysctl",
+        "no cgroup",
+        "no disk",
+        "berth-init",
+    ] {
+        assert!(output.lines().any(|l| l == line), "{line}\n{output}");
+    }
+    // 32 and 33 are the C library's own, and cannot be reset through it.
+    let ignored = output.lines().find_map(|l| l.strip_prefix("SigIgn:\t")).unwrap();
+    assert_eq!(u64::from_str_radix(ignored, 16).unwrap() & 0x7fff_ffff, 0);
+    let own = fs::read_link("/proc/self/ns/time").unwrap();
+    assert!(!output.contains(own.to_str().unwrap()));
+}
+
+#[test]
+fn processes_are_bounded_and_roots_can_be_read_only() {
+    let mut pod = Pod::new(
+        "touch /x || echo no root; touch /run/berth/saved; \
+         cat /sys/fs/cgroup/pids/pids.max /sys/fs/cgroup/pids.max; true",
+    );
+    pod.main().read_only_root = true;
+    let output = pod.succeed();
+    assert!(output.contains("no root") && output.contains("32768"), "{output}");
+}
