@@ -165,7 +165,7 @@ fn node(node: &NodeStatus, now: Timestamp, colour: bool) -> String {
         .add("State", render::node_tone(node.state).paint(&render::word(&node.state), colour))
         .maybe("Message", node.message.as_ref())
         .at("Heartbeat", node.last_heartbeat_at, now)
-        .add("CPU", share(used.cpu_milli.to_string(), format!("{} cores", all.cpu_milli)))
+        .add("CPU", share(render::cores(used.cpu_milli), format!("{} cores", render::cores(all.cpu_milli))))
         .add("Memory", share(render::size(used.memory_bytes), render::size(all.memory_bytes)))
         .add("Pods", node.pods.to_string())
         .add("System", format!("{}, Linux {}, {}", node.os, node.kernel, node.arch))
@@ -177,7 +177,11 @@ fn node(node: &NodeStatus, now: Timestamp, colour: bool) -> String {
         let load = usage.load_milli as f64 / 1000.0;
         facts.add(
             "In use",
-            format!("{} cores, {} memory, load {load:.2}", usage.cpu, render::size(usage.memory)),
+            format!(
+                "{} cores, {} memory, load {load:.2}",
+                render::cores(usage.cpu),
+                render::size(usage.memory)
+            ),
         );
     }
     let mut out = facts.render();

@@ -223,7 +223,7 @@ pub fn node_tone(state: NodeState) -> Tone {
 }
 
 /// `2`, `0.5`: cores as a column of numbers.
-fn cores(cpu: MilliCpu) -> String {
+pub fn cores(cpu: MilliCpu) -> String {
     let text = format!("{}.{:03}", cpu.0 / 1000, cpu.0 % 1000);
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }

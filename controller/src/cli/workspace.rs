@@ -33,7 +33,7 @@ pub struct Packed {
 /// Packs `dir` and brings it to the depot, where it is not there already.
 pub async fn take_along(session: &mut Session, namespace: &Namespace, dir: &Path) -> anyhow::Result<Packed> {
     let progress = Progress::new();
-    let packed = pack(dir, &progress)?;
+    let packed = pack(dir, ARCHIVE_BYTES_MAX, &progress)?;
     let depot = Depot::of(session, namespace).await?;
     let Packed { digest, bytes, mut file } = packed;
     // Beside the runtime's thread, which keeps the session with the broker alive meanwhile.
@@ -49,14 +49,14 @@ pub async fn take_along(session: &mut Session, namespace: &Namespace, dir: &Path
     Ok(Packed { digest, bytes, file })
 }
 
-/// Makes the archive in an unnamed file.
-fn pack(dir: &Path, progress: &Progress) -> anyhow::Result<Packed> {
+/// Makes the archive, of `bytes_max` at most, in an unnamed file.
+fn pack(dir: &Path, bytes_max: u64, progress: &Progress) -> anyhow::Result<Packed> {
     let too_much = || {
         anyhow!(
             "{} is too much to take along ({} packed, {ENTRIES_MAX} files at most): name in {IGNORE_FILE} what the \
              job does not need, or use --no-workspace",
             dir.display(),
-            render::size(Bytes(ARCHIVE_BYTES_MAX))
+            render::size(Bytes(bytes_max))
         )
     };
     let rules = rules(dir)?;
@@ -65,7 +65,7 @@ fn pack(dir: &Path, progress: &Progress) -> anyhow::Result<Packed> {
     if entries.len() > ENTRIES_MAX {
         return Err(too_much());
     }
-    let sink = Sink { file: tempfile::tempfile()?, hash: Sha256::new(), bytes: 0 };
+    let sink = Sink { file: tempfile::tempfile()?, hash: Sha256::new(), bytes: 0, bytes_max };
     let mut archive = tar::Builder::new(GzEncoder::new(sink, Compression::fast()));
     archive.follow_symlinks(false);
     for relative in entries {
@@ -152,6 +152,7 @@ struct Sink {
     file: File,
     hash: Sha256,
     bytes: u64,
+    bytes_max: u64,
 }
 
 impl Write for Sink {
@@ -159,7 +160,7 @@ impl Write for Sink {
         let written = self.file.write(bytes)?;
         self.hash.update(&bytes[..written]);
         self.bytes += written as u64;
-        if self.bytes > ARCHIVE_BYTES_MAX {
+        if self.bytes > self.bytes_max {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
         Ok(written)
@@ -256,11 +257,14 @@ mod tests {
         write("src/data/small", "w");
         write(&format!("{}/deep", "long".repeat(40)), "v");
         std::os::unix::fs::symlink("train.py", dir.path().join("main.py")).unwrap();
-        use std::os::unix::fs::PermissionsExt as _;
-        std::fs::set_permissions(dir.path().join("train.py"), PermissionsExt::from_mode(0o755)).unwrap();
+        std::fs::set_permissions(
+            dir.path().join("train.py"),
+            std::os::unix::fs::PermissionsExt::from_mode(0o755),
+        )
+        .unwrap();
 
         let progress = Progress { terminal: false };
-        let mut packed = pack(dir.path(), &progress).unwrap();
+        let mut packed = pack(dir.path(), ARCHIVE_BYTES_MAX, &progress).unwrap();
         let files = unpacked(&mut packed);
         let names: Vec<&str> =
             files.keys().map(String::as_str).filter(|name| !name.starts_with("long")).collect();
@@ -270,7 +274,7 @@ mod tests {
         assert_eq!(files["main.py"].1, "-> train.py");
         assert_eq!(files[&format!("{}/deep", "long".repeat(40))].1, "v");
         // The same directory is the same blob: it travels once.
-        assert_eq!(pack(dir.path(), &progress).unwrap().digest, packed.digest);
+        assert_eq!(pack(dir.path(), ARCHIVE_BYTES_MAX, &progress).unwrap().digest, packed.digest);
         packed.file.rewind().unwrap();
         let mut bytes = Vec::new();
         packed.file.read_to_end(&mut bytes).unwrap();
@@ -284,14 +288,14 @@ mod tests {
         // Noise does not compress: a linear congruential generator is enough of it.
         let mut state = 1u64;
         let mut block = vec![0u8; 1 << 20];
-        for _ in 0..101 {
+        for _ in 0..2 {
             for chunk in block.chunks_exact_mut(8) {
                 state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                 chunk.copy_from_slice(&(state ^ state >> 29).wrapping_mul(0x9E3779B97F4A7C15).to_le_bytes());
             }
             file.write_all(&block).unwrap();
         }
-        let error = pack(dir.path(), &Progress { terminal: false }).err().unwrap().to_string();
-        assert!(error.contains("100Mi packed") && error.contains("--no-workspace"), "{error}");
+        let error = pack(dir.path(), 1 << 20, &Progress { terminal: false }).err().unwrap().to_string();
+        assert!(error.contains("1Mi packed") && error.contains("--no-workspace"), "{error}");
     }
 }
