@@ -1,1 +1,5 @@
-fn main() {}
+//! The command-line client.
+
+fn main() -> ! {
+    berth_controller::cli::main()
+}

@@ -1,0 +1,417 @@
+//! The words of the command line: verbs, flags, help. Nothing here acts.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use berth_protocol::ids::{ClusterName, JobName, Namespace, NodeId, PodName};
+use berth_protocol::units::Millis;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Deserialize;
+
+use super::connect::BrokerUrl;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "berth",
+    version,
+    about = "Run containers on unlike machines, and keep their work",
+    propagate_version = false,
+    disable_help_subcommand = true,
+    after_help = "Examples:
+  berth run -- python3 train.py        run a program, see its output, end with its exit code
+  berth submit digits.yaml --wait      submit a job file and wait for its end
+  berth get jobs -w                    watch the jobs of the namespace
+  berth logs -f digits                 follow a job's output from its first line
+
+The configuration file, ~/.config/berth/config.toml, may hold broker, cluster, namespace, format and
+request-timeout."
+)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// Each is taken from the command line, else from the environment, else from the configuration file.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Global options")]
+pub struct Global {
+    /// The MQTT broker [default: mqtt://127.0.0.1:1883]
+    #[arg(long, global = true, env = "BERTH_BROKER", value_name = "URL")]
+    pub broker: Option<BrokerUrl>,
+    /// The fleet, where several share a broker [default: default]
+    #[arg(long, global = true, env = "BERTH_CLUSTER", value_name = "NAME")]
+    pub cluster: Option<ClusterName>,
+    /// The namespace [default: default]
+    #[arg(short, long, global = true, env = "BERTH_NAMESPACE", value_name = "NAME")]
+    pub namespace: Option<Namespace>,
+    /// How to print [default: table]
+    #[arg(short = 'o', long, global = true, env = "BERTH_FORMAT", value_name = "FORMAT")]
+    pub format: Option<Format>,
+    /// How long to try to reach the broker, and the controller behind it [default: 30s]
+    #[arg(long, global = true, env = "BERTH_REQUEST_TIMEOUT", value_name = "DURATION", value_parser = duration)]
+    pub request_timeout: Option<Duration>,
+    /// The configuration file [default: ~/.config/berth/config.toml]
+    #[arg(long, global = true, env = "BERTH_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// Columns for people
+    Table,
+    /// More columns
+    Wide,
+    /// Exactly what the controller says
+    Json,
+    /// The same as YAML
+    Yaml,
+    /// Names alone
+    Name,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Submit job files
+    #[command(after_help = "Examples:
+  berth submit digits.yaml
+  berth submit --wait train.yaml       end with the job's exit code
+  generate-job | berth submit -
+
+A file that names no job is named after its file name. The same file again changes nothing; a changed one
+is a new generation of the job.")]
+    Submit(Submit),
+    /// Run a command as a job, with its output here, and end with its exit code
+    #[command(after_help = "Examples:
+  berth run -- ./simulate --steps 1000
+  berth run --gpu 1 --memory 8Gi -- python3 train.py
+  berth run --image docker.io/library/alpine:3 -- uname -a
+  berth run --detach --name nightly --output results -- make results
+
+Without --image the command runs on a copy-on-write view of the node's own file system, in this directory.
+Where the job may land on another machine the directory goes along, without what .berthignore names (the
+syntax of .gitignore), at most 100 MiB. Ctrl-C cancels the job; again leaves it.
+
+Exit codes: the command's own, 128 + signal, 130 cancelled, 125 where berth itself failed.")]
+    Run(Run),
+    /// List jobs, pods, nodes or outputs
+    #[command(after_help = "Examples:
+  berth get jobs
+  berth get nodes -o wide -l zone=lab
+  berth get pods digits -w
+  berth get jobs -A -o json")]
+    Get(Get),
+    /// Tell everything about a job, a pod or a node
+    #[command(after_help = "Examples:
+  berth describe job digits
+  berth describe pod digits-0
+  berth describe node n1 -o json")]
+    Describe(Describe),
+    /// Show a job's output
+    #[command(after_help = "Examples:
+  berth logs digits
+  berth logs -f digits                 from the first line, until the job ends
+  berth logs digits/digits-3 --stream stderr
+
+The text comes in order across restarts and moves; lines carry the pod's name where the job has several.")]
+    Logs(Logs),
+    /// Wait for a job to end, and end with its exit code
+    #[command(after_help = "Examples:
+  berth wait digits
+  berth wait digits --timeout 10m || echo failed
+
+Exit codes: the job's own (of several pods the first that failed), 128 + signal, 124 at the timeout,
+130 cancelled, 125 where berth itself failed.")]
+    Wait(Wait),
+    /// Copy a job's outputs to a directory
+    #[command(after_help = "Examples:
+  berth cp digits ./results                     everything
+  berth cp digits:/srv/app/model .              one path
+  berth cp digits/digits-1:/srv/app/model .     of one pod")]
+    Cp(Cp),
+    /// Cancel jobs: their pods are stopped with their grace
+    #[command(after_help = "Examples:\n  berth cancel digits")]
+    Cancel(JobNames),
+    /// Stop a job's pods until it is resumed
+    #[command(after_help = "Examples:\n  berth suspend digits")]
+    Suspend(JobNames),
+    /// Let suspended jobs go on
+    #[command(after_help = "Examples:\n  berth resume digits")]
+    Resume(JobNames),
+    /// Run jobs anew
+    #[command(after_help = "Examples:\n  berth restart digits")]
+    Restart(JobNames),
+    /// Tell for each node why a job's pods are there, or why they do not fit
+    #[command(after_help = "Examples:\n  berth explain digits")]
+    Explain(JobArg),
+    /// Print the JSON Schema of the job file
+    #[command(after_help = "Examples:\n  berth schema > job.schema.json")]
+    Schema,
+    /// Print the versions of this program and of the controller
+    #[command(after_help = "Examples:\n  berth version --client")]
+    Version(Version),
+    /// Print a completion script for a shell
+    #[command(after_help = "Examples:
+  berth completion bash > /etc/bash_completion.d/berth
+  berth completion zsh > \"${fpath[1]}/_berth\"")]
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual's pages into a directory
+    #[command(hide = true)]
+    Man {
+        /// The directory, made where it is missing
+        dir: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Submit {
+    /// Job files, YAML or JSON; `-` is standard input
+    #[arg(required = true, value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// Wait for the jobs' ends; the exit code is that of the first that failed
+    #[arg(long)]
+    pub wait: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Run {
+    /// The job's name [default: made up]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<JobName>,
+    /// The image, or `host`: the node's own file system
+    #[arg(long, default_value = "host")]
+    pub image: String,
+    /// Cores, such as 2, 0.5 or 500m
+    #[arg(long)]
+    pub cpu: Option<String>,
+    /// Memory, such as 500Mi or 4Gi
+    #[arg(long)]
+    pub memory: Option<String>,
+    /// Devices, such as 1, or a share of one, such as 0.25
+    #[arg(long)]
+    pub gpu: Option<String>,
+    /// An environment variable; without a value: the one set here
+    #[arg(short, long = "env", value_name = "NAME[=VALUE]")]
+    pub env: Vec<String>,
+    /// A directory of the node's, or a named volume
+    #[arg(short, long = "volume", value_name = "SOURCE:MOUNT[:ro]")]
+    pub volumes: Vec<String>,
+    /// A path to keep in the depot when the job ends, for `berth cp`
+    #[arg(long = "output", value_name = "PATH")]
+    pub outputs: Vec<String>,
+    /// The pod's network
+    #[arg(long, value_parser = ["bridge", "host", "none"], value_name = "bridge|host|none")]
+    pub network: Option<String>,
+    /// Where the command runs [default: this directory, or the image's own]
+    #[arg(long, value_name = "PATH")]
+    pub workdir: Option<String>,
+    /// Which nodes may run it: a CEL expression over `node`
+    #[arg(long, value_name = "CEL")]
+    pub affinity: Option<String>,
+    /// From -1000 to 1000
+    #[arg(long, allow_hyphen_values = true)]
+    pub priority: Option<i32>,
+    /// Start again after a failure, this many times
+    #[arg(long, value_name = "N")]
+    pub retries: Option<u32>,
+    /// Print the job's name and leave it to itself
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Take this directory along in any case
+    #[arg(long, conflicts_with = "no_workspace")]
+    pub workspace: bool,
+    /// Never take this directory along
+    #[arg(long)]
+    pub no_workspace: bool,
+    /// The command and its arguments
+    #[arg(required = true, last = true, value_name = "CMD")]
+    pub command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Get {
+    /// What to list
+    pub kind: Kind,
+    /// One of them; for pods also a job, for outputs the job
+    pub name: Option<String>,
+    /// All namespaces
+    #[arg(short = 'A', long)]
+    pub all_namespaces: bool,
+    /// Stay, and print what changes
+    #[arg(short, long)]
+    pub watch: bool,
+    /// Nodes with these labels, such as zone=lab,gpu!=none,ssd
+    #[arg(short = 'l', long, value_name = "LABELS")]
+    pub selector: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    #[value(alias = "job")]
+    Jobs,
+    #[value(alias = "pod")]
+    Pods,
+    #[value(alias = "node")]
+    Nodes,
+    #[value(alias = "output")]
+    Outputs,
+}
+
+#[derive(Debug, Args)]
+pub struct Describe {
+    #[command(subcommand)]
+    pub what: Described,
+}
+
+#[derive(Debug, Subcommand)]
+#[command(disable_help_subcommand = true)]
+pub enum Described {
+    /// A job, its pods and its file
+    Job { name: JobName },
+    /// A pod
+    Pod { name: PodName },
+    /// A node
+    Node { name: NodeId },
+}
+
+#[derive(Debug, Args)]
+pub struct Logs {
+    /// The job, or one of its pods
+    #[arg(value_name = "JOB[/POD]")]
+    pub target: LogTarget,
+    /// Stay until the job ends
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Begin each line with its time
+    #[arg(long)]
+    pub timestamps: bool,
+    /// One of the two alone
+    #[arg(long, value_parser = ["stdout", "stderr"], value_name = "stdout|stderr")]
+    pub stream: Option<String>,
+}
+
+/// `JOB` or `JOB/POD`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogTarget {
+    pub job: JobName,
+    pub pod: Option<PodName>,
+}
+
+impl std::str::FromStr for LogTarget {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let Some((job, pod)) = text.split_once('/') else {
+            return Ok(Self { job: JobName::parse(text).map_err(|e| e.to_string())?, pod: None });
+        };
+        let job = JobName::parse(job).map_err(|e| e.to_string())?;
+        let pod = match pod.parse::<u32>() {
+            Ok(index) => job.pod(index),
+            Err(_) => PodName::parse(pod).map_err(|e| e.to_string())?,
+        };
+        if pod.job != job {
+            return Err(format!("pod `{pod}` is not one of job `{job}`"));
+        }
+        Ok(Self { job, pod: Some(pod) })
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct Wait {
+    pub job: JobName,
+    /// Give up after this long, with exit code 124
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub timeout: Option<Duration>,
+}
+
+#[derive(Debug, Args)]
+pub struct Cp {
+    /// Whose outputs, and which path of them
+    #[arg(value_name = "JOB[/POD][:PATH]")]
+    pub source: CpSource,
+    /// Where to
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+}
+
+/// `JOB[/POD][:PATH]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CpSource {
+    pub target: LogTarget,
+    /// Without a leading slash; none: everything.
+    pub path: Option<PathBuf>,
+}
+
+impl std::str::FromStr for CpSource {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (target, path) = text.split_once(':').unwrap_or((text, ""));
+        let path = path.trim_matches('/');
+        if path.split('/').any(|part| part == "..") {
+            return Err(format!("`{path}` leads out of the job's outputs"));
+        }
+        Ok(Self { target: target.parse()?, path: (!path.is_empty()).then(|| path.into()) })
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct JobNames {
+    #[arg(required = true, value_name = "JOB")]
+    pub jobs: Vec<JobName>,
+}
+
+#[derive(Debug, Args)]
+pub struct JobArg {
+    pub job: JobName,
+}
+
+#[derive(Debug, Args)]
+pub struct Version {
+    /// Do not ask the controller
+    #[arg(long)]
+    pub client: bool,
+}
+
+pub fn duration(text: &str) -> Result<Duration, String> {
+    Millis::parse(text).map(Millis::duration).map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_visible_verb_has_examples() {
+        for verb in Cli::command().get_subcommands().filter(|verb| !verb.is_hide_set()) {
+            let help = verb.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.starts_with("Examples:"), "{}", verb.get_name());
+            assert!(verb.get_about().is_some(), "{}", verb.get_name());
+        }
+    }
+
+    #[test]
+    fn targets() {
+        let parse =
+            |text: &str| text.parse::<LogTarget>().map(|t| (t.job.to_string(), t.pod.map(|p| p.to_string())));
+        assert_eq!(parse("digits"), Ok(("digits".into(), None)));
+        assert_eq!(parse("digits/digits-3"), Ok(("digits".into(), Some("digits-3".into()))));
+        assert_eq!(parse("digits/3"), Ok(("digits".into(), Some("digits-3".into()))));
+        assert!(parse("digits/other-3").is_err());
+        let path = |text: &str| text.parse::<CpSource>().map(|s| s.path.map(|p| p.display().to_string()));
+        assert_eq!(path("digits"), Ok(None));
+        assert_eq!(path("digits:/srv/model/"), Ok(Some("srv/model".into())));
+        assert!(path("digits:/srv/../../etc").is_err());
+    }
+}

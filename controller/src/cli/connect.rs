@@ -1,0 +1,475 @@
+//! The client's session with the broker: one MQTT connection, made again where it breaks, and questions over it.
+//!
+//! Nothing sent is taken for received: whoever asks asks again until there is an answer.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::Read as _;
+use std::str::FromStr;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow, bail};
+use berth_protocol::codec;
+use berth_protocol::ids::{ClientId, RequestId};
+use berth_protocol::limits::PACKET_BYTES_MAX;
+use berth_protocol::message::query::{Page, Query, QueryReply, QueryRequest};
+use berth_protocol::topic::{Topic, filter};
+use rumqttc::{
+    AsyncClient, ConnectReturnCode, ConnectionError, Event, EventLoop, MqttOptions, NetworkOptions, Outgoing,
+    Packet, QoS, SubscribeFilter, SubscribeReasonCode,
+};
+use serde_json::Value;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout_at};
+
+use super::config::Settings;
+
+const PORT: u16 = 1883;
+/// Requests on their way to the socket; more than any verb has under way.
+const REQUESTS_MAX: usize = 64;
+/// Messages that a verb has not looked at yet; beyond, the broker has to wait.
+const UNREAD_MAX: usize = 4096;
+const KEEP_ALIVE: Duration = Duration::from_secs(60);
+const RECONNECT_MIN: Duration = Duration::from_millis(100);
+const RECONNECT_MAX: Duration = Duration::from_secs(2);
+/// A question is asked again after the first, doubling to the second.
+pub const RESEND_MIN: Duration = Duration::from_secs(2);
+pub const RESEND_MAX: Duration = Duration::from_secs(30);
+
+/// `mqtt://[user:password@]host[:port]`
+#[derive(Clone, PartialEq, Eq)]
+pub struct BrokerUrl {
+    host: String,
+    port: u16,
+    login: Option<(String, String)>,
+}
+
+impl Default for BrokerUrl {
+    fn default() -> Self {
+        Self { host: "127.0.0.1".into(), port: PORT, login: None }
+    }
+}
+
+impl FromStr for BrokerUrl {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let rest = match text.split_once("://") {
+            Some(("mqtt" | "tcp", rest)) => rest,
+            Some((scheme, _)) => {
+                return Err(format!("`{scheme}` is not spoken here: write mqtt://HOST[:PORT]"));
+            }
+            None => return Err(format!("`{text}` is not a broker's URL: write mqtt://HOST[:PORT]")),
+        };
+        let rest = rest.trim_end_matches('/');
+        let (login, address) = match rest.rsplit_once('@') {
+            Some((login, address)) => (Some(login.split_once(':').unwrap_or((login, ""))), address),
+            None => (None, rest),
+        };
+        // The colon that begins a port lies behind an IPv6 address' bracket.
+        let (host, port) = match address.rsplit_once(':') {
+            Some((host, port)) if !port.ends_with(']') => (
+                host,
+                port.parse().map_err(|_| format!("`{port}` is not a port: write a number up to 65535"))?,
+            ),
+            _ => (address, PORT),
+        };
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        if host.is_empty() || host.contains(['/', ' ']) {
+            return Err(format!("`{text}` names no host: write mqtt://HOST[:PORT]"));
+        }
+        Ok(Self { host: host.into(), port, login: login.map(|(user, word)| (user.into(), word.into())) })
+    }
+}
+
+impl fmt::Display for BrokerUrl {
+    /// Without the password.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host.contains(':') {
+            true => write!(f, "mqtt://[{}]:{}", self.host, self.port),
+            false => write!(f, "mqtt://{}:{}", self.host, self.port),
+        }
+    }
+}
+
+impl fmt::Debug for BrokerUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Something that came on one of our topics.
+#[derive(Debug)]
+pub struct Message {
+    pub topic: Topic,
+    pub payload: Vec<u8>,
+    /// From the broker's memory, so possibly old.
+    pub retained: bool,
+}
+
+/// What a session tells its verb.
+#[derive(Debug)]
+pub enum News {
+    Message(Message),
+    Reply(QueryReply),
+    /// The connection broke and is back: whatever was published in between is missed.
+    Reconnected,
+}
+
+/// What the polling task tells the session.
+enum Wire {
+    Up,
+    Subscribed { refused: bool },
+    Down(ConnectionError),
+    Publish { topic: String, payload: Vec<u8>, retained: bool },
+}
+
+pub struct Session {
+    client: AsyncClient,
+    wire: mpsc::Receiver<Wire>,
+    poller: tokio::task::JoinHandle<()>,
+    /// Came while somebody waited for something else.
+    deferred: VecDeque<News>,
+    filters: Vec<String>,
+    pub settings: Settings,
+    id: ClientId,
+    asked: u64,
+    down: bool,
+}
+
+/// The controller's `error` in reply to a question.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Refused {
+    pub code: String,
+    pub message: String,
+}
+
+impl Session {
+    /// Connects and subscribes to the replies and to `filters`; tries for the settings' request timeout.
+    pub async fn open(settings: &Settings, mut filters: Vec<String>) -> anyhow::Result<Self> {
+        let id = ClientId::parse(&format!("cli-{:016x}", random()?))?;
+        filters.push(filter::replies(&settings.cluster, &id));
+        let mut options = MqttOptions::new(id.as_str(), &settings.broker.host, settings.broker.port);
+        options.set_keep_alive(KEEP_ALIVE).set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX);
+        if let Some((user, password)) = &settings.broker.login {
+            options.set_credentials(user, password);
+        }
+        let (client, mut eventloop) = AsyncClient::new(options, REQUESTS_MAX);
+        let mut network = NetworkOptions::new();
+        network.set_tcp_nodelay(true);
+        eventloop.set_network_options(network);
+        let (tx, wire) = mpsc::channel(UNREAD_MAX);
+        let poller = tokio::spawn(poll(eventloop, tx));
+        let mut session = Self {
+            client,
+            wire,
+            poller,
+            deferred: VecDeque::new(),
+            filters,
+            settings: settings.clone(),
+            id,
+            asked: 0,
+            down: false,
+        };
+        session.first_connection().await?;
+        Ok(session)
+    }
+
+    async fn first_connection(&mut self) -> anyhow::Result<()> {
+        let patience = self.settings.request_timeout;
+        let deadline = Instant::now() + patience;
+        let url = self.settings.broker.to_string();
+        let mut told = false;
+        loop {
+            let wire = match timeout_at(deadline, self.wire.recv()).await {
+                Ok(Some(wire)) => wire,
+                Ok(None) => bail!("the connection to the broker at {url} has ended"),
+                Err(_) => bail!("the broker at {url} could not be reached for {}", in_words(patience)),
+            };
+            match wire {
+                Wire::Up => self.subscribe()?,
+                Wire::Subscribed { refused: false } => return Ok(()),
+                Wire::Subscribed { refused: true } => {
+                    bail!("the broker at {url} does not let this client subscribe to its topics")
+                }
+                Wire::Down(ConnectionError::ConnectionRefused(
+                    code @ (ConnectReturnCode::BadUserNamePassword | ConnectReturnCode::NotAuthorized),
+                )) => bail!("the broker at {url} does not let this client in: {code:?}"),
+                Wire::Down(error) if !told => {
+                    told = true;
+                    let why = connection_error(&error);
+                    eprintln!(
+                        "berth: cannot reach the broker at {url}: {why}; is berth-controller running? \
+                         retrying for {}",
+                        in_words(patience)
+                    );
+                }
+                Wire::Down(_) => {}
+                Wire::Publish { topic, payload, retained } => self.defer(&topic, payload, retained),
+            }
+        }
+    }
+
+    fn subscribe(&mut self) -> anyhow::Result<()> {
+        let filters =
+            self.filters.iter().map(|filter| SubscribeFilter::new(filter.clone(), QoS::AtLeastOnce));
+        self.client.try_subscribe_many(filters.collect::<Vec<_>>()).context("cannot subscribe")
+    }
+
+    fn parse(&self, topic: &str, payload: Vec<u8>, retained: bool) -> Option<News> {
+        let topic = Topic::parse(&self.settings.cluster, topic)?;
+        if let Topic::QueryReply { client } = &topic {
+            let reply = codec::decode(&topic, &payload).ok().filter(|_| *client == self.id)?;
+            return Some(News::Reply(reply));
+        }
+        Some(News::Message(Message { topic, payload, retained }))
+    }
+
+    fn defer(&mut self, topic: &str, payload: Vec<u8>, retained: bool) {
+        let news = self.parse(topic, payload, retained);
+        self.deferred.extend(news);
+    }
+
+    /// The next thing that happens; may be dropped and called again without a loss.
+    pub async fn next(&mut self) -> anyhow::Result<News> {
+        match self.deferred.pop_front() {
+            Some(news) => Ok(news),
+            None => self.next_from_wire().await,
+        }
+    }
+
+    async fn next_from_wire(&mut self) -> anyhow::Result<News> {
+        loop {
+            match self.wire.recv().await.context("the connection to the broker has ended")? {
+                Wire::Up => self.subscribe()?,
+                Wire::Subscribed { .. } if self.down => {
+                    self.down = false;
+                    eprintln!("berth: the broker is back");
+                    return Ok(News::Reconnected);
+                }
+                Wire::Subscribed { .. } => {}
+                Wire::Down(error) if !self.down => {
+                    self.down = true;
+                    let url = &self.settings.broker;
+                    eprintln!("berth: lost the broker at {url}: {}; reconnecting", connection_error(&error));
+                }
+                Wire::Down(_) => {}
+                Wire::Publish { topic, payload, retained } => {
+                    if let Some(news) = self.parse(&topic, payload, retained) {
+                        return Ok(news);
+                    }
+                }
+            }
+        }
+    }
+
+    /// What came while somebody waited for something else, and was not looked at yet.
+    pub fn held(&self) -> impl Iterator<Item = &News> {
+        self.deferred.iter()
+    }
+
+    /// Waits until `deadline` for news in which `find` finds something; the rest is kept for `next`.
+    pub async fn hear_until<T>(
+        &mut self,
+        deadline: Instant,
+        find: impl Fn(&News) -> Option<T>,
+    ) -> anyhow::Result<Option<T>> {
+        while let Ok(news) = timeout_at(deadline, self.next_from_wire()).await {
+            let news = news?;
+            if let Some(found) = find(&news) {
+                return Ok(Some(found));
+            }
+            self.deferred.push_back(news);
+        }
+        Ok(None)
+    }
+
+    /// Publishes `payload` as it is, at least once where the connection holds.
+    pub fn publish(&self, topic: &Topic, payload: Vec<u8>) -> anyhow::Result<()> {
+        let topic = topic.render(&self.settings.cluster);
+        self.client.try_publish(topic, QoS::AtLeastOnce, false, payload).context("cannot publish")
+    }
+
+    /// A fresh id for a question or a command.
+    pub fn request_id(&mut self) -> anyhow::Result<RequestId> {
+        self.asked += 1;
+        Ok(RequestId::parse(&format!("{}-{}", self.id, self.asked))?)
+    }
+
+    /// Sends a question; its reply comes as `News::Reply`, if it comes.
+    pub fn ask(&mut self, query: &Query) -> anyhow::Result<RequestId> {
+        let id = self.request_id()?;
+        let topic = Topic::QueryRequest { client: self.id.clone() };
+        let payload = codec::encode(&topic, &QueryRequest { id: id.clone(), query: query.clone() })?;
+        self.publish(&topic, payload)?;
+        Ok(id)
+    }
+
+    /// Asks until answered, for the settings' request timeout.
+    pub async fn query(&mut self, query: Query) -> anyhow::Result<Value> {
+        let patience = self.settings.request_timeout;
+        let mut again = Resend::new(patience);
+        let mut ids = Vec::new();
+        loop {
+            ids.push(self.ask(&query)?);
+            let reply = self
+                .hear_until(again.next(), |news| match news {
+                    News::Reply(reply) if ids.contains(&reply.id) => Some(reply.clone()),
+                    _ => None,
+                })
+                .await?;
+            if let Some(reply) = reply {
+                return result(reply);
+            }
+            if again.is_over() {
+                return Err(self.no_answer(patience));
+            }
+        }
+    }
+
+    /// All rows of a paged query, which is made anew for each page.
+    pub async fn pages(&mut self, query: impl Fn(Option<String>) -> Query) -> anyhow::Result<Vec<Value>> {
+        let mut rows = Vec::new();
+        let mut after = None;
+        loop {
+            let value = self.query(query(after.clone())).await?;
+            let page: Page<Value> =
+                serde_json::from_value(value).context("the controller's reply is not a page")?;
+            rows.extend(page.rows);
+            if page.next.is_none() || page.next == after {
+                return Ok(rows);
+            }
+            after = page.next;
+        }
+    }
+
+    pub fn no_answer(&self, patience: Duration) -> anyhow::Error {
+        anyhow!(
+            "no answer from the controller of cluster `{}` through {} for {}; is berth-controller running?",
+            self.settings.cluster,
+            self.settings.broker,
+            in_words(patience)
+        )
+    }
+
+    /// Says goodbye, without waiting for anybody.
+    pub async fn close(self) {
+        if self.client.try_disconnect().is_ok() {
+            // The poller ends once the farewell is written; a broker that does not read cannot hold us.
+            let _ = tokio::time::timeout(Duration::from_millis(100), self.poller).await;
+        }
+    }
+}
+
+/// The value of a reply, or its error.
+pub fn result(reply: QueryReply) -> anyhow::Result<Value> {
+    match (reply.result, reply.error) {
+        (_, Some(error)) => Err(Refused { code: error.code, message: error.message }.into()),
+        (Some(value), None) => Ok(value),
+        (None, None) => bail!("the controller's reply holds neither a result nor an error"),
+    }
+}
+
+/// When to send again, and when to give up.
+pub struct Resend {
+    pause: Duration,
+    deadline: Instant,
+}
+
+impl Resend {
+    pub fn new(patience: Duration) -> Self {
+        Self { pause: RESEND_MIN, deadline: Instant::now() + patience }
+    }
+
+    /// The moment up to which to wait for an answer.
+    pub fn next(&mut self) -> Instant {
+        let until = (Instant::now() + self.pause).min(self.deadline);
+        self.pause = (self.pause * 2).min(RESEND_MAX);
+        until
+    }
+
+    pub fn is_over(&self) -> bool {
+        Instant::now() >= self.deadline
+    }
+}
+
+async fn poll(mut eventloop: EventLoop, tx: mpsc::Sender<Wire>) {
+    let mut pause = RECONNECT_MIN;
+    loop {
+        let wire = match eventloop.poll().await {
+            Ok(Event::Incoming(Packet::ConnAck(_))) => {
+                pause = RECONNECT_MIN;
+                Wire::Up
+            }
+            Ok(Event::Incoming(Packet::SubAck(ack))) => {
+                Wire::Subscribed { refused: ack.return_codes.contains(&SubscribeReasonCode::Failure) }
+            }
+            Ok(Event::Incoming(Packet::Publish(publish))) => Wire::Publish {
+                topic: publish.topic,
+                payload: publish.payload.to_vec(),
+                retained: publish.retain,
+            },
+            Ok(Event::Outgoing(Outgoing::Disconnect)) => return,
+            Ok(_) => continue,
+            Err(error) => Wire::Down(error),
+        };
+        let broken = matches!(wire, Wire::Down(_));
+        if tx.send(wire).await.is_err() {
+            return;
+        }
+        if broken {
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(RECONNECT_MAX);
+        }
+    }
+}
+
+fn connection_error(error: &ConnectionError) -> String {
+    match error {
+        ConnectionError::Io(error) if error.raw_os_error().is_some() => error.kind().to_string(),
+        ConnectionError::Io(error) => error.to_string(),
+        ConnectionError::NetworkTimeout => "no answer in 5 s".into(),
+        ConnectionError::MqttState(rumqttc::StateError::Io(error)) => error.kind().to_string(),
+        other => other.to_string(),
+    }
+}
+
+pub fn in_words(span: Duration) -> String {
+    berth_protocol::units::Millis(u64::try_from(span.as_millis()).unwrap_or(u64::MAX)).to_string()
+}
+
+/// Eight bytes of the kernel's: names must differ between clients, nothing more.
+pub fn random() -> anyhow::Result<u64> {
+    let mut bytes = [0; 8];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .context("no randomness")?;
+    Ok(u64::from_ne_bytes(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn brokers() {
+        for (text, want) in [
+            ("mqtt://h", Ok("mqtt://h:1883")),
+            ("mqtt://h:7/", Ok("mqtt://h:7")),
+            ("tcp://10.0.0.1:1", Ok("mqtt://10.0.0.1:1")),
+            ("mqtt://user:a@b@h", Ok("mqtt://h:1883")),
+            ("mqtt://[::1]", Ok("mqtt://[::1]:1883")),
+            ("mqtt://[::1]:9", Ok("mqtt://[::1]:9")),
+            ("h:1883", Err("`h:1883` is not a broker's URL: write mqtt://HOST[:PORT]")),
+            ("http://h", Err("`http` is not spoken here: write mqtt://HOST[:PORT]")),
+            ("mqtt://", Err("`mqtt://` names no host: write mqtt://HOST[:PORT]")),
+            ("mqtt://h:x", Err("`x` is not a port: write a number up to 65535")),
+        ] {
+            let got = text.parse::<BrokerUrl>().map(|url| url.to_string());
+            assert_eq!(got, want.map(str::to_owned).map_err(str::to_owned), "{text}");
+        }
+        let login = "mqtt://user:a@b@h".parse::<BrokerUrl>().unwrap().login;
+        assert_eq!(login, Some(("user".into(), "a@b".into())));
+    }
+}

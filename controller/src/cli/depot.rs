@@ -1,0 +1,108 @@
+//! The depot over HTTP: blobs by digest, stored logs, outputs.
+
+use std::io::{BufReader, Read};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use berth_protocol::ids::{Digest, Namespace};
+use berth_protocol::message::node::DepotAccess;
+use berth_protocol::message::query::Query;
+
+use super::connect::Session;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// A depot that says nothing for this long is gone.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+
+pub struct Depot {
+    agent: ureq::Agent,
+    access: DepotAccess,
+}
+
+impl Depot {
+    pub fn new(access: DepotAccess) -> Self {
+        let config = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .proxy(None)
+            .timeout_connect(Some(CONNECT_TIMEOUT))
+            .timeout_per_read(Some(SILENCE_MAX))
+            .timeout_per_write(Some(SILENCE_MAX))
+            .build();
+        Self { agent: config.new_agent(), access }
+    }
+
+    /// Asks the controller for access to a namespace's part.
+    pub async fn of(session: &mut Session, namespace: &Namespace) -> anyhow::Result<Self> {
+        let value = session.query(Query::Depot { namespace: namespace.clone() }).await?;
+        Ok(Self::new(serde_json::from_value(value).context("the controller's reply cannot be read")?))
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("{}/{}", self.access.url.trim_end_matches('/'), path.trim_start_matches('/'))
+    }
+
+    fn authorization(&self) -> String {
+        format!("Bearer {}", self.access.token)
+    }
+
+    /// The blob is there already.
+    pub fn has(&self, digest: &Digest) -> anyhow::Result<bool> {
+        let url = self.url(&blob(digest));
+        let response = self.agent.head(&url).header("authorization", self.authorization()).call();
+        let status =
+            response.with_context(|| format!("cannot reach the depot at {}", self.access.url))?.status();
+        match status.as_u16() {
+            200 => Ok(true),
+            404 => Ok(false),
+            code => bail!("the depot answers {code} to HEAD {url}"),
+        }
+    }
+
+    /// Brings a blob of `bytes` bytes.
+    pub fn put(&self, digest: &Digest, bytes: u64, mut content: impl Read) -> anyhow::Result<()> {
+        let url = self.url(&blob(digest));
+        let request = self
+            .agent
+            .put(&url)
+            .header("authorization", self.authorization())
+            .header("content-length", bytes.to_string());
+        let response = request
+            .send(ureq::SendBody::from_reader(&mut content))
+            .with_context(|| format!("cannot bring files to the depot at {}", self.access.url))?;
+        refused("PUT", &url, response).map(drop)
+    }
+
+    /// The content of `path`, as it comes.
+    pub fn get(&self, path: &str) -> anyhow::Result<impl Read + use<>> {
+        let url = self.url(path);
+        let response = self
+            .agent
+            .get(&url)
+            .header("authorization", self.authorization())
+            .call()
+            .with_context(|| format!("cannot reach the depot at {}", self.access.url))?;
+        let body = refused("GET", &url, response)?.into_body();
+        Ok(BufReader::with_capacity(64 * 1024, body.into_reader()))
+    }
+}
+
+fn blob(digest: &Digest) -> String {
+    format!("v1/blobs/{}", digest.hex())
+}
+
+/// An answer other than a success is an error with what the depot says about it.
+fn refused(
+    verb: &str,
+    url: &str,
+    response: ureq::http::Response<ureq::Body>,
+) -> anyhow::Result<ureq::http::Response<ureq::Body>> {
+    let status = response.status();
+    if status.is_success() {
+        return Ok(response);
+    }
+    let mut text = String::new();
+    // What it says is a courtesy; not to hear it is no second error.
+    let _ = response.into_body().into_reader().take(300).read_to_string(&mut text);
+    bail!("the depot answers {} to {verb} {url}: {}", status.as_u16(), text.trim())
+}

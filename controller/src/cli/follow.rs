@@ -1,0 +1,493 @@
+//! Follows a job's output, live and from the depot, until the job has ended and everything was shown.
+//!
+//! Agents publish while somebody asks for it; what is lost on the way is asked for again, or comes from the depot.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use berth_protocol::codec;
+use berth_protocol::ids::{Epoch, Generation, JobName, Namespace, PodName, RequestId};
+use berth_protocol::limits::{FOLLOW_MS, LOG_RECORD_BYTES_MAX};
+use berth_protocol::log::{LogMessage, RecordError, read_record};
+use berth_protocol::message::query::{LogSource, LogSources, Query};
+use berth_protocol::message::user::{Answer, Command, JobCommand, JobStatus, Verdict};
+use berth_protocol::topic::{JobTopic, Topic};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{Instant, sleep_until};
+
+use super::connect::{Message, News, RESEND_MIN, Refused, Session, result};
+use super::depot::Depot;
+use super::get;
+use super::logs::Printer;
+use super::order::{Line, Order};
+use super::wait::{self, Seen};
+
+/// Agents forget followers after `FOLLOW_MS`.
+const RENEW: Duration = Duration::from_millis(FOLLOW_MS / 3);
+/// A gap is asked about after the first, doubling to the second.
+const GAP_MIN: Duration = Duration::from_millis(200);
+const GAP_MAX: Duration = Duration::from_secs(5);
+/// An epoch whose rest does not come holds back later ones this long.
+const STUCK: Duration = Duration::from_secs(5);
+/// After the job's end its records may take this long.
+const TAIL: Duration = Duration::from_secs(20);
+/// Without `-f`: a running pod that says nothing for this long has said what it had.
+const QUIET: Duration = Duration::from_millis(500);
+
+/// Whose output.
+pub struct Target {
+    pub namespace: Namespace,
+    pub job: JobName,
+    /// One pod of the job alone.
+    pub pod: Option<PodName>,
+    /// And of no earlier generation.
+    pub generation: Generation,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Until {
+    /// The job has ended.
+    Ended,
+    /// What is there now has been shown.
+    Quiet,
+}
+
+pub struct Follow<'a> {
+    session: &'a mut Session,
+    target: Target,
+    until: Until,
+    printer: Printer,
+    order: Order,
+    /// The job's last status of the generation that is followed.
+    seen: Option<Seen>,
+    told: Option<String>,
+    asked: Option<(RequestId, Instant)>,
+    ask_at: Instant,
+    gap: Duration,
+    /// The controller has listed the job's logs, and when.
+    listed: Option<Instant>,
+    /// Nothing more will come, says the controller.
+    finished: bool,
+    ended_at: Option<Instant>,
+    /// The list is younger than the job's end.
+    listed_after_end: bool,
+    /// The last record came, or the last epoch was closed.
+    moved_at: Instant,
+    interrupts: Option<Interrupts>,
+}
+
+/// What Ctrl-C does while a job is in the foreground.
+struct Interrupts {
+    int: Signal,
+    term: Signal,
+    /// Came once: the job is being cancelled by this command, to be sent again then.
+    cancel: Option<(JobCommand, Instant)>,
+    answered: bool,
+}
+
+/// Left by a second Ctrl-C; the job is still being cancelled.
+#[derive(Debug, thiserror::Error)]
+#[error("left job {job}, which is being cancelled")]
+pub struct Left {
+    job: JobName,
+}
+
+impl<'a> Follow<'a> {
+    pub fn new(session: &'a mut Session, target: Target, until: Until, printer: Printer) -> Self {
+        let now = Instant::now();
+        Self {
+            session,
+            target,
+            until,
+            printer,
+            order: Order::default(),
+            seen: None,
+            told: None,
+            asked: None,
+            ask_at: now,
+            gap: GAP_MIN,
+            listed: None,
+            finished: false,
+            ended_at: None,
+            listed_after_end: false,
+            moved_at: now,
+            interrupts: None,
+        }
+    }
+
+    /// A question for the logs is under way already.
+    pub fn asked(mut self, id: RequestId) -> Self {
+        self.asked = Some((id, Instant::now()));
+        self
+    }
+
+    /// Ctrl-C cancels the job.
+    pub fn cancel_on_interrupt(mut self) -> anyhow::Result<Self> {
+        let (int, term) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+        self.interrupts = Some(Interrupts { int, term, cancel: None, answered: false });
+        Ok(self)
+    }
+
+    pub fn question(namespace: &Namespace, job: &JobName) -> Query {
+        Query::Logs { namespace: namespace.clone(), job: job.clone(), follow: true }
+    }
+
+    /// Returns the last status that was seen, if any was.
+    pub async fn run(mut self) -> anyhow::Result<Option<Seen>> {
+        loop {
+            self.tick()?;
+            if self.done() {
+                self.printer.finish()?;
+                return Ok(self.seen);
+            }
+            let wake = self.wake();
+            tokio::select! {
+                biased;
+                () = interrupted(&mut self.interrupts) => self.interrupt()?,
+                news = self.session.next() => self.hear(news?)?,
+                () = sleep_until(wake) => {}
+            }
+            self.show()?;
+        }
+    }
+
+    fn ended(&self) -> bool {
+        self.finished || self.seen.as_ref().is_some_and(|seen| seen.status.phase.is_final())
+    }
+
+    fn done(&self) -> bool {
+        if self.ended() && self.order.complete() {
+            return self.listed_after_end || self.settled();
+        }
+        let Some(listed) = self.listed.filter(|_| self.until == Until::Quiet) else { return false };
+        let open = self.order.open();
+        let quiet = self.moved_at.max(listed).elapsed() >= QUIET;
+        open.is_empty() || quiet && open.iter().all(|(pod, epoch)| !self.order.has_total(pod, *epoch))
+    }
+
+    /// The last status alone tells that there is nothing beyond what was shown.
+    fn settled(&self) -> bool {
+        let Some(Seen { status, .. }) = &self.seen else { return false };
+        let mut wanted = status.pods.iter().filter(|pod| self.wants(&pod.pod));
+        !wait::is_partial(status)
+            && wanted.all(|pod| match pod.log_records {
+                Some(_) => self.order.is_known_through(&pod.pod, pod.epoch),
+                None => pod.node.is_none() && pod.started_at.is_none() && pod.epoch.0 <= 1,
+            })
+    }
+
+    fn wants(&self, pod: &PodName) -> bool {
+        pod.job == self.target.job && self.target.pod.as_ref().is_none_or(|wanted| wanted == pod)
+    }
+
+    fn wake(&self) -> Instant {
+        let mut wake = match &self.asked {
+            Some((_, at)) => *at + RESEND_MIN,
+            None => self.ask_at,
+        };
+        if let Some(ended) = self.ended_at {
+            wake = wake.min(ended + TAIL);
+        }
+        if let (Until::Quiet, Some(listed)) = (self.until, self.listed) {
+            wake = wake.min(self.moved_at.max(listed) + QUIET);
+        }
+        if let Some(Interrupts { cancel: Some((_, at)), answered: false, .. }) = &self.interrupts {
+            wake = wake.min(*at);
+        }
+        wake
+    }
+
+    /// What is due by time alone.
+    fn tick(&mut self) -> anyhow::Result<()> {
+        let now = Instant::now();
+        self.cancel_again(now)?;
+        if self.ended() && self.ended_at.is_none() {
+            self.ended_at = Some(now);
+            if !self.finished && !(self.order.complete() && self.settled()) {
+                self.ask_at = now;
+                self.gap = GAP_MIN;
+            }
+        }
+        if self.order.blocked() && self.asked.is_none() {
+            self.ask_at = self.ask_at.min(now + self.gap);
+        }
+        let lapsed = self.asked.as_ref().is_some_and(|(_, at)| now >= *at + RESEND_MIN);
+        if lapsed || self.asked.is_none() && now >= self.ask_at {
+            let id = self.session.ask(&Self::question(&self.target.namespace, &self.target.job))?;
+            self.asked = Some((id, now));
+        }
+        if self.moved_at.elapsed() >= STUCK && self.listed.is_some() {
+            for (pod, epoch) in self.order.in_the_way() {
+                self.give_up(&pod, epoch, true)?;
+            }
+        }
+        let over = self.ended_at.is_some_and(|at| now >= at + TAIL);
+        let stale = self.until == Until::Quiet && self.listed.is_some() && self.moved_at.elapsed() >= TAIL;
+        if over || stale {
+            self.listed_after_end = true;
+            for (pod, epoch) in self.order.open() {
+                self.give_up(&pod, epoch, true)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self, news: News) -> anyhow::Result<()> {
+        match news {
+            News::Message(message) => self.hear_message(&message),
+            News::Reply(reply) if self.asked.as_ref().is_some_and(|(id, _)| *id == reply.id) => {
+                self.asked = None;
+                match result(reply) {
+                    Ok(value) => {
+                        self.list(serde_json::from_value(value).context("the list of logs is unreadable")?)
+                    }
+                    // The question can overtake the job that it is about.
+                    Err(e) if self.seen_or_submitted() && e.is::<Refused>() => {
+                        self.ask_again();
+                        Ok(())
+                    }
+                    Err(e) => Err(e),
+                }
+            }
+            News::Reply(_) => Ok(()),
+            News::Reconnected => {
+                self.ask_at = Instant::now();
+                self.asked = None;
+                Ok(())
+            }
+        }
+    }
+
+    fn seen_or_submitted(&self) -> bool {
+        self.target.generation.0 > 0 || self.seen.is_some()
+    }
+
+    fn hear_message(&mut self, Message { topic, payload, retained }: &Message) -> anyhow::Result<()> {
+        match topic {
+            Topic::Logs { namespace, pod } if *namespace == self.target.namespace && self.wants(pod) => {
+                // What is retained on a log topic nobody of ours has put there.
+                if let Ok(message) = codec::decode::<LogMessage>(topic, payload)
+                    && !retained
+                {
+                    let LogMessage { epoch, container, stream, seq, text } = message;
+                    let bytes = text.into_bytes();
+                    let line =
+                        Line { pod: pod.clone(), epoch, seq, at: get::now(), container, stream, bytes };
+                    self.order.insert(line);
+                    self.moved_at = Instant::now();
+                }
+            }
+            Topic::Job { namespace, job, kind }
+                if *namespace == self.target.namespace && *job == self.target.job =>
+            {
+                match kind {
+                    JobTopic::Status => self.hear_status(Seen::from_message(topic, payload)),
+                    JobTopic::Answer => self.hear_answer(codec::decode(topic, payload).ok()),
+                    _ => {}
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn hear_status(&mut self, seen: Option<Seen>) {
+        let Some(seen) = seen else { return };
+        let status = &seen.status;
+        if !seen.is_about(self.target.generation) {
+            // What the pods of an earlier generation said is not asked for.
+            for pod in &status.pods {
+                self.order.skip_through(&pod.pod, pod.epoch);
+            }
+            return;
+        }
+        for pod in
+            status.pods.iter().filter(|pod| self.target.pod.as_ref().is_none_or(|wanted| *wanted == pod.pod))
+        {
+            if let Some(records) = pod.log_records {
+                self.order.ended(&pod.pod, pod.epoch, records);
+            }
+        }
+        if self.until == Until::Ended {
+            wait::tell_why(status, &mut self.told);
+        }
+        self.seen = Some(seen);
+    }
+
+    fn hear_answer(&mut self, answer: Option<Answer>) {
+        let Some(interrupts) = &mut self.interrupts else { return };
+        let (Some(answer), Some((command, _))) = (answer, &interrupts.cancel) else { return };
+        if answer.id == command.id {
+            interrupts.answered = true;
+            if let Verdict::Rejected { rejected } = answer.verdict {
+                eprintln!("berth: cannot cancel job {}: {}", self.target.job, rejected.message);
+            }
+        }
+    }
+
+    /// The controller's list of the job's logs.
+    fn list(&mut self, sources: LogSources) -> anyhow::Result<()> {
+        let LogSources { sources, finished, many, depot } = sources;
+        let sources: Vec<LogSource> = sources.into_iter().filter(|source| self.wants(&source.pod)).collect();
+        self.printer.names |= many && self.target.pod.is_none();
+        let mut epochs: BTreeMap<&PodName, Vec<(Epoch, Option<u64>)>> = BTreeMap::new();
+        for source in &sources {
+            epochs.entry(&source.pod).or_default().push((source.epoch, source.records));
+        }
+        for (pod, epochs) in epochs {
+            self.order.list(pod, &epochs);
+        }
+        self.show()?;
+        let depot = Depot::new(depot);
+        for source in &sources {
+            let Some(path) = source.stored.as_ref().filter(|_| self.order.is_open(&source.pod, source.epoch))
+            else {
+                continue;
+            };
+            if let Err(error) = self.fetch(&depot, source, path) {
+                // Whoever reads our output has gone: then there is nothing to go on for.
+                if error.chain().any(|cause| cause.is::<Unshown>()) {
+                    return Err(error);
+                }
+                eprintln!("berth: cannot fetch the log of {}: {error:#}", source.pod);
+            }
+        }
+        if finished {
+            for source in sources.iter().filter(|source| source.records.is_none() && source.stored.is_none())
+            {
+                self.give_up(&source.pod, source.epoch, false)?;
+            }
+        }
+        self.listed_after_end |= self.ended();
+        self.finished |= finished;
+        self.listed_after_end |= finished;
+        self.listed = Some(Instant::now());
+        self.ask_again();
+        Ok(())
+    }
+
+    /// Sets the time of the next question: soon where records are missing.
+    fn ask_again(&mut self) {
+        let missing = self.order.blocked() || self.ended() || self.listed.is_none();
+        let pause = if missing { self.gap } else { RENEW };
+        self.gap = if missing { (self.gap * 2).min(GAP_MAX) } else { GAP_MIN };
+        self.ask_at = Instant::now() + pause;
+    }
+
+    /// Takes a whole stored log in.
+    fn fetch(&mut self, depot: &Depot, source: &LogSource, path: &str) -> anyhow::Result<()> {
+        let mut reader = depot.get(path)?;
+        let mut buffer = Vec::new();
+        let mut last = 0;
+        loop {
+            let more = reader.by_ref().take(4 * LOG_RECORD_BYTES_MAX as u64).read_to_end(&mut buffer)?;
+            let mut at = 0;
+            loop {
+                match read_record(&buffer[at..]) {
+                    Ok((record, length)) => {
+                        last = record.seq;
+                        let line = Line {
+                            pod: source.pod.clone(),
+                            epoch: source.epoch,
+                            seq: record.seq,
+                            at: record.at,
+                            container: record.container.clone(),
+                            stream: record.stream,
+                            bytes: record.bytes.to_vec(),
+                        };
+                        at += length;
+                        self.order.insert(line);
+                    }
+                    Err(RecordError::Torn) => break,
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            buffer.drain(..at);
+            self.show()?;
+            if more == 0 {
+                break;
+            }
+        }
+        if !self.order.has_total(&source.pod, source.epoch) {
+            self.order.ended(&source.pod, source.epoch, last);
+        }
+        Ok(())
+    }
+
+    fn show(&mut self) -> anyhow::Result<()> {
+        let lines = self.order.ready();
+        if !lines.is_empty() {
+            self.moved_at = Instant::now();
+            self.gap = GAP_MIN;
+        }
+        self.printer.print(&lines).map_err(|error| anyhow::Error::new(error).context(Unshown))
+    }
+
+    /// Goes on without what is missing of an epoch.
+    fn give_up(&mut self, pod: &PodName, epoch: Epoch, say: bool) -> anyhow::Result<()> {
+        let (missing, rest) = self.order.abandon(pod, epoch);
+        self.printer.print(&rest).map_err(|error| anyhow::Error::new(error).context(Unshown))?;
+        if say {
+            let what = missing.map_or("the rest".to_owned(), |missing| format!("{missing} records"));
+            eprintln!("berth: {what} of the log of {pod} (epoch {epoch}) cannot be had; going on without");
+        }
+        self.moved_at = Instant::now();
+        Ok(())
+    }
+
+    fn interrupt(&mut self) -> anyhow::Result<()> {
+        let Target { namespace, job, .. } = &self.target;
+        let id = self.session.request_id()?;
+        let Some(interrupts) = &mut self.interrupts else { return Ok(()) };
+        if interrupts.cancel.is_some() {
+            return Err(Left { job: job.clone() }.into());
+        }
+        eprintln!("berth: cancelling job {namespace}/{job}, with its grace; Ctrl-C again leaves it");
+        let command = JobCommand { id: Some(id), command: Command::Cancel, node: None };
+        interrupts.cancel = Some((command, Instant::now()));
+        Ok(())
+    }
+
+    /// Sends the cancel command until it is answered.
+    fn cancel_again(&mut self, now: Instant) -> anyhow::Result<()> {
+        let Some(Interrupts { cancel: Some((command, at)), answered: false, .. }) = &mut self.interrupts
+        else {
+            return Ok(());
+        };
+        if now < *at {
+            return Ok(());
+        }
+        *at = now + RESEND_MIN;
+        let topic = Topic::job(&self.target.namespace, &self.target.job, JobTopic::Command);
+        let payload = codec::encode(&topic, command)?;
+        self.session.publish(&topic, payload)
+    }
+}
+
+/// Our own output cannot be written.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write the output")]
+struct Unshown;
+
+async fn interrupted(interrupts: &mut Option<Interrupts>) {
+    match interrupts {
+        Some(Interrupts { int, term, .. }) => tokio::select! {
+            _ = int.recv() => {}
+            _ = term.recv() => {}
+        },
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether the status of a failed job wants words: where the program's own exit code does not say it all.
+pub fn verdict(status: &JobStatus) -> Option<String> {
+    let failed =
+        status.pods.iter().find(|pod| pod.exit_code.is_none_or(|code| code != 0) && pod.phase.is_final());
+    match failed {
+        Some(pod) if pod.exit_code.is_some() && pod.message.is_none() => None,
+        Some(pod) => super::render::reason_and_message(pod.reason.as_deref(), pod.message.as_deref()),
+        None => wait::why(status),
+    }
+}

@@ -1,0 +1,166 @@
+//! Job files on their way to the controller: which job they are, and whether they are sound.
+
+use std::io::Read as _;
+use std::path::Path;
+
+use anyhow::Context as _;
+use berth_protocol::ids::{JobName, Namespace};
+use berth_protocol::limits::{JOB_FILE_BYTES_MAX, NAME_BYTES_MAX};
+use berth_protocol::message::user::FieldError;
+
+use super::Usage;
+use super::config::Settings;
+
+/// A job file read and found sound.
+#[derive(Debug)]
+pub struct JobFile {
+    pub namespace: Namespace,
+    pub job: JobName,
+    /// As written.
+    pub payload: Vec<u8>,
+}
+
+/// Reads `path`, or standard input where it is `-`.
+pub fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
+    let mut payload = Vec::new();
+    let max = JOB_FILE_BYTES_MAX as u64 + 1;
+    match path.as_os_str() == "-" {
+        true => std::io::stdin().take(max).read_to_end(&mut payload).context("cannot read standard input")?,
+        false => std::fs::File::open(path)
+            .and_then(|file| file.take(max).read_to_end(&mut payload))
+            .map_err(|e| Usage::new(format!("cannot read {}: {e}", path.display())))?,
+    };
+    if payload.len() > JOB_FILE_BYTES_MAX {
+        let what = format!(
+            "{} is larger than {JOB_FILE_BYTES_MAX} bytes, the most a job file may be",
+            path.display()
+        );
+        return Err(Usage::new(what).into());
+    }
+    Ok(payload)
+}
+
+/// Finds out whose file it is and checks it; every error is told with its line.
+pub fn check(settings: &Settings, path: &Path, payload: Vec<u8>) -> anyhow::Result<JobFile> {
+    let file = if path.as_os_str() == "-" { "standard input".to_owned() } else { path.display().to_string() };
+    let written = Written::peek(&payload);
+    let job = match written.name.or_else(|| name_from(path)) {
+        Some(job) => job,
+        None => return Err(Usage::new(format!("{file} names no job: add `name: …` to it")).into()),
+    };
+    let namespace = match (settings.namespace_given, written.namespace) {
+        (false, Some(namespace)) => namespace,
+        _ => settings.namespace.clone(),
+    };
+    if let Err(errors) = parse(&payload, Some((&namespace, &job))) {
+        return Err(Usage::new(render_errors(&file, &payload, &errors)).into());
+    }
+    Ok(JobFile { namespace, job, payload })
+}
+
+/// The names in a file, where it can be read at all and they are names; the parser says what else is wrong.
+#[derive(Default)]
+struct Written {
+    name: Option<JobName>,
+    namespace: Option<Namespace>,
+}
+
+impl Written {
+    fn peek(payload: &[u8]) -> Self {
+        let Ok(value) = serde_yaml_ng::from_slice::<serde_yaml_ng::Value>(payload) else {
+            return Self::default();
+        };
+        let text = |key: &str| value.get(key).and_then(|value| value.as_str()).unwrap_or_default().to_owned();
+        Self {
+            name: JobName::parse(&text("name")).ok(),
+            namespace: Namespace::parse(&text("namespace")).ok(),
+        }
+    }
+}
+
+/// `My Job.yaml` is `my-job`.
+fn name_from(path: &Path) -> Option<JobName> {
+    if path.as_os_str() == "-" {
+        return None;
+    }
+    let stem = path.file_stem()?.to_str()?;
+    let dashed: String =
+        stem.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' }).collect();
+    let short: String = dashed.trim_matches('-').chars().take(NAME_BYTES_MAX).collect();
+    JobName::parse(short.trim_end_matches('-')).ok()
+}
+
+fn parse(payload: &[u8], _topic: Option<(&Namespace, &JobName)>) -> Result<(), Vec<FieldError>> {
+    let error = |line, column, message| vec![FieldError { field: String::new(), line, column, message }];
+    match serde_yaml_ng::from_slice::<serde_yaml_ng::Value>(payload) {
+        Ok(value) if value.is_mapping() => Ok(()),
+        Ok(_) => Err(error(None, None, "a job file is a mapping of fields".into())),
+        Err(e) => {
+            let at = e.location();
+            let line = at.as_ref().and_then(|at| u32::try_from(at.line()).ok());
+            let column = at.as_ref().and_then(|at| u32::try_from(at.column()).ok());
+            Err(error(line, column, e.to_string()))
+        }
+    }
+}
+
+/// One paragraph an error: place, field, message, the line itself with a caret.
+pub fn render_errors(file: &str, source: &[u8], errors: &[FieldError]) -> String {
+    let source = String::from_utf8_lossy(source);
+    let lines: Vec<&str> = source.lines().collect();
+    let mut out = format!("{file} is not a job file that can run:");
+    for error in errors {
+        let place = match (error.line, error.column) {
+            (Some(line), Some(column)) => format!("{file}:{line}:{column}: "),
+            (Some(line), None) => format!("{file}:{line}: "),
+            _ => format!("{file}: "),
+        };
+        let field = if error.field.is_empty() { String::new() } else { format!("{}: ", error.field) };
+        out.push_str(&format!("\n{place}{field}{}", error.message));
+        let text = error.line.and_then(|line| lines.get(line.saturating_sub(1) as usize));
+        if let (Some(line), Some(text)) = (error.line, text) {
+            out.push_str(&format!("\n{line:>5} | {text}"));
+            if let Some(column) = error.column {
+                // Tabs stay tabs, so that the caret stands under its character.
+                let before = text.chars().take(column.saturating_sub(1) as usize);
+                let indent: String = before.map(|c| if c == '\t' { '\t' } else { ' ' }).collect();
+                out.push_str(&format!("\n      | {indent}^"));
+            }
+        }
+    }
+    out
+}
+
+pub fn print_schema() -> anyhow::Result<u8> {
+    anyhow::bail!("the schema is not built in")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_from_files() {
+        let name = |path: &str| name_from(Path::new(path)).map(|name| name.to_string());
+        assert_eq!(name("a/digits.yaml"), Some("digits".into()));
+        assert_eq!(name("My Job_2.train.json"), Some("my-job-2-train".into()));
+        assert_eq!(name("-"), None);
+        assert_eq!(name("___.yaml"), None);
+    }
+
+    #[test]
+    fn errors_show_the_line() {
+        let error = FieldError {
+            field: "resources.cpus".into(),
+            line: Some(2),
+            column: Some(3),
+            message: "unknown field, did you mean `cpu`?".into(),
+        };
+        let text = render_errors("j.yaml", b"resources:\n  cpus: 2\n", &[error]);
+        let want = "j.yaml is not a job file that can run:
+j.yaml:2:3: resources.cpus: unknown field, did you mean `cpu`?
+    2 |   cpus: 2
+      |   ^";
+        assert_eq!(text, want);
+    }
+}
