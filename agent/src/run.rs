@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use crate::core::{Action, Agent, Event, Identity, Launch, Now};
 use crate::io::bus::{BrokerUrlError, Bus, BusEvent};
 use crate::io::journal::{Journal, JournalError};
 use crate::io::logs::Followers;
-use crate::io::network::Bridge;
+use crate::io::network::{self, Bridge};
 use crate::io::prepare::Preparer;
 use crate::io::probe::{Probe, ProbeConfig, criu};
 use crate::io::shims::Shims;
@@ -83,7 +84,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     if damaged > 0 {
         tracing::error!("{damaged} damaged records in the ledger were passed over: is the disk failing?");
     }
-    let bridge = Bridge::set_up(&config.node)
+    let bridge = Bridge::open(Path::new(network::SLOTS_DIR), &config.data_dir)
         .inspect_err(|error| tracing::warn!("no network for pods of their own: {error}"))
         .ok();
     let mut probe = Probe::new(probe_config(&config, bridge.is_some())).await;
@@ -336,8 +337,8 @@ impl Agency {
         found.into_iter().map(held).collect()
     }
 
-    fn cgroup_parent(&self) -> std::path::PathBuf {
-        std::path::Path::new("berth").join(self.config.node.as_str())
+    fn cgroup_parent(&self) -> PathBuf {
+        Path::new("berth").join(self.config.node.as_str())
     }
 
     fn launch(&mut self, launch: Launch) {
@@ -351,7 +352,11 @@ impl Agency {
     fn try_launch(&mut self, launch: Launch) -> Result<(), String> {
         let Launch { key, run, template, prepared, gpus, slot } = launch;
         let network = match (&self.bridge, slot) {
-            (Some(bridge), Some(slot)) => Some(bridge.address(slot).map_err(|error| error.to_string())?),
+            (Some(bridge), Some(index)) => {
+                let index = u8::try_from(index).unwrap_or(u8::MAX);
+                let address = network::address(bridge.slot(), index, network::name_servers());
+                Some(address.ok_or("no address is free on the pods' bridge")?)
+            }
             _ => None,
         };
         let task = Task {
@@ -403,7 +408,7 @@ impl Agency {
 }
 
 /// The version of a CRIU that works; looked for beside everything else, since its own check takes a while.
-async fn find_criu(configured: Option<std::path::PathBuf>) -> Option<String> {
+async fn find_criu(configured: Option<PathBuf>) -> Option<String> {
     let program = std::env::current_exe().ok();
     let path = std::env::var("PATH").unwrap_or_default();
     match criu::find(&criu::candidates(configured.as_deref(), program.as_deref(), &path)).await {
