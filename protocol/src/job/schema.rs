@@ -121,7 +121,8 @@ pub(super) static CONTAINER: [Field; 11] = [
         "image",
         Kind::Text(form::IMAGE),
         r#""docker.io/library/python:3.12-slim""#,
-        "A registry's reference, oci:/path/to/layout[:tag], docker-archive:/file.tar, or host: the node's own root, copy-on-write.",
+        "A registry's reference, oci:/path/to/layout[:tag], docker-archive:/file.tar, or host: the node's own \
+         root, copy-on-write.",
     ),
     field(
         "command",
@@ -257,10 +258,7 @@ static PREFERENCE: [Field; 2] = [
 static POD: [Field; 4] = [
     field(
         "volumes",
-        list(
-            &Kind::Object(Shape { groups: &[&VOLUME], one_of: &["host", "size", "name"] }),
-            JOB_LIST_MAX,
-        ),
+        list(&Kind::Object(Shape { groups: &[&VOLUME], one_of: &["host", "size", "name"] }), JOB_LIST_MAX),
         r#"[{"mount": "/data", "host": "/srv/data", "readOnly": true}]"#,
         "Mounts in every container of the pod.",
     ),
@@ -279,7 +277,7 @@ static POD: [Field; 4] = [
     field(
         "workspace",
         object(&[&WORKSPACE]),
-        r#"{"digest": "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", "bytes": "1Mi", "path": "/srv/app"}"#,
+        WORKSPACE_EXAMPLE,
         "Files that travel with the job, as `berth run` writes it.",
     ),
 ];
@@ -287,7 +285,12 @@ static POD: [Field; 4] = [
 static VOLUME: [Field; 5] = [
     required("mount", MOUNT, r#""/data""#, "Where it appears in the containers."),
     field("host", PATH, r#""/srv/data""#, "A path of the node's, where its configuration allows it."),
-    field("size", SIZE, r#""10Gi""#, "Scratch: empty at the pod's start, gone at its end, at most this large."),
+    field(
+        "size",
+        SIZE,
+        r#""10Gi""#,
+        "Scratch: empty at the pod's start, gone at its end, at most this large.",
+    ),
     field(
         "name",
         Kind::Text(form::VOLUME_NAME),
@@ -296,6 +299,12 @@ static VOLUME: [Field; 5] = [
     ),
     field("readOnly", Kind::Flag, "true", "Default: false."),
 ];
+
+const WORKSPACE_EXAMPLE: &str = r#"{
+    "digest": "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+    "bytes": "1Mi",
+    "path": "/srv/app"
+}"#;
 
 static WORKSPACE: [Field; 3] = [
     required(
@@ -418,11 +427,21 @@ static CHECKPOINT: [Field; 8] = [
         r#""close""#,
         "Established connections after a restore; default: close.",
     ),
-    field("keep", Kind::Whole { min: 1, max: CHECKPOINTS_KEPT_MAX as i64 }, "3", "How many are kept; default: 3."),
+    field(
+        "keep",
+        Kind::Whole { min: 1, max: CHECKPOINTS_KEPT_MAX as i64 },
+        "3",
+        "How many are kept; default: 3.",
+    ),
 ];
 
 static HOOKS: [Field; 2] = [
-    field("quiesce", list(&TEXT, ARGS_MAX), r#"["/bin/sync"]"#, "Before the checkpoint: a command and its arguments."),
+    field(
+        "quiesce",
+        list(&TEXT, ARGS_MAX),
+        r#"["/bin/sync"]"#,
+        "Before the checkpoint: a command and its arguments.",
+    ),
     field("resume", list(&TEXT, ARGS_MAX), r#"["/bin/true"]"#, "After it, and after a restore."),
 ];
 

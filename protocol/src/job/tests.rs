@@ -1,9 +1,14 @@
+//! Job files as data: texts and what is made of them, to the letter.
+
+mod properties;
+
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::LazyLock;
 
 use super::*;
 use crate::ids::Digest;
-use crate::units::MilliCpu;
 use crate::message::user::FieldError;
+use crate::units::MilliCpu;
 
 const CONTRACT: &str = include_str!("testdata/contract.yaml");
 
@@ -182,10 +187,13 @@ fn wrong_types() {
             "command: python3 train.py",
             r#"3:10 command: expected a list, found the text `python3 train.py`; write for example ["python3", "train.py"]"#,
         ),
-        ("env: {EPOCHS: 20}", r#"3:15 env.EPOCHS: expected text, found the number 20; put it in quotes: "20""#),
+        (
+            "env: {EPOCHS: 20}",
+            r#"3:15 env.EPOCHS: expected text, found the number 20; put it in quotes: "20""#,
+        ),
         ("env: {V: 1.10}", r#"3:10 env.V: expected text, found the number 1.10; put it in quotes: "1.10""#),
         ("env: {V: true}", r#"3:10 env.V: expected text, found the boolean true; put it in quotes: "true""#),
-        ("env: {V: }", "3:10 env.V: expected text, found nothing; write a value, or leave the field out"),
+        ("env: {V: }", "3:8 env.V: expected text, found nothing; write a value, or leave the field out"),
         ("env: [A=1]", r#"3:6 env: expected a mapping, found a list; write for example {"EPOCHS": "20"}"#),
         ("gang: yes", "3:7 gang: expected true or false, found the text `yes`; write for example true"),
         ("priority: 1.5", "3:11 priority: expected a whole number, found the number 1.5"),
@@ -199,7 +207,7 @@ fn wrong_types() {
         ),
         ("retry: {max: 300}", "3:14 retry.max: `300` is not a duration: write 30s, 10m, 1h30m or 500ms"),
         ("args: [1]", r#"3:8 args[0]: expected text, found the number 1; put it in quotes: "1""#),
-        ("args:", "3:6 args: expected a list, found nothing; write a value, or leave the field out"),
+        ("args:", "3:5 args: expected a list, found nothing; write a value, or leave the field out"),
     ] {
         check_field(text, expect);
     }
@@ -220,11 +228,23 @@ fn bounds_and_words() {
             "onDisconnect: {after: 10s}",
             "3:23 onDisconnect.after: 10s is shorter than the least duration, 20s",
         ),
-        ("restartPolicy: always", "3:16 restartPolicy: `always` is not known, did you mean `Always`?"),
-        ("network: vlan", "3:10 network: `vlan` is not known; write one of bridge, host, none"),
-        ("capabilities: [CAP_NET_ADMIN]", "3:16 capabilities[0]: `CAP_NET_ADMIN` is not known, did you mean `NET_ADMIN`?"),
-        ("checkpoint: {signal: USR1}", "3:22 checkpoint.signal: `USR1` is not known, did you mean `SIGUSR1`?"),
-        ("checkpoint: {signal: SIGKILL}", "3:22 checkpoint.signal: `SIGKILL` is not known, did you mean `SIGALRM`?"),
+        (
+            "restartPolicy: always",
+            "3:16 restartPolicy: `always` is not a choice here, did you mean `Always`?",
+        ),
+        ("network: vlan", "3:10 network: `vlan` is not a choice here; write one of bridge, host, none"),
+        (
+            "capabilities: [CAP_NET_ADMIN]",
+            "3:16 capabilities[0]: `CAP_NET_ADMIN` is not a choice here, did you mean `NET_ADMIN`?",
+        ),
+        (
+            "checkpoint: {signal: USR1}",
+            "3:22 checkpoint.signal: `USR1` is not a choice here, did you mean `SIGUSR1`?",
+        ),
+        (
+            "checkpoint: {signal: SIGKILL}",
+            "3:22 checkpoint.signal: `SIGKILL` is not a choice here; write one of SIGALRM, SIGCONT, SIGHUP, SIGINT, SIGIO, SIGPWR, SIGQUIT, SIGTERM, SIGTSTP, SIGURG, SIGUSR1, SIGUSR2, SIGVTALRM, SIGWINCH",
+        ),
         ("workingDir: app", "3:13 workingDir: not an absolute path: begin it with `/`"),
         ("workingDir: /a/../b", "3:13 workingDir: holds an empty part, `.` or `..`: write the path out"),
         ("outputs: [model]", "3:11 outputs[0]: not an absolute path: begin it with `/`"),
@@ -298,18 +318,12 @@ fn relations() {
             "resources: {gpu: {count: 2, milli: 500}}",
             "3:36 resources.gpu.milli: a share of 500 thousandths is of one device, and `count` is 2",
         ),
-        (
-            "resources: {cpu: 2}\nlimits: {cpu: 1}",
-            "4:15 limits.cpu: 1 is less than `resources.cpu` (2)",
-        ),
+        ("resources: {cpu: 2}\nlimits: {cpu: 1}", "4:15 limits.cpu: 1 is less than `resources.cpu` (2)"),
         (
             "limits: {memory: 64Mi}",
             "3:18 limits.memory: 64Mi is less than `resources.memory` (128Mi, the default)",
         ),
-        (
-            "retry: {min: 10m}",
-            "3:8 retry: the first wait (min, 10m) is longer than the longest (max, 5m)",
-        ),
+        ("retry: {min: 10m}", "3:8 retry: the first wait (min, 10m) is longer than the longest (max, 5m)"),
         (
             "onDisconnect: {after: 2m, lostAfter: 60s}",
             "3:38 onDisconnect.lostAfter: 1m is shorter than `after` (2m): a node is not lost before its pods act",
@@ -336,7 +350,10 @@ fn relations() {
             "3:34 volumes[0].name: cannot be together with `size`",
         ),
         ("volumes: [{mount: /a}]", "3:11 volumes[0]: one of host, size, name is required"),
-        ("volumes: [{mount: /, size: 1Gi}]", "3:19 volumes[0].mount: the root itself cannot be a mount: name a directory below it"),
+        (
+            "volumes: [{mount: /, size: 1Gi}]",
+            "3:19 volumes[0].mount: the root itself cannot be a mount: name a directory below it",
+        ),
         ("secrets: [{mount: /a}]", "3:11 secrets[0].name: required, such as \"wandb\""),
     ] {
         check_field(text, expect);
@@ -351,7 +368,9 @@ fn relations() {
 
 #[test]
 fn several_containers() {
-    let job = spec("name: a\ncontainers:\n- {name: x, image: host, resources: {cpu: 1}}\n- {name: y, image: b, resources: {gpu: {}}}");
+    let job = spec(
+        "name: a\ncontainers:\n- {name: x, image: host, resources: {cpu: 1}}\n- {name: y, image: b, resources: {gpu: {}}}",
+    );
     let names: Vec<&str> = job.pod.containers.iter().map(|c| c.name.as_str()).collect();
     assert_eq!(names, ["x", "y"]);
     assert_eq!(job.pod.resources().cpu, MilliCpu(1100));
@@ -361,7 +380,7 @@ fn several_containers() {
             "3:7 args: with `containers`, write it in each of them",
             "4:1 containers: cannot be together with `image`",
             "6:10 containers[1].name: `x` is the name of containers[0] already",
-            "6:41 containers[1].resources.gpu: only one container of a pod may ask for GPUs, and containers[0] does",
+            "6:43 containers[1].resources.gpu: only one container of a pod may ask for GPUs, and containers[0] does",
             r#"7:3 containers[2].name: required, such as "main""#,
             r#"7:3 containers[2].image: required, such as "docker.io/library/python:3.12-slim""#,
         ],
@@ -375,23 +394,35 @@ fn what_is_not_a_document() {
     check("# nothing\n", &[": the job file is empty"]);
     check("[a]", &[": expected the fields of a job, such as `image: host`; found a list"]);
     check("hello", &[": expected the fields of a job, such as `image: host`; found the text `hello`"]);
-    check("name: a\nimage: host\n---\nname: b\n", &["3:1 : a second document begins here, and a file holds one job"]);
+    check(
+        "name: a\nimage: host\n---\nname: b\n",
+        &["3:1 : a second document begins here, and a file holds one job"],
+    );
     check("name: a\nimage: host\nname: b\n", &["3:1 name: written twice; the first is in line 1"]);
     check(r#"{"name":"a","image":"host","name":"b"}"#, &["1:28 name: written twice; the first is in line 1"]);
-    check("name: &x a\nimage: host\n", &["1:10 name: anchors are not allowed: write the value out"]);
+    check("name: &x a\nimage: host\n", &["1:7 name: anchors are not allowed: write the value out"]);
     check(
         "name: &x a\nimage: *x\n",
         &[
-            "1:10 name: anchors are not allowed: write the value out",
+            "1:7 name: anchors are not allowed: write the value out",
             "2:8 image: aliases are not allowed: write the value out",
         ],
     );
-    check("name: !!str a\nimage: host\n", &["1:13 name: tags such as `tag:yaml.org,2002:!str` are not allowed"]);
+    check(
+        "name: !!str a\nimage: host\n",
+        &["1:7 name: tags such as `tag:yaml.org,2002:!str` are not allowed"],
+    );
     check(
         "name: a\nimage: host\nenv:\n  <<: {A: b}\n",
         &["4:3 env.<<: merge keys are not allowed: write the fields out"],
     );
     check("name: a\nimage: host\n? [a]\n: b\n", &["3:3 : a key must be text"]);
+    check(
+        "name: a\nimage: host\nnamespace: \"\\x7f\"\n",
+        &[
+            "3:12 namespace: namespace `\u{fffd}` may hold only a-z, 0-9 and `-`, and must begin and end with a letter or a digit",
+        ],
+    );
     check("name: a\u{1}\n", &["1:1 : the control character U+0001 is not allowed"]);
     check(
         r#"{"name":"a","image":"host","env":{"A":"\ud800"}}"#,
@@ -424,7 +455,8 @@ fn errors_are_bounded() {
 
 #[test]
 fn the_same_file_is_the_same_however_it_is_spelled() {
-    let json = r#"{"name":"a","image":"host","resources":{"cpu":0.5,"memory":1073741824},"tolerations":["b","a"]}"#;
+    let json =
+        r#"{"name":"a","image":"host","resources":{"cpu":0.5,"memory":1073741824},"tolerations":["b","a"]}"#;
     let yaml = "tolerations: [a, b]\nimage: 'host'\nresources:\n  memory: 1Gi\n  cpu: 500m\n";
     let topic = (Namespace::default_namespace(), JobName::parse("a").unwrap());
     let with_topic = parse(yaml.as_bytes(), Some((&topic.0, &topic.1))).unwrap();
@@ -436,7 +468,7 @@ fn the_same_file_is_the_same_however_it_is_spelled() {
     // The digest lasts: stored generations are compared with it.
     assert_eq!(
         written(CONTRACT).to_string(),
-        "sha256:0"
+        "sha256:b3b2e81c68e6f5a9a82c9f920707843f993dcf22a0d962148fcab34100513fef"
     );
 }
 
@@ -485,8 +517,12 @@ fn a_terminal_sees_the_line_and_a_caret() {
 #[test]
 fn hostile_error_places_do_not_panic() {
     let error = |line, column| FieldError { field: String::new(), line, column, message: "m".into() };
-    for (line, column) in [(Some(0), Some(0)), (Some(u32::MAX), Some(1)), (Some(1), Some(u32::MAX)), (Some(1), None)] {
-        assert!(show_errors("f", "abc", &[error(line, column)]).ends_with('\n') );
+    let coloured = FieldError { message: "\u{1b}[31m".into(), ..error(None, None) };
+    assert_eq!(show_errors("f", "", &[coloured]), "f: \u{fffd}[31m\n");
+    for (line, column) in
+        [(Some(0), Some(0)), (Some(u32::MAX), Some(1)), (Some(1), Some(u32::MAX)), (Some(1), None)]
+    {
+        assert!(show_errors("f", "abc", &[error(line, column)]).ends_with('\n'));
     }
 }
 
@@ -502,20 +538,23 @@ fn worst() -> Vec<String> {
     };
     let numbered = |unit: &dyn Fn(usize) -> String| {
         let mut text = String::new();
-        for n in 0.. {
-            let unit = unit(n);
+        for unit in (0..).map(unit) {
             if text.len() + unit.len() > max {
-                break text;
+                break;
             }
             text.push_str(&unit);
         }
+        text
     };
     let laughs = "a: &a [x,x,x,x,x,x,x,x,x]\n".to_owned()
         + &numbered(&|n| format!("b{n}: &b{n} [*a,*a,*a,*a,*a,*a,*a,*a,*a]\n"));
-    let mut all: Vec<String> = ["[", "{", "{a: ", "[a: ", "- ", "? ", "- - ", "a: ", "\"", "'", "&a ", "!a ", "*a ", "x ", "\n", "\t", "#", "|\n ", "%a\n", ": ", "[]", ",", "\\", "---\n", "\u{fffd}"]
-        .iter()
-        .flat_map(|unit| ["", "a: ", "[", "{", "\"", "env: {"].map(|head| fill(head, unit)))
-        .collect();
+    let mut all: Vec<String> = [
+        "[", "{", "{a: ", "[a: ", "- ", "? ", "- - ", "a: ", "\"", "'", "&a ", "!a ", "*a ", "x ", "\n",
+        "\t", "#", "|\n ", "%a\n", ": ", "[]", ",", "\\", "---\n", "\u{fffd}",
+    ]
+    .iter()
+    .flat_map(|unit| ["", "a: ", "[", "{", "\"", "env: {"].map(|head| fill(head, unit)))
+    .collect();
     all.push(laughs.chars().take(max).collect());
     all.push(numbered(&|n| format!("x{n}: 1\n")));
     all.push(numbered(&|n| format!("{n:>width$}:\n", width = n % 40)));
@@ -538,7 +577,9 @@ fn the_worst_files_take_bounded_work() {
         assert!(told <= crate::limits::JOB_FILE_ERRORS_MAX, "{head:?}");
         let took = before.elapsed();
         assert!(took.as_secs() < SECONDS_MAX, "{head:?} took {took:?}");
-        if took.as_millis() > 200 { eprintln!("{head:?} took {took:?}"); }
+        if took.as_millis() > 200 {
+            eprintln!("{head:?} took {took:?}");
+        }
     }
 }
 
@@ -568,4 +609,31 @@ fn examples_are_right() {
         }
     }
     walk(schema::JOB, "");
+}
+
+/// Why `file` does not fit the JSON Schema.
+fn schema_errors(file: &serde_json::Value) -> Vec<String> {
+    static VALIDATOR: LazyLock<jsonschema::Validator> =
+        LazyLock::new(|| jsonschema::draft202012::new(&json_schema()).unwrap());
+    VALIDATOR.iter_errors(file).map(|e| format!("{}: {e}", e.instance_path())).collect()
+}
+
+#[test]
+fn the_json_schema_is_one_and_tells_good_files_from_bad() {
+    assert!(jsonschema::draft202012::meta::is_valid(&json_schema()));
+    let sample = render(&spec(CONTRACT));
+    assert_eq!(schema_errors(&sample), [""; 0]);
+    for (field, value) in [
+        ("cpus", serde_json::json!(2)),
+        ("containers", serde_json::json!([{ "name": "a", "image": "host" }])),
+        ("parallelism", serde_json::json!(0)),
+        ("name", serde_json::json!("Digits")),
+        ("resources", serde_json::json!({ "memory": "4gi" })),
+        ("env", serde_json::json!({ "1A": "x" })),
+        ("network", serde_json::json!("vlan")),
+    ] {
+        let mut file = sample.clone();
+        file[field] = value;
+        assert!(!schema_errors(&file).is_empty(), "{field}");
+    }
 }
