@@ -23,7 +23,7 @@ use rmqtt::net::Builder;
 use rmqtt::retain::{DefaultRetainStorage, RetainStorage};
 use rmqtt::server::MqttServer;
 use rmqtt::types::{
-    AuthResult, ConnectInfo, FitterType, Id, LastWill, ListenerConfig, PublishAclResult, Retain,
+    AuthResult, ConnectInfo, FitterType, Id, LastWill, ListenerConfig, PublishAclResult, Reason, Retain,
     SubscribeAclResult, TopicFilter, TopicName,
 };
 use tokio::sync::oneshot;
@@ -53,8 +53,8 @@ const TASK_QUEUE_MAX: usize = 32 * 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum BrokerError {
     #[error(
-        "the embedded broker cannot listen on {address}: stop whatever does, choose another --listen-mqtt, \
-         or use that broker with --broker mqtt://{address}"
+        "the embedded broker cannot listen on {address} (stop whatever does, choose another --listen-mqtt, \
+         or use that broker with --broker mqtt://{address})"
     )]
     Listen { address: SocketAddr, source: std::io::Error },
     #[error("the embedded broker cannot start")]
@@ -168,7 +168,13 @@ async fn server(
     let rules = Rules { cluster: options.cluster, network: options.network, password: options.password };
     let gate = Gate { rules: Arc::new(rules), refusals };
     let register = context.extends.hook_mgr().register();
-    for hook in [Type::ClientAuthenticate, Type::MessagePublishCheckAcl, Type::ClientSubscribeCheckAcl] {
+    for hook in [
+        Type::ClientAuthenticate,
+        Type::MessagePublishCheckAcl,
+        Type::ClientSubscribeCheckAcl,
+        Type::ClientDisconnected,
+        Type::MessageDropped,
+    ] {
         register.add(hook, Box::new(gate.clone())).await;
     }
     register.start().await;
@@ -243,25 +249,24 @@ impl Rules {
                 *own == node && matches!(kind, Hello | Heartbeat | Event | Bye)
             }
             (Client::Node(_), Topic::Logs { .. }) => true,
-            (Client::User, Topic::Job { kind, .. }) => matches!(kind, JobTopic::Submit | JobTopic::Command),
-            (Client::User, Topic::QueryRequest { .. }) => true,
+            // A user's too, for users' clients have dots in their ids as well.
+            (_, Topic::Job { kind, .. }) => matches!(kind, JobTopic::Submit | JobTopic::Command),
+            (_, Topic::QueryRequest { .. }) => true,
             _ => false,
         }
     }
 
     fn may_subscribe(&self, client: &Client, filter: &str) -> bool {
-        match client {
-            Client::Controller => true,
+        let own = match client {
+            Client::Controller => return true,
             Client::Node(own) => filter::agent(&self.cluster, own).iter().any(|allowed| allowed == filter),
-            Client::User => {
-                let prefix = format!("berth/v1/{}/", self.cluster);
-                let below =
-                    |branch| filter.strip_prefix(&prefix).is_some_and(|rest| rest.starts_with(branch));
-                // Replies are for those who know the client's name: no wildcards.
-                let reply = matches!(Topic::parse(&self.cluster, filter), Some(Topic::QueryReply { .. }));
-                reply || below("jobs/") || below("logs/") || below("state/")
-            }
-        }
+            Client::User => false,
+        };
+        let prefix = format!("berth/v1/{}/", self.cluster);
+        let below = |branch| filter.strip_prefix(&prefix).is_some_and(|rest| rest.starts_with(branch));
+        // Replies are for those who know the client's name: no wildcards.
+        let reply = matches!(Topic::parse(&self.cluster, filter), Some(Topic::QueryReply { .. }));
+        own || reply || below("jobs/") || below("logs/") || below("state/")
     }
 }
 
@@ -277,7 +282,8 @@ impl Gate {
         let id: &str = connect.client_id();
         let from = connect.ipaddress().map(|address| address.ip());
         let Some(client) = self.rules.admit(id, from, connect.password().map(AsRef::as_ref)) else {
-            self.refusals.refuse("connect", format_args!("the client `{id}` from {from:?}"));
+            let from = from.map_or_else(|| "nowhere".to_owned(), |from| from.to_string());
+            self.refusals.refuse("connect", format_args!("the client `{id}` from {from}"));
             return AuthResult::NotAuthorized;
         };
         let will = connect.last_will().map(|will| match will {
@@ -290,6 +296,19 @@ impl Gate {
             return AuthResult::NotAuthorized;
         }
         AuthResult::Allow(client == Client::Controller, None)
+    }
+
+    /// rmqtt ends the connection of whoever sends what it cannot read.
+    fn count_end(&self, id: &str, reason: &Reason) {
+        let error = match reason {
+            Reason::MqttError(error) => error.to_string(),
+            Reason::Error(error) | Reason::ProtocolError(error) => error.to_string(),
+            Reason::Reasons(reasons) => return reasons.iter().for_each(|reason| self.count_end(id, reason)),
+            _ => return,
+        };
+        // Too large is a text by the time it gets here.
+        let reason = if error.starts_with("Max size exceeded") { "oversized" } else { "malformed" };
+        self.refusals.refuse(reason, format_args!("a packet of the client `{id}`: {error}"));
     }
 }
 
@@ -318,6 +337,15 @@ impl Handler for Gate {
                         .refuse("subscribe", format_args!("to let the client `{id}` hear `{filter}`"));
                     SubscribeAclResult::new_failure(SubscribeAckReason::NotAuthorized)
                 })
+            }
+            Parameter::ClientDisconnected(session, reason) => {
+                self.count_end(&session.id.client_id, reason);
+                return (true, before);
+            }
+            Parameter::MessageDropped(Some(to), _, publish, Reason::MessageQueueFull) => {
+                let (id, topic) = (&to.client_id, &publish.topic);
+                self.refusals.refuse("queue", format_args!("to keep `{topic}` for the slow client `{id}`"));
+                return (true, before);
             }
             _ => return (true, before),
         };
@@ -432,8 +460,9 @@ mod tests {
             ("a1.x", "nodes/a2/hello", false, false),
             ("a1.x", "nodes/a2/desired", false, false),
             ("a1.x", "nodes/+/desired", false, false),
-            ("a1.x", "logs/default/j/j-0", true, false),
-            ("a1.x", "jobs/default/j/submit", false, false),
+            ("a1.x", "logs/default/j/j-0", true, true),
+            ("a1.x", "jobs/default/j/submit", true, true),
+            ("a1.x", "jobs/default/j/status", false, true),
             (CONTROLLER_CLIENT_ID, "nodes/a1/desired", true, true),
         ];
         let rules = rules();
