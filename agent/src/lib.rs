@@ -1,5 +1,5 @@
 //! berth's node daemon and its per-pod supervisor.
 
-pub mod task;
 pub mod io;
 pub mod shim;
+pub mod task;
