@@ -43,9 +43,7 @@ impl Server {
         ));
         let listen = format!("exec nsenter -t {pid} -n busybox nc -ll -p 8080 -e /bin/echo hello");
         let server = Command::new("sh").args(["-c", &listen]).stderr(Stdio::null()).spawn().unwrap();
-        wait_for("the server", || {
-            sh(&format!("nsenter -t {pid} -n ss -ltn")).contains(":8080")
-        });
+        wait_for("the server", || sh(&format!("nsenter -t {pid} -n ss -ltn")).contains(":8080"));
         Self(vec![server, holder])
     }
 }
@@ -81,9 +79,14 @@ fn a_pod_on_the_bridge_reaches_the_world() {
     pod.task.template.network = Network::Bridge;
     pod.task.network = network::address(slot, 7, vec!["192.0.2.53".parse().unwrap()]);
     let output = pod.succeed();
-    for part in
-        ["10.213.0.9/24", "default via 10.213.0.1", "nameserver 192.0.2.53", "pinged", "hello", "own loopback"]
-    {
+    for part in [
+        "10.213.0.9/24",
+        "default via 10.213.0.1",
+        "nameserver 192.0.2.53",
+        "pinged",
+        "hello",
+        "own loopback",
+    ] {
         assert!(output.contains(part), "{part}\n{output}");
     }
     pod.assert_clean();

@@ -25,7 +25,8 @@ fn busybox(dir: &std::path::Path) -> Root {
     for name in ["sh", "cat", "id", "echo", "ls", "pwd", "touch", "sleep", "env"] {
         std::os::unix::fs::symlink("busybox", lower.join("bin").join(name)).unwrap();
     }
-    fs::write(lower.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nada:x:1000:1001::/home/ada:/bin/sh\n").unwrap();
+    fs::write(lower.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nada:x:1000:1001::/home/ada:/bin/sh\n")
+        .unwrap();
     fs::write(lower.join("etc/group"), "ada:x:1001:\naudio:x:29:ada\n").unwrap();
     std::os::unix::fs::symlink("/nowhere/resolv.conf", lower.join("etc/resolv.conf")).unwrap();
     fs::write(lower.join("gone"), "").unwrap();
@@ -105,7 +106,8 @@ fn what_cannot_be_made_says_why() {
     assert_eq!((outcome.reason.as_deref(), outcome.exit_code), (Some("UserNotFound"), None));
     pod.assert_clean();
     let mut pod = Pod::new("true");
-    pod.task.roots = vec![Root::Image { layers: vec!["/nonesuch/layer".into()], config: ImageProcess::default() }];
+    pod.task.roots =
+        vec![Root::Image { layers: vec!["/nonesuch/layer".into()], config: ImageProcess::default() }];
     let outcome = pod.run().outcome;
     assert_eq!(outcome.reason.as_deref(), Some("ImageMissing"), "{outcome:?}");
     pod.assert_clean();
@@ -215,7 +217,9 @@ fn a_dead_shim_takes_its_pod_along() {
 
 #[test]
 fn agents_come_and_go() {
-    let mut pod = Pod::new("read line < /run/berth/go || true; while [ ! -e /run/berth/go ]; do sleep 0.01; done; echo done");
+    let mut pod = Pod::new(
+        "read line < /run/berth/go || true; while [ ! -e /run/berth/go ]; do sleep 0.01; done; echo done",
+    );
     drop(pod.start());
     let mut first = pod.connect();
     first.running();
@@ -264,12 +268,12 @@ fn the_log_is_whole_and_bounded() {
 
 #[test]
 fn it_is_confined() {
-    let script = "grep -E '^(CapEff|CapBnd|NoNewPrivs|Seccomp|SigBlk|SigIgn):' /proc/self/status; \
+    let script = "exec 2>&1; grep -E '^(CapEff|CapBnd|NoNewPrivs|Seccomp|SigBlk|SigIgn):' /proc/self/status; \
         cat /proc/kcore | head -c 1; ls -l /proc/self/fd | wc -l; ls /dev; \
         unshare -U true || echo no user namespace; mount -t tmpfs x /mnt || echo no mount; \
         echo 1 > /proc/sys/kernel/panic || echo no sysctl; cat /dev/kmsg || echo no kmsg; \
         ulimit -n; cat /proc/1/comm; ls /proc | grep -c '^[0-9]'; cat /proc/self/oom_score_adj; \
-        cat /proc/self/cgroup; touch /sys/fs/cgroup/x || echo no cgroup; readlink /proc/self/ns/time; \
+        cat /proc/self/cgroup; touch /sys/fs/cgroup/x || echo no cgroup; mkdir /sys/fs/cgroup/memory/x || echo no group; readlink /proc/self/ns/time; \
         mknod /dev/vda b 254 0 && cat /dev/vda || echo no disk";
     let mut pod = Pod::new(script);
     let output = pod.succeed();
@@ -284,6 +288,7 @@ fn it_is_confined() {
         "no mount",
         "no sysctl",
         "no cgroup",
+        "no group",
         "no disk",
         "berth-init",
     ] {
@@ -294,6 +299,101 @@ fn it_is_confined() {
     assert_eq!(u64::from_str_radix(ignored, 16).unwrap() & 0x7fff_ffff, 0);
     let own = fs::read_link("/proc/self/ns/time").unwrap();
     assert!(!output.contains(own.to_str().unwrap()));
+}
+
+#[test]
+fn volumes_and_the_workspace() {
+    use berth_protocol::job::{Volume, VolumeSource, Workspace};
+    let tmp = tempfile::tempdir().unwrap();
+    let (host, workspace) = (tmp.path().join("host"), tmp.path().join("workspace"));
+    for dir in [&host, &workspace] {
+        fs::create_dir(dir).unwrap();
+    }
+    fs::write(workspace.join("train.py"), "print()\n").unwrap();
+    let volume = |mount: &str, source, read_only| Volume { mount: mount.to_owned(), source, read_only };
+    let script = "exec 2>&1; echo kept > /data/kept; echo x > /fixed/x || echo no write; cat /fixed/kept; \
+        head -c 3000000 /dev/zero > /scratch/small || echo full; head -c 3000000 /dev/zero > /scratch/large/x && echo fits; \
+        cd /work && cat train.py && echo changed > train.py && cat train.py; ls -d /scratch";
+    let mut pod = Pod::new(script);
+    pod.task.template.volumes = vec![
+        volume("/scratch/large", VolumeSource::Scratch(Bytes(1 << 30)), false),
+        volume("/scratch", VolumeSource::Scratch(Bytes(1 << 20)), false),
+        volume("/data", VolumeSource::Host(host.display().to_string()), false),
+        volume("/fixed", VolumeSource::Host(host.display().to_string()), true),
+    ];
+    pod.task.volumes = vec![None, None, Some(host.clone()), Some(host.clone())];
+    let digest = berth_protocol::ids::Digest::of(b"");
+    pod.task.template.workspace = Some(Workspace { digest, bytes: Bytes(1), path: "/work".to_owned() });
+    pod.task.workspace = Some(workspace.clone());
+    let output = pod.succeed();
+    for part in ["no write", "kept", "full", "fits", "print()\nchanged\n"] {
+        assert!(output.contains(part), "{part}\n{output}");
+    }
+    assert_eq!(fs::read_to_string(host.join("kept")).unwrap(), "kept\n");
+    assert_eq!(fs::read_to_string(workspace.join("train.py")).unwrap(), "print()\n");
+    pod.assert_clean();
+
+    let mut pod = Pod::new("true");
+    pod.task.template.volumes = vec![volume("/data", VolumeSource::Host("/nonesuch".to_owned()), false)];
+    pod.task.volumes = vec![Some("/nonesuch".into())];
+    assert_eq!(pod.run().outcome.reason.as_deref(), Some("VolumeMissing"));
+    pod.assert_clean();
+}
+
+#[test]
+fn containers_share_a_pod_and_its_end() {
+    let mut pod = Pod::new(
+        "exec 2>&1; hostname; while ! busybox nc 127.0.0.1 7000 </dev/null; do sleep 0.01; done; exit 4",
+    );
+    let mut other = container(
+        "side",
+        shell(
+            "trap 'echo told; exit 0' TERM; hostname; busybox nc -l -p 7000 -e /bin/echo hi; while :; do sleep 0.01; done",
+        ),
+    );
+    other.limits.memory = Bytes(48 << 20);
+    pod.task.template.containers.push(other);
+    pod.task.roots.push(Root::Host);
+    let exit = pod.run();
+    let output = pod.output();
+    assert_eq!((exit.outcome.exit_code, exit.outcome.cause), (Some(4), Cause::Failure), "{output}");
+    assert_eq!(exit.containers.len(), 2);
+    assert!(output.contains("told") && output.contains("hi\n"), "{output}");
+    pod.assert_clean();
+}
+
+#[test]
+fn a_granted_device_is_there_and_no_other() {
+    let mut pod = Pod::new(
+        "exec 2>&1; ls /dev/loop-control /dev/vda; head -c 0 /dev/loop-control && echo readable; echo $GPU",
+    );
+    pod.task.devices = vec![berth_agent::task::DeviceGrant {
+        uuid: "GPU-1".to_owned(),
+        cdi: None,
+        nodes: vec!["/dev/loop-control".into()],
+        files: Vec::new(),
+        env: vec!["GPU=1".to_owned()],
+    }];
+    let output = pod.succeed();
+    assert!(output.contains("/dev/loop-control\n") && output.contains("readable\n1\n"), "{output}");
+    assert!(output.contains("'/dev/vda': No such file"), "{output}");
+}
+
+#[test]
+fn what_was_written_stays_for_outputs() {
+    use berth_agent::shim::rootfs::{self, Home};
+    let mut pod = Pod::new("mkdir -p /srv/model && echo weights > /srv/model/w");
+    pod.task.template.outputs = vec!["/srv/model".to_owned()];
+    pod.succeed();
+    let home = Home::new(&pod.dir, &pod.task.template.containers[0].name);
+    let at = pod.dir.join("result");
+    rootfs::mount_result(&Root::Host, &home, &at).unwrap();
+    assert_eq!(fs::read_to_string(at.join("srv/model/w")).unwrap(), "weights\n");
+    assert!(fs::write(at.join("srv/model/w"), "x").is_err());
+    rootfs::unmount(&at).unwrap();
+    fs::remove_dir(&at).unwrap();
+    shim::clean_up(&pod.task, &pod.dir).unwrap();
+    pod.assert_clean();
 }
 
 #[test]

@@ -29,7 +29,9 @@ pub enum BridgeError {
     Slots { path: PathBuf, source: io::Error },
     #[error("all {SLOTS_MAX} bridges of {SLOTS_DIR} are taken, or their subnets are in use on this machine")]
     NoSlot,
-    #[error("cannot make bridge {name}: {source}; the agent needs CAP_NET_ADMIN and the kernel module `bridge`")]
+    #[error(
+        "cannot make bridge {name}: {source}; the agent needs CAP_NET_ADMIN and the kernel module `bridge`"
+    )]
     Bridge { name: String, source: io::Error },
     #[error("cannot switch on forwarding in /proc/sys/net/ipv4/ip_forward: {0}")]
     Forward(io::Error),
@@ -78,8 +80,7 @@ fn subnet(slot: u8) -> String {
 impl Bridge {
     /// Makes, or finds again, the bridge of the agent whose data directory is `owner`. Blocks for some 10 ms.
     pub fn open(slots: &Path, owner: &Path) -> Result<Self, BridgeError> {
-        fs::create_dir_all(slots)
-            .map_err(|source| BridgeError::Slots { path: slots.to_owned(), source })?;
+        fs::create_dir_all(slots).map_err(|source| BridgeError::Slots { path: slots.to_owned(), source })?;
         let bridge = claim(slots, owner)?;
         bridge.make()?;
         Ok(bridge)
@@ -104,7 +105,7 @@ impl Bridge {
     }
 
     /// Takes the bridge away unless pods are still on it; then the next start finds it again.
-    pub fn close(mut self) {
+    pub fn close(self) {
         let name = name(self.slot);
         if has_ports(&name) {
             return;
@@ -127,8 +128,6 @@ fn there(result: io::Result<()>) -> io::Result<()> {
 }
 
 fn has_ports(bridge: &str) -> bool {
-    // Sysfs may show another network namespace than ours; the route to ask is netlink's, this one is good enough:
-    // a bridge with ports is kept in doubt.
     match fs::read_dir(format!("/sys/class/net/{bridge}/brif")) {
         Ok(mut ports) => ports.next().is_some(),
         Err(_) => false,
@@ -143,7 +142,9 @@ fn claim(slots: &Path, owner: &Path) -> Result<Bridge, BridgeError> {
         let failed = |source| BridgeError::Slots { path: path.clone(), source };
         let file = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&path);
         // Another agent lives there.
-        let Ok(mut lock) = Flock::lock(file.map_err(failed)?, FlockArg::LockExclusiveNonblock) else { continue };
+        let Ok(mut lock) = Flock::lock(file.map_err(failed)?, FlockArg::LockExclusiveNonblock) else {
+            continue;
+        };
         let mut text = String::new();
         lock.read_to_string(&mut text).map_err(failed)?;
         if Path::new(&text) == owner {
@@ -157,8 +158,10 @@ fn claim(slots: &Path, owner: &Path) -> Result<Bridge, BridgeError> {
     }
     let (mut bridge, path) = free.ok_or(BridgeError::NoSlot)?;
     let file = &mut bridge.lock;
-    let written =
-        file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(owner.as_os_str().as_encoded_bytes()));
+    let written = file
+        .set_len(0)
+        .and_then(|()| file.rewind())
+        .and_then(|()| file.write_all(owner.as_os_str().as_encoded_bytes()));
     written.map_err(|source| BridgeError::Slots { path, source })?;
     Ok(bridge)
 }

@@ -23,11 +23,15 @@ pub enum CgroupError {
         "no control groups are mounted below {MOUNT}: mount them, or boot with systemd, which does so by itself"
     )]
     NotMounted,
-    #[error("the control group hierarchies lack {0}, which the kernel must offer: cgroup v1 or v2 with it is needed")]
+    #[error(
+        "the control group hierarchies lack {0}, which the kernel must offer: cgroup v1 or v2 with it is needed"
+    )]
     NoController(&'static str),
     #[error("cannot {action} {path}: {source}")]
     Io { action: &'static str, path: PathBuf, source: io::Error },
-    #[error("processes of {path} are alive {ms} ms after SIGKILL; they may wait for a device or a network disk")]
+    #[error(
+        "processes of {path} are alive {ms} ms after SIGKILL; they may wait for a device or a network disk"
+    )]
     Unkillable { path: PathBuf, ms: u128 },
 }
 
@@ -150,7 +154,11 @@ impl Cgroup {
     /// Makes the group in every hierarchy; libcontainer makes the containers' below it.
     pub fn create(&self) -> Result<(), CgroupError> {
         for dir in self.dirs() {
-            fs::create_dir_all(&dir).map_err(|source| CgroupError::Io { action: "make", path: dir, source })?;
+            fs::create_dir_all(&dir).map_err(|source| CgroupError::Io {
+                action: "make",
+                path: dir,
+                source,
+            })?;
         }
         Ok(())
     }

@@ -80,17 +80,15 @@ impl Container {
         let ((out, out_write), (err, err_write)) = (pipe()?, pipe()?);
         let (fault, fault_write) = pipe()?;
         let null = OwnedFd::from(File::open("/dev/null").map_err(ShimError::io("open", "/dev/null"))?);
-        let executor = Program {
-            path: path.clone(),
-            filter: plan.filter,
-            fault: fault_write.as_raw_fd(),
-        };
+        let executor = Program { path: path.clone(), filter: plan.filter, fault: fault_write.as_raw_fd() };
         let built = ContainerBuilder::new(plan.name.to_string(), SyscallType::default())
             .with_root_path(plan.state)
             .map(|builder| {
                 builder.with_executor(executor).with_stdin(null).with_stdout(out_write).with_stderr(err_write)
             })
-            .and_then(|builder| builder.as_init(plan.home.dir()).with_systemd(false).with_detach(true).build());
+            .and_then(|builder| {
+                builder.as_init(plan.home.dir()).with_systemd(false).with_detach(true).build()
+            });
         drop(fault_write);
         for fd in [&out, &err, &fault] {
             let flags = OFlag::O_NONBLOCK;
@@ -110,7 +108,9 @@ impl Container {
             notify: plan.state.join(plan.name.as_str()).join(NOTIFY_FILE),
         };
         let pid = match built {
-            Ok(container) => container.pid().ok_or_else(|| failed("libcontainer knows no process".to_owned()))?,
+            Ok(container) => {
+                container.pid().ok_or_else(|| failed("libcontainer knows no process".to_owned()))?
+            }
             Err(e) => {
                 return Err(match made.begun() {
                     Some(Err(fault)) => fault,
@@ -125,10 +125,9 @@ impl Container {
 
     /// Lets the program begin.
     pub fn start(&self) -> Result<(), ShimError> {
-        NotifySocket::new(&self.notify).notify_container_start().map_err(|e| ShimError::Create {
-            container: self.name.clone(),
-            message: chain(&e),
-        })
+        NotifySocket::new(&self.notify)
+            .notify_container_start()
+            .map_err(|e| ShimError::Create { container: self.name.clone(), message: chain(&e) })
     }
 
     /// Readable once the program has begun or failed to; `None` when that is known.
@@ -162,7 +161,9 @@ impl Container {
                 let hint = match source.raw_os_error() {
                     Some(libc::ENOEXEC) => "is it made for another architecture, or a script without `#!`?",
                     Some(libc::ENOENT) => "the interpreter that it names is not in the image",
-                    Some(libc::EACCES) => "it needs the permission to be executed (chmod +x), and no noexec mount",
+                    Some(libc::EACCES) => {
+                        "it needs the permission to be executed (chmod +x), and no noexec mount"
+                    }
                     _ => "see that it is a program for this machine",
                 };
                 ShimError::CommandNotExecutable { container, command, source, hint }
@@ -208,9 +209,14 @@ impl Program {
     /// Where the command is, as execvp would find it.
     fn find(&self, command: &str) -> Result<PathBuf, (Fault, i32)> {
         let mut denied = None;
-        let directories: Vec<&str> = if command.contains('/') { vec![""] } else { self.path.split(':').collect() };
+        let directories: Vec<&str> =
+            if command.contains('/') { vec![""] } else { self.path.split(':').collect() };
         for directory in directories {
-            let candidate = if directory.is_empty() { PathBuf::from(command) } else { Path::new(directory).join(command) };
+            let candidate = if directory.is_empty() {
+                PathBuf::from(command)
+            } else {
+                Path::new(directory).join(command)
+            };
             match fs::metadata(&candidate) {
                 Ok(file) if file.is_file() && file.permissions().mode() & 0o111 != 0 => return Ok(candidate),
                 Ok(_) => denied = Some(libc::EACCES),
@@ -241,7 +247,9 @@ impl Executor for Program {
         let env = spec.process().as_ref().and_then(|process| process.env().as_ref());
         let env: Vec<CString> = env.into_iter().flatten().map(c).collect::<Result<_, _>>()?;
         let command = args.first().ok_or(ExecutorError::InvalidArg)?.to_string_lossy().into_owned();
-        let path = self.find(&command).and_then(|path| sys::c_string(path).map_err(|_| (Fault::NotFound, libc::ENOENT)));
+        let path = self
+            .find(&command)
+            .and_then(|path| sys::c_string(path).map_err(|_| (Fault::NotFound, libc::ENOENT)));
         let path = match path {
             Ok(path) => path,
             Err((fault, errno)) => {

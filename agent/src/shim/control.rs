@@ -64,13 +64,8 @@ impl Server {
             if self.connections.len() >= CONNECTIONS_MAX || stream.set_nonblocking(true).is_err() {
                 continue;
             }
-            let mut connection = Connection {
-                stream,
-                received: Vec::new(),
-                unsent: Vec::new(),
-                follow: false,
-                open: true,
-            };
+            let mut connection =
+                Connection { stream, received: Vec::new(), unsent: Vec::new(), follow: false, open: true };
             greeting.iter().for_each(|report| connection.send(report));
             self.connections.push(connection);
         }

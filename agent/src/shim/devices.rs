@@ -31,20 +31,23 @@ pub fn direct(grants: &[DeviceGrant]) -> Result<Direct, ShimError> {
             continue;
         }
         for path in &grant.nodes {
-            let node = node(path).map_err(|message| ShimError::Device { device: grant.uuid.clone(), message })?;
+            let node =
+                node(path).map_err(|message| ShimError::Device { device: grant.uuid.clone(), message })?;
             // Grants share nodes, such as /dev/nvidiactl.
             if !all.nodes.contains(&node) {
                 all.nodes.push(node);
             }
         }
-        let new: Vec<PathBuf> = grant.files.iter().filter(|path| !all.files.contains(path)).cloned().collect();
+        let new: Vec<PathBuf> =
+            grant.files.iter().filter(|path| !all.files.contains(path)).cloned().collect();
         all.files.extend(new);
     }
     Ok(all)
 }
 
 fn node(path: &Path) -> Result<Value, String> {
-    let file = std::fs::metadata(path).map_err(|e| format!("{}: {e}; is the driver loaded?", path.display()))?;
+    let file =
+        std::fs::metadata(path).map_err(|e| format!("{}: {e}; is the driver loaded?", path.display()))?;
     let kind = match file.file_type() {
         t if t.is_char_device() => "c",
         t if t.is_block_device() => "b",
@@ -59,16 +62,71 @@ fn node(path: &Path) -> Result<Value, String> {
 
 /// The configuration with what CDI says of the grants that name a CDI device.
 pub fn inject(grants: &[DeviceGrant], oci: Value) -> Result<Value, ShimError> {
+    inject_from(&CDI_DIRS, grants, oci)
+}
+
+fn inject_from(dirs: &[&str], grants: &[DeviceGrant], oci: Value) -> Result<Value, ShimError> {
     let names: Vec<String> = grants.iter().filter_map(|grant| grant.cdi.clone()).collect();
     if names.is_empty() {
         return Ok(oci);
     }
     let failed = |message: String| ShimError::Device { device: names.join(", "), message };
     let mut spec: Spec = serde_json::from_value(oci).map_err(|e| failed(e.to_string()))?;
-    let cache = new_cache(vec![with_spec_dirs(&CDI_DIRS), with_auto_refresh(false)]);
+    let cache = new_cache(vec![with_spec_dirs(dirs), with_auto_refresh(false)]);
     let mut cache = cache.lock().map_err(|e| failed(e.to_string()))?;
     cache
         .inject_devices(Some(&mut spec), names.clone())
-        .map_err(|e| failed(format!("{e}; see the specifications in {}", CDI_DIRS.join(" and "))))?;
+        .map_err(|e| failed(format!("{e}; see the specifications in {}", dirs.join(" and "))))?;
     serde_json::to_value(&spec).map_err(|e| failed(e.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn grant() -> DeviceGrant {
+        DeviceGrant {
+            uuid: "GPU-1".to_owned(),
+            cdi: None,
+            nodes: vec!["/dev/full".into()],
+            files: vec!["/etc/hostname".into()],
+            env: vec!["VISIBLE=GPU-1".to_owned()],
+        }
+    }
+
+    #[test]
+    fn without_cdi_nodes_and_files_are_named_once() {
+        let direct = direct(&[grant(), DeviceGrant { uuid: "GPU-2".to_owned(), ..grant() }]).unwrap();
+        assert_eq!((direct.nodes.len(), direct.files.len()), (1, 1));
+        assert_eq!((&direct.nodes[0]["major"], &direct.nodes[0]["minor"]), (&json!(1), &json!(7)));
+        let gone = DeviceGrant { nodes: vec!["/dev/nonesuch".into()], ..grant() };
+        assert!(super::direct(&[gone]).is_err_and(|e| e.to_string().contains("driver")));
+    }
+
+    #[test]
+    fn with_cdi_the_specification_is_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let cdi = json!({
+            "cdiVersion": "0.6.0", "kind": "example.com/gpu",
+            "containerEdits": {"env": ["DRIVER=1"]},
+            "devices": [
+                {"name": "GPU-1", "containerEdits": {"deviceNodes": [{"path": "/dev/full"}]}},
+                {"name": "GPU-2", "containerEdits": {"deviceNodes": [{"path": "/dev/zero"}]}},
+            ],
+        });
+        std::fs::write(dir.path().join("example.json"), cdi.to_string()).unwrap();
+        let dirs = [dir.path().to_str().unwrap()];
+        let oci = json!({
+            "ociVersion": "1.0.2", "root": {"path": "x"}, "linux": {"resources": {}},
+            "process": {"user": {"uid": 0, "gid": 0}, "args": ["x"], "env": [], "cwd": "/"},
+        });
+        let named = |name: &str| vec![DeviceGrant { cdi: Some(name.to_owned()), ..grant() }];
+        let done = inject_from(&dirs, &named("example.com/gpu=GPU-1"), oci.clone()).unwrap();
+        let devices = done["linux"]["devices"].as_array().unwrap();
+        assert_eq!((devices.len(), &devices[0]["path"]), (1, &json!("/dev/full")));
+        assert!(done["process"]["env"].as_array().unwrap().contains(&json!("DRIVER=1")), "{done}");
+        let allowed = done["linux"]["resources"]["devices"].as_array().unwrap();
+        assert_eq!((&allowed[0]["major"], &allowed[0]["minor"]), (&json!(1), &json!(7)));
+        assert!(inject_from(&dirs, &named("example.com/gpu=GPU-9"), oci).is_err());
+    }
 }

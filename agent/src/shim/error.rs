@@ -12,7 +12,9 @@ use super::cgroup::CgroupError;
 pub enum ShimError {
     #[error("container {container}: no command: neither the job nor the image names one; give `command`")]
     NoCommand { container: ContainerName },
-    #[error("container {container}: command `{command}` not found; check its spelling and the image's PATH `{path}`")]
+    #[error(
+        "container {container}: command `{command}` not found; check its spelling and the image's PATH `{path}`"
+    )]
     CommandNotFound { container: ContainerName, command: String, path: String },
     #[error("container {container}: cannot execute `{command}`: {source}; {hint}")]
     CommandNotExecutable { container: ContainerName, command: String, source: io::Error, hint: &'static str },
@@ -20,17 +22,23 @@ pub enum ShimError {
     User { container: ContainerName, source: super::process::UserError },
     #[error("container {container}: cannot create it: {message}")]
     Create { container: ContainerName, message: String },
-    #[error("container {container}: the seccomp filter is refused: {source}; the kernel needs CONFIG_SECCOMP_FILTER")]
+    #[error(
+        "container {container}: the seccomp filter is refused: {source}; the kernel needs CONFIG_SECCOMP_FILTER"
+    )]
     Seccomp { container: ContainerName, source: io::Error },
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
-    #[error("cannot make the pod's namespaces: {0}; berth-agent needs root and a kernel with pid, ipc, uts and net namespaces")]
+    #[error(
+        "cannot make the pod's namespaces: {0}; berth-agent needs root and a kernel with pid, ipc, uts and net namespaces"
+    )]
     Namespace(io::Error),
     #[error("cannot set up the network: {0}")]
     Network(#[from] super::network::NetworkError),
     #[error("volume {mount}: {path} is not there on this node; create it, or keep the job off this node")]
     VolumeMissing { mount: String, path: PathBuf },
-    #[error("a layer of the image is not at {path}; it may have been removed by hand: the image must be pulled again")]
+    #[error(
+        "a layer of the image is not at {path}; it may have been removed by hand: the image must be pulled again"
+    )]
     LayerMissing { path: PathBuf },
     #[error("device {device}: {message}")]
     Device { device: String, message: String },
@@ -71,7 +79,9 @@ impl ShimError {
             ShimError::LayerMissing { .. } => "ImageMissing",
             ShimError::Device { .. } => "DeviceUnavailable",
             _ if self.disk_full() => "DiskFull",
-            ShimError::Create { .. } | ShimError::Io { .. } | ShimError::Namespace(_) => "ContainerCreateFailed",
+            ShimError::Create { .. } | ShimError::Io { .. } | ShimError::Namespace(_) => {
+                "ContainerCreateFailed"
+            }
         }
     }
 
@@ -87,7 +97,9 @@ impl ShimError {
     pub fn message(&self) -> String {
         let mut text = self.to_string();
         if self.disk_full() {
-            text.push_str("; the node's disk is full: free some space, or give the agent another data directory");
+            text.push_str(
+                "; the node's disk is full: free some space, or give the agent another data directory",
+            );
         }
         let end = text.floor_char_boundary(HUMAN_MESSAGE_BYTES_MAX);
         text.truncate(end);

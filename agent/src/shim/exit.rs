@@ -28,7 +28,11 @@ pub fn exit(facts: &Facts) -> Exit {
     let containers = facts
         .exits
         .iter()
-        .map(|(name, exit)| ContainerExit { name: name.clone(), code: exit.code, oom_killed: exit.oom_killed })
+        .map(|(name, exit)| ContainerExit {
+            name: name.clone(),
+            code: exit.code,
+            oom_killed: exit.oom_killed,
+        })
         .collect();
     let failed = facts.exits.iter().find(|(_, exit)| exit.code != 0);
     let decisive = failed.or(facts.exits.last());
@@ -63,7 +67,11 @@ pub fn exit(facts: &Facts) -> Exit {
             say(Cause::Failure, "OOMKilled", message);
         }
         (None, _, Some((name, exit))) if exit.code > 128 => {
-            say(Cause::Failure, "Signaled", format!("container {name} was ended by signal {}", exit.code - 128));
+            say(
+                Cause::Failure,
+                "Signaled",
+                format!("container {name} was ended by signal {}", exit.code - 128),
+            );
         }
         (None, _, Some((name, exit))) => {
             say(Cause::Failure, "Error", format!("container {name} ended with code {}", exit.code));
@@ -106,7 +114,8 @@ mod tests {
     fn the_first_failure_decides_and_berths_own_doing_is_an_eviction() {
         let all_well = outcome(&[("a", 0, false), ("b", 0, false)], None);
         assert_eq!((all_well.exit_code, all_well.cause, all_well.reason), (Some(0), Cause::Success, None));
-        let failed = outcome(&[("a", 0, false), ("b", 3, false), ("c", 143, false)], Some(EndedBy::Container));
+        let failed =
+            outcome(&[("a", 0, false), ("b", 3, false), ("c", 143, false)], Some(EndedBy::Container));
         assert_eq!((failed.exit_code, failed.cause), (Some(3), Cause::Failure));
         let oom = outcome(&[("a", 137, true)], None);
         assert_eq!((oom.cause, oom.reason.as_deref()), (Cause::Failure, Some("OOMKilled")));

@@ -14,9 +14,14 @@ pub enum Goal {
     Wait,
     Run,
     /// Frozen, confirmed by the kernel until `confirm_by` where one is given, else killed.
-    Freeze { confirm_by: Option<BootMs>, fenced: bool },
+    Freeze {
+        confirm_by: Option<BootMs>,
+        fenced: bool,
+    },
     /// The stop signal was due; SIGKILL at `kill_at`.
-    Stop { kill_at: BootMs },
+    Stop {
+        kill_at: BootMs,
+    },
     /// SIGKILL now.
     Kill,
 }
@@ -102,9 +107,10 @@ impl Policy {
 
     /// When `goal` next changes by itself.
     pub fn next_change(&self, now: BootMs) -> Option<BootMs> {
-        let deadline = self.lease.and_then(|lease| lease.deadline).filter(|deadline| {
-            *deadline > now && self.action != DisconnectAction::Continue
-        });
+        let deadline = self
+            .lease
+            .and_then(|lease| lease.deadline)
+            .filter(|deadline| *deadline > now && self.action != DisconnectAction::Continue);
         let kill_at = self.end.map(|(_, at)| at).filter(|at| *at > now);
         deadline.into_iter().chain(kill_at).min()
     }
@@ -122,8 +128,7 @@ mod tests {
         Lease { deadline: Some(BootMs(ms)) }
     }
 
-    const FENCED: Goal =
-        Goal::Freeze { confirm_by: Some(BootMs(100 + FREEZE_CONFIRM_MS)), fenced: true };
+    const FENCED: Goal = Goal::Freeze { confirm_by: Some(BootMs(100 + FREEZE_CONFIRM_MS)), fenced: true };
 
     #[test]
     fn pause_freezes_at_the_deadline_and_a_renewal_thaws() {

@@ -83,7 +83,9 @@ impl Writer {
         self.file = OpenOptions::new().create(true).append(true).open(segment(&self.dir, self.next_seq))?;
         self.bytes = 0;
         let mut kept = self.segment_bytes_max;
-        for (first, path) in segments(&self.dir)?.into_iter().rev().filter(|(first, _)| *first < self.next_seq) {
+        for (first, path) in
+            segments(&self.dir)?.into_iter().rev().filter(|(first, _)| *first < self.next_seq)
+        {
             kept += fs::metadata(&path)?.len();
             if kept > self.total_bytes_max && first != self.next_seq {
                 fs::remove_file(path)?;
@@ -108,7 +110,8 @@ fn segments(dir: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
     let mut all = Vec::new();
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
-        let first = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_suffix(".log")?.parse().ok());
+        let first =
+            path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_suffix(".log")?.parse().ok());
         all.extend(first.map(|first| (first, path)));
     }
     all.sort();

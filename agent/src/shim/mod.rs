@@ -120,7 +120,7 @@ pub enum CleanUpError {
 }
 
 /// Ends all that is left of a pod whose shim is dead: processes, control groups, link, writable layers. Task, log
-/// and exit files stay, and what `keep_written` says. Safe to call again, and for a pod of which nothing is left.
+/// and exit files stay. Safe to call again, and for a pod of which nothing is left.
 pub fn clean_up(task: &Task, dir: &Path) -> Result<(), CleanUpError> {
     end(task)?;
     clear(dir, false)

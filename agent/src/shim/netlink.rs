@@ -157,4 +157,3 @@ pub fn add_default_route(index: u32, gateway: Ipv4Addr) -> Request {
 pub fn index(name: &str) -> Option<u32> {
     nix::net::if_::if_nametoindex(name).ok()
 }
-

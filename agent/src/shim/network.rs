@@ -22,7 +22,9 @@ const LINK_INDEX: u32 = 2;
 
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
-    #[error("the bridge {0} is not there; it is made when the agent starts, so something has removed it: restart berth-agent")]
+    #[error(
+        "the bridge {0} is not there; it is made when the agent starts, so something has removed it: restart berth-agent"
+    )]
     NoBridge(String),
     #[error("the task names no address on the bridge; this is a defect of berth-agent")]
     NoAddress,

@@ -91,7 +91,9 @@ pub fn user(wanted: &str, passwd: &str, group: &str) -> Result<User, UserError> 
     };
     let more = match group_name {
         Some(_) => Vec::new(),
-        None => groups.iter().filter(member).filter_map(|f| f[2].parse().ok()).filter(|g| *g != gid).collect(),
+        None => {
+            groups.iter().filter(member).filter_map(|f| f[2].parse().ok()).filter(|g| *g != gid).collect()
+        }
     };
     let home = entry.map(|f| f[5].clone()).filter(|home| home.starts_with('/')).unwrap_or("/".to_owned());
     Ok(User { uid, gid, groups: more, home })

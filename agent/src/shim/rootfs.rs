@@ -68,9 +68,9 @@ fn make_dir(path: &Path, mode: u32) -> Result<(), ShimError> {
     fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(ShimError::io("make", path))
 }
 
-/// Mounts the container's root at `Home::rootfs`, empty of what an earlier run wrote.
-pub fn mount_root(root: &Root, home: &Home) -> Result<(), ShimError> {
-    let layers = match root {
+/// The lowest first; overlayfs wants at least one.
+fn layers(root: &Root, home: &Home) -> Result<Vec<PathBuf>, ShimError> {
+    Ok(match root {
         Root::Host => vec![PathBuf::from("/")],
         Root::Image { layers, .. } if layers.is_empty() => {
             let empty = home.dir().join("empty");
@@ -78,8 +78,12 @@ pub fn mount_root(root: &Root, home: &Home) -> Result<(), ShimError> {
             vec![empty]
         }
         Root::Image { layers, .. } => layers.clone(),
-    };
-    overlay(&layers, &home.upper(), &home.dir().join("work"), &home.rootfs())
+    })
+}
+
+/// Mounts the container's root at `Home::rootfs`, empty of what an earlier run wrote.
+pub fn mount_root(root: &Root, home: &Home) -> Result<(), ShimError> {
+    overlay(&layers(root, home)?, &home.upper(), &home.dir().join("work"), &home.rootfs())
 }
 
 /// Mounts a writable view of the workspace at `Home::workspace`.
@@ -90,20 +94,12 @@ pub fn mount_workspace(workspace: &Path, home: &Home) -> Result<(), ShimError> {
 
 /// The container's root as its run left it, read-only at `at`: for collecting outputs once the shim has gone.
 pub fn mount_result(root: &Root, home: &Home, at: &Path) -> Result<(), ShimError> {
-    let mut layers = match root {
-        Root::Host => vec![PathBuf::from("/")],
-        Root::Image { layers, .. } => layers.clone(),
-    };
-    layers.push(home.upper());
+    // The run's own work directory bears the mark that nothing was synced, which is of no matter here.
+    let work = home.dir().join("result-work");
+    make_dir(&work, 0o700)?;
     make_dir(at, 0o755)?;
-    if layers.len() == 1 {
-        let flags = MsFlags::MS_BIND;
-        return mount(Some(&layers[0]), at, None::<&str>, flags, None::<&str>)
-            .map_err(|e| ShimError::io("mount", at)(e.into()));
-    }
-    let fds = open_layers(&layers)?;
-    let options = format!("lowerdir={}", lower(&fds));
-    mount_overlay(at, MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOSUID, &options)
+    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
+    mount_overlay(&layers(root, home)?, &home.upper(), &work, at, flags, "")
         .map_err(ShimError::io("mount an overlay at", at))
 }
 
@@ -130,18 +126,20 @@ fn overlay(layers: &[PathBuf], upper: &Path, work: &Path, at: &Path) -> Result<(
         std::os::unix::fs::chown(upper, Some(owner(&top).0), Some(owner(&top).1))
             .map_err(ShimError::io("set the owner of", upper))?;
     }
-    let fds = open_layers(layers)?;
-    let (upper_fd, work_fd) = (open_path(upper)?, open_path(work)?);
-    let options =
-        format!("lowerdir={},upperdir={},workdir={}", lower(&fds), fd_path(&upper_fd), fd_path(&work_fd));
     // What a run has written counts for nothing after a crash, so it need not be synced. Linux 5.10 and later.
-    let fast = format!("{options},volatile");
-    let flags = MsFlags::empty();
-    match mount_overlay(at, flags, &fast) {
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => mount_overlay(at, flags, &options),
+    let mounted = match mount_overlay(layers, upper, work, at, MsFlags::empty(), ",volatile") {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+            mount_overlay(layers, upper, work, at, MsFlags::empty(), "")
+        }
         other => other,
-    }
-    .map_err(ShimError::io("mount an overlay (is the kernel module there, the data on ext4, xfs or btrfs?) at", at))
+    };
+    mounted.map_err(|source| match layers.iter().find(|layer| !layer.exists()) {
+        Some(path) => ShimError::LayerMissing { path: path.clone() },
+        None => {
+            let what = "mount an overlay (is the kernel module there, the data on ext4, xfs or btrfs?) at";
+            ShimError::io(what, at)(source)
+        }
+    })
 }
 
 fn owner(metadata: &fs::Metadata) -> (u32, u32) {
@@ -149,41 +147,29 @@ fn owner(metadata: &fs::Metadata) -> (u32, u32) {
     (metadata.uid(), metadata.gid())
 }
 
-fn mount_overlay(at: &Path, flags: MsFlags, options: &str) -> io::Result<()> {
-    Ok(mount(Some("berth"), at, Some("overlay"), flags, Some(options))?)
+/// Directories are named by descriptor: a mount's options have one page, and paths may hold `:` or `,`.
+fn mount_overlay(
+    layers: &[PathBuf],
+    upper: &Path,
+    work: &Path,
+    at: &Path,
+    flags: MsFlags,
+    more: &str,
+) -> io::Result<()> {
+    // Overlayfs wants the highest first.
+    let layers: Vec<OwnedFd> = layers.iter().rev().map(|path| open_path(path)).collect::<io::Result<_>>()?;
+    let lower = layers.iter().map(fd_path).collect::<Vec<_>>().join(":");
+    let (upper, work) = (open_path(upper)?, open_path(work)?);
+    let options = format!("lowerdir={lower},upperdir={},workdir={}{more}", fd_path(&upper), fd_path(&work));
+    Ok(mount(Some("berth"), at, Some("overlay"), flags, Some(options.as_str()))?)
 }
 
-/// Layers are named by descriptor: a mount's options have one page, and paths may hold `:` or `,`.
-fn open_layers(layers: &[PathBuf]) -> Result<Vec<OwnedFd>, ShimError> {
-    layers
-        .iter()
-        .map(|path| {
-            open_path(path).map_err(|e| match e {
-                ShimError::Io { source, path, .. } if source.kind() == io::ErrorKind::NotFound => {
-                    ShimError::LayerMissing { path }
-                }
-                other => other,
-            })
-        })
-        .collect()
-}
-
-fn open_path(path: &Path) -> Result<OwnedFd, ShimError> {
-    OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
-        .open(path)
-        .map(OwnedFd::from)
-        .map_err(ShimError::io("open", path))
+fn open_path(path: &Path) -> io::Result<OwnedFd> {
+    Ok(OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(path)?.into())
 }
 
 fn fd_path(fd: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
-}
-
-/// Overlayfs wants the highest first.
-fn lower(fds: &[OwnedFd]) -> String {
-    fds.iter().rev().map(fd_path).collect::<Vec<_>>().join(":")
 }
 
 /// Makes the pod's scratch volumes and checks that the others are there.
@@ -219,7 +205,7 @@ pub struct Inside(OwnedFd);
 
 impl Inside {
     pub fn open(rootfs: &Path) -> Result<Self, ShimError> {
-        open_path(rootfs).map(Self)
+        open_path(rootfs).map(Self).map_err(ShimError::io("open", rootfs))
     }
 
     /// The text of a file; empty where it is not there.

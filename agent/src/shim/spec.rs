@@ -43,7 +43,8 @@ const MASKED: [&str; 12] = [
     "/sys/devices/virtual/powercap",
     "/sys/firmware",
 ];
-const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+const READ_ONLY: [&str; 6] =
+    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger", "/sys/fs/cgroup"];
 
 /// Processes and threads of one container.
 const PIDS_MAX: i64 = 32_768;
@@ -167,7 +168,11 @@ fn mounts(pod: &Pod, container: &Container) -> Vec<Value> {
     let mut all = vec![
         mount("proc", "/proc", &["nosuid", "noexec", "nodev"]),
         mount("tmpfs", "/dev", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-        mount("devpts", "/dev/pts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
+        mount(
+            "devpts",
+            "/dev/pts",
+            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        ),
         // As large as the memory that its pages count against.
         mount("tmpfs", "/dev/shm", &["nosuid", "noexec", "nodev", "mode=1777", &shm]),
         mount("mqueue", "/dev/mqueue", &["nosuid", "noexec", "nodev"]),
@@ -176,14 +181,21 @@ fn mounts(pod: &Pod, container: &Container) -> Vec<Value> {
     all.extend(cgroups(pod, spec));
     all.push(bind(pod.dir.join("berth"), "/run/berth", &["nosuid", "nodev", "noexec"]));
     for file in ["hostname", "hosts", "resolv.conf"] {
-        all.push(bind(pod.dir.join("etc").join(file), format!("/etc/{file}"), &["nosuid", "nodev", "noexec"]));
+        all.push(bind(
+            pod.dir.join("etc").join(file),
+            format!("/etc/{file}"),
+            &["nosuid", "nodev", "noexec"],
+        ));
     }
     all.extend(container.device_files.iter().map(|path| bind(path, path, &["ro", "nosuid", "nodev"])));
     all.extend(volumes(pod, template));
     // Last, since it may lie in a volume.
-    all.extend(template.workspace.as_ref().map(|workspace| {
-        bind(Home::new(pod.dir, &spec.name).workspace(), &workspace.path, &["nodev"])
-    }));
+    all.extend(
+        template
+            .workspace
+            .as_ref()
+            .map(|workspace| bind(Home::new(pod.dir, &spec.name).workspace(), &workspace.path, &["nodev"])),
+    );
     all
 }
 
@@ -197,7 +209,8 @@ fn cgroups(pod: &Pod, spec: &ContainerSpec) -> Vec<Value> {
             "options": ["nosuid", "noexec", "nodev", "relatime", "ro"],
         })];
     }
-    let mut all = vec![mount("tmpfs", "/sys/fs/cgroup", &["nosuid", "noexec", "nodev", "mode=755", "size=64k"])];
+    let mut all =
+        vec![mount("tmpfs", "/sys/fs/cgroup", &["nosuid", "noexec", "nodev", "mode=755", "size=64k"])];
     for dir in &pod.hierarchies {
         let Some(name) = dir.strip_prefix(at).ok().and_then(|path| path.iter().next()) else { continue };
         all.push(bind(dir.join(spec.name.as_str()), at.join(name), &["nosuid", "noexec", "nodev", "ro"]));

@@ -312,13 +312,18 @@ impl Supervisor {
             drain_rest(&mut container.pumps, &mut self.log, &container.name);
         }
         let exit = self.describe_end();
-        exit::write(&self.dir, &exit)?;
+        if let Err(e) = exit::write(&self.dir, &exit) {
+            // A full disk: what the pod itself has written makes room. Outputs are lost then.
+            eprintln!("berth-agent shim: cannot write the exit file: {e}; removing what the pod has written");
+            self.clean_up(false);
+            exit::write(&self.dir, &exit)?;
+        }
         let report = Report::Exited { exit };
         self.server.send_to_followers(&Report::Log { seq: self.log.last_seq() });
         self.server.send(&report);
         // Who connected while the end was being written is told as well.
         self.server.receive(std::slice::from_ref(&report));
-        self.clean_up();
+        self.clean_up(!self.task.template.outputs.is_empty());
         Ok(())
     }
 
@@ -367,7 +372,7 @@ impl Supervisor {
     }
 
     /// The run's end is known: what fails here is tried again by the agent.
-    fn clean_up(self) {
+    fn clean_up(&self, keep_written: bool) {
         if let Err(e) = super::end(&self.task) {
             eprintln!("berth-agent shim: {e}");
         }
@@ -375,7 +380,6 @@ impl Supervisor {
             // Removing the files through a mount would remove what is mounted.
             return eprintln!("berth-agent shim: cannot unmount: {e}");
         }
-        let keep_written = !self.task.template.outputs.is_empty();
         if let Err(e) = super::clear(&self.dir, keep_written) {
             eprintln!("berth-agent shim: {e}");
         }

@@ -13,7 +13,7 @@ use berth_agent::task::{Exit, Lease, Order, Report, Root, Task, file};
 use berth_protocol::ids::{ContainerName, Epoch, JobName, JobUid, Namespace, NodeId, Run};
 use berth_protocol::job::*;
 use berth_protocol::resources::{Limits, Resources};
-use berth_protocol::units::{Bytes, Millis, MilliCpu};
+use berth_protocol::units::{Bytes, MilliCpu, Millis};
 
 pub const SOON: Duration = Duration::from_secs(20);
 
