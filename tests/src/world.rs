@@ -233,12 +233,14 @@ impl World {
             Due::ToNode { node, session, event } => {
                 // A clean session forgets what waited for the last one.
                 if session == self.sessions[node] && !self.cut[node] {
-                    let out = self.nodes[node].step(self.agent_now(), event);
+                    let now = self.agent_now();
+                let out = self.nodes[node].step(now, event);
                     self.from_node(node, out);
                 }
             }
             Due::Local { node, event } => {
-                let out = self.nodes[node].step(self.agent_now(), event);
+                let now = self.agent_now();
+                let out = self.nodes[node].step(now, event);
                 self.from_node(node, out);
             }
             Due::Fault(fault) => {
@@ -256,18 +258,21 @@ impl World {
             Fault::PowerCut(n) => self.nodes[n].power_cut(),
             Fault::AgentStart(n) if self.nodes[n].agent.is_none() => {
                 self.sessions[n] += 1;
-                let out = self.nodes[n].start(self.agent_now());
+                let now = self.agent_now();
+                let out = self.nodes[n].start(now);
                 self.from_node(n, out);
             }
             Fault::Partition(n) => {
                 self.cut[n] = true;
-                let out = self.nodes[n].step(self.agent_now(), AgentEvent::BusDown);
+                let now = self.agent_now();
+                let out = self.nodes[n].step(now, AgentEvent::BusDown);
                 self.from_node(n, out);
             }
             Fault::Heal(n) if self.cut[n] => {
                 self.cut[n] = false;
                 self.sessions[n] += 1;
-                let out = self.nodes[n].step(self.agent_now(), AgentEvent::BusUp);
+                let now = self.agent_now();
+                let out = self.nodes[n].step(now, AgentEvent::BusUp);
                 self.from_node(n, out);
             }
             Fault::ControllerCrash => self.controller = None,

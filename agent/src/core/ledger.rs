@@ -204,8 +204,7 @@ impl Ledger {
             term: self.term,
             generation: self.generation,
         }));
-        let acked = self.outbox.front().map_or(self.last_event, |event| event.n - 1);
-        records.push(Record::Acked { n: acked });
+        records.push(Record::Acked { n: self.acked() });
         records.extend(
             self.specs
                 .iter()
@@ -218,6 +217,11 @@ impl Ledger {
         );
         records.extend(self.outbox.iter().map(|event| Record::Event { event: Box::new(event.clone()) }));
         records
+    }
+
+    /// Of the last event that the controller has acknowledged.
+    pub fn acked(&self) -> u64 {
+        self.outbox.front().map_or(self.last_event, |event| event.n - 1)
     }
 
     /// May this order be obeyed? Another store's never, an older one never, the same one changes nothing.

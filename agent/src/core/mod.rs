@@ -326,6 +326,8 @@ impl Agent {
             store: self.ledger.store.clone(),
             term: self.ledger.term,
             generation: self.ledger.generation,
+            events_acked: self.ledger.acked(),
+            events_last: self.ledger.last_event,
             pods: Vec::new(),
             inventory: self.inventory.clone(),
         })));
