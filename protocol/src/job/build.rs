@@ -79,7 +79,8 @@ fn names(
         let namespace = file.namespace.clone().unwrap_or_else(Namespace::default_namespace);
         return file.name.clone().map(|name| (namespace, name));
     };
-    let disagree = |written: &str, topic: &str| format!("`{written}` here, but `{topic}` in the topic it was sent to");
+    let disagree =
+        |written: &str, topic: &str| format!("`{written}` here, but `{topic}` in the topic it was sent to");
     if let Some(written) = file.namespace.as_ref().filter(|written| *written != namespace) {
         report.error("namespace", disagree(written.as_str(), namespace.as_str()));
     }
@@ -94,11 +95,14 @@ fn counts(file: &File, parallelism: u32, completions: u32, report: &mut Report) 
         return;
     }
     if parallelism > completions {
-        let message = format!("{parallelism} pods at once are more than the {completions} that must succeed (`completions`)");
+        let message = format!(
+            "{parallelism} pods at once are more than the {completions} that must succeed (`completions`)"
+        );
         report.error("parallelism", message);
     } else if file.gang == Some(true) && parallelism < completions {
-        let message =
-            format!("a gang runs all {completions} of its pods at once, and `parallelism` allows {parallelism}");
+        let message = format!(
+            "a gang runs all {completions} of its pods at once, and `parallelism` allows {parallelism}"
+        );
         report.error("gang", message);
     }
 }
@@ -120,12 +124,14 @@ fn containers(file: &File, report: &mut Report) -> Vec<ContainerSpec> {
         let at = format!("containers[{index}]");
         let Some(name) = name else { continue };
         if let Some(other) = first.insert(name, index) {
-            report.error(&format!("{at}.name"), format!("`{name}` is the name of containers[{other}] already"));
+            report
+                .error(&format!("{at}.name"), format!("`{name}` is the name of containers[{other}] already"));
         }
         if body.resources.as_ref().is_some_and(|resources| resources.gpu.is_some())
             && let Some(other) = gpu.replace(index)
         {
-            let message = format!("only one container of a pod may ask for GPUs, and containers[{other}] does");
+            let message =
+                format!("only one container of a pod may ask for GPUs, and containers[{other}] does");
             report.error(&format!("{at}.resources.gpu"), message);
         }
         specs.extend(container(body, name.clone(), &format!("{at}."), report));
@@ -237,7 +243,8 @@ fn on_disconnect(file: &File, report: &mut Report) -> OnDisconnect {
     let after = written.after.unwrap_or(default.after);
     let lost_after = written.lost_after.unwrap_or_else(|| default.lost_after.max(after));
     if lost_after < after && !report.doubts("onDisconnect") {
-        let message = format!("{lost_after} is shorter than `after` ({after}): a node is not lost before its pods act");
+        let message =
+            format!("{lost_after} is shorter than `after` ({after}): a node is not lost before its pods act");
         report.error("onDisconnect.lostAfter", message);
     }
     OnDisconnect { after, action: written.action.unwrap_or(default.action), lost_after }

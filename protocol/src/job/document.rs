@@ -51,8 +51,9 @@ pub(super) struct Stop;
 pub(super) fn read(payload: &[u8], report: &mut Report) -> Option<Node> {
     if payload.len() > JOB_FILE_BYTES_MAX {
         let bytes = payload.len();
-        report
-            .file_error(format!("the job file is {bytes} bytes long, at most {JOB_FILE_BYTES_MAX} are allowed"));
+        report.file_error(format!(
+            "the job file is {bytes} bytes long, at most {JOB_FILE_BYTES_MAX} are allowed"
+        ));
         return None;
     }
     let Ok(text) = std::str::from_utf8(payload) else {
@@ -66,7 +67,8 @@ pub(super) fn read(payload: &[u8], report: &mut Report) -> Option<Node> {
         return None;
     }
     let mut builder = Builder { open: Vec::new(), root: None, report };
-    let done = if json::is_json(text) { json::read(text, &mut builder) } else { yaml::read(text, &mut builder) };
+    let done =
+        if json::is_json(text) { json::read(text, &mut builder) } else { yaml::read(text, &mut builder) };
     let Builder { root, .. } = builder;
     done.ok()?;
     if root.is_none() {
@@ -251,7 +253,9 @@ fn number(text: &str) -> Option<(f64, Option<i64>)> {
     }
     let unsigned = text.strip_prefix(['-', '+']).unwrap_or(text);
     match unsigned {
-        ".inf" | ".Inf" | ".INF" => Some((f64::INFINITY.copysign(if text.starts_with('-') { -1.0 } else { 1.0 }), None)),
+        ".inf" | ".Inf" | ".INF" => {
+            Some((f64::INFINITY.copysign(if text.starts_with('-') { -1.0 } else { 1.0 }), None))
+        }
         ".nan" | ".NaN" | ".NAN" if unsigned == text => Some((f64::NAN, None)),
         _ if is_decimal(unsigned) => Some((text.parse().ok()?, text.parse().ok())),
         _ => None,
@@ -299,8 +303,8 @@ mod tests {
             assert_eq!(number(text), Some((value, whole)), "{text}");
         }
         for text in [
-            "yes", "no", "on", "off", "y", ".", "-", "+", "1e", "e3", "0x", "0o8", "-0x1", "1_000", "1:30", "tRue",
-            "infinity", "nan", "-.nan",
+            "yes", "no", "on", "off", "y", ".", "-", "+", "1e", "e3", "0x", "0o8", "-0x1", "1_000", "1:30",
+            "tRue", "infinity", "nan", "-.nan",
         ] {
             assert_eq!(resolve(text.into()), Value::Text(text.into()));
         }

@@ -21,7 +21,8 @@ pub(super) const TEXT: Form = Form { check: text, pattern: "" };
 pub(super) const KIND: Form = Form { check: kind, pattern: "^Job$" };
 pub(super) const JOB_NAME: Form = Form { check: |t| id(JobName::parse(t)), pattern: NAME_PATTERN };
 pub(super) const NAMESPACE: Form = Form { check: |t| id(Namespace::parse(t)), pattern: NAME_PATTERN };
-pub(super) const CONTAINER_NAME: Form = Form { check: |t| id(ContainerName::parse(t)), pattern: NAME_PATTERN };
+pub(super) const CONTAINER_NAME: Form =
+    Form { check: |t| id(ContainerName::parse(t)), pattern: NAME_PATTERN };
 pub(super) const VOLUME_NAME: Form = Form { check: |t| id(VolumeName::parse(t)), pattern: NAME_PATTERN };
 pub(super) const SECRET_NAME: Form = Form { check: |t| id(SecretName::parse(t)), pattern: NAME_PATTERN };
 pub(super) const DIGEST: Form = Form { check: |t| id(Digest::parse(t)), pattern: "^sha256:[0-9a-f]{64}$" };
@@ -85,8 +86,20 @@ pub(super) const CAPABILITIES: [&str; 41] = [
 
 /// signal(7): those that ask a program for something and that it can catch.
 pub(super) const SIGNALS: [&str; 14] = [
-    "SIGALRM", "SIGCONT", "SIGHUP", "SIGINT", "SIGIO", "SIGPWR", "SIGQUIT", "SIGTERM", "SIGTSTP", "SIGURG",
-    "SIGUSR1", "SIGUSR2", "SIGVTALRM", "SIGWINCH",
+    "SIGALRM",
+    "SIGCONT",
+    "SIGHUP",
+    "SIGINT",
+    "SIGIO",
+    "SIGPWR",
+    "SIGQUIT",
+    "SIGTERM",
+    "SIGTSTP",
+    "SIGURG",
+    "SIGUSR1",
+    "SIGUSR2",
+    "SIGVTALRM",
+    "SIGWINCH",
 ];
 
 fn id<T>(parsed: Result<T, IdError>) -> Result<(), String> {
@@ -151,7 +164,10 @@ fn user(user: &str) -> Result<(), String> {
             && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
             && (!part.bytes().all(|b| b.is_ascii_digit()) || part.parse::<u32>().is_ok())
     };
-    ensure(part(name) && group.is_none_or(part), "not a user: write a uid, uid:gid or a name, such as 1000:1000")
+    ensure(
+        part(name) && group.is_none_or(part),
+        "not a user: write a uid, uid:gid or a name, such as 1000:1000",
+    )
 }
 
 /// The shape only: the agent, which pulls, reads references to the letter.
@@ -182,7 +198,8 @@ fn image(image: &str) -> Result<(), String> {
         part.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
             && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b))
     };
-    let plain = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-[]:".contains(&b));
+    let plain =
+        |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-[]:".contains(&b));
     ensure(
         host.is_none_or(plain) && repository.split('/').all(part) && tag.is_none_or(plain),
         "not an image's reference: write one such as docker.io/library/python:3.12-slim, lowercase but for the tag",
@@ -191,7 +208,10 @@ fn image(image: &str) -> Result<(), String> {
 
 fn cel(expression: &str) -> Result<(), String> {
     text(expression)?;
-    ensure(!expression.trim().is_empty(), "empty: write an expression such as node.arch == 'x86_64', or leave it out")?;
+    ensure(
+        !expression.trim().is_empty(),
+        "empty: write an expression such as node.arch == 'x86_64', or leave it out",
+    )?;
     at_most(expression, CEL_BYTES_MAX)
 }
 

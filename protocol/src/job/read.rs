@@ -72,7 +72,13 @@ fn value_of(node: &Node, field: &Field, path: &str, report: &mut Report) -> Opti
 }
 
 /// The canonical form of one value. `example` shows what is wanted.
-pub(super) fn value(node: &Node, kind: &Kind, example: &str, path: &str, report: &mut Report) -> Option<Json> {
+pub(super) fn value(
+    node: &Node,
+    kind: &Kind,
+    example: &str,
+    path: &str,
+    report: &mut Report,
+) -> Option<Json> {
     report.place(path, node.at);
     match scalar(&node.value, kind) {
         Ok(json) => return Some(json),
@@ -140,7 +146,11 @@ fn scalar(value: &Value, kind: &Kind) -> Result<Json, Wrong> {
             Err(message) => Err(Wrong::Value(message)),
         },
         (Kind::Choice(words), Value::Text(text)) => {
-            if words.contains(&text.as_str()) { Ok(text.as_str().into()) } else { Err(no_choice(text, words)) }
+            if words.contains(&text.as_str()) {
+                Ok(text.as_str().into())
+            } else {
+                Err(no_choice(text, words))
+            }
         }
         (Kind::Flag, Value::Bool(flag)) => Ok((*flag).into()),
         (Kind::Whole { min, max }, Value::Number(number)) => {
@@ -164,9 +174,7 @@ fn scalar(value: &Value, kind: &Kind) -> Result<Json, Wrong> {
             let span = Millis::parse(text)?;
             least(span.0, min.0, || format!("{span} is shorter than the least duration, {min}"))
         }
-        (Kind::Span { .. }, Value::Number(_)) => {
-            Err(UnitError::NotDuration(shorten(&spelled(value))).into())
-        },
+        (Kind::Span { .. }, Value::Number(_)) => Err(UnitError::NotDuration(shorten(&spelled(value))).into()),
         _ => Err(Wrong::Type),
     }
 }
@@ -185,15 +193,17 @@ fn whole(number: &Numeral) -> Option<i64> {
 fn spelled(value: &Value) -> String {
     match value {
         Value::Text(text) => text.clone(),
-        Value::Number(number) => number.whole.map_or_else(|| number.value.to_string(), |whole| whole.to_string()),
+        Value::Number(number) => {
+            number.whole.map_or_else(|| number.value.to_string(), |whole| whole.to_string())
+        }
         _ => String::new(),
     }
 }
 
 fn no_choice(text: &str, words: &[&str]) -> Wrong {
     /// More words than these are too many to read.
-    const LISTED_MAX: usize = 8;
-    let mut message = format!("`{}` is not known", shorten(text));
+    const LISTED_MAX: usize = 16;
+    let mut message = format!("`{}` is not a choice here", shorten(text));
     // `CAP_NET_ADMIN` and `USR1` are what other tools call `NET_ADMIN` and `SIGUSR1`.
     let bare = text.strip_prefix("CAP_").unwrap_or(text);
     let signal = format!("SIG{bare}");

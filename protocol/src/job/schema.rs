@@ -257,10 +257,7 @@ static PREFERENCE: [Field; 2] = [
 static POD: [Field; 4] = [
     field(
         "volumes",
-        list(
-            &Kind::Object(Shape { groups: &[&VOLUME], one_of: &["host", "size", "name"] }),
-            JOB_LIST_MAX,
-        ),
+        list(&Kind::Object(Shape { groups: &[&VOLUME], one_of: &["host", "size", "name"] }), JOB_LIST_MAX),
         r#"[{"mount": "/data", "host": "/srv/data", "readOnly": true}]"#,
         "Mounts in every container of the pod.",
     ),
@@ -287,7 +284,12 @@ static POD: [Field; 4] = [
 static VOLUME: [Field; 5] = [
     required("mount", MOUNT, r#""/data""#, "Where it appears in the containers."),
     field("host", PATH, r#""/srv/data""#, "A path of the node's, where its configuration allows it."),
-    field("size", SIZE, r#""10Gi""#, "Scratch: empty at the pod's start, gone at its end, at most this large."),
+    field(
+        "size",
+        SIZE,
+        r#""10Gi""#,
+        "Scratch: empty at the pod's start, gone at its end, at most this large.",
+    ),
     field(
         "name",
         Kind::Text(form::VOLUME_NAME),
@@ -418,11 +420,21 @@ static CHECKPOINT: [Field; 8] = [
         r#""close""#,
         "Established connections after a restore; default: close.",
     ),
-    field("keep", Kind::Whole { min: 1, max: CHECKPOINTS_KEPT_MAX as i64 }, "3", "How many are kept; default: 3."),
+    field(
+        "keep",
+        Kind::Whole { min: 1, max: CHECKPOINTS_KEPT_MAX as i64 },
+        "3",
+        "How many are kept; default: 3.",
+    ),
 ];
 
 static HOOKS: [Field; 2] = [
-    field("quiesce", list(&TEXT, ARGS_MAX), r#"["/bin/sync"]"#, "Before the checkpoint: a command and its arguments."),
+    field(
+        "quiesce",
+        list(&TEXT, ARGS_MAX),
+        r#"["/bin/sync"]"#,
+        "Before the checkpoint: a command and its arguments.",
+    ),
     field("resume", list(&TEXT, ARGS_MAX), r#"["/bin/true"]"#, "After it, and after a restore."),
 ];
 

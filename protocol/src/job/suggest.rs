@@ -69,7 +69,11 @@ pub(super) fn unknown_field(name: &str, shape: Shape) -> String {
             let alike = here().find(|known| plain(known) == word);
             let near = || nearest(name, here());
             let foreign = || lookup(&FOREIGN, &word).filter(|known| reachable(known, shape));
-            alike.or_else(near).map(str::to_owned).or_else(|| foreign().map(str::to_owned)).or_else(|| below(&word, shape))
+            alike
+                .or_else(near)
+                .map(str::to_owned)
+                .or_else(|| foreign().map(str::to_owned))
+                .or_else(|| below(&word, shape))
         })
         .flatten();
     if let Some(known) = found {
@@ -152,9 +156,14 @@ mod tests {
 
     #[test]
     fn distances() {
-        for (a, b, steps) in
-            [("", "", 0), ("cpu", "cpu", 0), ("", "cpu", 3), ("cpus", "cpu", 1), ("pcu", "cpu", 1), ("kitten", "sitting", 3)]
-        {
+        for (a, b, steps) in [
+            ("", "", 0),
+            ("cpu", "cpu", 0),
+            ("", "cpu", 3),
+            ("cpus", "cpu", 1),
+            ("pcu", "cpu", 1),
+            ("kitten", "sitting", 3),
+        ] {
             assert_eq!(distance(a, b), steps, "{a} {b}");
             assert_eq!(distance(b, a), steps, "{b} {a}");
         }

@@ -2,8 +2,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
 use crate::ids::Digest;
-use crate::units::MilliCpu;
 use crate::message::user::FieldError;
+use crate::units::MilliCpu;
 
 const CONTRACT: &str = include_str!("testdata/contract.yaml");
 
@@ -182,10 +182,13 @@ fn wrong_types() {
             "command: python3 train.py",
             r#"3:10 command: expected a list, found the text `python3 train.py`; write for example ["python3", "train.py"]"#,
         ),
-        ("env: {EPOCHS: 20}", r#"3:15 env.EPOCHS: expected text, found the number 20; put it in quotes: "20""#),
+        (
+            "env: {EPOCHS: 20}",
+            r#"3:15 env.EPOCHS: expected text, found the number 20; put it in quotes: "20""#,
+        ),
         ("env: {V: 1.10}", r#"3:10 env.V: expected text, found the number 1.10; put it in quotes: "1.10""#),
         ("env: {V: true}", r#"3:10 env.V: expected text, found the boolean true; put it in quotes: "true""#),
-        ("env: {V: }", "3:10 env.V: expected text, found nothing; write a value, or leave the field out"),
+        ("env: {V: }", "3:8 env.V: expected text, found nothing; write a value, or leave the field out"),
         ("env: [A=1]", r#"3:6 env: expected a mapping, found a list; write for example {"EPOCHS": "20"}"#),
         ("gang: yes", "3:7 gang: expected true or false, found the text `yes`; write for example true"),
         ("priority: 1.5", "3:11 priority: expected a whole number, found the number 1.5"),
@@ -199,7 +202,7 @@ fn wrong_types() {
         ),
         ("retry: {max: 300}", "3:14 retry.max: `300` is not a duration: write 30s, 10m, 1h30m or 500ms"),
         ("args: [1]", r#"3:8 args[0]: expected text, found the number 1; put it in quotes: "1""#),
-        ("args:", "3:6 args: expected a list, found nothing; write a value, or leave the field out"),
+        ("args:", "3:5 args: expected a list, found nothing; write a value, or leave the field out"),
     ] {
         check_field(text, expect);
     }
@@ -220,11 +223,23 @@ fn bounds_and_words() {
             "onDisconnect: {after: 10s}",
             "3:23 onDisconnect.after: 10s is shorter than the least duration, 20s",
         ),
-        ("restartPolicy: always", "3:16 restartPolicy: `always` is not known, did you mean `Always`?"),
-        ("network: vlan", "3:10 network: `vlan` is not known; write one of bridge, host, none"),
-        ("capabilities: [CAP_NET_ADMIN]", "3:16 capabilities[0]: `CAP_NET_ADMIN` is not known, did you mean `NET_ADMIN`?"),
-        ("checkpoint: {signal: USR1}", "3:22 checkpoint.signal: `USR1` is not known, did you mean `SIGUSR1`?"),
-        ("checkpoint: {signal: SIGKILL}", "3:22 checkpoint.signal: `SIGKILL` is not known, did you mean `SIGALRM`?"),
+        (
+            "restartPolicy: always",
+            "3:16 restartPolicy: `always` is not a choice here, did you mean `Always`?",
+        ),
+        ("network: vlan", "3:10 network: `vlan` is not a choice here; write one of bridge, host, none"),
+        (
+            "capabilities: [CAP_NET_ADMIN]",
+            "3:16 capabilities[0]: `CAP_NET_ADMIN` is not a choice here, did you mean `NET_ADMIN`?",
+        ),
+        (
+            "checkpoint: {signal: USR1}",
+            "3:22 checkpoint.signal: `USR1` is not a choice here, did you mean `SIGUSR1`?",
+        ),
+        (
+            "checkpoint: {signal: SIGKILL}",
+            "3:22 checkpoint.signal: `SIGKILL` is not a choice here; write one of SIGALRM, SIGCONT, SIGHUP, SIGINT, SIGIO, SIGPWR, SIGQUIT, SIGTERM, SIGTSTP, SIGURG, SIGUSR1, SIGUSR2, SIGVTALRM, SIGWINCH",
+        ),
         ("workingDir: app", "3:13 workingDir: not an absolute path: begin it with `/`"),
         ("workingDir: /a/../b", "3:13 workingDir: holds an empty part, `.` or `..`: write the path out"),
         ("outputs: [model]", "3:11 outputs[0]: not an absolute path: begin it with `/`"),
@@ -298,18 +313,12 @@ fn relations() {
             "resources: {gpu: {count: 2, milli: 500}}",
             "3:36 resources.gpu.milli: a share of 500 thousandths is of one device, and `count` is 2",
         ),
-        (
-            "resources: {cpu: 2}\nlimits: {cpu: 1}",
-            "4:15 limits.cpu: 1 is less than `resources.cpu` (2)",
-        ),
+        ("resources: {cpu: 2}\nlimits: {cpu: 1}", "4:15 limits.cpu: 1 is less than `resources.cpu` (2)"),
         (
             "limits: {memory: 64Mi}",
             "3:18 limits.memory: 64Mi is less than `resources.memory` (128Mi, the default)",
         ),
-        (
-            "retry: {min: 10m}",
-            "3:8 retry: the first wait (min, 10m) is longer than the longest (max, 5m)",
-        ),
+        ("retry: {min: 10m}", "3:8 retry: the first wait (min, 10m) is longer than the longest (max, 5m)"),
         (
             "onDisconnect: {after: 2m, lostAfter: 60s}",
             "3:38 onDisconnect.lostAfter: 1m is shorter than `after` (2m): a node is not lost before its pods act",
@@ -336,7 +345,10 @@ fn relations() {
             "3:34 volumes[0].name: cannot be together with `size`",
         ),
         ("volumes: [{mount: /a}]", "3:11 volumes[0]: one of host, size, name is required"),
-        ("volumes: [{mount: /, size: 1Gi}]", "3:19 volumes[0].mount: the root itself cannot be a mount: name a directory below it"),
+        (
+            "volumes: [{mount: /, size: 1Gi}]",
+            "3:19 volumes[0].mount: the root itself cannot be a mount: name a directory below it",
+        ),
         ("secrets: [{mount: /a}]", "3:11 secrets[0].name: required, such as \"wandb\""),
     ] {
         check_field(text, expect);
@@ -351,7 +363,9 @@ fn relations() {
 
 #[test]
 fn several_containers() {
-    let job = spec("name: a\ncontainers:\n- {name: x, image: host, resources: {cpu: 1}}\n- {name: y, image: b, resources: {gpu: {}}}");
+    let job = spec(
+        "name: a\ncontainers:\n- {name: x, image: host, resources: {cpu: 1}}\n- {name: y, image: b, resources: {gpu: {}}}",
+    );
     let names: Vec<&str> = job.pod.containers.iter().map(|c| c.name.as_str()).collect();
     assert_eq!(names, ["x", "y"]);
     assert_eq!(job.pod.resources().cpu, MilliCpu(1100));
@@ -361,7 +375,7 @@ fn several_containers() {
             "3:7 args: with `containers`, write it in each of them",
             "4:1 containers: cannot be together with `image`",
             "6:10 containers[1].name: `x` is the name of containers[0] already",
-            "6:41 containers[1].resources.gpu: only one container of a pod may ask for GPUs, and containers[0] does",
+            "6:43 containers[1].resources.gpu: only one container of a pod may ask for GPUs, and containers[0] does",
             r#"7:3 containers[2].name: required, such as "main""#,
             r#"7:3 containers[2].image: required, such as "docker.io/library/python:3.12-slim""#,
         ],
@@ -375,18 +389,24 @@ fn what_is_not_a_document() {
     check("# nothing\n", &[": the job file is empty"]);
     check("[a]", &[": expected the fields of a job, such as `image: host`; found a list"]);
     check("hello", &[": expected the fields of a job, such as `image: host`; found the text `hello`"]);
-    check("name: a\nimage: host\n---\nname: b\n", &["3:1 : a second document begins here, and a file holds one job"]);
+    check(
+        "name: a\nimage: host\n---\nname: b\n",
+        &["3:1 : a second document begins here, and a file holds one job"],
+    );
     check("name: a\nimage: host\nname: b\n", &["3:1 name: written twice; the first is in line 1"]);
     check(r#"{"name":"a","image":"host","name":"b"}"#, &["1:28 name: written twice; the first is in line 1"]);
-    check("name: &x a\nimage: host\n", &["1:10 name: anchors are not allowed: write the value out"]);
+    check("name: &x a\nimage: host\n", &["1:7 name: anchors are not allowed: write the value out"]);
     check(
         "name: &x a\nimage: *x\n",
         &[
-            "1:10 name: anchors are not allowed: write the value out",
+            "1:7 name: anchors are not allowed: write the value out",
             "2:8 image: aliases are not allowed: write the value out",
         ],
     );
-    check("name: !!str a\nimage: host\n", &["1:13 name: tags such as `tag:yaml.org,2002:!str` are not allowed"]);
+    check(
+        "name: !!str a\nimage: host\n",
+        &["1:7 name: tags such as `tag:yaml.org,2002:!str` are not allowed"],
+    );
     check(
         "name: a\nimage: host\nenv:\n  <<: {A: b}\n",
         &["4:3 env.<<: merge keys are not allowed: write the fields out"],
@@ -424,7 +444,8 @@ fn errors_are_bounded() {
 
 #[test]
 fn the_same_file_is_the_same_however_it_is_spelled() {
-    let json = r#"{"name":"a","image":"host","resources":{"cpu":0.5,"memory":1073741824},"tolerations":["b","a"]}"#;
+    let json =
+        r#"{"name":"a","image":"host","resources":{"cpu":0.5,"memory":1073741824},"tolerations":["b","a"]}"#;
     let yaml = "tolerations: [a, b]\nimage: 'host'\nresources:\n  memory: 1Gi\n  cpu: 500m\n";
     let topic = (Namespace::default_namespace(), JobName::parse("a").unwrap());
     let with_topic = parse(yaml.as_bytes(), Some((&topic.0, &topic.1))).unwrap();
@@ -436,7 +457,7 @@ fn the_same_file_is_the_same_however_it_is_spelled() {
     // The digest lasts: stored generations are compared with it.
     assert_eq!(
         written(CONTRACT).to_string(),
-        "sha256:0"
+        "sha256:b3b2e81c68e6f5a9a82c9f920707843f993dcf22a0d962148fcab34100513fef"
     );
 }
 
@@ -485,8 +506,10 @@ fn a_terminal_sees_the_line_and_a_caret() {
 #[test]
 fn hostile_error_places_do_not_panic() {
     let error = |line, column| FieldError { field: String::new(), line, column, message: "m".into() };
-    for (line, column) in [(Some(0), Some(0)), (Some(u32::MAX), Some(1)), (Some(1), Some(u32::MAX)), (Some(1), None)] {
-        assert!(show_errors("f", "abc", &[error(line, column)]).ends_with('\n') );
+    for (line, column) in
+        [(Some(0), Some(0)), (Some(u32::MAX), Some(1)), (Some(1), Some(u32::MAX)), (Some(1), None)]
+    {
+        assert!(show_errors("f", "abc", &[error(line, column)]).ends_with('\n'));
     }
 }
 
@@ -502,20 +525,23 @@ fn worst() -> Vec<String> {
     };
     let numbered = |unit: &dyn Fn(usize) -> String| {
         let mut text = String::new();
-        for n in 0.. {
-            let unit = unit(n);
+        for unit in (0..).map(unit) {
             if text.len() + unit.len() > max {
-                break text;
+                break;
             }
             text.push_str(&unit);
         }
+        text
     };
     let laughs = "a: &a [x,x,x,x,x,x,x,x,x]\n".to_owned()
         + &numbered(&|n| format!("b{n}: &b{n} [*a,*a,*a,*a,*a,*a,*a,*a,*a]\n"));
-    let mut all: Vec<String> = ["[", "{", "{a: ", "[a: ", "- ", "? ", "- - ", "a: ", "\"", "'", "&a ", "!a ", "*a ", "x ", "\n", "\t", "#", "|\n ", "%a\n", ": ", "[]", ",", "\\", "---\n", "\u{fffd}"]
-        .iter()
-        .flat_map(|unit| ["", "a: ", "[", "{", "\"", "env: {"].map(|head| fill(head, unit)))
-        .collect();
+    let mut all: Vec<String> = [
+        "[", "{", "{a: ", "[a: ", "- ", "? ", "- - ", "a: ", "\"", "'", "&a ", "!a ", "*a ", "x ", "\n",
+        "\t", "#", "|\n ", "%a\n", ": ", "[]", ",", "\\", "---\n", "\u{fffd}",
+    ]
+    .iter()
+    .flat_map(|unit| ["", "a: ", "[", "{", "\"", "env: {"].map(|head| fill(head, unit)))
+    .collect();
     all.push(laughs.chars().take(max).collect());
     all.push(numbered(&|n| format!("x{n}: 1\n")));
     all.push(numbered(&|n| format!("{n:>width$}:\n", width = n % 40)));
@@ -538,7 +564,9 @@ fn the_worst_files_take_bounded_work() {
         assert!(told <= crate::limits::JOB_FILE_ERRORS_MAX, "{head:?}");
         let took = before.elapsed();
         assert!(took.as_secs() < SECONDS_MAX, "{head:?} took {took:?}");
-        if took.as_millis() > 200 { eprintln!("{head:?} took {took:?}"); }
+        if took.as_millis() > 200 {
+            eprintln!("{head:?} took {took:?}");
+        }
     }
 }
 
@@ -568,4 +596,261 @@ fn examples_are_right() {
         }
     }
     walk(schema::JOB, "");
+}
+
+mod properties {
+    use proptest::collection::{btree_map, btree_set, vec};
+    use proptest::option;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::ids::SecretName;
+    use crate::resources::GpuRequest;
+
+    const NAME: &str = "[a-z0-9]([-a-z0-9]{0,6}[a-z0-9])?";
+
+    fn name<T: std::fmt::Debug + std::str::FromStr>(pattern: &'static str) -> impl Strategy<Value = T>
+    where
+        T::Err: std::fmt::Debug,
+    {
+        pattern.prop_map(|text| text.parse().unwrap())
+    }
+
+    fn text() -> impl Strategy<Value = String> {
+        "[^\0]{0,12}|true|12|0x1|~||<<|- a|a: b|\\PC{0,20}"
+    }
+
+    fn path() -> impl Strategy<Value = String> {
+        "/[a-zé ]{1,5}(/[a-z]{1,3}){0,2}"
+    }
+
+    fn seconds(min: u64) -> impl Strategy<Value = Millis> {
+        (min..100_000u64).prop_map(Millis::from_secs)
+    }
+
+    fn gpu() -> impl Strategy<Value = GpuRequest> {
+        let count = prop_oneof![(1..=64u32, Just(1000u32)), (Just(1u32), 1..=1000u32)];
+        (count, option::of(memory()), btree_set("[A-Z][A-Z0-9 ]{1,6}", 0..3))
+            .prop_map(|((count, milli), memory, model)| GpuRequest { count, milli, memory, model })
+    }
+
+    fn cpu() -> impl Strategy<Value = MilliCpu> {
+        (1..1_000_000u64).prop_map(MilliCpu)
+    }
+
+    fn memory() -> impl Strategy<Value = Bytes> {
+        prop_oneof![(4..4096u64).prop_map(|mib| Bytes(mib << 20)), (4u64 << 20..1 << 40).prop_map(Bytes)]
+    }
+
+    prop_compose! {
+        fn resources()(a in cpu(), b in cpu(), c in memory(), d in memory(), gpu in option::of(gpu()))
+            -> (Resources, Limits)
+        {
+            (Resources { cpu: a.min(b), memory: c.min(d), gpu }, Limits { cpu: a.max(b), memory: c.max(d) })
+        }
+    }
+
+    prop_compose! {
+        fn container(secret_root: &'static str)(
+            name in name::<ContainerName>(NAME),
+            image in prop_oneof![Just("host".to_owned()), "[a-z]{1,9}(:[A-Za-z0-9]{1,4})?", "oci:/[a-z]{1,9}"],
+            command in vec(text(), 0..3).prop_filter("a command", |c| c.first().is_none_or(|c| !c.is_empty())),
+            args in vec(text(), 0..3),
+            env in btree_map("[A-Z_][A-Z0-9_]{0,8}", text(), 0..4),
+            (working_dir, user) in (option::of(path()), option::of("[a-z]{1,5}|[0-9]{1,5}(:[0-9]{1,5})?")),
+            (resources, limits) in resources(),
+            read_only_root: bool,
+            capabilities in btree_set(proptest::sample::select(&form::CAPABILITIES[..]).prop_map(String::from), 0..3),
+            secrets in btree_map(0..9u8, name::<SecretName>(NAME), 0..3),
+        ) -> ContainerSpec {
+            let secret = |(n, name)| SecretMount { name, mount: format!("{secret_root}/{n}") };
+            let secrets = secrets.into_iter().map(secret).collect();
+            ContainerSpec {
+                name, image, command, args, env, working_dir, user, resources, limits, read_only_root, capabilities,
+                secrets,
+            }
+        }
+    }
+
+    fn containers() -> impl Strategy<Value = Vec<ContainerSpec>> {
+        let single = container("/secrets").prop_map(|mut one| {
+            one.name = ContainerName::parse("main").unwrap();
+            vec![one]
+        });
+        let several = vec(container("/secrets"), 1..4).prop_map(|mut several| {
+            for (index, container) in several.iter_mut().enumerate() {
+                container.name = ContainerName::parse(&format!("c{index}")).unwrap();
+                if index > 0 {
+                    container.resources.gpu = None;
+                }
+            }
+            several
+        });
+        prop_oneof![single, several]
+    }
+
+    fn volumes() -> impl Strategy<Value = Vec<Volume>> {
+        let source = prop_oneof![
+            path().prop_map(VolumeSource::Host),
+            (1..1u64 << 40).prop_map(|size| VolumeSource::Scratch(Bytes(size))),
+            name::<VolumeName>(NAME).prop_map(VolumeSource::Named),
+        ];
+        btree_map(0..9u8, (source, any::<bool>()), 0..3).prop_map(|volumes| {
+            let volume =
+                |(n, (source, read_only))| Volume { mount: format!("/volumes/{n}"), source, read_only };
+            volumes.into_iter().map(volume).collect()
+        })
+    }
+
+    fn restart() -> impl Strategy<Value = Restart> {
+        use RestartPolicy::{Always, Never, OnFailure};
+        let policy = proptest::sample::select(vec![Never, OnFailure, Always]);
+        (policy, 0..=10_000u32, 0..100_000u64, 0..100_000u64).prop_map(|(policy, backoff_limit, a, b)| {
+            Restart { policy, backoff_limit, retry_min: Millis(a.min(b)), retry_max: Millis(a.max(b)) }
+        })
+    }
+
+    fn on_disconnect() -> impl Strategy<Value = OnDisconnect> {
+        use DisconnectAction::{Continue, Pause, Stop};
+        let action = proptest::sample::select(vec![Pause, Continue, Stop]);
+        (action, 20_000..200_000u64, 20_000..200_000u64).prop_map(|(action, a, b)| OnDisconnect {
+            after: Millis(a.min(b)),
+            action,
+            lost_after: Millis(a.max(b)),
+        })
+    }
+
+    prop_compose! {
+        fn checkpoint()(
+            mode in proptest::sample::select(vec![
+                CheckpointMode::Auto, CheckpointMode::Criu, CheckpointMode::Cooperative, CheckpointMode::None,
+            ]),
+            interval in option::of(seconds(1)),
+            signal in option::of(proptest::sample::select(&form::SIGNALS[..]).prop_map(String::from)),
+            grace in seconds(0),
+            ready in option::of(path()),
+            quiesce in vec(text(), 0..3),
+            resume in vec(text(), 0..3),
+            keep_tcp: bool,
+            keep in 1..=100u32,
+        ) -> Checkpoint {
+            let tcp = if keep_tcp { TcpPolicy::Keep } else { TcpPolicy::Close };
+            Checkpoint { mode, interval, signal, grace, ready, quiesce, resume, tcp, keep }
+        }
+    }
+
+    prop_compose! {
+        fn placement()(
+            affinity in option::of("[a-z' =]{0,20}x"),
+            prefer in vec(("[a-z' =]{0,20}x", 1..=100).prop_map(|(when, weight)| Preference { when, weight }), 0..3),
+            spread in option::of("node\\.labels\\.[a-z./-]{1,9}"),
+            tolerations in btree_set("[a-z=]{1,8}", 0..3),
+            anti_affinity in option::of("job|node\\.labels\\.[a-z]{1,9}"),
+        ) -> Placement {
+            Placement { affinity, prefer, spread, tolerations, anti_affinity }
+        }
+    }
+
+    prop_compose! {
+        fn template()(
+            containers in containers(),
+            volumes in volumes(),
+            network in proptest::sample::select(vec![Network::Bridge, Network::Host, Network::None]),
+            restart in restart(),
+            grace in (0..=86_400u64).prop_map(Millis::from_secs),
+            on_disconnect in on_disconnect(),
+            checkpoint in checkpoint(),
+            outputs in vec(path(), 0..3),
+            workspace in option::of((any::<u64>(), 1..1u64 << 40)),
+        ) -> PodTemplate {
+            let workspace = workspace.map(|(content, bytes)| Workspace {
+                digest: Digest::of(&content.to_le_bytes()),
+                bytes: Bytes(bytes),
+                path: "/workspace".into(),
+            });
+            PodTemplate {
+                namespace: Namespace::default_namespace(),
+                job: JobName::parse("x").unwrap(),
+                containers, volumes, network, restart, grace, on_disconnect, checkpoint, outputs, workspace,
+            }
+        }
+    }
+
+    prop_compose! {
+        fn job()(
+            namespace in name::<Namespace>(NAME),
+            name in name::<JobName>(NAME),
+            mut pod in template(),
+            placement in placement(),
+            (a, b, gang) in (1..=10_000u32, 1..=10_000u32, any::<bool>()),
+            suspend: bool,
+            active_deadline in option::of(seconds(1)),
+            ttl in seconds(0),
+            priority in -1000..=1000,
+            preemptible: bool,
+        ) -> JobSpec {
+            (pod.namespace, pod.job) = (namespace.clone(), name.clone());
+            let (completions, parallelism) = if gang { (a, a) } else { (a.max(b), a.min(b)) };
+            JobSpec {
+                namespace, name, pod, placement, parallelism, completions, gang, suspend, active_deadline, ttl,
+                priority, preemptible,
+            }
+        }
+    }
+
+    /// Any JSON, as deep and as odd as a job file may be.
+    fn json() -> impl Strategy<Value = serde_json::Value> {
+        use serde_json::Value;
+        let number = prop_oneof![any::<i64>().prop_map(Value::from), any::<f64>().prop_map(Value::from)];
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            number,
+            text().prop_map(Value::from),
+        ];
+        leaf.prop_recursive(5, 40, 5, |inner| {
+            let fields = btree_map(text(), inner.clone(), 0..5);
+            prop_oneof![
+                vec(inner, 0..5).prop_map(Value::from),
+                fields.prop_map(|fields| Value::Object(fields.into_iter().collect())),
+            ]
+        })
+    }
+
+    /// The same document, out of reach of the JSON reader.
+    fn as_yaml(json: &str) -> String {
+        format!("{json}\n# not JSON")
+    }
+
+    proptest! {
+        #[test]
+        fn a_job_goes_to_a_file_and_back(job in job()) {
+            let file = serde_json::to_string_pretty(&render(&job)).unwrap();
+            let parsed = parse(file.as_bytes(), None);
+            let parsed = parsed.map_err(|e| TestCaseError::fail(show_errors("job", &file, &e)))?;
+            prop_assert_eq!(&parsed.spec, &job);
+            let yaml = parse(as_yaml(&file).as_bytes(), Some((&job.namespace, &job.name)));
+            prop_assert_eq!(yaml, Ok(parsed));
+        }
+
+        #[test]
+        fn json_and_yaml_are_one_tree(json in json(), pretty: bool) {
+            let text = if pretty { serde_json::to_string_pretty(&json) } else { serde_json::to_string(&json) }.unwrap();
+            let read = |text: &str| {
+                let mut report = report::Report::default();
+                let tree = document::read(text.as_bytes(), &mut report);
+                (tree, report.into_errors())
+            };
+            prop_assert!(json::is_json(&text) && !json::is_json(&as_yaml(&text)));
+            prop_assert_eq!(read(&text), read(&as_yaml(&text)));
+        }
+
+        #[test]
+        fn no_text_panics(text in "\\PC{0,60}|([\\[\\]{}:,&*!|>'\"%@`#?~ \n\t-]|[a-c]|0|<<|image: host\n){0,40}") {
+            if let Err(errors) = parse(text.as_bytes(), None) {
+                prop_assert!(!errors.is_empty());
+                prop_assert!(!show_errors("f", &text, &errors).is_empty());
+            }
+        }
+    }
 }

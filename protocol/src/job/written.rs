@@ -13,7 +13,7 @@ use crate::units::{Bytes, MilliCpu, Millis};
 
 /// Structs whose fields may all be absent; `..` marks a part whose fields stand beside its own.
 macro_rules! written {
-    ($(#[$doc:meta])* $name:ident { $($(#[$attr:meta])* $field:ident: $type:ty,)* $(..$part:ident: $of:ty)? }) => {
+    ($(#[$doc:meta])* struct $name:ident { $($(#[$attr:meta])* $field:ident: $type:ty,)* $(..$part:ident: $of:ty)? }) => {
         $(#[$doc])*
         #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
         #[serde(rename_all = "camelCase")]
@@ -31,45 +31,49 @@ macro_rules! written {
     };
 }
 
-written!(File {
-    kind: String,
-    name: JobName,
-    namespace: Namespace,
-    containers: Vec<Container>,
-    affinity: String,
-    prefer: Vec<Preference>,
-    spread: String,
-    tolerations: BTreeSet<String>,
-    anti_affinity: String,
-    volumes: Vec<Volume>,
-    network: Network,
-    outputs: Vec<String>,
-    workspace: Workspace,
-    parallelism: u32,
-    completions: u32,
-    gang: bool,
-    suspend: bool,
-    restart_policy: RestartPolicy,
-    backoff_limit: u32,
-    retry: Retry,
-    active_deadline_seconds: u64,
-    termination_grace_period_seconds: u64,
-    ttl_seconds_after_finished: u64,
-    priority: i32,
-    preemptible: bool,
-    checkpoint: Checkpoint,
-    on_disconnect: OnDisconnect,
-    ..single: Body
-});
+written! {
+    struct File {
+        kind: String,
+        name: JobName,
+        namespace: Namespace,
+        containers: Vec<Container>,
+        affinity: String,
+        prefer: Vec<Preference>,
+        spread: String,
+        tolerations: BTreeSet<String>,
+        anti_affinity: String,
+        volumes: Vec<Volume>,
+        network: Network,
+        outputs: Vec<String>,
+        workspace: Workspace,
+        parallelism: u32,
+        completions: u32,
+        gang: bool,
+        suspend: bool,
+        restart_policy: RestartPolicy,
+        backoff_limit: u32,
+        retry: Retry,
+        active_deadline_seconds: u64,
+        termination_grace_period_seconds: u64,
+        ttl_seconds_after_finished: u64,
+        priority: i32,
+        preemptible: bool,
+        checkpoint: Checkpoint,
+        on_disconnect: OnDisconnect,
+        ..single: Body
+    }
+}
 
-written!(Container {
-    name: ContainerName,
-    ..body: Body
-});
+written! {
+    struct Container {
+        name: ContainerName,
+        ..body: Body
+    }
+}
 
-written!(
+written! {
     /// What a container says, the single one at the top of the file.
-    Body {
+    struct Body {
         image: String,
         command: Vec<String>,
         args: Vec<String>,
@@ -82,77 +86,99 @@ written!(
         capabilities: BTreeSet<String>,
         secrets: Vec<Secret>,
     }
-);
+}
 
-written!(Resources {
-    cpu: MilliCpu,
-    memory: Bytes,
-    gpu: Gpu,
-});
+written! {
+    struct Resources {
+        cpu: MilliCpu,
+        memory: Bytes,
+        gpu: Gpu,
+    }
+}
 
-written!(Gpu {
-    count: u32,
-    milli: u32,
-    memory: Bytes,
-    model: BTreeSet<String>,
-});
+written! {
+    struct Gpu {
+        count: u32,
+        milli: u32,
+        memory: Bytes,
+        model: BTreeSet<String>,
+    }
+}
 
-written!(Limits {
-    cpu: MilliCpu,
-    memory: Bytes,
-});
+written! {
+    struct Limits {
+        cpu: MilliCpu,
+        memory: Bytes,
+    }
+}
 
-written!(Secret {
-    name: SecretName,
-    mount: String,
-});
+written! {
+    struct Secret {
+        name: SecretName,
+        mount: String,
+    }
+}
 
-written!(Preference {
-    when: String,
-    weight: i32,
-});
+written! {
+    struct Preference {
+        when: String,
+        weight: i32,
+    }
+}
 
-written!(Volume {
-    mount: String,
-    host: String,
-    size: Bytes,
-    name: VolumeName,
-    read_only: bool,
-});
+written! {
+    struct Volume {
+        mount: String,
+        host: String,
+        size: Bytes,
+        name: VolumeName,
+        read_only: bool,
+    }
+}
 
-written!(Workspace {
-    digest: Digest,
-    bytes: Bytes,
-    path: String,
-});
+written! {
+    struct Workspace {
+        digest: Digest,
+        bytes: Bytes,
+        path: String,
+    }
+}
 
-written!(Retry {
-    min: Millis,
-    max: Millis,
-});
+written! {
+    struct Retry {
+        min: Millis,
+        max: Millis,
+    }
+}
 
-written!(Checkpoint {
-    mode: CheckpointMode,
-    interval: Millis,
-    signal: String,
-    grace: Millis,
-    ready: String,
-    hooks: Hooks,
-    tcp: TcpPolicy,
-    keep: u32,
-});
+written! {
+    struct Checkpoint {
+        mode: CheckpointMode,
+        interval: Millis,
+        signal: String,
+        grace: Millis,
+        ready: String,
+        hooks: Hooks,
+        tcp: TcpPolicy,
+        keep: u32,
+    }
+}
 
-written!(Hooks {
-    quiesce: Vec<String>,
-    resume: Vec<String>,
-});
+written! {
+    struct Hooks {
+        quiesce: Vec<String>,
+        resume: Vec<String>,
+    }
+}
 
-written!(OnDisconnect {
-    after: Millis,
-    #[serde(rename = "do")]
-    action: DisconnectAction,
-    lost_after: Millis,
-});
+written! {
+    struct OnDisconnect {
+        after: Millis,
+        #[serde(rename = "do")]
+        action: DisconnectAction,
+        lost_after: Millis,
+    }
+}
 
 impl File {
     /// The digest of what was written. Names do not count: they say which job this is, not what it does.
@@ -176,7 +202,8 @@ impl From<&JobSpec> for File {
             _ => None,
         };
         let several = || {
-            let container = |c: &super::ContainerSpec| Container { name: Some(c.name.clone()), body: Body::from(c) };
+            let container =
+                |c: &super::ContainerSpec| Container { name: Some(c.name.clone()), body: Body::from(c) };
             pod.containers.iter().map(container).collect()
         };
         let preference =

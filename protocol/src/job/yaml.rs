@@ -44,7 +44,8 @@ fn plain_node(to: &mut Builder<'_>, at: Mark, anchor: usize, tag: Option<&Tag>) 
         to.error(at, "anchors are not allowed: write the value out".into());
     }
     if let Some(tag) = tag {
-        let message = format!("tags such as `{}` are not allowed", super::document::shorten(&tag.to_string()));
+        let message =
+            format!("tags such as `{}` are not allowed", super::document::shorten(&tag.to_string()));
         to.error(at, message);
     }
 }
