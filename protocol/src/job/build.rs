@@ -298,7 +298,8 @@ fn spec_size(pod: &PodTemplate, report: &mut Report) {
         Ok(spec) => {
             let bytes = spec.len();
             report.file_error(format!(
-                "what nodes are sent of this job is {bytes} bytes long, at most {SPEC_BYTES_MAX} are allowed: shorten `args` or `env`"
+                "what nodes are sent of this job is {bytes} bytes long, at most {SPEC_BYTES_MAX} are allowed: \
+                 shorten `args` or `env`"
             ));
         }
         Err(error) => report.file_error(format!("the job cannot be sent to nodes: {error}")),

@@ -183,7 +183,8 @@ fn image(image: &str) -> Result<(), String> {
     }
     ensure(
         !image.contains("://"),
-        "an image's reference has no scheme: write docker.io/library/python:3.12-slim, oci:/path or docker-archive:/file.tar",
+        "an image's reference has no scheme: write docker.io/library/python:3.12-slim, oci:/path or \
+         docker-archive:/file.tar",
     )?;
     let (name, digest) = image.split_once('@').map_or((image, None), |(name, digest)| (name, Some(digest)));
     if let Some(digest) = digest {
@@ -202,7 +203,8 @@ fn image(image: &str) -> Result<(), String> {
         |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-[]:".contains(&b));
     ensure(
         host.is_none_or(plain) && repository.split('/').all(part) && tag.is_none_or(plain),
-        "not an image's reference: write one such as docker.io/library/python:3.12-slim, lowercase but for the tag",
+        "not an image's reference: write one such as docker.io/library/python:3.12-slim, lowercase but for \
+         the tag",
     )
 }
 

@@ -44,7 +44,8 @@ fn kind(kind: &Kind) -> Value {
             json!({ "type": ["string", "number"], "pattern": r"^[0-9]+(\.[0-9]{1,3}|m)?$" })
         }
         Kind::Size { .. } => {
-            json!({ "type": ["string", "integer"], "pattern": r"^[0-9]+(\.[0-9]{1,3})?([KMGT]i|[kKMGT]?B|[kMG])?$" })
+            let pattern = r"^[0-9]+(\.[0-9]{1,3})?([KMGT]i|[kKMGT]?B|[kMG])?$";
+            json!({ "type": ["string", "integer"], "pattern": pattern })
         }
         Kind::Span { .. } => json!({ "type": "string", "pattern": "^([0-9]+(ms|s|m|h|d))+$" }),
         Kind::Choice(words) => json!({ "enum": words }),

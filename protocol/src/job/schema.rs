@@ -121,7 +121,8 @@ pub(super) static CONTAINER: [Field; 11] = [
         "image",
         Kind::Text(form::IMAGE),
         r#""docker.io/library/python:3.12-slim""#,
-        "A registry's reference, oci:/path/to/layout[:tag], docker-archive:/file.tar, or host: the node's own root, copy-on-write.",
+        "A registry's reference, oci:/path/to/layout[:tag], docker-archive:/file.tar, or host: the node's own \
+         root, copy-on-write.",
     ),
     field(
         "command",
@@ -276,7 +277,7 @@ static POD: [Field; 4] = [
     field(
         "workspace",
         object(&[&WORKSPACE]),
-        r#"{"digest": "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", "bytes": "1Mi", "path": "/srv/app"}"#,
+        WORKSPACE_EXAMPLE,
         "Files that travel with the job, as `berth run` writes it.",
     ),
 ];
@@ -298,6 +299,12 @@ static VOLUME: [Field; 5] = [
     ),
     field("readOnly", Kind::Flag, "true", "Default: false."),
 ];
+
+const WORKSPACE_EXAMPLE: &str = r#"{
+    "digest": "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+    "bytes": "1Mi",
+    "path": "/srv/app"
+}"#;
 
 static WORKSPACE: [Field; 3] = [
     required(

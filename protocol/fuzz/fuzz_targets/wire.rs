@@ -1,0 +1,68 @@
+//! Any bytes as a topic, as each message, and as records of a log: no panic, and what is read is what is written.
+
+#![no_main]
+
+use std::fmt::Debug;
+
+use berth_protocol::codec::{decode, encode};
+use berth_protocol::ids::{ClientId, ClusterName, JobName, Namespace, NodeId};
+use berth_protocol::log::{LogMessage, read_record};
+use berth_protocol::message::node::{Bye, Desired, Events, Heartbeat, Hello, Lease, NodeRequest, SpecMessage};
+use berth_protocol::message::query::{QueryReply, QueryRequest};
+use berth_protocol::message::user::{Answer, JobCommand, JobStatus, NodeStatus};
+use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
+use libfuzzer_sys::fuzz_target;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+fuzz_target!(|bytes: &[u8]| {
+    topic(bytes);
+    records(bytes);
+    messages(bytes);
+});
+
+fn topic(bytes: &[u8]) {
+    let (Ok(cluster), Ok(text)) = (ClusterName::parse("lab"), std::str::from_utf8(bytes)) else { return };
+    if let Some(topic) = Topic::parse(&cluster, text) {
+        assert_eq!(topic.render(&cluster), text);
+    }
+}
+
+fn records(mut bytes: &[u8]) {
+    while let Ok((record, length)) = read_record(bytes) {
+        let mut written = Vec::new();
+        record.write(&mut written);
+        assert_eq!(read_record(&written), Ok((record, written.len())));
+        bytes = &bytes[length..];
+    }
+}
+
+fn messages(bytes: &[u8]) {
+    let parsed = (NodeId::parse("n"), ClientId::parse("c"), Namespace::parse("d"), JobName::parse("j"));
+    let (Ok(node), Ok(client), Ok(namespace), Ok(name)) = parsed else { return };
+    let of_node = |kind| Topic::node(&node, kind);
+    let of_job = |kind| Topic::job(&namespace, &name, kind);
+    there_and_back::<Hello>(&of_node(NodeTopic::Hello), bytes);
+    there_and_back::<Heartbeat>(&of_node(NodeTopic::Heartbeat), bytes);
+    there_and_back::<Events>(&of_node(NodeTopic::Event), bytes);
+    there_and_back::<Bye>(&of_node(NodeTopic::Bye), bytes);
+    there_and_back::<Desired>(&of_node(NodeTopic::Desired), bytes);
+    there_and_back::<NodeRequest>(&of_node(NodeTopic::Request), bytes);
+    there_and_back::<Lease>(&of_node(NodeTopic::Lease), bytes);
+    there_and_back::<JobCommand>(&of_job(JobTopic::Command), bytes);
+    there_and_back::<Answer>(&of_job(JobTopic::Answer), bytes);
+    there_and_back::<JobStatus>(&of_job(JobTopic::Status), bytes);
+    there_and_back::<LogMessage>(&Topic::Logs { namespace, pod: name.pod(0) }, bytes);
+    there_and_back::<NodeStatus>(&Topic::NodeState { node: node.clone() }, bytes);
+    there_and_back::<QueryRequest>(&Topic::QueryRequest { client: client.clone() }, bytes);
+    // These two carry JSON as it came, whose numbers may be written otherwise.
+    let _ = decode::<QueryReply>(&Topic::QueryReply { client }, bytes);
+    let _ = decode::<SpecMessage>(&of_node(NodeTopic::Spec), bytes);
+}
+
+fn there_and_back<T: DeserializeOwned + Serialize + PartialEq + Debug>(topic: &Topic, bytes: &[u8]) {
+    let Ok(message) = decode::<T>(topic, bytes) else { return };
+    // Escapes may make it longer than it came.
+    let Ok(written) = encode(topic, &message) else { return };
+    assert_eq!(decode::<T>(topic, &written).expect("what is written can be read"), message);
+}
