@@ -4,8 +4,13 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use super::document::printable;
-use crate::limits::JOB_FILE_ERRORS_MAX;
+use crate::limits::{JOB_FILE_ERRORS_MAX, MESSAGE_BYTES_MAX};
 use crate::message::user::FieldError;
+
+/// What one error may say. Paths and messages quote the file, and all errors must fit into one answer.
+const FIELD_CHARS_MAX: usize = 120;
+const MESSAGE_CHARS_MAX: usize = 400;
+const _: () = assert!(JOB_FILE_ERRORS_MAX * 4 * (FIELD_CHARS_MAX + MESSAGE_CHARS_MAX) < MESSAGE_BYTES_MAX);
 
 /// A place in the text; both count from 1, the column in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -60,7 +65,9 @@ impl Report {
             return;
         }
         let (line, column) = (mark.map(|m| m.line), mark.map(|m| m.column));
-        self.errors.push(FieldError { field: path.to_owned(), line, column, message });
+        let field = printable(path, FIELD_CHARS_MAX);
+        let message = printable(&message, MESSAGE_CHARS_MAX);
+        self.errors.push(FieldError { field, line, column, message });
     }
 
     /// No further error will be shown: looking for the best words is in vain.
@@ -93,6 +100,7 @@ impl Report {
 }
 
 /// The errors of `source` as a terminal shows them, each with its line and a caret below it. `name` is the file's.
+/// The errors may have come over the network: nothing in them reaches the terminal as a control character.
 ///
 /// ```text
 /// digits.yaml:7:3: resources.cpus: unknown field, did you mean `cpu`?
@@ -112,9 +120,9 @@ pub fn show_errors(name: &str, source: &str, errors: &[FieldError]) -> String {
             None => write!(shown, ": "),
         };
         if !error.field.is_empty() {
-            let _ = write!(shown, "{}: ", error.field);
+            let _ = write!(shown, "{}: ", printable(&error.field, FIELD_CHARS_MAX));
         }
-        let _ = writeln!(shown, "{}", error.message);
+        let _ = writeln!(shown, "{}", printable(&error.message, MESSAGE_CHARS_MAX));
         let Some((line, column)) = place else { continue };
         let text = (line as usize).checked_sub(1).and_then(|index| lines.get(index));
         if let Some(text) = text.filter(|text| !text.trim().is_empty()) {

@@ -417,6 +417,12 @@ fn what_is_not_a_document() {
         &["4:3 env.<<: merge keys are not allowed: write the fields out"],
     );
     check("name: a\nimage: host\n? [a]\n: b\n", &["3:3 : a key must be text"]);
+    check(
+        "name: a\nimage: host\nnamespace: \"\\x7f\"\n",
+        &[
+            "3:12 namespace: namespace `\u{fffd}` may hold only a-z, 0-9 and `-`, and must begin and end with a letter or a digit",
+        ],
+    );
     check("name: a\u{1}\n", &["1:1 : the control character U+0001 is not allowed"]);
     check(
         r#"{"name":"a","image":"host","env":{"A":"\ud800"}}"#,
@@ -511,6 +517,8 @@ fn a_terminal_sees_the_line_and_a_caret() {
 #[test]
 fn hostile_error_places_do_not_panic() {
     let error = |line, column| FieldError { field: String::new(), line, column, message: "m".into() };
+    let coloured = FieldError { message: "\u{1b}[31m".into(), ..error(None, None) };
+    assert_eq!(show_errors("f", "", &[coloured]), "f: \u{fffd}[31m\n");
     for (line, column) in
         [(Some(0), Some(0)), (Some(u32::MAX), Some(1)), (Some(1), Some(u32::MAX)), (Some(1), None)]
     {
