@@ -355,14 +355,19 @@ impl<'a> Follow<'a> {
             }
         }
         if finished {
-            for source in sources.iter().filter(|source| source.records.is_none() && source.stored.is_none())
-            {
-                self.give_up(&source.pod, source.epoch, false)?;
+            let exists = |pod: &PodName, epoch: Epoch| {
+                sources.iter().any(|source| {
+                    (&source.pod, source.epoch) == (pod, epoch)
+                        && (source.records.is_some() || source.stored.is_some())
+                })
+            };
+            // Its log went with its node, or was never written: nobody has more of it.
+            for (pod, epoch) in self.order.open().into_iter().filter(|(pod, epoch)| !exists(pod, *epoch)) {
+                self.give_up(&pod, epoch, false)?;
             }
         }
-        self.listed_after_end |= self.ended();
         self.finished |= finished;
-        self.listed_after_end |= finished;
+        self.listed_after_end |= self.ended();
         self.listed = Some(Instant::now());
         self.ask_again();
         Ok(())
