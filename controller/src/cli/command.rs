@@ -104,7 +104,7 @@ directory goes along, without what .berthignore names (the syntax of
 
 Exit codes: the command's own, 128 + signal, 130 cancelled, 125 where berth
 itself failed.")]
-    Run(Run),
+    Run(Box<Run>),
     /// List jobs, pods, nodes or outputs
     #[command(after_help = "Examples:
   berth get jobs

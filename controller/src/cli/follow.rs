@@ -205,7 +205,7 @@ impl<'a> Follow<'a> {
         self.cancel_again(now)?;
         if self.ended() && self.ended_at.is_none() {
             self.ended_at = Some(now);
-            if !self.finished && !(self.order.complete() && self.settled()) {
+            if !(self.finished || self.order.complete() && self.settled()) {
                 self.ask_at = now;
                 self.gap = GAP_MIN;
             }

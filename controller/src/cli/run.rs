@@ -1,5 +1,6 @@
 //! `run`: a command as a job, its output here, its exit code ours.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
@@ -66,7 +67,7 @@ pub async fn run(settings: &Settings, args: Run) -> anyhow::Result<u8> {
         );
     }
     let Some(asked) = asked else {
-        println!("{job}");
+        writeln!(std::io::stdout(), "{job}")?;
         session.close().await;
         return Ok(0);
     };

@@ -1,5 +1,6 @@
 //! `submit`: a job file to the controller, sent until it is answered.
 
+use std::io::Write as _;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -66,9 +67,9 @@ fn report(
     match settings.format {
         Format::Table | Format::Wide => {
             let what = if unchanged { "unchanged" } else { "accepted" };
-            println!("job {namespace}/{job} {what} (generation {generation})");
+            writeln!(std::io::stdout(), "job {namespace}/{job} {what} (generation {generation})")?;
         }
-        Format::Name => println!("{job}"),
+        Format::Name => writeln!(std::io::stdout(), "{job}")?,
         format => print_value(
             format,
             &json!({"namespace": namespace, "job": job, "accepted": true, "generation": generation}),

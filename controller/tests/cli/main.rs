@@ -4,7 +4,7 @@ mod fake;
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::Stdio;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
@@ -186,12 +186,12 @@ fn a_new_generation_shows_nothing_of_the_one_before() {
 fn ctrl_c_cancels_and_a_second_one_leaves() {
     let broker = Broker::start();
     let (tx, rx) = mpsc::channel();
-    let obey = Arc::new(AtomicUsize::new(1));
-    let obeys = obey.clone();
+    let (obey, cancelled) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
+    let (obeys, is_cancelled, over) = (obey.clone(), cancelled.clone(), cancelled.clone());
     let _controller = runs(
         &broker,
         vec![this_node()],
-        |asked| sources(json!([]), asked > 1, no_depot()),
+        move |_| sources(json!([]), over.load(Ordering::SeqCst), no_depot()),
         move |bus, request| match request {
             Request::Submit { job, .. } => {
                 bus.status(&status(job.as_str(), 1, "Running", json!([])));
@@ -200,7 +200,8 @@ fn ctrl_c_cancels_and_a_second_one_leaves() {
             Request::Command { job, command, payload } => {
                 assert_eq!(command.command, JobVerb::Cancel);
                 bus.accept(job, command.id.clone(), payload, 1);
-                if obeys.load(Ordering::SeqCst) == 1 {
+                if obeys.load(Ordering::SeqCst) {
+                    is_cancelled.store(true, Ordering::SeqCst);
                     bus.status(&status(job.as_str(), 1, "Cancelled", json!([])));
                 }
                 tx.send(()).unwrap();
@@ -214,7 +215,8 @@ fn ctrl_c_cancels_and_a_second_one_leaves() {
         },
     );
     for second in [false, true] {
-        obey.store(usize::from(!second), Ordering::SeqCst);
+        obey.store(!second, Ordering::SeqCst);
+        cancelled.store(false, Ordering::SeqCst);
         let mut child = berth(&broker, &["run", "--", "x"])
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
