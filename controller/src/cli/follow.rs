@@ -130,8 +130,8 @@ impl<'a> Follow<'a> {
         Ok(self)
     }
 
-    pub fn question(namespace: &Namespace, job: &JobName) -> Query {
-        Query::Logs { namespace: namespace.clone(), job: job.clone(), follow: true }
+    pub fn question(namespace: &Namespace, job: &JobName, until: Until) -> Query {
+        Query::Logs { namespace: namespace.clone(), job: job.clone(), follow: until == Until::Ended }
     }
 
     /// Returns the last status that was seen, if any was.
@@ -215,7 +215,8 @@ impl<'a> Follow<'a> {
         }
         let lapsed = self.asked.as_ref().is_some_and(|(_, at)| now >= *at + RESEND_MIN);
         if lapsed || self.asked.is_none() && now >= self.ask_at {
-            let id = self.session.ask(&Self::question(&self.target.namespace, &self.target.job))?;
+            let id =
+                self.session.ask(&Self::question(&self.target.namespace, &self.target.job, self.until))?;
             self.asked = Some((id, now));
         }
         if self.moved_at.elapsed() >= STUCK && self.listed.is_some() {

@@ -50,7 +50,7 @@ pub async fn run(settings: &Settings, args: Run) -> anyhow::Result<u8> {
     session.publish(&Topic::job(&namespace, &job, JobTopic::Submit), file.payload.clone())?;
     let asked = match args.detach {
         true => None,
-        false => Some(session.ask(&Follow::question(&namespace, &job))?),
+        false => Some(session.ask(&Follow::question(&namespace, &job, Until::Ended))?),
     };
     let (answer, unchanged) = submit::answered(&mut session, &file).await?;
     let generation = match answer.verdict {
