@@ -48,8 +48,10 @@ pub async fn command(settings: &Settings, act: Act, args: JobNames) -> anyhow::R
                 eprintln!("berth: job {namespace}/{job}: {}: {}", rejected.code, rejected.message);
                 code = exit::BERTH;
             }
-            (_, Format::Table | Format::Wide) => println!("job {namespace}/{job} {}", act.done),
-            (_, Format::Name) => println!("{job}"),
+            (_, Format::Table | Format::Wide) => {
+                writeln!(std::io::stdout(), "job {namespace}/{job} {}", act.done)?
+            }
+            (_, Format::Name) => writeln!(std::io::stdout(), "{job}")?,
             (_, format) => print_value(format, &serde_json::to_value(&answer)?)?,
         }
     }
@@ -87,10 +89,10 @@ pub async fn version(settings: &Settings, args: Version) -> anyhow::Result<u8> {
             print_value(settings.format, &json!({"client": client, "controller": controller}))?;
         }
         _ => {
-            println!("berth {client}");
+            writeln!(std::io::stdout(), "berth {client}")?;
             if let Some(value) = controller {
                 let ControllerVersion { version, cluster } = serde_json::from_value(value)?;
-                println!("berth-controller {version} (cluster {cluster})");
+                writeln!(std::io::stdout(), "berth-controller {version} (cluster {cluster})")?;
             }
         }
     }

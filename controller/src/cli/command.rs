@@ -23,8 +23,8 @@ use super::connect::BrokerUrl;
   berth get jobs -w                    watch the jobs of the namespace
   berth logs -f digits                 follow a job's output from its first line
 
-The configuration file, ~/.config/berth/config.toml, may hold broker, cluster, namespace, format and
-request-timeout."
+The configuration file, ~/.config/berth/config.toml, may hold broker, cluster,
+namespace, format and request-timeout."
 )]
 pub struct Cli {
     #[command(flatten)]
@@ -38,22 +38,29 @@ pub struct Cli {
 #[command(next_help_heading = "Global options")]
 pub struct Global {
     /// The MQTT broker [default: mqtt://127.0.0.1:1883]
-    #[arg(long, global = true, env = "BERTH_BROKER", value_name = "URL")]
+    #[arg(long, global = true, env = "BERTH_BROKER", hide_env_values = true, value_name = "URL")]
     pub broker: Option<BrokerUrl>,
     /// The fleet, where several share a broker [default: default]
-    #[arg(long, global = true, env = "BERTH_CLUSTER", value_name = "NAME")]
+    #[arg(long, global = true, env = "BERTH_CLUSTER", hide_env_values = true, value_name = "NAME")]
     pub cluster: Option<ClusterName>,
     /// The namespace [default: default]
-    #[arg(short, long, global = true, env = "BERTH_NAMESPACE", value_name = "NAME")]
+    #[arg(short, long, global = true, env = "BERTH_NAMESPACE", hide_env_values = true, value_name = "NAME")]
     pub namespace: Option<Namespace>,
     /// How to print [default: table]
-    #[arg(short = 'o', long, global = true, env = "BERTH_FORMAT", value_name = "FORMAT")]
+    #[arg(
+        short = 'o',
+        long,
+        global = true,
+        env = "BERTH_FORMAT",
+        hide_env_values = true,
+        value_name = "FORMAT"
+    )]
     pub format: Option<Format>,
     /// How long to try to reach the broker, and the controller behind it [default: 30s]
-    #[arg(long, global = true, env = "BERTH_REQUEST_TIMEOUT", value_name = "DURATION", value_parser = duration)]
+    #[arg(long, global = true, env = "BERTH_REQUEST_TIMEOUT", hide_env_values = true, value_name = "DURATION", value_parser = duration)]
     pub request_timeout: Option<Duration>,
     /// The configuration file [default: ~/.config/berth/config.toml]
-    #[arg(long, global = true, env = "BERTH_CONFIG", value_name = "FILE")]
+    #[arg(long, global = true, env = "BERTH_CONFIG", hide_env_values = true, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
 
@@ -80,8 +87,8 @@ pub enum Verb {
   berth submit --wait train.yaml       end with the job's exit code
   generate-job | berth submit -
 
-A file that names no job is named after its file name. The same file again changes nothing; a changed one
-is a new generation of the job.")]
+A job without a name is named after its file. The same file again changes
+nothing; a changed one is a new generation of the job.")]
     Submit(Submit),
     /// Run a command as a job, with its output here, and end with its exit code
     #[command(after_help = "Examples:
@@ -90,12 +97,14 @@ is a new generation of the job.")]
   berth run --image docker.io/library/alpine:3 -- uname -a
   berth run --detach --name nightly --output results -- make results
 
-Without --image the command runs on a copy-on-write view of the node's own file system, in this directory.
-Where the job may land on another machine the directory goes along, without what .berthignore names (the
-syntax of .gitignore), at most 100 MiB. Ctrl-C cancels the job; again leaves it.
+Without --image the command runs on a copy-on-write view of the node's own file
+system, in this directory. Where the job may land on another machine the
+directory goes along, without what .berthignore names (the syntax of
+.gitignore), at most 100 MiB. Ctrl-C cancels the job; again leaves it.
 
-Exit codes: the command's own, 128 + signal, 130 cancelled, 125 where berth itself failed.")]
-    Run(Run),
+Exit codes: the command's own, 128 + signal, 130 cancelled, 125 where berth
+itself failed.")]
+    Run(Box<Run>),
     /// List jobs, pods, nodes or outputs
     #[command(after_help = "Examples:
   berth get jobs
@@ -115,15 +124,17 @@ Exit codes: the command's own, 128 + signal, 130 cancelled, 125 where berth itse
   berth logs -f digits                 from the first line, until the job ends
   berth logs digits/digits-3 --stream stderr
 
-The text comes in order across restarts and moves; lines carry the pod's name where the job has several.")]
+The text comes in order across restarts and moves; lines carry the pod's name
+where the job has several. Times are those of writing, or of arrival while the
+pod runs.")]
     Logs(Logs),
     /// Wait for a job to end, and end with its exit code
     #[command(after_help = "Examples:
   berth wait digits
   berth wait digits --timeout 10m || echo failed
 
-Exit codes: the job's own (of several pods the first that failed), 128 + signal, 124 at the timeout,
-130 cancelled, 125 where berth itself failed.")]
+Exit codes: the job's own (of several pods the first that failed), 128 + signal,
+124 at the timeout, 130 cancelled, 125 where berth itself failed.")]
     Wait(Wait),
     /// Copy a job's outputs to a directory
     #[command(after_help = "Examples:

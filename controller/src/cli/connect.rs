@@ -32,9 +32,11 @@ const UNREAD_MAX: usize = 4096;
 const KEEP_ALIVE: Duration = Duration::from_secs(60);
 const RECONNECT_MIN: Duration = Duration::from_millis(100);
 const RECONNECT_MAX: Duration = Duration::from_secs(2);
-/// A question is asked again after the first, doubling to the second.
+/// A submit or a command is sent again after the first, doubling to the last; a question, which changes nothing,
+/// after the second already.
 pub const RESEND_MIN: Duration = Duration::from_secs(2);
-pub const RESEND_MAX: Duration = Duration::from_secs(30);
+const ASK_AGAIN_MIN: Duration = Duration::from_millis(500);
+const RESEND_MAX: Duration = Duration::from_secs(30);
 
 /// `mqtt://[user:password@]host[:port]`
 #[derive(Clone, PartialEq, Eq)]
@@ -309,7 +311,7 @@ impl Session {
     /// Asks until answered, for the settings' request timeout.
     pub async fn query(&mut self, query: Query) -> anyhow::Result<Value> {
         let patience = self.settings.request_timeout;
-        let mut again = Resend::new(patience);
+        let mut again = Resend::new(ASK_AGAIN_MIN, patience);
         let mut ids = Vec::new();
         loop {
             ids.push(self.ask(&query)?);
@@ -378,8 +380,9 @@ pub struct Resend {
 }
 
 impl Resend {
-    pub fn new(patience: Duration) -> Self {
-        Self { pause: RESEND_MIN, deadline: Instant::now() + patience }
+    /// Beginning with `pause`, for `patience` in all.
+    pub fn new(pause: Duration, patience: Duration) -> Self {
+        Self { pause, deadline: Instant::now() + patience }
     }
 
     /// The moment up to which to wait for an answer.

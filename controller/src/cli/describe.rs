@@ -37,7 +37,7 @@ pub async fn describe(settings: &Settings, args: Describe) -> anyhow::Result<u8>
     session.close().await;
     match settings.format {
         Format::Json | Format::Yaml => print_value(settings.format, &value)?,
-        Format::Name => println!("{name}"),
+        Format::Name => writeln!(std::io::stdout(), "{name}")?,
         Format::Table | Format::Wide => {
             let text = text(&args.what, value, get::now(), get::colour())?;
             std::io::stdout().write_all(text.as_bytes())?;
@@ -195,12 +195,12 @@ fn node(node: &NodeStatus, now: Timestamp, colour: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
+    use crate::cli::golden;
 
     #[test]
     fn descriptions_look_as_they_did() {
         let now = Timestamp::parse("2026-01-01T01:00:00.000Z").unwrap();
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli/golden");
+        let dir = golden::dir();
         for (stem, what) in [
             ("describe-job", Described::Job { name: "digits".parse().unwrap() }),
             ("describe-pod", Described::Pod { name: "digits-0".parse().unwrap() }),
@@ -208,7 +208,7 @@ mod tests {
         ] {
             let value = std::fs::read_to_string(dir.join(stem).with_extension("json")).unwrap();
             let shown = text(&what, serde_json::from_str(&value).unwrap(), now, false).unwrap();
-            render::golden(&dir.join(stem).with_extension("text"), &shown);
+            golden::check(&dir.join(stem).with_extension("text"), &shown);
         }
     }
 }

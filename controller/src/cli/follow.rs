@@ -130,8 +130,8 @@ impl<'a> Follow<'a> {
         Ok(self)
     }
 
-    pub fn question(namespace: &Namespace, job: &JobName) -> Query {
-        Query::Logs { namespace: namespace.clone(), job: job.clone(), follow: true }
+    pub fn question(namespace: &Namespace, job: &JobName, until: Until) -> Query {
+        Query::Logs { namespace: namespace.clone(), job: job.clone(), follow: until == Until::Ended }
     }
 
     /// Returns the last status that was seen, if any was.
@@ -205,7 +205,7 @@ impl<'a> Follow<'a> {
         self.cancel_again(now)?;
         if self.ended() && self.ended_at.is_none() {
             self.ended_at = Some(now);
-            if !self.finished && !(self.order.complete() && self.settled()) {
+            if !(self.finished || self.order.complete() && self.settled()) {
                 self.ask_at = now;
                 self.gap = GAP_MIN;
             }
@@ -215,7 +215,8 @@ impl<'a> Follow<'a> {
         }
         let lapsed = self.asked.as_ref().is_some_and(|(_, at)| now >= *at + RESEND_MIN);
         if lapsed || self.asked.is_none() && now >= self.ask_at {
-            let id = self.session.ask(&Self::question(&self.target.namespace, &self.target.job))?;
+            let id =
+                self.session.ask(&Self::question(&self.target.namespace, &self.target.job, self.until))?;
             self.asked = Some((id, now));
         }
         if self.moved_at.elapsed() >= STUCK && self.listed.is_some() {
@@ -355,14 +356,19 @@ impl<'a> Follow<'a> {
             }
         }
         if finished {
-            for source in sources.iter().filter(|source| source.records.is_none() && source.stored.is_none())
-            {
-                self.give_up(&source.pod, source.epoch, false)?;
+            let exists = |pod: &PodName, epoch: Epoch| {
+                sources.iter().any(|source| {
+                    (&source.pod, source.epoch) == (pod, epoch)
+                        && (source.records.is_some() || source.stored.is_some())
+                })
+            };
+            // Its log went with its node, or was never written: nobody has more of it.
+            for (pod, epoch) in self.order.open().into_iter().filter(|(pod, epoch)| !exists(pod, *epoch)) {
+                self.give_up(&pod, epoch, false)?;
             }
         }
-        self.listed_after_end |= self.ended();
         self.finished |= finished;
-        self.listed_after_end |= finished;
+        self.listed_after_end |= self.ended();
         self.listed = Some(Instant::now());
         self.ask_again();
         Ok(())

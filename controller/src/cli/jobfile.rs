@@ -5,11 +5,13 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use berth_protocol::ids::{JobName, Namespace};
+use berth_protocol::job::{json_schema, parse, show_errors};
 use berth_protocol::limits::{JOB_FILE_BYTES_MAX, NAME_BYTES_MAX};
 use berth_protocol::message::user::FieldError;
 
-use super::Usage;
+use super::command::Format;
 use super::config::Settings;
+use super::{Usage, print_value};
 
 /// A job file read and found sound.
 #[derive(Debug)]
@@ -90,49 +92,15 @@ fn name_from(path: &Path) -> Option<JobName> {
     JobName::parse(short.trim_end_matches('-')).ok()
 }
 
-fn parse(payload: &[u8], _topic: Option<(&Namespace, &JobName)>) -> Result<(), Vec<FieldError>> {
-    let error = |line, column, message| vec![FieldError { field: String::new(), line, column, message }];
-    match serde_yaml_ng::from_slice::<serde_yaml_ng::Value>(payload) {
-        Ok(value) if value.is_mapping() => Ok(()),
-        Ok(_) => Err(error(None, None, "a job file is a mapping of fields".into())),
-        Err(e) => {
-            let at = e.location();
-            let line = at.as_ref().and_then(|at| u32::try_from(at.line()).ok());
-            let column = at.as_ref().and_then(|at| u32::try_from(at.column()).ok());
-            Err(error(line, column, e.to_string()))
-        }
-    }
-}
-
-/// One paragraph an error: place, field, message, the line itself with a caret.
-pub fn render_errors(file: &str, source: &[u8], errors: &[FieldError]) -> String {
-    let source = String::from_utf8_lossy(source);
-    let lines: Vec<&str> = source.lines().collect();
-    let mut out = format!("{file} is not a job file that can run:");
-    for error in errors {
-        let place = match (error.line, error.column) {
-            (Some(line), Some(column)) => format!("{file}:{line}:{column}: "),
-            (Some(line), None) => format!("{file}:{line}: "),
-            _ => format!("{file}: "),
-        };
-        let field = if error.field.is_empty() { String::new() } else { format!("{}: ", error.field) };
-        out.push_str(&format!("\n{place}{field}{}", error.message));
-        let text = error.line.and_then(|line| lines.get(line.saturating_sub(1) as usize));
-        if let (Some(line), Some(text)) = (error.line, text) {
-            out.push_str(&format!("\n{line:>5} | {text}"));
-            if let Some(column) = error.column {
-                // Tabs stay tabs, so that the caret stands under its character.
-                let before = text.chars().take(column.saturating_sub(1) as usize);
-                let indent: String = before.map(|c| if c == '\t' { '\t' } else { ' ' }).collect();
-                out.push_str(&format!("\n      | {indent}^"));
-            }
-        }
-    }
-    out
+/// A headline and every error with its line.
+pub fn render_errors(file: &str, payload: &[u8], errors: &[FieldError]) -> String {
+    let shown = show_errors(file, &String::from_utf8_lossy(payload), errors);
+    format!("{file} is not a job file that can run:\n{}", shown.trim_end())
 }
 
 pub fn print_schema() -> anyhow::Result<u8> {
-    anyhow::bail!("the schema is not built in")
+    print_value(Format::Json, &json_schema())?;
+    Ok(0)
 }
 
 #[cfg(test)]
@@ -146,21 +114,5 @@ mod tests {
         assert_eq!(name("My Job_2.train.json"), Some("my-job-2-train".into()));
         assert_eq!(name("-"), None);
         assert_eq!(name("___.yaml"), None);
-    }
-
-    #[test]
-    fn errors_show_the_line() {
-        let error = FieldError {
-            field: "resources.cpus".into(),
-            line: Some(2),
-            column: Some(3),
-            message: "unknown field, did you mean `cpu`?".into(),
-        };
-        let text = render_errors("j.yaml", b"resources:\n  cpus: 2\n", &[error]);
-        let want = "j.yaml is not a job file that can run:
-j.yaml:2:3: resources.cpus: unknown field, did you mean `cpu`?
-    2 |   cpus: 2
-      |   ^";
-        assert_eq!(text, want);
     }
 }

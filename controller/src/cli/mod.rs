@@ -13,6 +13,8 @@ mod describe;
 mod exit;
 mod follow;
 mod get;
+#[cfg(test)]
+mod golden;
 mod jobfile;
 mod logs;
 mod order;
@@ -67,7 +69,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
     runtime.block_on(async {
         match cli.verb {
             Verb::Submit(args) => submit::submit(&settings, args).await,
-            Verb::Run(args) => run::run(&settings, args).await,
+            Verb::Run(args) => run::run(&settings, *args).await,
             Verb::Get(args) => get::get(&settings, args).await,
             Verb::Describe(args) => describe::describe(&settings, args).await,
             Verb::Logs(args) => logs::logs(&settings, args).await,

@@ -273,7 +273,7 @@ pub fn span(ms: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
+    use crate::cli::golden;
 
     #[test]
     fn spans() {
@@ -309,11 +309,11 @@ mod tests {
         assert_eq!(cores(MilliCpu(0)), "0");
     }
 
-    /// Each `golden/KIND*.json` is shown as its `.table` and `.wide` say. `BERTH_GOLDEN=write` writes them anew.
+    /// Each `golden/KIND*.json` is shown as its `.table` and `.wide` say.
     #[test]
     fn tables_look_as_they_did() {
         let now = Timestamp::parse("2026-01-01T01:00:00.000Z").unwrap();
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli/golden");
+        let dir = golden::dir();
         let mut seen = 0;
         for entry in std::fs::read_dir(&dir).unwrap() {
             let path = entry.unwrap().path();
@@ -335,21 +335,9 @@ mod tests {
                 };
                 let shown = shown.render(true, false, &mut Vec::new());
                 seen += 1;
-                golden(&path.with_extension(extension), &shown);
+                golden::check(&path.with_extension(extension), &shown);
             }
         }
         assert!(seen >= 8, "{seen} tables in {}", dir.display());
     }
-
-    /// Compares with the file, or writes it where the environment says so.
-    pub fn golden(path: &Path, shown: &str) {
-        if std::env::var("BERTH_GOLDEN").is_ok_and(|word| word == "write") {
-            std::fs::write(path, shown).unwrap();
-        }
-        let want = std::fs::read_to_string(path).unwrap_or_default();
-        assert_eq!(shown, want, "{}", path.display());
-    }
 }
-
-#[cfg(test)]
-pub use tests::golden;

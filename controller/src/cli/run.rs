@@ -1,11 +1,13 @@
 //! `run`: a command as a job, its output here, its exit code ours.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use berth_protocol::ids::{JobName, Namespace};
+use berth_protocol::job::parse;
 use berth_protocol::message::query::Query;
-use berth_protocol::message::user::{JobPhase, NodeState, NodeStatus, Verdict};
+use berth_protocol::message::user::{FieldError, JobPhase, NodeState, NodeStatus, Verdict};
 use berth_protocol::topic::{JobTopic, Topic, filter};
 use serde_json::{Map, Value, json};
 
@@ -15,7 +17,7 @@ use super::connect::{Session, random};
 use super::follow::{Follow, Left, Target, Until, verdict};
 use super::jobfile::JobFile;
 use super::logs::Printer;
-use super::{Usage, exit, jobfile, submit, wait, workspace};
+use super::{Usage, exit, submit, wait, workspace};
 
 /// Where the directory goes in an image that is not the node's own file system.
 const WORKSPACE_PATH: &str = "/workspace";
@@ -28,7 +30,7 @@ pub async fn run(settings: &Settings, args: Run) -> anyhow::Result<u8> {
         None => made_up_name(random()?)?,
     };
     let mut spec = spec(&args, &job, &namespace, &here, &|name| std::env::var(name).ok())?;
-    check(settings, &spec)?;
+    check(&spec)?;
 
     let filters = filter::job(&settings.cluster, &namespace, &job);
     let mut session = Session::open(settings, filters.to_vec()).await?;
@@ -38,7 +40,7 @@ pub async fn run(settings: &Settings, args: Run) -> anyhow::Result<u8> {
         spec.insert("workingDir".into(), json!(path));
         spec.insert(
             "workspace".into(),
-            json!({"digest": packed.digest, "bytes": packed.bytes, "path": path}),
+            json!({"digest": packed.digest, "bytes": packed.bytes.to_string(), "path": path}),
         );
     }
     let file =
@@ -48,7 +50,7 @@ pub async fn run(settings: &Settings, args: Run) -> anyhow::Result<u8> {
     session.publish(&Topic::job(&namespace, &job, JobTopic::Submit), file.payload.clone())?;
     let asked = match args.detach {
         true => None,
-        false => Some(session.ask(&Follow::question(&namespace, &job))?),
+        false => Some(session.ask(&Follow::question(&namespace, &job, Until::Ended))?),
     };
     let (answer, unchanged) = submit::answered(&mut session, &file).await?;
     let generation = match answer.verdict {
@@ -65,7 +67,7 @@ pub async fn run(settings: &Settings, args: Run) -> anyhow::Result<u8> {
         );
     }
     let Some(asked) = asked else {
-        println!("{job}");
+        writeln!(std::io::stdout(), "{job}")?;
         session.close().await;
         return Ok(0);
     };
@@ -96,10 +98,13 @@ pub async fn run(settings: &Settings, args: Run) -> anyhow::Result<u8> {
 }
 
 /// Flags are checked as a job file before anything is sent.
-fn check(settings: &Settings, spec: &Map<String, Value>) -> anyhow::Result<()> {
-    jobfile::check(settings, Path::new("-"), serde_json::to_vec(spec)?)
-        .map(drop)
-        .context("the flags make no job")
+fn check(spec: &Map<String, Value>) -> anyhow::Result<()> {
+    let Err(errors) = parse(&serde_json::to_vec(spec)?, None) else { return Ok(()) };
+    let each = errors.iter().map(|FieldError { field, message, .. }| match field.as_str() {
+        "" => message.clone(),
+        field => format!("{field}: {message}"),
+    });
+    Err(Usage::new(each.collect::<Vec<_>>().join("\n  ")).into())
 }
 
 /// The job file that the flags stand for.
@@ -361,6 +366,16 @@ mod tests {
             let error = made(&[flag]).unwrap_err();
             assert_eq!((error.to_string().as_str(), error.is::<Usage>()), (want, true));
         }
+    }
+
+    #[test]
+    fn what_the_job_file_refuses_is_refused_before_anything_is_sent() {
+        let checked = |flags: &[&str]| check(made(flags).unwrap().as_object().unwrap());
+        checked(&["--cpu=2", "--gpu=0.25", "-v./d:/data:ro", "--output=out", "--retries=3"]).unwrap();
+        let error = checked(&["--memory=lots", "--priority=5000"]).unwrap_err();
+        assert!(error.is::<Usage>());
+        let text = error.to_string();
+        assert!(text.starts_with("priority: ") && text.contains("\n  resources.memory: "), "{text}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `submit`: a job file to the controller, sent until it is answered.
 
+use std::io::Write as _;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -11,7 +12,7 @@ use serde_json::json;
 
 use super::command::{Format, Submit};
 use super::config::Settings;
-use super::connect::{Message, News, Resend, Session};
+use super::connect::{Message, News, RESEND_MIN, Resend, Session};
 use super::jobfile::{self, JobFile};
 use super::{exit, print_value, wait};
 
@@ -66,9 +67,9 @@ fn report(
     match settings.format {
         Format::Table | Format::Wide => {
             let what = if unchanged { "unchanged" } else { "accepted" };
-            println!("job {namespace}/{job} {what} (generation {generation})");
+            writeln!(std::io::stdout(), "job {namespace}/{job} {what} (generation {generation})")?;
         }
-        Format::Name => println!("{job}"),
+        Format::Name => writeln!(std::io::stdout(), "{job}")?,
         format => print_value(
             format,
             &json!({"namespace": namespace, "job": job, "accepted": true, "generation": generation}),
@@ -109,7 +110,7 @@ pub async fn wait_for_answer(
     let Topic::Job { namespace, job, .. } = &topic else { anyhow::bail!("{topic} is not a job's topic") };
     let answers = Topic::job(namespace, job, JobTopic::Answer);
     let patience: Duration = session.settings.request_timeout;
-    let mut again = Resend::new(patience);
+    let mut again = Resend::new(RESEND_MIN, patience);
     let mut told = false;
     loop {
         let found = session
@@ -141,7 +142,10 @@ pub fn rejection(file: &JobFile, source: Option<(&str, &[u8])>, rejected: &Rejec
     match source {
         _ if errors.is_empty() => head,
         Some((name, payload)) => format!("{head}\n{}", jobfile::render_errors(name, payload, errors)),
-        None => errors.iter().fold(head, |text, e| format!("{text}\n  {}: {}", e.field, e.message)),
+        None => errors.iter().fold(head, |text, error| {
+            let field = if error.field.is_empty() { String::new() } else { format!("{}: ", error.field) };
+            format!("{text}\n  {field}{}", error.message)
+        }),
     }
 }
 

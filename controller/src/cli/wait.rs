@@ -1,5 +1,6 @@
 //! `wait`: until a job has ended, and which exit code that is.
 
+use std::io::Write as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
@@ -147,10 +148,10 @@ pub fn report(settings: &Settings, seen: &Seen) -> anyhow::Result<()> {
     let JobStatus { namespace, job, phase, .. } = &seen.status;
     match settings.format {
         Format::Json | Format::Yaml => print_value(settings.format, &seen.value)?,
-        Format::Name => println!("{job}"),
+        Format::Name => writeln!(std::io::stdout(), "{job}")?,
         Format::Table | Format::Wide => {
             let why = why(&seen.status).map(|why| format!(": {why}")).unwrap_or_default();
-            println!("job {namespace}/{job} {}{why}", render::word(phase));
+            writeln!(std::io::stdout(), "job {namespace}/{job} {}{why}", render::word(phase))?;
         }
     }
     Ok(())
