@@ -328,6 +328,7 @@ impl World {
     }
 
     fn send(&mut self, topic: Topic, payload: Vec<u8>) {
+        self.note(|| format!("-> {topic} {}", String::from_utf8_lossy(&payload[..payload.len().min(300)])));
         for _ in 0..self.copies() {
             let at = self.now_ms + self.delay();
             self.at(at, Due::ToController { topic: topic.clone(), payload: payload.clone() });
@@ -386,6 +387,7 @@ impl World {
     fn published(&mut self, topic: Topic, payload: Vec<u8>) -> Result<(), String> {
         match &topic {
             Topic::Node { node, kind } => {
+                self.note(|| format!("<- {topic} {}", String::from_utf8_lossy(&payload[..payload.len().min(400)])));
                 let Some(n) = self.nodes.iter().position(|candidate| candidate.id == *node) else {
                     return Ok(());
                 };

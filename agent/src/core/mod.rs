@@ -12,7 +12,7 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use berth_protocol::ids::{BootId, Digest, HardwareId, LedgerId, Run, SessionNonce};
+use berth_protocol::ids::{BootId, Digest, Generation, HardwareId, LedgerId, Run, SessionNonce};
 use berth_protocol::job::PodTemplate;
 use berth_protocol::limits;
 use berth_protocol::message::node::{
@@ -339,6 +339,15 @@ impl Agent {
         self.ledger.pods.iter().filter(|(_, entry)| wanted(entry)).map(|(key, _)| key.clone()).collect()
     }
 
+    /// The generation to report: orders whose specs are not all here are not yet applied, and are sent again.
+    fn applied(&self) -> Generation {
+        let lacks = |entry: &ledger::PodEntry| {
+            entry.ended.is_none() && !entry.unnamed && !self.ledger.specs.contains_key(&entry.desired.spec)
+        };
+        let held = self.ledger.generation;
+        if self.ledger.pods.values().any(lacks) { Generation(held.0.saturating_sub(1)) } else { held }
+    }
+
     fn heartbeat(&mut self, now: Now) {
         self.next_heartbeat = now.boot.plus(Millis(limits::HEARTBEAT_RETRY_MS));
         if !self.bus_up {
@@ -358,7 +367,7 @@ impl Agent {
             boot_ms: now.boot,
             last_grant: self.grants.last_grant(),
             term: self.ledger.term,
-            generation: self.ledger.generation,
+            generation: self.applied(),
             held,
             usage: Usage::default(),
             pulls: pulls.collect(),
@@ -416,8 +425,11 @@ impl Agent {
             .filter(|(_, entry)| entry.desired.spec == digest)
             .map(|(key, _)| key.clone())
             .collect();
-        for key in waiting {
-            self.reconcile(now, &key);
+        for key in &waiting {
+            self.reconcile(now, key);
+        }
+        if !waiting.is_empty() {
+            self.heartbeat(now);
         }
     }
 
