@@ -1,1 +1,3 @@
+//! The controller: `core` decides, `io` acts.
 
+pub mod core;
