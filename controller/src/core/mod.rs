@@ -1,13 +1,35 @@
 //! Decides everything the controller does: jobs, nodes, leases, placement. It performs no IO, reads no clock and
 //! draws no randomness: `io` hands it events and carries out what it answers.
 
+mod admit;
+mod cluster;
+mod jobfile;
+mod lifecycle;
+mod nodes;
+mod query;
+mod records;
+mod schedule;
+mod status;
+#[cfg(test)]
+mod tests;
 pub mod token;
+mod wire;
 
-use std::collections::BTreeMap;
+#[cfg(test)]
+mod tests;
 
-use berth_protocol::ids::{ClusterName, Digest, Epoch, PodId, StoreId, Term};
-use berth_protocol::topic::Topic;
-use berth_protocol::units::{BootMs, Timestamp};
+use std::collections::{BTreeMap, BTreeSet};
+
+use berth_protocol::codec::{self, CodecError};
+use berth_protocol::ids::{ClusterName, Digest, Epoch, JobUid, NodeId, PodId, StoreId, Term};
+use berth_protocol::limits::{REQUEST_ID_KEPT_MS, STATUS_PUBLISH_MS_MIN};
+use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
+use berth_protocol::units::{BootMs, Millis, Timestamp};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use self::cluster::{Cluster, Timer, Timers};
+use self::schedule::Scheduler;
 
 /// The time at which an event is stepped: civil time for records, CLOCK_BOOTTIME for everything that waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,28 +122,308 @@ pub struct Counters {
 
 /// The controller's state and every decision about it.
 pub struct Controller {
+    config: Config,
+    cluster: Cluster,
+    scheduler: Scheduler,
+    timers: Timers,
     counters: Counters,
+    /// The generator's state (splitmix64).
+    random: u64,
+    /// Of the next job accepted.
+    next_seq: u64,
+    bus_up: bool,
+    /// Silence of many nodes at once is taken for the controller's own.
+    blind: bool,
+    /// Where publishing everything anew has got to.
+    republish: Option<JobUid>,
+    dirty: Dirty,
 }
 
+/// What a step has changed, until its end turns it into writes and effects.
+#[derive(Default)]
+struct Dirty {
+    step: Step,
+    jobs: BTreeSet<JobUid>,
+    runs: BTreeSet<JobUid>,
+    pods: BTreeSet<PodId>,
+    nodes: BTreeSet<NodeId>,
+    outboxes: BTreeSet<NodeId>,
+    /// Jobs whose status changed.
+    status: BTreeSet<JobUid>,
+    /// Nodes whose desired set changed.
+    desired: BTreeSet<NodeId>,
+    /// Nodes whose published state changed.
+    states: BTreeSet<NodeId>,
+    /// Logs to ask for behind the desired set that names their pods.
+    follow: Vec<(NodeId, PodId, Epoch)>,
+}
+
+/// Statuses sent again at once for a broker that came back, and the pause before the next.
+const REPUBLISH_JOBS: usize = 64;
+const REPUBLISH_PAUSE: Millis = Millis(50);
+/// Expired request ids and rejections are looked for this often.
+const SWEEP: Millis = Millis(600_000);
+
 impl Controller {
-    /// Rebuilds the state from the store's entries (see `records` for their keys).
+    /// Rebuilds the state from the store's entries (`records` says which).
+    ///
+    /// # Errors
+    /// An entry that this version cannot read: nothing is guessed.
     pub fn load(config: Config, entries: Vec<(String, Vec<u8>)>, now: Now) -> Result<Self, LoadError> {
-        let _ = (config, entries, now);
-        Ok(Self { counters: Counters::default() })
+        let cluster = records::load(entries, now)?;
+        let next_seq = cluster.jobs.values().map(|job| job.file.seq + 1).max().unwrap_or(0);
+        let mut controller = Self {
+            random: config.seed,
+            config,
+            cluster,
+            scheduler: Scheduler::default(),
+            timers: Timers::default(),
+            counters: Counters::default(),
+            next_seq,
+            bus_up: false,
+            blind: false,
+            republish: None,
+            dirty: Dirty::default(),
+        };
+        controller.resume(now);
+        Ok(controller)
+    }
+
+    /// What follows from the records alone: indices, rooms, timers.
+    fn resume(&mut self, now: Now) {
+        let uids: Vec<JobUid> = self.cluster.jobs.keys().cloned().collect();
+        for uid in &uids {
+            let Some(job) = self.cluster.jobs.get(uid) else { continue };
+            for index in job.placed() {
+                let Some(assignment) = job.assignment(*index) else { continue };
+                let (node, epoch) = (assignment.node.clone(), job.pods()[index].epoch);
+                if let Some(node) = self.cluster.nodes.get_mut(&node) {
+                    node.pods.insert(uid.pod(*index), epoch);
+                }
+            }
+        }
+        let ids: Vec<NodeId> = self.cluster.nodes.keys().cloned().collect();
+        for id in &ids {
+            self.refresh_room(id);
+            self.watch(id, now);
+        }
+        for uid in &uids {
+            self.wake_sleepers(uid, now);
+            self.reconcile(now, uid);
+            self.dirty.status.insert(uid.clone());
+        }
+        self.timers.arm(Timer::Sweep, now.boot.plus(SWEEP));
+        // What was reconciled is what the entries said: there is nothing to write or to tell before the bus is up.
+        self.dirty = Dirty::default();
     }
 
     /// Takes one event in. Never fails: what cannot be understood is refused and counted.
     pub fn step(&mut self, now: Now, event: Event) -> Step {
-        let _ = (now, event);
-        Step::default()
+        match event {
+            Event::Message { topic, payload } => self.message(now, topic, &payload),
+            Event::BusUp => self.bus_up(now),
+            Event::BusDown => self.bus_up = false,
+            Event::Tick => {}
+        }
+        while let Some(timer) = self.timers.pop(now.boot) {
+            self.wake(now, timer);
+        }
+        self.schedule(now);
+        self.finish(now)
     }
 
     /// When `Tick` is due; `None`: nothing waits.
     pub fn next_wake(&self) -> Option<BootMs> {
-        None
+        self.timers.next()
     }
 
     pub fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    fn message(&mut self, now: Now, topic: Topic, payload: &[u8]) {
+        let result = match &topic {
+            Topic::Job { namespace, job, kind: JobTopic::Submit } => {
+                self.count("submit");
+                self.submit(now, namespace, job, payload);
+                Ok(())
+            }
+            Topic::Job { namespace, job, kind: JobTopic::Command } => {
+                self.count("command");
+                self.command(now, namespace, job, payload);
+                Ok(())
+            }
+            Topic::QueryRequest { client } => {
+                self.count("query");
+                self.read(&topic, payload).map(|request| self.query(now, client, request))
+            }
+            Topic::Node { node, kind: NodeTopic::Hello } => {
+                self.count("hello");
+                self.read(&topic, payload).map(|hello| self.hello(now, node, hello))
+            }
+            Topic::Node { node, kind: NodeTopic::Heartbeat } => {
+                self.count("heartbeat");
+                self.read(&topic, payload).map(|heartbeat| self.heartbeat(now, node, heartbeat))
+            }
+            Topic::Node { node, kind: NodeTopic::Event } => {
+                self.count("event");
+                self.read(&topic, payload).map(|events| self.events(now, node, events))
+            }
+            Topic::Node { node, kind: NodeTopic::Bye } => {
+                self.count("bye");
+                self.read(&topic, payload).map(|bye| self.bye(now, node, bye))
+            }
+            // What the controller itself sends comes from nobody else.
+            _ => {
+                self.refuse("unexpected-topic");
+                Ok(())
+            }
+        };
+        if let Err(error) = result {
+            self.refuse(error.kind());
+        }
+    }
+
+    fn read<T: DeserializeOwned>(&self, topic: &Topic, payload: &[u8]) -> Result<T, CodecError> {
+        codec::decode(topic, payload)
+    }
+
+    fn count(&mut self, kind: &'static str) {
+        *self.counters.messages.entry(kind).or_default() += 1;
+    }
+
+    fn refuse(&mut self, reason: &'static str) {
+        *self.counters.refused.entry(reason).or_default() += 1;
+    }
+
+    /// Hands a message out with this step.
+    fn publish<T: Serialize>(&mut self, topic: Topic, message: &T, retain: bool) {
+        match codec::encode(&topic, message) {
+            Ok(payload) => self.effect(Effect::Publish { topic, payload, retain }),
+            Err(error) => self.refuse(error.kind()),
+        }
+    }
+
+    fn effect(&mut self, effect: Effect) {
+        self.dirty.step.effects.push(effect);
+    }
+
+    fn bus_up(&mut self, now: Now) {
+        self.bus_up = true;
+        self.count_silence_anew(now);
+        // The broker may have forgotten what it retained.
+        self.dirty.states.extend(self.cluster.nodes.keys().cloned());
+        self.republish = self.cluster.jobs.keys().next().cloned();
+        self.timers.arm(Timer::Republish, now.boot);
+    }
+
+    fn wake(&mut self, now: Now, timer: Timer) {
+        match timer {
+            Timer::Node(node) => self.wake_node(now, &node),
+            Timer::Job(uid) => self.wake_job(now, &uid),
+            Timer::Status(uid) => drop(self.dirty.status.insert(uid)),
+            Timer::Sweep => self.sweep(now),
+            Timer::Republish => {
+                let Some(from) = self.republish.take() else { return };
+                let mut jobs = self.cluster.jobs.range(from..).map(|(uid, _)| uid.clone());
+                let batch: Vec<JobUid> = jobs.by_ref().take(REPUBLISH_JOBS).collect();
+                self.republish = jobs.next();
+                for uid in &batch {
+                    if let Some(job) = self.cluster.jobs.get_mut(uid) {
+                        job.published = None;
+                    }
+                }
+                self.dirty.status.extend(batch);
+                if self.republish.is_some() {
+                    self.timers.arm(Timer::Republish, now.boot.plus(REPUBLISH_PAUSE));
+                }
+            }
+        }
+    }
+
+    fn sweep(&mut self, now: Now) {
+        self.timers.arm(Timer::Sweep, now.boot.plus(SWEEP));
+        while let Some((at, id)) = self.cluster.requests_by_age.first().cloned() {
+            if now.wall.since(at).0 < REQUEST_ID_KEPT_MS {
+                break;
+            }
+            self.forget_request(at, id);
+        }
+        let over: Vec<_> =
+            self.cluster.rejected.iter().filter(|(_, until)| **until <= now.wall).map(|(k, _)| k.clone()).collect();
+        for (namespace, job) in over {
+            self.forget_rejection(&namespace, &job, true);
+        }
+    }
+
+    /// A number nobody foresees who does not know the seed (splitmix64, Steele et al. 2014).
+    fn draw(&mut self) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.random ^ (self.random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Turns what changed into writes and messages.
+    fn finish(&mut self, now: Now) -> Step {
+        let desired = std::mem::take(&mut self.dirty.desired);
+        for node in &desired {
+            self.send_desired(now, node, true);
+        }
+        for (node, pod, epoch) in std::mem::take(&mut self.dirty.follow) {
+            self.request_log(&node, pod, epoch, true);
+        }
+        for uid in std::mem::take(&mut self.dirty.status) {
+            self.publish_status(now, &uid);
+        }
+        for node in std::mem::take(&mut self.dirty.states) {
+            self.publish_state(now, &node);
+        }
+        let mut dirty = std::mem::take(&mut self.dirty);
+        let jobs = &self.cluster.jobs;
+        let mut write = |key: String, value: Option<Vec<u8>>| dirty.step.writes.push(Write { key, value });
+        for uid in &dirty.jobs {
+            write(records::job(uid), jobs.get(uid).map(|job| records::bytes(&job.file)));
+        }
+        for uid in &dirty.runs {
+            write(records::run(uid), jobs.get(uid).map(|job| records::bytes(&job.run)));
+        }
+        for id in &dirty.pods {
+            let pod = jobs.get(&id.uid).and_then(|job| job.pod(id.index)).filter(|pod| pod.is_stored());
+            write(records::pod(&id.uid, id.index), pod.map(records::bytes));
+        }
+        for id in &dirty.nodes {
+            write(records::node(id), self.cluster.nodes.get(id).map(|node| records::bytes(&node.record)));
+        }
+        for id in &dirty.outboxes {
+            let outbox = self.cluster.nodes.get(id).and_then(|node| node.outbox.as_ref());
+            write(records::outbox(id), outbox.map(records::bytes));
+        }
+        self.counters.blind = self.blind;
+        dirty.step
+    }
+
+    /// Publishes a job's status now, or when its turn comes.
+    fn publish_status(&mut self, now: Now, uid: &JobUid) {
+        let Some(job) = self.cluster.jobs.get(uid) else { return };
+        let due = job.published.map(|at| at.plus(Millis(STATUS_PUBLISH_MS_MIN)));
+        if let Some(due) = due
+            && due > now.boot
+            && !job.is_finished()
+        {
+            self.timers.arm(Timer::Status(uid.clone()), due);
+            return;
+        }
+        if job.run.expired {
+            return;
+        }
+        let status = self.job_status(uid);
+        let Some(status) = status else { return };
+        if let Some(job) = self.cluster.jobs.get_mut(uid) {
+            job.published = Some(now.boot);
+        }
+        self.recount(uid, Some(&status));
+        let topic = Topic::job(&status.namespace, &status.job, JobTopic::Status);
+        self.publish(topic, &status, true);
     }
 }

@@ -32,6 +32,10 @@ pub struct Hello {
     pub store: Option<StoreId>,
     pub term: Term,
     pub generation: Generation,
+    /// Events of this ledger acknowledged to the agent, and the number of its last one. A pod that the scan does not
+    /// find counts as gone only once the events up to the last are in: its result may be among them.
+    pub events_acked: u64,
+    pub events_last: u64,
     /// Every pod found by a scan of berth's cgroups and shims, whatever the ledger says.
     pub pods: Vec<HeldPod>,
     pub inventory: Inventory,

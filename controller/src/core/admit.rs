@@ -1,0 +1,221 @@
+//! Whether a submit or a command is taken, and the answer to it. What follows is `lifecycle`'s.
+
+use berth_protocol::ids::{Digest, Generation, JobName, JobUid, Namespace, RequestId};
+use berth_protocol::job::JobSpec;
+use berth_protocol::limits::{JOB_FILE_BYTES_MAX, REJECTED_STATUS_MS, SPEC_BYTES_MAX};
+use berth_protocol::message::user::{
+    Answer, Command, FieldError, JobCommand, JobPhase, JobStatus, Rejection, Verdict,
+};
+use berth_protocol::topic::{JobTopic, Topic};
+use berth_protocol::units::{Millis, Timestamp};
+
+use super::cluster::{Job, JobFile, JobRun};
+use super::schedule::cel::Rules;
+use super::{Controller, Effect, Now, jobfile, records};
+
+/// Ids remembered; beyond, the oldest are forgotten before their time.
+const REQUESTS_MAX: usize = 8 * 1024;
+/// Rejected statuses out at once; beyond, a rejection is only answered.
+const REJECTED_MAX: usize = 1024;
+
+fn rejection(code: &str, message: impl Into<String>) -> Rejection {
+    Rejection { code: code.to_owned(), message: message.into(), errors: Vec::new() }
+}
+
+fn invalid(errors: Vec<FieldError>) -> Rejection {
+    let message = match &errors[..] {
+        [one] if one.field.is_empty() => one.message.clone(),
+        [one] => format!("{}: {}", one.field, one.message),
+        many => format!("the job file has {} errors", many.len()),
+    };
+    Rejection { code: "InvalidJob".to_owned(), message, errors }
+}
+
+impl Controller {
+    pub(super) fn submit(&mut self, now: Now, namespace: &Namespace, name: &JobName, payload: &[u8]) {
+        let verdict = match self.admit(now, namespace, name, payload) {
+            Ok(generation) => Verdict::accepted(generation),
+            Err(rejected) => {
+                self.refuse("job-rejected");
+                self.publish_rejected(now, namespace, name, &rejected);
+                Verdict::Rejected { rejected }
+            }
+        };
+        self.answer(namespace, name, None, payload, verdict);
+    }
+
+    fn admit(&mut self, now: Now, namespace: &Namespace, name: &JobName, payload: &[u8]) -> Result<Generation, Rejection> {
+        if payload.len() > JOB_FILE_BYTES_MAX {
+            let text = format!("the job file is {} bytes long, at most {JOB_FILE_BYTES_MAX} are allowed", payload.len());
+            return Err(rejection("TooLarge", text));
+        }
+        let parsed = jobfile::parse(payload, Some((namespace, name))).map_err(invalid)?;
+        let known = self.cluster.names.get(&(namespace.clone(), name.clone())).cloned();
+        if let Some(job) = known.as_ref().and_then(|uid| self.cluster.jobs.get(uid))
+            && job.file.written == parsed.written
+            && !job.run.expired
+        {
+            return Ok(job.file.generation);
+        }
+        // Compiled here to be refused here; the rules themselves are made anew when the job is placed.
+        Rules::compile(&parsed.spec.placement).map_err(invalid)?;
+        let template = records::template_json(&parsed.spec.pod);
+        if template.len() > SPEC_BYTES_MAX {
+            let text = format!(
+                "the pod is {} bytes long with every default filled in, at most {SPEC_BYTES_MAX} are allowed",
+                template.len()
+            );
+            return Err(rejection("TooLarge", text));
+        }
+        self.forget_rejection(namespace, name, false);
+        let digest = Digest::of(&template);
+        match known {
+            Some(uid) => Ok(self.replace_job(now, &uid, parsed.spec, parsed.written, digest)),
+            None => Ok(self.create_job(now, parsed.spec, parsed.written, digest)),
+        }
+    }
+
+    fn create_job(&mut self, now: Now, spec: JobSpec, written: Digest, template: Digest) -> Generation {
+        let uid = self.draw_uid();
+        let generation = Generation(1);
+        let file = JobFile { spec, written, generation, seq: self.next_seq, submitted_at: now.wall };
+        self.next_seq += 1;
+        let run = JobRun { suspended: file.spec.suspend, ..JobRun::default() };
+        self.cluster.names.insert((file.spec.namespace.clone(), file.spec.name.clone()), uid.clone());
+        self.cluster.jobs.insert(uid.clone(), Job::new(file, run, template));
+        self.dirty.jobs.insert(uid.clone());
+        self.dirty.runs.insert(uid.clone());
+        self.reconcile(now, &uid);
+        generation
+    }
+
+    fn draw_uid(&mut self) -> JobUid {
+        const DIGITS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
+        loop {
+            let bits = self.draw();
+            let text: String =
+                (0..12).map(|i| char::from(DIGITS[usize::try_from(bits >> (5 * i) & 31).unwrap_or(0)])).collect();
+            if let Ok(uid) = JobUid::parse(&text)
+                && !self.cluster.jobs.contains_key(&uid)
+            {
+                return uid;
+            }
+        }
+    }
+
+    pub(super) fn command(&mut self, now: Now, namespace: &Namespace, name: &JobName, payload: &[u8]) {
+        let topic = Topic::job(namespace, name, JobTopic::Command);
+        let (id, verdict) = match self.read::<JobCommand>(&topic, payload) {
+            Ok(command) => {
+                let id = command.id.clone();
+                (id, self.obey(now, namespace, name, command))
+            }
+            Err(error) => {
+                self.refuse(error.kind());
+                (None, Err(rejection("InvalidCommand", error.to_string())))
+            }
+        };
+        let verdict = match verdict {
+            Ok(generation) => Verdict::accepted(generation),
+            Err(rejected) => Verdict::Rejected { rejected },
+        };
+        self.answer(namespace, name, id, payload, verdict);
+    }
+
+    fn obey(&mut self, now: Now, namespace: &Namespace, name: &JobName, command: JobCommand) -> Result<Generation, Rejection> {
+        let uid = self.cluster.names.get(&(namespace.clone(), name.clone())).cloned();
+        let job = uid.as_ref().and_then(|uid| self.cluster.jobs.get(uid)).filter(|job| !job.run.expired);
+        let (Some(uid), Some(job)) = (uid.clone(), job) else {
+            return Err(rejection("NoSuchJob", format!("there is no job {name} in namespace {namespace}")));
+        };
+        if command.id.as_ref().is_some_and(|id| self.cluster.requests.contains_key(id)) {
+            return Ok(job.file.generation);
+        }
+        let over = job.run.verdict.as_ref().map(|verdict| verdict.phase);
+        if let Some(phase) = over
+            && matches!(command.command, Command::Cancel | Command::Suspend | Command::Resume)
+        {
+            let text = format!("job {name} has ended already: {phase:?}");
+            return Err(rejection("JobFinished", text));
+        }
+        match command.command {
+            Command::Cancel => self.cancel(now, &uid),
+            Command::Suspend => self.suspend(now, &uid, true),
+            Command::Resume => self.suspend(now, &uid, false),
+            Command::Restart => self.restart(now, &uid),
+            Command::Checkpoint | Command::Migrate => {
+                let text = "this version of the controller cannot checkpoint or migrate jobs yet";
+                return Err(rejection("NotSupported", text));
+            }
+        }
+        if let Some(id) = command.id {
+            self.remember_request(now, id);
+        }
+        Ok(self.cluster.jobs.get(&uid).map_or(Generation(0), |job| job.file.generation))
+    }
+
+    fn remember_request(&mut self, now: Now, id: RequestId) {
+        if self.cluster.requests.len() >= REQUESTS_MAX
+            && let Some((at, oldest)) = self.cluster.requests_by_age.first().cloned()
+        {
+            self.forget_request(at, oldest);
+        }
+        self.dirty.step.writes.push(records::write(records::request(&id), &now.wall));
+        self.cluster.requests_by_age.insert((now.wall, id.clone()));
+        self.cluster.requests.insert(id, now.wall);
+    }
+
+    pub(super) fn forget_request(&mut self, at: Timestamp, id: RequestId) {
+        self.dirty.step.writes.push(super::Write { key: records::request(&id), value: None });
+        self.cluster.requests.remove(&id);
+        self.cluster.requests_by_age.remove(&(at, id));
+    }
+
+    fn answer(&mut self, namespace: &Namespace, name: &JobName, id: Option<RequestId>, payload: &[u8], verdict: Verdict) {
+        let topic = Topic::job(namespace, name, JobTopic::Answer);
+        self.publish(topic, &Answer::new(id, payload, verdict), false);
+    }
+
+    /// `status` says `Rejected` only where no accepted job of that name is, and for an hour.
+    fn publish_rejected(&mut self, now: Now, namespace: &Namespace, name: &JobName, rejected: &Rejection) {
+        let key = (namespace.clone(), name.clone());
+        let full = self.cluster.rejected.len() >= REJECTED_MAX && !self.cluster.rejected.contains_key(&key);
+        if full || self.cluster.names.contains_key(&key) {
+            return;
+        }
+        let until = now.wall.plus(Millis(REJECTED_STATUS_MS));
+        self.dirty.step.writes.push(records::write(records::rejected(namespace, name), &until));
+        self.cluster.rejected.insert(key, until);
+        let status = JobStatus {
+            namespace: namespace.clone(),
+            job: name.clone(),
+            uid: None,
+            generation: Generation(0),
+            phase: JobPhase::Rejected,
+            reason: Some(rejected.code.clone()),
+            message: Some(rejected.message.clone()),
+            pods: Vec::new(),
+            pod_counts: std::collections::BTreeMap::new(),
+            failures: 0,
+            evictions: 0,
+            migrations: 0,
+            checkpoint: None,
+            submitted_at: now.wall,
+            started_at: None,
+            finished_at: Some(now.wall),
+        };
+        self.publish(Topic::job(namespace, name, JobTopic::Status), &status, true);
+    }
+
+    /// `clear`: no other status takes its place.
+    pub(super) fn forget_rejection(&mut self, namespace: &Namespace, name: &JobName, clear: bool) {
+        if self.cluster.rejected.remove(&(namespace.clone(), name.clone())).is_none() {
+            return;
+        }
+        self.dirty.step.writes.push(super::Write { key: records::rejected(namespace, name), value: None });
+        if clear {
+            let topic = Topic::job(namespace, name, JobTopic::Status);
+            self.effect(Effect::Publish { topic, payload: Vec::new(), retain: true });
+        }
+    }
+}

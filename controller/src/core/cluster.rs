@@ -1,0 +1,497 @@
+//! What the controller knows: jobs, their pods, nodes. Holds state and keeps its indices true; decides nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use berth_protocol::ids::{
+    BootId, Digest, Epoch, Generation, HardwareId, JobName, JobUid, LedgerId, Namespace, NodeId, PodId,
+    RequestId, Run, SessionNonce, Term,
+};
+use berth_protocol::job::JobSpec;
+use berth_protocol::message::user::JobPhase;
+use berth_protocol::pod::{Goal, PodPhase};
+use berth_protocol::resources::{GpuShare, Inventory, Usage};
+use berth_protocol::units::{BootMs, Bytes, MilliCpu, Millis, Timestamp};
+use serde::{Deserialize, Serialize};
+
+use super::schedule::cel::Rules;
+
+#[derive(Default)]
+pub(super) struct Cluster {
+    pub jobs: BTreeMap<JobUid, Job>,
+    pub names: BTreeMap<(Namespace, JobName), JobUid>,
+    pub nodes: BTreeMap<NodeId, Node>,
+    /// Ids of commands that took effect, and when.
+    pub requests: BTreeMap<RequestId, Timestamp>,
+    /// The same, oldest first.
+    pub requests_by_age: BTreeSet<(Timestamp, RequestId)>,
+    /// Statuses `Rejected` out there, and until when.
+    pub rejected: BTreeMap<(Namespace, JobName), Timestamp>,
+}
+
+/// What was accepted; stored, and rewritten only by a new generation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct JobFile {
+    pub spec: JobSpec,
+    pub written: Digest,
+    pub generation: Generation,
+    /// Orders jobs of one priority: the first submitted first.
+    pub seq: u64,
+    pub submitted_at: Timestamp,
+}
+
+/// How the job's generation fares; stored.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct JobRun {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Timestamp>,
+    /// Set once a verdict stands and no pod is left.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<Timestamp>,
+    /// How the job ends, or ended; its pods may still be stopping.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<Verdict>,
+    pub suspended: bool,
+    pub failures: u32,
+    pub evictions: u32,
+    pub migrations: u32,
+    /// Running time so far, up to the last write.
+    pub active: Millis,
+    /// No pod of the job starts below: epochs of pods whose records are gone.
+    pub epoch_floor: Epoch,
+    /// The time to live is over, and the retained status is being cleared.
+    pub expired: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Verdict {
+    pub phase: JobPhase,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}
+
+pub(super) struct Job {
+    pub file: JobFile,
+    pub run: JobRun,
+    /// Of `file.spec.pod` as sent to agents.
+    pub template: Digest,
+    /// Created so far: without gaps from 0, but those a shrunk generation left behind.
+    pods: BTreeMap<u32, Pod>,
+    waiting: BTreeSet<u32>,
+    placed: BTreeSet<u32>,
+    failed: BTreeSet<u32>,
+    succeeded: u32,
+    /// No pod is missing below.
+    cursor: u32,
+    /// Waiting pods that may not start before a time.
+    pub asleep: BTreeMap<u32, BootMs>,
+    /// Since when a pod runs, where one does and the job has a deadline.
+    pub active_since: Option<BootMs>,
+    /// Someone follows the logs until then.
+    pub followed_until: Option<BootMs>,
+    /// Compiled once it has pods to place.
+    pub rules: Option<Rules>,
+    /// The rooms' version at which its waiting pods found no node.
+    pub refused_at: Option<u64>,
+    pub published: Option<BootMs>,
+    pub counted: Option<JobPhase>,
+    pub counted_pods: BTreeMap<PodPhase, u32>,
+}
+
+/// A pod; stored from its first placement on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Pod {
+    pub generation: Generation,
+    pub epoch: Epoch,
+    /// Starts after the first, in place or by a new placement, that a failure or `Always` caused.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub restarts: u32,
+    pub state: PodState,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub logs: Vec<EpochLog>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output: Option<Output>,
+}
+
+fn is_zero(n: &u32) -> bool {
+    *n == 0
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) enum PodState {
+    /// For a node; leaves it by `place`.
+    Waiting {
+        /// The end of a backoff.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        until: Option<Timestamp>,
+        /// How the last epoch ended, for people.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        last: Option<Box<Ending>>,
+    },
+    /// Named in a node's desired set; leaves it when observed gone, or when its lease is over.
+    Placed(Box<Assignment>),
+    Ended(Box<Ending>),
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Assignment {
+    pub node: NodeId,
+    pub spec: Digest,
+    pub charge: Charge,
+    pub goal: Goal,
+    /// As the agent last said.
+    pub phase: PodPhase,
+    pub run: Run,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Timestamp>,
+    /// From the spec that was placed: the time without a grant after which the pod no longer runs; none: never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<Millis>,
+    pub lost_after: Millis,
+    /// The first desired set that names this epoch.
+    pub named: (Term, Generation),
+    /// Failures of the job when this epoch was placed.
+    pub failures: u64,
+    /// The last failure within this epoch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last: Option<Box<Ending>>,
+    /// For people, such as a pull's progress; not kept.
+    #[serde(skip)]
+    pub progress: Option<String>,
+}
+
+/// What a placed pod takes of its node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Charge {
+    pub cpu: MilliCpu,
+    pub memory: Bytes,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpus: Vec<GpuShare>,
+    /// Of each of the devices.
+    #[serde(default)]
+    pub gpu_memory: Bytes,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Ending {
+    pub succeeded: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<NodeId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<u8>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Timestamp>,
+    pub finished_at: Timestamp,
+}
+
+/// The log of one epoch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct EpochLog {
+    pub epoch: Epoch,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<NodeId>,
+    /// Known once the epoch has ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub records: Option<u64>,
+    /// In the depot.
+    #[serde(default)]
+    pub stored: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Output {
+    pub epoch: Epoch,
+    pub digest: Digest,
+    pub bytes: Bytes,
+    pub at: Timestamp,
+}
+
+impl Job {
+    pub fn new(file: JobFile, run: JobRun, template: Digest) -> Self {
+        Self {
+            file,
+            run,
+            template,
+            pods: BTreeMap::new(),
+            waiting: BTreeSet::new(),
+            placed: BTreeSet::new(),
+            failed: BTreeSet::new(),
+            succeeded: 0,
+            cursor: 0,
+            asleep: BTreeMap::new(),
+            active_since: None,
+            followed_until: None,
+            rules: None,
+            refused_at: None,
+            published: None,
+            counted: None,
+            counted_pods: BTreeMap::new(),
+        }
+    }
+
+    pub fn is_finished(&self) -> bool {
+        self.run.finished_at.is_some()
+    }
+
+    pub fn pods(&self) -> &BTreeMap<u32, Pod> {
+        &self.pods
+    }
+
+    pub fn pod(&self, index: u32) -> Option<&Pod> {
+        self.pods.get(&index)
+    }
+
+    /// Changes a pod, and the indices with it.
+    pub fn change<T>(&mut self, index: u32, change: impl FnOnce(&mut Pod) -> T) -> Option<T> {
+        let mut pod = self.take(index)?;
+        let answer = change(&mut pod);
+        self.put(index, pod);
+        Some(answer)
+    }
+
+    pub fn put(&mut self, index: u32, pod: Pod) {
+        self.take(index);
+        match &pod.state {
+            PodState::Waiting { .. } => drop(self.waiting.insert(index)),
+            PodState::Placed(_) => drop(self.placed.insert(index)),
+            PodState::Ended(ending) if ending.succeeded => self.succeeded += 1,
+            PodState::Ended(_) => drop(self.failed.insert(index)),
+        }
+        self.pods.insert(index, pod);
+    }
+
+    pub fn take(&mut self, index: u32) -> Option<Pod> {
+        let pod = self.pods.remove(&index)?;
+        self.cursor = self.cursor.min(index);
+        match &pod.state {
+            PodState::Ended(ending) if ending.succeeded => self.succeeded -= 1,
+            _ => {
+                self.waiting.remove(&index);
+                self.placed.remove(&index);
+                self.failed.remove(&index);
+            }
+        }
+        Some(pod)
+    }
+
+    pub fn waiting(&self) -> &BTreeSet<u32> {
+        &self.waiting
+    }
+
+    pub fn placed(&self) -> &BTreeSet<u32> {
+        &self.placed
+    }
+
+    pub fn failed(&self) -> &BTreeSet<u32> {
+        &self.failed
+    }
+
+    pub fn succeeded(&self) -> u32 {
+        self.succeeded
+    }
+
+    /// The lowest index that has no pod yet; none: all have one.
+    pub fn next_index(&mut self) -> Option<u32> {
+        while self.pods.contains_key(&self.cursor) {
+            self.cursor += 1;
+        }
+        Some(self.cursor).filter(|index| *index < self.file.spec.completions)
+    }
+
+    /// Pods of the generation that no record exists of yet.
+    pub fn uncreated(&self) -> u32 {
+        let created = self.pods.range(..self.file.spec.completions).count();
+        self.file.spec.completions.saturating_sub(u32::try_from(created).unwrap_or(u32::MAX))
+    }
+
+    /// Waiting pods that may start now.
+    pub fn ready(&self) -> impl Iterator<Item = u32> + '_ {
+        self.waiting.iter().copied().filter(|index| !self.asleep.contains_key(index))
+    }
+
+    pub fn assignment(&self, index: u32) -> Option<&Assignment> {
+        match &self.pods.get(&index)?.state {
+            PodState::Placed(assignment) => Some(assignment),
+            _ => None,
+        }
+    }
+
+    /// Changes a placed pod's assignment, which leaves the indices as they are.
+    pub fn assignment_mut(&mut self, index: u32) -> Option<&mut Assignment> {
+        match &mut self.pods.get_mut(&index)?.state {
+            PodState::Placed(assignment) => Some(assignment),
+            _ => None,
+        }
+    }
+
+    /// What does not touch the state may be changed in place.
+    pub fn log_mut(&mut self, index: u32, epoch: Epoch) -> Option<&mut EpochLog> {
+        self.pods.get_mut(&index)?.logs.iter_mut().find(|log| log.epoch == epoch)
+    }
+}
+
+impl Pod {
+    pub fn waiting(generation: Generation, epoch: Epoch) -> Self {
+        Self {
+            generation,
+            epoch,
+            restarts: 0,
+            state: PodState::Waiting { until: None, last: None },
+            logs: Vec::new(),
+            output: None,
+        }
+    }
+
+    /// A pod that was never placed follows from its job alone.
+    pub fn is_stored(&self) -> bool {
+        !matches!(self.state, PodState::Waiting { .. }) || !self.logs.is_empty() || self.restarts > 0
+    }
+}
+
+/// A machine; stored at hello and when its inventory changes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct NodeRecord {
+    pub hardware: HardwareId,
+    pub boot: BootId,
+    pub nonce: SessionNonce,
+    pub session: u64,
+    pub inventory: Inventory,
+    #[serde(default)]
+    pub cordoned: bool,
+    /// Pods of known jobs that the node holds at an epoch it should not: told to stop.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub strays: BTreeMap<PodId, Epoch>,
+}
+
+/// How far a node's outbox is in; stored with every effect of its events.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Outbox {
+    pub ledger: LedgerId,
+    pub acked: u64,
+}
+
+pub(super) struct Node {
+    pub record: NodeRecord,
+    pub outbox: Option<Outbox>,
+    pub liveness: Liveness,
+    /// None: since the controller started, no hello.
+    pub session: Option<Session>,
+    /// The last sign of life, or when silence began to count anew.
+    pub heard: BootMs,
+    /// The last grant that may have gone out; a restarted controller assumes one at its start.
+    pub granted: BootMs,
+    pub last_heartbeat_at: Option<Timestamp>,
+    pub usage: Option<Usage>,
+    /// Pods placed here.
+    pub pods: BTreeMap<PodId, Epoch>,
+    /// Of `pods`, what a heartbeat names when it holds just them.
+    pub held: Option<Digest>,
+    /// Pods the store does not know, which the agent keeps frozen.
+    pub unknown: BTreeSet<PodId>,
+    /// The desired set's number within this term.
+    pub generation: Generation,
+    pub reported: (Term, Generation),
+    /// When `desired` goes out again, and after how long the next time.
+    pub resend: Option<(BootMs, Millis)>,
+    /// When an acknowledgement of events is due.
+    pub ack: Option<BootMs>,
+    /// Specs this session was sent, of pods in the desired set.
+    pub specs: BTreeSet<Digest>,
+    /// Counts changes of what decides where pods may go.
+    pub version: u64,
+    pub published: Option<BootMs>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Liveness {
+    Online,
+    /// Takes no new pods.
+    Silent,
+    /// Its pods are replaced as their leases end.
+    Lost,
+}
+
+/// One run of the node's agent.
+pub(super) struct Session {
+    pub nonce: SessionNonce,
+    /// Of the last heartbeat taken.
+    pub seq: u64,
+    /// What that heartbeat held.
+    pub held: Option<Digest>,
+    /// The last grant that the agent said it received, and when it said so first.
+    pub confirmed: (Option<u64>, BootMs),
+    /// The controller's clock minus the agent's, the least seen, forgiving of drift.
+    pub offset: Option<(i128, BootMs)>,
+    /// Of the depot token sent last, and the seq of the lease that carried it.
+    pub depot: Option<(Timestamp, u64)>,
+    /// Assigned here and not found by the scan: gone once the outbox is in up to the number.
+    pub absent: BTreeMap<PodId, Epoch>,
+    pub absent_after: u64,
+    /// Why grants are withheld, where they are.
+    pub withheld: Option<&'static str>,
+}
+
+/// What wakes the controller.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Timer {
+    /// Silence, resends, acknowledgements.
+    Node(NodeId),
+    /// Backoffs, the deadline, the time to live.
+    Job(JobUid),
+    /// A status held back.
+    Status(JobUid),
+    /// Expiry of request ids and of rejected statuses.
+    Sweep,
+    /// The next batch of statuses for a broker that came back.
+    Republish,
+}
+
+/// One moment per timer.
+#[derive(Default)]
+pub(super) struct Timers {
+    queue: BTreeSet<(BootMs, Timer)>,
+    due: BTreeMap<Timer, BootMs>,
+}
+
+impl Timers {
+    /// Wakes `timer` at `at`, or earlier where it is so armed already.
+    pub fn arm(&mut self, timer: Timer, at: BootMs) {
+        if self.due.get(&timer).is_some_and(|due| *due <= at) {
+            return;
+        }
+        if let Some(later) = self.due.insert(timer.clone(), at) {
+            self.queue.remove(&(later, timer.clone()));
+        }
+        self.queue.insert((at, timer));
+    }
+
+    pub fn next(&self) -> Option<BootMs> {
+        self.queue.first().map(|(at, _)| *at)
+    }
+
+    pub fn pop(&mut self, now: BootMs) -> Option<Timer> {
+        if self.next()? > now {
+            return None;
+        }
+        let (_, timer) = self.queue.pop_first()?;
+        self.due.remove(&timer);
+        Some(timer)
+    }
+}

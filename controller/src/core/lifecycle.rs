@@ -1,0 +1,510 @@
+//! What becomes of jobs and pods: placed, run, ended, evicted, tried again, stopped, forgotten. Knows nodes only as
+//! places; what is said to them is `wire`'s.
+
+use berth_protocol::ids::{Digest, Epoch, Generation, JobUid, NodeId, PodId, Run};
+use berth_protocol::job::{JobSpec, RestartPolicy};
+use berth_protocol::message::user::JobPhase;
+use berth_protocol::pod::{Cause, Goal, Outcome, PodPhase};
+use berth_protocol::topic::{JobTopic, Topic};
+use berth_protocol::units::{BootMs, Millis};
+
+use super::cluster::{Assignment, Charge, Ending, EpochLog, Job, JobRun, Pod, PodState, Timer, Verdict};
+use super::{Controller, Effect, Now};
+
+/// Running time is written down this often where a deadline counts it: what a restart of the controller forgets.
+const ACTIVE_WRITE: Millis = Millis(60_000);
+/// Between clearing an expired job's status and forgetting the job.
+const EXPIRY: Millis = Millis(10_000);
+/// Logs of past epochs that a pod's record lists; older ones are deleted.
+const LOGS_MAX: usize = 64;
+
+/// How the controller knows that nothing of an epoch is alive.
+pub(super) enum Gone {
+    /// The agent said so, and how it ended.
+    Ended(Outcome),
+    /// A scan did not find it, or its lease is over.
+    Vanished { reason: &'static str, message: String },
+}
+
+impl Controller {
+    /// Brings the job's pods in line with what it wants now. Changes nothing where they are.
+    pub(super) fn reconcile(&mut self, now: Now, uid: &JobUid) {
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
+        if job.is_finished() {
+            let expiry = job.run.finished_at.unwrap_or(now.wall).plus(job.file.spec.ttl).since(now.wall);
+            let at = if job.run.expired { now.boot.plus(EXPIRY) } else { now.boot.plus(expiry) };
+            self.timers.arm(Timer::Job(uid.clone()), at);
+            return;
+        }
+        if job.run.verdict.is_none() && job.succeeded() >= job.file.spec.completions {
+            job.run.verdict = Some(Verdict { phase: JobPhase::Succeeded, reason: None, message: None });
+            self.dirty.runs.insert(uid.clone());
+        }
+        let ends = job.run.verdict.is_some();
+        if ends || job.run.suspended {
+            self.stop_pods(uid);
+        } else {
+            let mut changed = false;
+            while job.waiting().len() + job.placed().len() < job.file.spec.parallelism as usize {
+                let Some(index) = job.next_index() else { break };
+                let pod = Pod::waiting(job.file.generation, job.run.epoch_floor);
+                job.put(index, pod);
+                changed = true;
+            }
+            if changed {
+                self.dirty.status.insert(uid.clone());
+            }
+            if job.ready().next().is_some() {
+                self.scheduler.enqueue(uid, job);
+            }
+        }
+        self.count_active(now, uid);
+        self.finish_if_over(now, uid);
+    }
+
+    fn stop_pods(&mut self, uid: &JobUid) {
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
+        self.scheduler.dequeue(uid, job);
+        for index in job.placed().clone() {
+            if let Some(assignment) = job.assignment_mut(index)
+                && assignment.goal != Goal::Stop
+            {
+                assignment.goal = Goal::Stop;
+                self.dirty.pods.insert(uid.pod(index));
+                self.dirty.desired.insert(assignment.node.clone());
+                self.dirty.status.insert(uid.clone());
+            }
+        }
+    }
+
+    fn finish_if_over(&mut self, now: Now, uid: &JobUid) {
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
+        if job.run.verdict.is_none() || !job.placed().is_empty() {
+            return;
+        }
+        for index in job.waiting().clone() {
+            let Some(pod) = job.take(index) else { continue };
+            job.run.epoch_floor = job.run.epoch_floor.max(pod.epoch);
+            self.dirty.pods.insert(uid.pod(index));
+            // A pod that ran keeps its record, for its log.
+            if let PodState::Waiting { last: Some(last), .. } = &pod.state {
+                let state = PodState::Ended(last.clone());
+                job.put(index, Pod { state, ..pod });
+            }
+        }
+        job.asleep.clear();
+        job.rules = None;
+        job.active_since = None;
+        job.run.finished_at = Some(now.wall);
+        self.timers.arm(Timer::Job(uid.clone()), now.boot.plus(job.file.spec.ttl));
+        self.dirty.runs.insert(uid.clone());
+        self.dirty.status.insert(uid.clone());
+    }
+
+    /// Gives a waiting pod a node: the next epoch, in the transaction that names the node.
+    pub(super) fn place(&mut self, now: Now, uid: &JobUid, index: u32, id: NodeId, charge: Charge) {
+        let (Some(job), Some(node)) = (self.cluster.jobs.get_mut(uid), self.cluster.nodes.get_mut(&id)) else {
+            return;
+        };
+        let (spec, failures) = (&job.file.spec.pod, u64::from(job.run.failures));
+        let assignment = Assignment {
+            node: id.clone(),
+            spec: job.template,
+            charge,
+            goal: Goal::Run,
+            phase: PodPhase::Assigned,
+            run: Run(0),
+            started_at: None,
+            lease: spec.on_disconnect.lease(spec.grace),
+            lost_after: spec.on_disconnect.lost_after,
+            named: (self.config.term, node.generation.next()),
+            failures,
+            last: None,
+            progress: None,
+        };
+        let placed = job.change(index, |pod| {
+            pod.epoch = pod.epoch.next();
+            pod.state = PodState::Placed(Box::new(assignment));
+            pod.logs.push(EpochLog { epoch: pod.epoch, node: Some(id.clone()), records: None, stored: false });
+            let dropped = (pod.logs.len() > LOGS_MAX).then(|| pod.logs.remove(0));
+            (pod.epoch, dropped)
+        });
+        let Some((epoch, dropped)) = placed else { return };
+        node.pods.insert(uid.pod(index), epoch);
+        node.held = None;
+        self.counters.placements += 1;
+        self.dirty.pods.insert(uid.pod(index));
+        self.dirty.desired.insert(id);
+        self.dirty.status.insert(uid.clone());
+        if let Some(log) = dropped {
+            self.delete_log(uid.pod(index), &log);
+        }
+        self.follow_placed(now, uid, index);
+    }
+
+    /// The pod's epoch is over: nothing of it is alive.
+    pub(super) fn pod_gone(&mut self, now: Now, id: &PodId, gone: Gone) {
+        let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
+        let Some(assignment) = job.assignment(id.index).cloned() else { return };
+        if let Some(node) = self.cluster.nodes.get_mut(&assignment.node) {
+            node.pods.remove(id);
+            node.held = None;
+            self.scheduler.release(&assignment.node, &node.record.inventory, &assignment.charge);
+        }
+        self.dirty.desired.insert(assignment.node.clone());
+        self.dirty.pods.insert(id.clone());
+        self.dirty.status.insert(id.uid.clone());
+        let (epoch, generation) = job.pod(id.index).map_or_else(Default::default, |p| (p.epoch, p.generation));
+        if let (Gone::Ended(outcome), Some(log)) = (&gone, job.log_mut(id.index, epoch)) {
+            log.records = Some(outcome.log_records);
+        }
+        let (cause, ending) = match gone {
+            Gone::Ended(outcome) => (outcome.cause, ending(&assignment, &outcome)),
+            Gone::Vanished { reason, message } => (Cause::Eviction, vanished(&assignment, now, reason, message)),
+        };
+        if generation < job.file.generation {
+            self.renew(&id.uid, id.index);
+        } else {
+            self.settle(now, id, cause, ending, &assignment);
+        }
+        self.reconcile(now, &id.uid);
+    }
+
+    /// What an end means to the job.
+    fn settle(&mut self, now: Now, id: &PodId, cause: Cause, ending: Ending, was: &Assignment) {
+        let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
+        if job.run.started_at.is_none() && ending.started_at.is_some() {
+            job.run.started_at = ending.started_at;
+            self.dirty.runs.insert(id.uid.clone());
+        }
+        let restart = job.file.spec.pod.restart;
+        let over = job.run.verdict.is_some();
+        match cause {
+            Cause::Success if restart.policy != RestartPolicy::Always || over => {
+                end(job, id.index, Ending { succeeded: true, ..ending });
+            }
+            Cause::Success => self.retry(now, id, ending, 1),
+            Cause::Failure => {
+                job.run.failures += 1;
+                self.counters.failures += 1;
+                self.dirty.runs.insert(id.uid.clone());
+                if over {
+                    end(job, id.index, ending);
+                } else if restart.policy == RestartPolicy::Never || job.run.failures > restart.backoff_limit {
+                    let verdict = failed(&job.file.spec, id.index, &ending, job.run.failures);
+                    job.run.verdict = Some(verdict);
+                    end(job, id.index, ending);
+                } else {
+                    let failures = job.run.failures;
+                    self.retry(now, id, ending, failures);
+                }
+            }
+            Cause::Eviction if over => {
+                // Stopped because the job ends: the failure that ended it tells more than the stop.
+                end(job, id.index, was.last.as_deref().cloned().unwrap_or(ending));
+            }
+            Cause::Eviction => {
+                if was.goal != Goal::Stop {
+                    job.run.evictions += 1;
+                    self.counters.evictions += 1;
+                    self.dirty.runs.insert(id.uid.clone());
+                }
+                job.change(id.index, |pod| {
+                    pod.state = PodState::Waiting { until: None, last: Some(Box::new(ending)) };
+                });
+            }
+        }
+    }
+
+    fn retry(&mut self, now: Now, id: &PodId, ending: Ending, failures: u32) {
+        let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
+        let wait = backoff(id, &job.file.spec, failures);
+        job.change(id.index, |pod| {
+            pod.restarts += 1;
+            pod.state = PodState::Waiting { until: Some(now.wall.plus(wait)), last: Some(Box::new(ending)) };
+        });
+        self.sleep(&id.uid, id.index, now.boot.plus(wait));
+    }
+
+    fn sleep(&mut self, uid: &JobUid, index: u32, until: BootMs) {
+        if let Some(job) = self.cluster.jobs.get_mut(uid) {
+            job.asleep.insert(index, until);
+            self.timers.arm(Timer::Job(uid.clone()), until);
+        }
+    }
+
+    /// Backoffs of a job just loaded, at most as long as the job's file allows.
+    pub(super) fn wake_sleepers(&mut self, uid: &JobUid, now: Now) {
+        let Some(job) = self.cluster.jobs.get(uid) else { return };
+        let most = job.file.spec.pod.restart.retry_max;
+        let asleep: Vec<(u32, BootMs)> = job
+            .waiting()
+            .iter()
+            .filter_map(|index| match &job.pods()[index].state {
+                PodState::Waiting { until: Some(until), .. } => {
+                    Some((*index, now.boot.plus(until.since(now.wall).min(most))))
+                }
+                _ => None,
+            })
+            .collect();
+        for (index, until) in asleep {
+            self.sleep(uid, index, until);
+        }
+    }
+
+    /// A run failed, and the agent starts the next one by itself.
+    pub(super) fn pod_retrying(&mut self, now: Now, id: &PodId, outcome: &Outcome) {
+        let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
+        let current = job.file.generation;
+        if job.change(id.index, |pod| {
+            pod.restarts += 1;
+            pod.generation == current
+        }) != Some(true)
+        {
+            return;
+        }
+        let Some(assignment) = job.assignment_mut(id.index) else { return };
+        assignment.phase = PodPhase::Starting;
+        let ending = ending(assignment, outcome);
+        assignment.last = Some(Box::new(ending.clone()));
+        if outcome.cause == Cause::Failure {
+            job.run.failures += 1;
+            self.counters.failures += 1;
+            self.dirty.runs.insert(id.uid.clone());
+            if job.run.verdict.is_none() && job.run.failures > job.file.spec.pod.restart.backoff_limit {
+                job.run.verdict = Some(failed(&job.file.spec, id.index, &ending, job.run.failures));
+            }
+        }
+        self.dirty.pods.insert(id.clone());
+        self.dirty.status.insert(id.uid.clone());
+        self.reconcile(now, &id.uid);
+    }
+
+    /// A pod of an earlier generation has stopped: its index is the new generation's.
+    fn renew(&mut self, uid: &JobUid, index: u32) {
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
+        let Some(pod) = job.take(index) else { return };
+        job.run.epoch_floor = job.run.epoch_floor.max(pod.epoch);
+        self.dirty.runs.insert(uid.clone());
+        self.dirty.pods.insert(uid.pod(index));
+        self.delete_blobs(uid.pod(index), &pod);
+    }
+
+    /// The job's file changed: its pods stop, and the new generation begins from the start.
+    pub(super) fn replace_job(
+        &mut self, now: Now, uid: &JobUid, spec: JobSpec, written: Digest, template: Digest,
+    ) -> Generation {
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return Generation(0) };
+        // The queue's key holds the priority, which the new file may change.
+        self.scheduler.dequeue(uid, job);
+        (job.file.spec, job.file.written, job.template) = (spec, written, template);
+        self.begin_anew(now, uid)
+    }
+
+    pub(super) fn restart(&mut self, now: Now, uid: &JobUid) {
+        self.begin_anew(now, uid);
+    }
+
+    fn begin_anew(&mut self, now: Now, uid: &JobUid) -> Generation {
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return Generation(0) };
+        self.scheduler.dequeue(uid, job);
+        job.file.generation = job.file.generation.next();
+        job.file.submitted_at = now.wall;
+        let generation = job.file.generation;
+        let suspended = job.file.spec.suspend;
+        job.run = JobRun { suspended, epoch_floor: job.run.epoch_floor, ..JobRun::default() };
+        job.rules = None;
+        job.published = None;
+        job.active_since = None;
+        job.asleep.clear();
+        let still: Vec<u32> = job.pods().keys().filter(|i| !job.placed().contains(i)).copied().collect();
+        self.stop_pods(uid);
+        for index in still {
+            self.renew(uid, index);
+        }
+        self.dirty.jobs.insert(uid.clone());
+        self.dirty.runs.insert(uid.clone());
+        self.dirty.status.insert(uid.clone());
+        self.reconcile(now, uid);
+        generation
+    }
+
+    pub(super) fn cancel(&mut self, now: Now, uid: &JobUid) {
+        let message = Some("cancelled by a command".to_owned());
+        self.give_verdict(now, uid, Verdict { phase: JobPhase::Cancelled, reason: Some("Cancelled".to_owned()), message });
+    }
+
+    fn give_verdict(&mut self, now: Now, uid: &JobUid, verdict: Verdict) {
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
+        if job.run.verdict.is_none() {
+            job.run.verdict = Some(verdict);
+            self.dirty.runs.insert(uid.clone());
+            self.dirty.status.insert(uid.clone());
+            self.reconcile(now, uid);
+        }
+    }
+
+    pub(super) fn suspend(&mut self, now: Now, uid: &JobUid, suspended: bool) {
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
+        if job.run.suspended != suspended {
+            job.run.suspended = suspended;
+            self.dirty.runs.insert(uid.clone());
+            self.dirty.status.insert(uid.clone());
+            self.reconcile(now, uid);
+        }
+    }
+
+    /// Starts or stops the clock of the job's deadline as its pods run.
+    pub(super) fn count_active(&mut self, now: Now, uid: &JobUid) {
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
+        let Some(deadline) = job.file.spec.active_deadline else { return };
+        let runs = |phase| matches!(phase, PodPhase::Running | PodPhase::Checkpointing);
+        let running = job.placed().iter().any(|i| job.assignment(*i).is_some_and(|a| runs(a.phase)));
+        if let Some(since) = job.active_since.take() {
+            job.run.active = job.run.active.saturating_add(now.boot.since(since));
+            self.dirty.runs.insert(uid.clone());
+        }
+        if running && job.run.verdict.is_none() {
+            job.active_since = Some(now.boot);
+            let left = deadline.saturating_sub(job.run.active);
+            self.timers.arm(Timer::Job(uid.clone()), now.boot.plus(left.min(ACTIVE_WRITE)));
+        }
+    }
+
+    pub(super) fn wake_job(&mut self, now: Now, uid: &JobUid) {
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
+        if let Some(finished_at) = job.run.finished_at {
+            let over = now.wall.since(finished_at) >= job.file.spec.ttl;
+            if job.run.expired || over { self.expire(now, uid) } else { self.reconcile(now, uid) }
+            return;
+        }
+        job.asleep.retain(|_, until| *until > now.boot);
+        if let Some(next) = job.asleep.values().min() {
+            self.timers.arm(Timer::Job(uid.clone()), *next);
+        }
+        self.count_active(now, uid);
+        let Some(job) = self.cluster.jobs.get(uid) else { return };
+        if let Some(deadline) = job.file.spec.active_deadline
+            && job.run.active >= deadline
+        {
+            let message = Some(format!("the job ran for {deadline}, which activeDeadlineSeconds allows at most"));
+            let reason = Some("DeadlineExceeded".to_owned());
+            self.give_verdict(now, uid, Verdict { phase: JobPhase::Failed, reason, message });
+        }
+        self.reconcile(now, uid);
+    }
+
+    /// Clears the finished job's status, and later forgets the job: a crash in between does it again.
+    fn expire(&mut self, now: Now, uid: &JobUid) {
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
+        let (namespace, name) = (job.file.spec.namespace.clone(), job.file.spec.name.clone());
+        let topic = Topic::job(&namespace, &name, JobTopic::Status);
+        self.dirty.step.effects.push(Effect::Publish { topic, payload: Vec::new(), retain: true });
+        if !job.run.expired {
+            job.run.expired = true;
+            self.dirty.runs.insert(uid.clone());
+            self.timers.arm(Timer::Job(uid.clone()), now.boot.plus(EXPIRY));
+            return;
+        }
+        self.recount(uid, None);
+        let Some(job) = self.cluster.jobs.remove(uid) else { return };
+        self.cluster.names.remove(&(namespace, name));
+        for (index, pod) in job.pods() {
+            self.delete_blobs(uid.pod(*index), pod);
+            self.dirty.pods.insert(uid.pod(*index));
+        }
+        if let Some(workspace) = &job.file.spec.pod.workspace
+            && !self.cluster.jobs.values().any(|other| {
+                other.file.spec.pod.workspace.as_ref().is_some_and(|w| w.digest == workspace.digest)
+            })
+        {
+            self.effect(Effect::DeleteBlob(workspace.digest));
+        }
+        self.dirty.jobs.insert(uid.clone());
+        self.dirty.runs.insert(uid.clone());
+    }
+
+    fn delete_blobs(&mut self, id: PodId, pod: &Pod) {
+        for log in &pod.logs {
+            self.delete_log(id.clone(), log);
+        }
+        if let Some(output) = &pod.output {
+            self.effect(Effect::DeleteBlob(output.digest));
+        }
+    }
+
+    /// A log that is not in the depot yet is deleted when it comes: nothing lists it then.
+    fn delete_log(&mut self, pod: PodId, log: &EpochLog) {
+        if log.stored {
+            self.effect(Effect::DeleteLog { pod, epoch: log.epoch });
+        }
+    }
+
+    /// A log of an epoch is in the depot.
+    pub(super) fn log_stored(&mut self, id: &PodId, epoch: Epoch) {
+        let log = self.cluster.jobs.get_mut(&id.uid).and_then(|job| job.log_mut(id.index, epoch));
+        match log {
+            Some(log) => {
+                log.stored = true;
+                self.dirty.pods.insert(id.clone());
+            }
+            None => self.effect(Effect::DeleteLog { pod: id.clone(), epoch }),
+        }
+    }
+}
+
+fn end(job: &mut Job, index: u32, ending: Ending) {
+    job.change(index, |pod| pod.state = PodState::Ended(Box::new(ending)));
+}
+
+fn ending(was: &Assignment, outcome: &Outcome) -> Ending {
+    Ending {
+        succeeded: false,
+        node: Some(was.node.clone()),
+        exit_code: outcome.exit_code,
+        reason: outcome.reason.clone(),
+        message: outcome.message.clone(),
+        started_at: outcome.started_at.or(was.started_at),
+        finished_at: outcome.finished_at,
+    }
+}
+
+fn vanished(was: &Assignment, now: Now, reason: &str, message: String) -> Ending {
+    Ending {
+        succeeded: false,
+        node: Some(was.node.clone()),
+        exit_code: None,
+        reason: Some(reason.to_owned()),
+        message: Some(message),
+        started_at: was.started_at,
+        finished_at: now.wall,
+    }
+}
+
+/// The verdict that a pod's failure brings.
+fn failed(spec: &JobSpec, index: u32, ending: &Ending, failures: u32) -> Verdict {
+    let pod = spec.name.pod(index);
+    let how = match (&ending.message, ending.exit_code) {
+        (Some(message), _) => format!("pod {pod} failed: {message}"),
+        (None, Some(code)) => format!("pod {pod} ended with exit code {code}"),
+        (None, None) => format!("pod {pod} failed"),
+    };
+    if spec.pod.restart.policy == RestartPolicy::Never {
+        let reason = ending.reason.clone().or_else(|| Some("PodFailed".to_owned()));
+        return Verdict { phase: JobPhase::Failed, reason, message: Some(how) };
+    }
+    let limit = spec.pod.restart.backoff_limit;
+    let message = Some(format!("{failures} failures, backoffLimit is {limit}; the last: {how}"));
+    Verdict { phase: JobPhase::Failed, reason: Some("BackoffLimitExceeded".to_owned()), message }
+}
+
+/// Exponential from `retry.min` to `retry.max`, less up to a quarter so that pods that failed together do not come back
+/// together; the same for the same pod and count.
+fn backoff(id: &PodId, spec: &JobSpec, failures: u32) -> Millis {
+    let restart = spec.pod.restart;
+    let doubled = restart.retry_min.0.saturating_mul(1 << failures.saturating_sub(1).min(32));
+    let most = doubled.min(restart.retry_max.0);
+    let hash = Digest::of(format!("{id} {failures}").as_bytes()).hex();
+    let fraction = u64::from_str_radix(&hash[..4], 16).unwrap_or(0);
+    Millis(most - most / 4 * fraction / 0xffff)
+}

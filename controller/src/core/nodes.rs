@@ -1,0 +1,479 @@
+//! What nodes say and what their silence means: hello, heartbeat, events, bye; online, silent, lost. What they are
+//! told is `wire`'s.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use berth_protocol::ids::{Epoch, Generation, NodeId, PodId, Term};
+use berth_protocol::limits::{EVENTS_PER_MESSAGE_MAX, HEARTBEAT_MS, LEASE_MARGIN_MS, LOST_AFTER_MS};
+use berth_protocol::message::node::{
+    Bye, Events, Heartbeat, Hello, NodeEvent, PodChange, PodEvent, PullProgress,
+};
+use berth_protocol::pod::PodPhase;
+use berth_protocol::units::{BootMs, Bytes, Millis, Timestamp};
+
+use super::cluster::{Liveness, Node, NodeRecord, Outbox, Output, Session, Timer};
+use super::lifecycle::Gone;
+use super::{Controller, Now};
+
+/// Two heartbeats and some slack for their way.
+const SILENT_AFTER: Millis = Millis(2 * HEARTBEAT_MS + 2_000);
+const LOST_AFTER: Millis = Millis(LOST_AFTER_MS);
+const MARGIN: Millis = Millis(LEASE_MARGIN_MS);
+/// Fewer silent nodes never count as the controller's own blindness.
+const BLIND_NODES_MIN: usize = 3;
+/// Acknowledgements of events wait this long for others to join them.
+const ACK_PAUSE: Millis = Millis(200);
+/// A clock may drift by one part in this many before it counts as having stopped.
+const DRIFT_PARTS: u64 = 1_000;
+const STATE_PAUSE: Millis = Millis(30_000);
+
+/// A node of which the store knows and this controller has heard nothing yet. It may hold a grant of the controller's
+/// last run, so grants count from now.
+pub(super) fn forgotten_node(record: NodeRecord, now: Now) -> Node {
+    Node {
+        record,
+        outbox: None,
+        liveness: Liveness::Silent,
+        session: None,
+        heard: now.boot,
+        granted: now.boot,
+        last_heartbeat_at: None,
+        usage: None,
+        pods: BTreeMap::new(),
+        held: None,
+        unknown: BTreeSet::new(),
+        generation: Generation(0),
+        reported: (Term(0), Generation(0)),
+        resend: None,
+        ack: None,
+        specs: BTreeSet::new(),
+        version: 0,
+        published: None,
+    }
+}
+
+impl Controller {
+    pub(super) fn hello(&mut self, now: Now, id: &NodeId, hello: Hello) {
+        if let Some(node) = self.cluster.nodes.get(id)
+            && let Some(why) = refusal(node, &hello)
+        {
+            self.refuse(why);
+            return;
+        }
+        let record = NodeRecord {
+            hardware: hello.hardware.clone(),
+            boot: hello.boot.clone(),
+            nonce: hello.nonce.clone(),
+            session: hello.session,
+            inventory: hello.inventory.clone(),
+            cordoned: false,
+            strays: BTreeMap::new(),
+        };
+        let known = self.cluster.nodes.contains_key(id);
+        let node = self.cluster.nodes.entry(id.clone()).or_insert_with(|| forgotten_node(record.clone(), now));
+        let same_ledger = node.outbox.as_ref().is_some_and(|outbox| outbox.ledger == hello.ledger);
+        let anew = known && (node.record.boot != hello.boot || !same_ledger);
+        let stranger = known && node.record.hardware != hello.hardware;
+        if node.record.inventory != record.inventory || !known {
+            node.version += 1;
+        }
+        node.record = NodeRecord { cordoned: node.record.cordoned && !stranger, ..record };
+        if !same_ledger {
+            node.outbox = Some(Outbox { ledger: hello.ledger.clone(), acked: hello.events_acked });
+            self.dirty.outboxes.insert(id.clone());
+        }
+        node.reported = (hello.term, hello.generation);
+        node.specs.clear();
+        node.held = None;
+
+        let held: BTreeMap<&PodId, Epoch> = hello.pods.iter().map(|held| (&held.pod, held.epoch)).collect();
+        let applied = |named: (Term, Generation)| (hello.term, hello.generation) >= named;
+        let jobs = &self.cluster.jobs;
+        let named = |pod: &PodId| jobs.get(&pod.uid)?.assignment(pod.index).map(|assignment| assignment.named);
+        let absent = node
+            .pods
+            .iter()
+            .filter(|(pod, epoch)| held.get(pod) != Some(epoch))
+            .filter(|(pod, _)| anew || named(pod).is_some_and(applied))
+            .map(|(pod, epoch)| (pod.clone(), *epoch))
+            .collect();
+        node.unknown.clear();
+        for pod in hello.pods.iter().filter(|held| node.pods.get(&held.pod) != Some(&held.epoch)) {
+            if !jobs.contains_key(&pod.pod.uid) {
+                node.unknown.insert(pod.pod.clone());
+            } else if pod.alive {
+                node.record.strays.insert(pod.pod.clone(), pod.epoch);
+            }
+        }
+        let unknown = node.unknown.len();
+        node.session = Some(Session {
+            nonce: hello.nonce,
+            seq: 0,
+            held: None,
+            confirmed: (None, now.boot),
+            offset: None,
+            depot: None,
+            absent,
+            absent_after: hello.events_last,
+            withheld: None,
+        });
+        self.dirty.nodes.insert(id.clone());
+        self.dirty.desired.insert(id.clone());
+        for _ in 0..unknown {
+            self.refuse("unknown-pod");
+        }
+        self.heard_from(now, id);
+        self.refresh_room(id);
+        self.settle_absent(now, id);
+        self.dirty.states.insert(id.clone());
+    }
+
+    /// The node is there.
+    fn heard_from(&mut self, now: Now, id: &NodeId) {
+        let Some(node) = self.cluster.nodes.get_mut(id) else { return };
+        node.heard = now.boot;
+        if node.liveness != Liveness::Online {
+            node.liveness = Liveness::Online;
+            self.dirty.states.insert(id.clone());
+            self.touch_pods(id);
+            self.refresh_room(id);
+            self.judge_blindness(now);
+        }
+        self.watch(id, now);
+    }
+
+    /// Pods that the session's scan attests absent are gone, once the events that may tell their end are in.
+    fn settle_absent(&mut self, now: Now, id: &NodeId) {
+        let Some(node) = self.cluster.nodes.get_mut(id) else { return };
+        let (Some(session), Some(outbox)) = (&mut node.session, &node.outbox) else { return };
+        if outbox.acked < session.absent_after {
+            return;
+        }
+        let absent = std::mem::take(&mut session.absent);
+        for (pod, _) in absent.into_iter().filter(|(pod, epoch)| node.pods.get(pod) == Some(epoch)).collect::<Vec<_>>() {
+            let message = format!("node {id} restarted, and the pod is no longer there");
+            self.pod_gone(now, &pod, Gone::Vanished { reason: "NodeRestarted", message });
+        }
+    }
+
+    pub(super) fn heartbeat(&mut self, now: Now, id: &NodeId, beat: Heartbeat) {
+        let known = self.cluster.nodes.get_mut(id).and_then(|node| node.session.as_mut());
+        let Some(session) = known.filter(|session| session.nonce == beat.nonce) else {
+            self.ask_hello(id, &beat);
+            return;
+        };
+        if beat.seq <= session.seq {
+            self.refuse("stale-heartbeat");
+            return;
+        }
+        session.seq = beat.seq;
+        session.held = Some(beat.held);
+        session.withheld = why_withheld(session, &beat, now);
+        if session.depot.is_some_and(|(_, seq)| beat.last_grant.is_none_or(|granted| granted < seq)) {
+            // The lease that carried the token was lost, or overtaken.
+            session.depot = None;
+        }
+        let silent = session.withheld.is_some();
+        let Some(node) = self.cluster.nodes.get_mut(id) else { return };
+        node.last_heartbeat_at = Some(now.wall);
+        node.usage = Some(beat.usage);
+        node.reported = (beat.term, beat.generation);
+        if node.reported >= (self.config.term, node.generation) {
+            node.resend = None;
+        } else if node.resend.is_none() {
+            node.resend = Some((now.boot, super::wire::RESEND_MIN));
+        }
+        if node.published.is_none_or(|at| now.boot.since(at) >= STATE_PAUSE) {
+            self.dirty.states.insert(id.clone());
+        }
+        if !silent {
+            self.heard_from(now, id);
+        }
+        self.note_pulls(id, &beat.pulls);
+        self.watch(id, now);
+        self.send_lease(now, id);
+    }
+
+    fn note_pulls(&mut self, id: &NodeId, pulls: &[PullProgress]) {
+        for pull in pulls {
+            let Some(node) = self.cluster.nodes.get(id) else { return };
+            if node.pods.get(&pull.pod) != Some(&pull.epoch) {
+                continue;
+            }
+            let mib = |bytes: Bytes| bytes.0 / Bytes::MIB;
+            let text = match pull.total {
+                Bytes::ZERO => format!("pulling the image: {} MiB so far", mib(pull.done)),
+                total => format!("pulling the image: {} of {} MiB", mib(pull.done), mib(total)),
+            };
+            let job = self.cluster.jobs.get_mut(&pull.pod.uid);
+            if let Some(assignment) = job.and_then(|job| job.assignment_mut(pull.pod.index))
+                && assignment.progress.as_ref() != Some(&text)
+            {
+                assignment.progress = Some(text);
+                self.dirty.status.insert(pull.pod.uid.clone());
+            }
+        }
+    }
+
+    pub(super) fn bye(&mut self, now: Now, id: &NodeId, bye: Bye) {
+        let Some(node) = self.cluster.nodes.get_mut(id) else { return };
+        let current = node.session.as_ref().is_some_and(|session| session.nonce == bye.nonce);
+        if current && node.liveness == Liveness::Online {
+            // A hint: no new pods until it is heard again, and nothing sooner than silence alone would bring.
+            node.liveness = Liveness::Silent;
+            self.dirty.states.insert(id.clone());
+            self.refresh_room(id);
+            self.judge_blindness(now);
+        }
+    }
+
+    pub(super) fn events(&mut self, now: Now, id: &NodeId, message: Events) {
+        let Some(node) = self.cluster.nodes.get_mut(id) else { return self.refuse("no-session") };
+        let current = node.session.as_ref().is_some_and(|session| session.nonce == message.nonce);
+        let Some(outbox) = node.outbox.as_ref().filter(|outbox| current && outbox.ledger == message.ledger) else {
+            return self.refuse("no-session");
+        };
+        if message.events.len() > EVENTS_PER_MESSAGE_MAX {
+            return self.refuse("oversized");
+        }
+        let mut acked = outbox.acked;
+        for event in message.events {
+            // Before: sent again. After a gap: what is missing will be sent again, and this with it.
+            if event.n != acked + 1 {
+                continue;
+            }
+            acked = event.n;
+            match event.event {
+                NodeEvent::Pod(change) => self.pod_event(now, id, event.at, change),
+                NodeEvent::Inventory(inventory) => {
+                    if let Some(node) = self.cluster.nodes.get_mut(id) {
+                        node.record.inventory = *inventory;
+                        node.version += 1;
+                        self.dirty.nodes.insert(id.clone());
+                        self.dirty.states.insert(id.clone());
+                        self.refresh_room(id);
+                    }
+                }
+            }
+        }
+        let Some(node) = self.cluster.nodes.get_mut(id) else { return };
+        if let Some(outbox) = &mut node.outbox
+            && outbox.acked != acked
+        {
+            outbox.acked = acked;
+            self.dirty.outboxes.insert(id.clone());
+        }
+        node.ack.get_or_insert(now.boot.plus(ACK_PAUSE));
+        self.settle_absent(now, id);
+        self.watch(id, now);
+    }
+
+    /// A result counts only for the epoch that is placed here, and for a run not yet passed.
+    fn pod_event(&mut self, now: Now, id: &NodeId, at: Timestamp, event: PodEvent) {
+        let PodEvent { pod, epoch, run, change } = event;
+        match change {
+            PodChange::LogStored => return self.log_stored(&pod, epoch),
+            PodChange::OutputsStored { digest, bytes, error: _ } => {
+                if let Some(digest) = digest {
+                    self.output_stored(&pod, Output { epoch, digest, bytes, at });
+                }
+                return;
+            }
+            _ => {}
+        }
+        let Some(node) = self.cluster.nodes.get_mut(id) else { return };
+        if node.pods.get(&pod) != Some(&epoch) {
+            let ended = matches!(change, PodChange::Ended { .. });
+            if ended && node.record.strays.get(&pod) == Some(&epoch) {
+                node.record.strays.remove(&pod);
+                self.dirty.nodes.insert(id.clone());
+                self.dirty.desired.insert(id.clone());
+                self.refresh_room(id);
+            } else {
+                self.refuse("stale-event");
+            }
+            return;
+        }
+        let Some(job) = self.cluster.jobs.get_mut(&pod.uid) else { return };
+        let Some(assignment) = job.assignment_mut(pod.index).filter(|assignment| assignment.run <= run) else {
+            return self.refuse("stale-event");
+        };
+        assignment.run = run;
+        let phase = match change {
+            PodChange::Pulling => PodPhase::Pulling,
+            PodChange::Starting => PodPhase::Starting,
+            PodChange::Running => PodPhase::Running,
+            PodChange::Paused => PodPhase::Paused,
+            PodChange::Retrying { outcome, .. } => return self.pod_retrying(now, &pod, &outcome),
+            PodChange::Ended { outcome } => return self.pod_gone(now, &pod, Gone::Ended(outcome)),
+            PodChange::LogStored | PodChange::OutputsStored { .. } => return,
+        };
+        assignment.phase = phase;
+        assignment.progress = None;
+        if phase == PodPhase::Running {
+            assignment.started_at.get_or_insert(at);
+            if job.run.started_at.is_none() {
+                job.run.started_at = Some(at);
+                self.dirty.runs.insert(pod.uid.clone());
+            }
+        }
+        self.dirty.status.insert(pod.uid.clone());
+        self.count_active(now, &pod.uid);
+        self.dirty.pods.insert(pod);
+    }
+
+    fn output_stored(&mut self, id: &PodId, output: Output) {
+        let job = self.cluster.jobs.get_mut(&id.uid);
+        let current = job.as_ref().and_then(|job| job.pod(id.index)).is_some_and(|pod| pod.epoch == output.epoch);
+        match job.filter(|_| current) {
+            Some(job) => {
+                job.change(id.index, |pod| pod.output = Some(output));
+                self.dirty.pods.insert(id.clone());
+            }
+            None => self.effect(super::Effect::DeleteBlob(output.digest)),
+        }
+    }
+
+    /// More than half of the nodes silent at once, or no bus: then it is the controller that hears nothing.
+    fn judge_blindness(&mut self, now: Now) {
+        let present = || self.cluster.nodes.values().filter(|node| node.liveness != Liveness::Lost);
+        let silent = present().filter(|node| node.liveness == Liveness::Silent).count();
+        let blind = !self.bus_up || (silent >= BLIND_NODES_MIN && silent * 2 > present().count());
+        if self.blind && !blind {
+            self.count_silence_anew(now);
+        }
+        if self.blind != blind {
+            self.blind = blind;
+            let silent = self.cluster.nodes.iter().filter(|(_, node)| node.liveness == Liveness::Silent);
+            self.dirty.states.extend(silent.map(|(id, _)| id.clone()));
+        }
+    }
+
+    /// Whoever was silent while the controller heard nothing gets the whole time again.
+    pub(super) fn count_silence_anew(&mut self, now: Now) {
+        let ids: Vec<NodeId> = self.cluster.nodes.keys().cloned().collect();
+        for id in ids {
+            let Some(node) = self.cluster.nodes.get_mut(&id) else { continue };
+            if node.liveness != Liveness::Lost {
+                node.heard = now.boot;
+            }
+            self.watch(&id, now);
+        }
+    }
+
+    /// When the pod on this silent node may be replaced (fencing, rule 2); none: only when observed gone.
+    fn replaceable(&self, node: &Node, pod: &PodId) -> Option<BootMs> {
+        let assignment = self.cluster.jobs.get(&pod.uid)?.assignment(pod.index)?;
+        let lease_over = node.granted.plus(assignment.lease?).plus(MARGIN);
+        Some(lease_over.max(node.heard.plus(assignment.lost_after)))
+    }
+
+    /// Arms the node's timer for whatever comes next.
+    pub(super) fn watch(&mut self, id: &NodeId, now: Now) {
+        let Some(node) = self.cluster.nodes.get(id) else { return };
+        let silence = match node.liveness {
+            Liveness::Online => Some(node.heard.plus(SILENT_AFTER)),
+            Liveness::Silent => Some(node.heard.plus(LOST_AFTER)),
+            Liveness::Lost => None,
+        };
+        let pods = (node.liveness != Liveness::Online)
+            .then(|| node.pods.keys().filter_map(|pod| self.replaceable(node, pod)).min())
+            .flatten();
+        let resend = node.resend.map(|(at, _)| at).filter(|_| node.session.is_some());
+        let mut due = [resend, node.ack].into_iter().flatten().min();
+        if !self.blind {
+            due = [due, silence, pods].into_iter().flatten().min();
+        }
+        if let Some(at) = due {
+            self.timers.arm(Timer::Node(id.clone()), at.max(BootMs(now.boot.0 + 1)));
+        }
+    }
+
+    pub(super) fn wake_node(&mut self, now: Now, id: &NodeId) {
+        let Some(node) = self.cluster.nodes.get(id) else { return };
+        if node.ack.is_some_and(|at| at <= now.boot) {
+            self.send_lease(now, id);
+        }
+        self.resend_desired(now, id);
+        self.judge_silence(now, id);
+        self.watch(id, now);
+    }
+
+    fn judge_silence(&mut self, now: Now, id: &NodeId) {
+        let Some(node) = self.cluster.nodes.get_mut(id) else { return };
+        let quiet = now.boot.since(node.heard);
+        if node.liveness == Liveness::Online && quiet >= SILENT_AFTER {
+            node.liveness = Liveness::Silent;
+            self.dirty.states.insert(id.clone());
+            self.refresh_room(id);
+            self.judge_blindness(now);
+        }
+        if self.blind {
+            return;
+        }
+        let Some(node) = self.cluster.nodes.get_mut(id) else { return };
+        if node.liveness == Liveness::Silent && quiet >= LOST_AFTER {
+            node.liveness = Liveness::Lost;
+            self.dirty.states.insert(id.clone());
+            self.touch_pods(id);
+        }
+        let Some(node) = self.cluster.nodes.get(id).filter(|node| node.liveness != Liveness::Online) else { return };
+        let over = |pod: &PodId| self.replaceable(node, pod).is_some_and(|at| at <= now.boot);
+        let over: Vec<PodId> = node.pods.keys().filter(|pod| over(pod)).cloned().collect();
+        for pod in over {
+            let message = format!("node {id} was silent for {}", Millis(quiet.0 / 1000 * 1000));
+            self.pod_gone(now, &pod, Gone::Vanished { reason: "NodeLost", message });
+        }
+    }
+
+    /// The node's state shows in the status of its pods' jobs.
+    fn touch_pods(&mut self, id: &NodeId) {
+        if let Some(node) = self.cluster.nodes.get(id) {
+            self.dirty.status.extend(node.pods.keys().map(|pod| pod.uid.clone()));
+        }
+    }
+
+    pub(super) fn refresh_room(&mut self, id: &NodeId) {
+        let Some(node) = self.cluster.nodes.get(id) else { return };
+        let jobs = &self.cluster.jobs;
+        let charges = node.pods.keys().filter_map(|pod| Some(&jobs.get(&pod.uid)?.assignment(pod.index)?.charge));
+        self.scheduler.refresh(id, node, charges);
+    }
+}
+
+/// Why a known node's hello is not taken.
+fn refusal(node: &Node, hello: &Hello) -> Option<&'static str> {
+    if node.record.hardware != hello.hardware {
+        // A name that another machine took: only once nothing of the first can run.
+        return (!node.pods.is_empty()).then_some("other-hardware");
+    }
+    let same_ledger = node.outbox.as_ref().is_some_and(|outbox| outbox.ledger == hello.ledger);
+    if !same_ledger {
+        return None;
+    }
+    if hello.session < node.record.session {
+        return Some("stale-hello");
+    }
+    if hello.session == node.record.session && hello.nonce != node.record.nonce {
+        return Some("cloned-node");
+    }
+    // Repeated by an agent that no lease has reached yet; once a heartbeat came, an older scan says nothing new.
+    let heard = node.session.as_ref().is_some_and(|session| session.nonce == hello.nonce && session.seq > 0);
+    heard.then_some("stale-hello")
+}
+
+/// Why a session gets no grant for a heartbeat (fencing, rules 9 and 10).
+fn why_withheld(session: &mut Session, beat: &Heartbeat, now: Now) -> Option<&'static str> {
+    if beat.last_grant > session.confirmed.0 {
+        session.confirmed = (beat.last_grant, now.boot);
+    } else if now.boot.since(session.confirmed.1) >= LOST_AFTER {
+        return Some("no lease has reached it: the way from the controller to it is broken");
+    }
+    let offset = i128::from(now.boot.0) - i128::from(beat.boot_ms.0);
+    let least = session.offset.map_or(offset, |(least, at)| {
+        offset.min(least + i128::from(now.boot.since(at).0 / DRIFT_PARTS))
+    });
+    session.offset = Some((least, now.boot));
+    let lag = offset - least;
+    (lag > i128::from(MARGIN.0 / 2)).then_some("its clock stood still, or its heartbeats are delayed")
+}

@@ -1,0 +1,238 @@
+//! Answers to what the CLI asks; changes nothing but who follows a log.
+
+use berth_protocol::ids::{ClientId, JobName, JobUid, Namespace, NodeId, PodName};
+use berth_protocol::limits::{FOLLOW_MS, MESSAGE_BYTES_MAX, QUERY_PAGE_ROWS_MAX};
+use berth_protocol::message::node::DepotAccess;
+use berth_protocol::message::query::{
+    ControllerVersion, Explanation, JobDetail, LogSource, LogSources, NodeVerdict, OutputRow, Page, PodRow, Query,
+    QueryError, QueryReply, QueryRequest,
+};
+use berth_protocol::topic::Topic;
+use berth_protocol::units::Millis;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::cluster::{Job, PodState};
+use super::token::{self, Scope};
+use super::{Controller, Now, jobfile};
+
+/// A client's depot token.
+const TOKEN_LIFE: Millis = Millis(600_000);
+/// What a page's rows may take, so that the reply around them fits a message.
+const ROWS_BYTES_MAX: usize = MESSAGE_BYTES_MAX - 2 * 1024;
+
+type Answer = Result<Value, QueryError>;
+
+fn not_found(message: String) -> QueryError {
+    QueryError { code: "NotFound".to_owned(), message }
+}
+
+fn value<T: Serialize>(answer: &T) -> Answer {
+    serde_json::to_value(answer)
+        .map_err(|error| QueryError { code: "Unavailable".to_owned(), message: error.to_string() })
+}
+
+/// Rows, each with the word that asks for what comes after it, until a page is full.
+fn page<T: Serialize>(rows: impl Iterator<Item = (String, T)>) -> Answer {
+    let (mut kept, mut bytes, mut last, mut next) = (Vec::new(), 0, None, None);
+    for (key, row) in rows {
+        let row = value(&row)?;
+        let size = row.to_string().len() + 1;
+        if kept.len() == QUERY_PAGE_ROWS_MAX || (bytes + size > ROWS_BYTES_MAX && !kept.is_empty()) {
+            next = last;
+            break;
+        }
+        bytes += size;
+        kept.push(row);
+        last = Some(key);
+    }
+    value(&Page { rows: kept, next })
+}
+
+impl Controller {
+    pub(super) fn query(&mut self, now: Now, client: &ClientId, request: QueryRequest) {
+        let (result, error) = match self.ask_query(now, request.query) {
+            Ok(result) => (Some(result), None),
+            Err(error) => (None, Some(error)),
+        };
+        let topic = Topic::QueryReply { client: client.clone() };
+        let reply = QueryReply { id: request.id, result, error };
+        if reply.result.as_ref().is_some_and(|result| result.to_string().len() > ROWS_BYTES_MAX) {
+            let message = "the answer is longer than a message may be: ask for it in pages".to_owned();
+            let error = Some(QueryError { code: "Unavailable".to_owned(), message });
+            return self.publish(topic, &QueryReply { result: None, error, ..reply }, false);
+        }
+        self.publish(topic, &reply, false);
+    }
+
+    fn find(&self, namespace: &Namespace, name: &JobName) -> Result<JobUid, QueryError> {
+        let uid = self.cluster.names.get(&(namespace.clone(), name.clone()));
+        let live = uid.filter(|uid| self.cluster.jobs.get(uid).is_some_and(|job| !job.run.expired));
+        live.cloned().ok_or_else(|| not_found(format!("there is no job {name} in namespace {namespace}")))
+    }
+
+    fn job_at(&self, namespace: &Namespace, name: &JobName) -> Result<(JobUid, &Job), QueryError> {
+        let uid = self.find(namespace, name)?;
+        let job = self.cluster.jobs.get(&uid);
+        job.map(|job| (uid.clone(), job)).ok_or_else(|| not_found(format!("there is no job {name}")))
+    }
+
+    fn ask_query(&mut self, now: Now, query: Query) -> Answer {
+        match query {
+            Query::Jobs { namespace, after } => self.jobs_page(namespace.as_ref(), after.as_deref()),
+            Query::Job { namespace, job } => {
+                let uid = self.find(&namespace, &job)?;
+                let status = self.job_status(&uid).ok_or_else(|| not_found(format!("there is no job {job}")))?;
+                let (_, job) = self.job_at(&namespace, &job)?;
+                value(&JobDetail { status, spec: jobfile::render(&job.file.spec) })
+            }
+            Query::Pods { namespace, job, after } => {
+                self.pods_page(namespace.as_ref(), job.as_ref(), after.as_deref())
+            }
+            Query::Nodes { after } => {
+                let nodes = self.cluster.nodes.keys().filter(|id| after.as_deref().is_none_or(|a| id.as_str() > a));
+                page(nodes.filter_map(|id| Some((id.to_string(), self.node_status(id)?))))
+            }
+            Query::Node { node } => {
+                let status = self.node_status(&node);
+                value(&status.ok_or_else(|| not_found(format!("there is no node {node}")))?)
+            }
+            Query::Explain { namespace, job } => self.explain(namespace, job),
+            Query::Logs { namespace, job, follow } => self.logs(now, &namespace, &job, follow),
+            Query::Outputs { namespace, job } => {
+                let (_, found) = self.job_at(&namespace, &job)?;
+                page(found.pods().iter().filter_map(|(index, pod)| {
+                    let output = pod.output.as_ref()?;
+                    let row = OutputRow {
+                        pod: job.pod(*index),
+                        epoch: output.epoch,
+                        digest: output.digest,
+                        bytes: output.bytes,
+                        path: format!("/v1/blobs/{}", output.digest.hex()),
+                        at: output.at,
+                    };
+                    Some((row.pod.to_string(), row))
+                }))
+            }
+            Query::Depot { namespace } => value(&self.depot(now, namespace)),
+            Query::Version => value(&ControllerVersion {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                cluster: self.config.cluster.to_string(),
+            }),
+        }
+    }
+
+    fn depot(&self, now: Now, namespace: Namespace) -> DepotAccess {
+        let expires = now.wall.plus(TOKEN_LIFE);
+        let token = token::mint(&self.config.secret, &Scope::Namespace(namespace), expires);
+        DepotAccess { url: self.config.depot_url.clone(), token, expires }
+    }
+
+    /// Jobs behind `after`, which is `namespace/job`.
+    fn names_after(&self, namespace: Option<&Namespace>, after: Option<&str>) -> Vec<(String, JobUid)> {
+        let after = after.and_then(|text| text.split_once('/')).and_then(|(namespace, job)| {
+            Some((Namespace::parse(namespace).ok()?, JobName::parse(job).ok()?))
+        });
+        let wanted = |name: &(Namespace, JobName)| {
+            namespace.is_none_or(|namespace| name.0 == *namespace) && after.as_ref().is_none_or(|a| name > a)
+        };
+        let live = |uid: &JobUid| self.cluster.jobs.get(uid).is_some_and(|job| !job.run.expired);
+        let names = self.cluster.names.iter().filter(|(name, uid)| wanted(name) && live(uid));
+        names.map(|((namespace, job), uid)| (format!("{namespace}/{job}"), uid.clone())).collect()
+    }
+
+    fn jobs_page(&mut self, namespace: Option<&Namespace>, after: Option<&str>) -> Answer {
+        let names = self.names_after(namespace, after);
+        page(names.into_iter().filter_map(|(key, uid)| Some((key, self.job_status(&uid)?))))
+    }
+
+    /// Pods in the order of their jobs' names; `after` is `namespace/job/index`.
+    fn pods_page(&self, namespace: Option<&Namespace>, name: Option<&JobName>, after: Option<&str>) -> Answer {
+        let after = after.and_then(|text| text.rsplit_once('/'));
+        let after = after.and_then(|(job, index)| Some((job, index.parse::<u32>().ok()?)));
+        let rows = self.cluster.names.iter().filter(|(key, _)| {
+            namespace.is_none_or(|namespace| key.0 == *namespace) && name.is_none_or(|name| key.1 == *name)
+        });
+        let from = after.and_then(|(job, index)| {
+            let (namespace, job) = job.split_once('/')?;
+            Some((Namespace::parse(namespace).ok()?, JobName::parse(job).ok()?, index))
+        });
+        let rows = rows.filter_map(|(key, uid)| Some((key, self.cluster.jobs.get(uid).filter(|j| !j.run.expired)?)));
+        let rows = rows.flat_map(|(key, job)| job.pods().keys().map(move |index| (key, job, *index)));
+        let rows = rows.filter(|(key, _, index)| {
+            from.as_ref().is_none_or(|(namespace, job, last)| (&key.0, &key.1, index) > (namespace, job, last))
+        });
+        page(rows.filter_map(|((namespace, name), job, index)| {
+            let status = self.pod_status(job, index)?;
+            let row = PodRow { namespace: namespace.clone(), job: name.clone(), status };
+            Some((format!("{namespace}/{name}/{index}"), row))
+        }))
+    }
+
+    fn explain(&mut self, namespace: Namespace, name: JobName) -> Answer {
+        let uid = self.find(&namespace, &name)?;
+        self.survey(&uid);
+        let status = self.job_status(&uid).ok_or_else(|| not_found(format!("there is no job {name}")))?;
+        let (_, job) = self.job_at(&namespace, &name)?;
+        let pods_on = |node: &NodeId| -> Vec<PodName> {
+            let here = |i: &&u32| job.assignment(**i).is_some_and(|assignment| assignment.node == *node);
+            job.placed().iter().filter(here).take(QUERY_PAGE_ROWS_MAX).map(|i| name.pod(*i)).collect()
+        };
+        let verdicts = self.verdicts(&uid);
+        let fit = verdicts.iter().filter(|(_, reasons)| reasons.is_empty()).count();
+        let summary = match (&status.message, job.waiting().len()) {
+            (Some(message), _) => message.clone(),
+            (None, 0) => format!("no pod waits; one more would fit {fit} of {} nodes", verdicts.len()),
+            (None, n) => format!("{n} pods wait; one more fits {fit} of {} nodes", verdicts.len()),
+        };
+        let nodes = verdicts.into_iter().map(|(room, reasons)| {
+            let node = self.scheduler.nodes[room].clone();
+            let pods = pods_on(&node);
+            let fits = reasons.is_empty();
+            NodeVerdict { node, fits, reasons: reasons.into_iter().map(|reason| reason.text).collect(), pods }
+        });
+        // The reply is one message: on a large fleet the first nodes stand for the rest.
+        let nodes = nodes.take(QUERY_PAGE_ROWS_MAX).collect();
+        value(&Explanation { namespace, job: name, summary, nodes })
+    }
+
+    fn logs(&mut self, now: Now, namespace: &Namespace, name: &JobName, follow: bool) -> Answer {
+        let depot = self.depot(now, namespace.clone());
+        let uid = self.find(namespace, name)?;
+        let Some(job) = self.cluster.jobs.get_mut(&uid) else { return Err(not_found(format!("there is no job {name}"))) };
+        if follow {
+            job.followed_until = Some(now.boot.plus(Millis(FOLLOW_MS)));
+        }
+        let logs = job.pods().iter().flat_map(|(index, pod)| {
+            let placed = matches!(pod.state, PodState::Placed(_)).then_some(pod.epoch);
+            pod.logs.iter().map(move |log| (*index, log, placed == Some(log.epoch)))
+        });
+        let logs: Vec<_> = logs.map(|(index, log, live)| (index, log.clone(), live)).collect();
+        let finished = job.is_finished() && logs.iter().all(|(_, log, _)| log.stored || log.records.is_none());
+        let many = job.file.spec.completions > 1;
+        let mut sources = Vec::new();
+        for (index, log, live) in logs {
+            if let Some(node) = log.node.as_ref().filter(|_| !log.stored) {
+                self.request_log(node, uid.pod(index), log.epoch, follow && live);
+            }
+            sources.push(LogSource {
+                pod: name.pod(index),
+                epoch: log.epoch,
+                records: log.records,
+                stored: log.stored.then(|| format!("/v1/logs/{uid}/{index}/{}", log.epoch)),
+                node: log.node,
+            });
+        }
+        value(&LogSources { sources, finished, many, depot })
+    }
+
+    /// A pod placed while its job's logs are followed is asked for its log as soon as its node is told of it.
+    pub(super) fn follow_placed(&mut self, now: Now, uid: &JobUid, index: u32) {
+        let Some(job) = self.cluster.jobs.get(uid) else { return };
+        if job.followed_until.is_none_or(|until| until < now.boot) {
+            return;
+        }
+        let (Some(assignment), Some(pod)) = (job.assignment(index), job.pod(index)) else { return };
+        self.dirty.follow.push((assignment.node.clone(), uid.pod(index), pod.epoch));
+    }
+}

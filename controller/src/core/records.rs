@@ -1,0 +1,129 @@
+//! What the store holds and under which keys; nothing else knows either.
+//!
+//! `job/{uid}` the file accepted, `run/{uid}` how it fares, `pod/{uid}/{index}` a pod placed at least once,
+//! `node/{node}`, `outbox/{node}`, `request/{id}` when a command took effect, `rejected/{ns}/{job}` until when its
+//! status says so. Keys sort so that a job comes before what belongs to it.
+
+use berth_protocol::ids::{Digest, JobName, JobUid, Namespace, NodeId, RequestId};
+use berth_protocol::job::PodTemplate;
+use berth_protocol::units::Timestamp;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::cluster::{Cluster, Job, JobFile, JobRun, NodeRecord, Outbox, Pod};
+use super::nodes::forgotten_node;
+use super::{LoadError, Now, Write};
+
+pub(super) fn job(uid: &JobUid) -> String {
+    format!("job/{uid}")
+}
+
+pub(super) fn run(uid: &JobUid) -> String {
+    format!("run/{uid}")
+}
+
+pub(super) fn pod(uid: &JobUid, index: u32) -> String {
+    format!("pod/{uid}/{index}")
+}
+
+pub(super) fn node(node: &NodeId) -> String {
+    format!("node/{node}")
+}
+
+pub(super) fn outbox(node: &NodeId) -> String {
+    format!("outbox/{node}")
+}
+
+pub(super) fn request(id: &RequestId) -> String {
+    format!("request/{id}")
+}
+
+pub(super) fn rejected(namespace: &Namespace, job: &JobName) -> String {
+    format!("rejected/{namespace}/{job}")
+}
+
+/// JSON of a record. Records are plain data, which serde writes without fail.
+pub(super) fn bytes<T: Serialize>(record: &T) -> Vec<u8> {
+    serde_json::to_vec(record).unwrap_or_default()
+}
+
+pub(super) fn write<T: Serialize>(key: String, record: &T) -> Write {
+    Write { key, value: Some(bytes(record)) }
+}
+
+pub(super) fn template_json(template: &PodTemplate) -> Vec<u8> {
+    bytes(template)
+}
+
+pub(super) fn template_digest(template: &PodTemplate) -> Digest {
+    Digest::of(&template_json(template))
+}
+
+fn read<T: DeserializeOwned>(key: &str, value: &[u8]) -> Result<T, LoadError> {
+    serde_json::from_slice(value).map_err(|source| LoadError::Entry { key: key.to_owned(), source })
+}
+
+/// The state that the entries say, in whatever order they come.
+pub(super) fn load(entries: Vec<(String, Vec<u8>)>, now: Now) -> Result<Cluster, LoadError> {
+    let mut cluster = Cluster::default();
+    let mut later = Vec::new();
+    for (key, value) in entries {
+        let unknown = || LoadError::UnknownKey { key: key.clone() };
+        match key.split_once('/').ok_or_else(unknown)? {
+            ("job", uid) => {
+                let uid = JobUid::parse(uid).map_err(|_| unknown())?;
+                let file: JobFile = read(&key, &value)?;
+                cluster.names.insert((file.spec.namespace.clone(), file.spec.name.clone()), uid.clone());
+                let template = template_digest(&file.spec.pod);
+                cluster.jobs.insert(uid, Job::new(file, JobRun::default(), template));
+            }
+            ("node", node) => {
+                let node = NodeId::parse(node).map_err(|_| unknown())?;
+                let record: NodeRecord = read(&key, &value)?;
+                cluster.nodes.insert(node, forgotten_node(record, now));
+            }
+            ("request", id) => {
+                let id = RequestId::parse(id).map_err(|_| unknown())?;
+                let at: Timestamp = read(&key, &value)?;
+                cluster.requests_by_age.insert((at, id.clone()));
+                cluster.requests.insert(id, at);
+            }
+            ("rejected", name) => {
+                let (namespace, job) = name.split_once('/').ok_or_else(unknown)?;
+                let namespace = Namespace::parse(namespace).map_err(|_| unknown())?;
+                let job = JobName::parse(job).map_err(|_| unknown())?;
+                cluster.rejected.insert((namespace, job), read(&key, &value)?);
+            }
+            ("run" | "pod" | "outbox", _) => later.push((key, value)),
+            _ => return Err(unknown()),
+        }
+    }
+    for (key, value) in later {
+        belonging(&mut cluster, &key, &value)?;
+    }
+    Ok(cluster)
+}
+
+/// Entries that belong to a job or a node. One whose owner is gone is a defect of the store.
+fn belonging(cluster: &mut Cluster, key: &str, value: &[u8]) -> Result<(), LoadError> {
+    let unknown = || LoadError::UnknownKey { key: key.to_owned() };
+    let (kind, rest) = key.split_once('/').ok_or_else(unknown)?;
+    if kind == "outbox" {
+        let node = NodeId::parse(rest).map_err(|_| unknown())?;
+        let outbox: Outbox = read(key, value)?;
+        cluster.nodes.get_mut(&node).ok_or_else(unknown)?.outbox = Some(outbox);
+        return Ok(());
+    }
+    let (uid, index) = rest.split_once('/').map_or((rest, None), |(uid, index)| (uid, Some(index)));
+    let uid = JobUid::parse(uid).map_err(|_| unknown())?;
+    let job = cluster.jobs.get_mut(&uid).ok_or_else(unknown)?;
+    match index {
+        None => job.run = read(key, value)?,
+        Some(index) => {
+            let index = index.parse().map_err(|_| unknown())?;
+            let pod: Pod = read(key, value)?;
+            job.put(index, pod);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,348 @@
+//! What users see of jobs and nodes: statuses made from the state. Changes nothing but counters.
+
+use std::collections::BTreeMap;
+
+use berth_protocol::ids::{JobUid, NodeId};
+use berth_protocol::limits::STATUS_PODS_MAX;
+use berth_protocol::message::user::{Amounts, JobPhase, JobStatus, NodeState, NodeStatus, PodStatus};
+use berth_protocol::pod::{Goal, PodPhase};
+use berth_protocol::topic::Topic;
+use berth_protocol::units::{Bytes, MilliCpu};
+
+use super::cluster::{Job, Liveness, Node, PodState};
+use super::schedule::explain;
+use super::{Controller, Now};
+
+impl Controller {
+    pub(super) fn job_status(&mut self, uid: &JobUid) -> Option<JobStatus> {
+        let job = self.cluster.jobs.get(uid)?;
+        let phase = job_phase(job);
+        let (reason, message) = match (&job.run.verdict, phase) {
+            (Some(verdict), _) if job.is_finished() => (verdict.reason.clone(), verdict.message.clone()),
+            (Some(_), _) => (Some("Stopping".to_owned()), Some(self.stopping(job))),
+            (None, JobPhase::Suspended) => (Some("Suspended".to_owned()), None),
+            // Nobody waits for a node, or some do.
+            (None, _) if job.ready().next().is_none() || job.refused_at.is_none() => waiting_words(job),
+            (None, _) => (Some("Unschedulable".to_owned()), Some(self.why_waiting(uid))),
+        };
+        let job = self.cluster.jobs.get(uid)?;
+        let unfinished = job.placed().iter().chain(job.waiting());
+        let mut failed: Vec<_> = job.failed().iter().collect();
+        failed.sort_by_key(|index| match &job.pods()[index].state {
+            PodState::Ended(ending) => Some(ending.finished_at),
+            _ => None,
+        });
+        let succeeded = job.pods().iter().rev().filter(|(_, pod)| match &pod.state {
+            PodState::Ended(ending) => ending.succeeded,
+            _ => false,
+        });
+        let mut listed: Vec<u32> = unfinished.chain(failed).copied().take(STATUS_PODS_MAX).collect();
+        listed.extend(succeeded.map(|(index, _)| *index).take(STATUS_PODS_MAX - listed.len()));
+        // Unfinished first, then what failed in the order in which it did, then the rest.
+        let end = listed.iter().position(|i| !job.placed().contains(i) && !job.waiting().contains(i));
+        let done = end.map_or(0, |end| listed[end..].iter().filter(|i| job.failed().contains(i)).count());
+        if let Some(end) = end {
+            listed[end + done..].sort_unstable();
+        }
+        let pods = listed.into_iter().filter_map(|index| self.pod_status(job, index)).collect();
+        Some(JobStatus {
+            namespace: job.file.spec.namespace.clone(),
+            job: job.file.spec.name.clone(),
+            uid: Some(uid.clone()),
+            generation: job.file.generation,
+            phase,
+            reason,
+            message,
+            pods,
+            pod_counts: self.pod_counts(job),
+            failures: job.run.failures,
+            evictions: job.run.evictions,
+            migrations: job.run.migrations,
+            checkpoint: None,
+            submitted_at: job.file.submitted_at,
+            started_at: job.run.started_at,
+            finished_at: job.run.finished_at,
+        })
+    }
+
+    fn stopping(&self, job: &Job) -> String {
+        let silent = job.placed().iter().filter_map(|i| {
+            let id = &job.assignment(*i)?.node;
+            self.cluster.nodes.get(id).filter(|node| node.liveness != Liveness::Online).map(|_| id.as_str())
+        });
+        let silent: std::collections::BTreeSet<&str> = silent.collect();
+        let text = format!("{} of its pods are being stopped", job.placed().len());
+        if silent.is_empty() {
+            return text;
+        }
+        let names: Vec<&str> = silent.into_iter().collect();
+        format!("{text}; waiting to hear from {}", names.join(", "))
+    }
+
+    pub(super) fn pod_status(&self, job: &Job, index: u32) -> Option<PodStatus> {
+        let pod = job.pod(index)?;
+        let mut status = PodStatus {
+            pod: job.file.spec.name.pod(index),
+            epoch: pod.epoch,
+            node: None,
+            phase: PodPhase::Pending,
+            exit_code: None,
+            reason: None,
+            message: None,
+            restarts: pod.restarts,
+            started_at: None,
+            finished_at: None,
+            log_records: pod.logs.last().and_then(|log| log.records),
+        };
+        match &pod.state {
+            PodState::Waiting { last, .. } => {
+                if let Some(last) = last {
+                    status.reason.clone_from(&last.reason);
+                    status.message.clone_from(&last.message);
+                    status.exit_code = last.exit_code;
+                }
+            }
+            PodState::Placed(assignment) => {
+                let lost = self.cluster.nodes.get(&assignment.node).is_some_and(|n| n.liveness == Liveness::Lost);
+                status.node = Some(assignment.node.clone());
+                status.phase = if lost { PodPhase::Lost } else { assignment.phase };
+                status.started_at = assignment.started_at;
+                if assignment.goal == Goal::Stop {
+                    status.reason = Some("Stopping".to_owned());
+                } else if let Some(last) = assignment.last.as_ref().filter(|_| assignment.phase != PodPhase::Running) {
+                    status.reason.clone_from(&last.reason);
+                    status.exit_code = last.exit_code;
+                    status.message = Some("waits for its next start after a failure".to_owned());
+                }
+                if let Some(progress) = &assignment.progress {
+                    status.message = Some(progress.clone());
+                }
+            }
+            PodState::Ended(ending) => {
+                status.node.clone_from(&ending.node);
+                status.phase = if ending.succeeded { PodPhase::Succeeded } else { PodPhase::Failed };
+                status.exit_code = ending.exit_code;
+                status.reason.clone_from(&ending.reason);
+                status.message.clone_from(&ending.message);
+                status.started_at = ending.started_at;
+                status.finished_at = Some(ending.finished_at);
+            }
+        }
+        Some(status)
+    }
+
+    fn pod_counts(&self, job: &Job) -> BTreeMap<PodPhase, u32> {
+        let mut counts: BTreeMap<PodPhase, u32> = BTreeMap::new();
+        let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        for index in job.placed() {
+            if let Some(status) = self.pod_status(job, *index) {
+                *counts.entry(status.phase).or_default() += 1;
+            }
+        }
+        let pending = if job.is_finished() { 0 } else { number(job.waiting().len()) + job.uncreated() };
+        let rest = [
+            (PodPhase::Pending, pending),
+            (PodPhase::Succeeded, job.succeeded()),
+            (PodPhase::Failed, number(job.failed().len())),
+        ];
+        for (phase, n) in rest.into_iter().filter(|(_, n)| *n > 0) {
+            *counts.entry(phase).or_default() += n;
+        }
+        counts
+    }
+
+    /// Keeps the counters of jobs and pods by phase in step with a job's status; `None`: the job is forgotten.
+    pub(super) fn recount(&mut self, uid: &JobUid, status: Option<&JobStatus>) {
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
+        let phase = status.map(|status| status.phase);
+        let pods = status.filter(|_| !job.is_finished()).map(|status| status.pod_counts.clone()).unwrap_or_default();
+        if let Some(old) = std::mem::replace(&mut job.counted, phase) {
+            take(&mut self.counters.jobs, job_word(old), 1);
+        }
+        if let Some(new) = phase {
+            *self.counters.jobs.entry(job_word(new)).or_default() += 1;
+        }
+        for (phase, n) in std::mem::replace(&mut job.counted_pods, pods.clone()) {
+            take(&mut self.counters.pods, pod_word(phase), u64::from(n));
+        }
+        for (phase, n) in pods {
+            *self.counters.pods.entry(pod_word(phase)).or_default() += u64::from(n);
+        }
+    }
+
+    pub(super) fn publish_state(&mut self, now: Now, id: &NodeId) {
+        let mut counts: BTreeMap<&'static str, u64> = BTreeMap::new();
+        for node in self.cluster.nodes.values() {
+            *counts.entry(state_word(node_state(node))).or_default() += 1;
+        }
+        self.counters.nodes = counts;
+        let Some(status) = self.node_status(id) else { return };
+        let Some(node) = self.cluster.nodes.get_mut(id) else { return };
+        // Of a node not heard since the start nothing is known yet.
+        if node.session.is_none() && node.liveness == Liveness::Silent {
+            return;
+        }
+        node.published = Some(now.boot);
+        self.publish(Topic::NodeState { node: id.clone() }, &status, true);
+    }
+
+    pub(super) fn node_status(&self, id: &NodeId) -> Option<NodeStatus> {
+        let node = self.cluster.nodes.get(id)?;
+        let has = &node.record.inventory;
+        let free = &self.scheduler.rooms[self.scheduler.room(id)?];
+        let gpus_free: u64 = free.devices.iter().map(|device| u64::from(device.milli)).sum();
+        let capacity =
+            Amounts { cpu_milli: has.cpu, memory_bytes: has.memory, gpu_milli: has.gpus.len() as u64 * 1000 };
+        let allocated = Amounts {
+            cpu_milli: has.cpu.saturating_sub(MilliCpu(free.cpu_milli)),
+            memory_bytes: has.memory.saturating_sub(Bytes(free.memory_bytes)),
+            gpu_milli: capacity.gpu_milli.saturating_sub(gpus_free),
+        };
+        Some(NodeStatus {
+            node: id.clone(),
+            state: node_state(node),
+            message: self.node_message(node),
+            capacity,
+            allocated,
+            usage: node.usage.clone(),
+            labels: has.labels.clone(),
+            taints: has.taints.iter().cloned().collect(),
+            gpus: has.gpus.clone(),
+            arch: has.arch.clone(),
+            kernel: has.kernel.clone(),
+            os: has.os.clone(),
+            agent_version: has.agent_version.clone(),
+            criu: has.criu.clone(),
+            pods: u32::try_from(node.pods.len()).unwrap_or(u32::MAX),
+            last_heartbeat_at: node.last_heartbeat_at,
+        })
+    }
+
+    fn node_message(&self, node: &Node) -> Option<String> {
+        if let Some(why) = node.session.as_ref().and_then(|session| session.withheld) {
+            return Some(format!("gets no lease: {why}"));
+        }
+        match node.liveness {
+            Liveness::Silent if self.blind => Some(
+                "silent together with most nodes: the controller holds its judgement until it hears them again"
+                    .to_owned(),
+            ),
+            Liveness::Silent => Some("heartbeats are missing".to_owned()),
+            Liveness::Lost => Some("silent for too long: its pods go elsewhere as their leases end".to_owned()),
+            Liveness::Online if !node.unknown.is_empty() => {
+                let pods: Vec<String> = node.unknown.iter().take(8).map(ToString::to_string).collect();
+                Some(format!("holds {} pods that the store does not know: {}", node.unknown.len(), pods.join(", ")))
+            }
+            Liveness::Online => None,
+        }
+    }
+
+    /// One line on why the job's waiting pods have no node.
+    pub(super) fn why_waiting(&mut self, uid: &JobUid) -> String {
+        self.survey(uid);
+        let verdicts = self.verdicts(uid);
+        let first: Vec<_> = verdicts.iter().filter_map(|(_, reasons)| reasons.first()).collect();
+        let summary = explain::summary(verdicts.len(), first);
+        let all_fit = verdicts.iter().any(|(_, reasons)| reasons.is_empty());
+        let Some(job) = self.cluster.jobs.get(uid).filter(|_| all_fit) else { return summary };
+        let spec = &job.file.spec;
+        if spec.gang {
+            return format!("{summary}; as a gang its {} waiting pods start together or not at all", job.ready().count());
+        }
+        if spec.placement.anti_affinity.is_some() {
+            return format!("{summary}; antiAffinity keeps its pods apart");
+        }
+        summary
+    }
+
+    /// For every node every reason against one more pod of the job.
+    pub(super) fn verdicts(&self, uid: &JobUid) -> Vec<(usize, Vec<explain::Reason>)> {
+        let Some(job) = self.cluster.jobs.get(uid) else { return Vec::new() };
+        let shape = self.scheduler.shape(&job.file.spec.pod.resources());
+        let verdict = |room: usize| {
+            let node = self.cluster.nodes.get(&self.scheduler.nodes[room]);
+            let closed = node.and_then(|node| match (node.liveness, node.record.cordoned) {
+                (Liveness::Lost, _) => Some("offline"),
+                (Liveness::Silent, _) => Some("silent"),
+                (Liveness::Online, true) => Some("cordoned"),
+                (Liveness::Online, false) => None,
+            });
+            let refusals = job.rules.as_ref().map_or(&[][..], |rules| rules.refusals(room));
+            (room, explain::reasons(&self.scheduler.rooms[room], &shape, refusals, closed, &job.file.spec))
+        };
+        (0..self.scheduler.rooms.len()).map(verdict).collect()
+    }
+}
+
+fn take(counts: &mut BTreeMap<&'static str, u64>, word: &'static str, n: u64) {
+    if let Some(count) = counts.get_mut(word) {
+        *count = count.saturating_sub(n);
+    }
+}
+
+fn waiting_words(job: &Job) -> (Option<String>, Option<String>) {
+    if job.asleep.is_empty() || !job.placed().is_empty() {
+        return (None, None);
+    }
+    (Some("BackOff".to_owned()), Some("waits before the next start after a failure".to_owned()))
+}
+
+fn job_phase(job: &Job) -> JobPhase {
+    match &job.run.verdict {
+        Some(verdict) if job.is_finished() => verdict.phase,
+        None if job.run.suspended => JobPhase::Suspended,
+        _ if job.run.started_at.is_some() && (!job.placed().is_empty() || job.run.verdict.is_some()) => {
+            JobPhase::Running
+        }
+        _ => JobPhase::Pending,
+    }
+}
+
+fn node_state(node: &Node) -> NodeState {
+    match node.liveness {
+        Liveness::Online if node.session.as_ref().is_some_and(|session| session.withheld.is_some()) => {
+            NodeState::Silent
+        }
+        Liveness::Online if node.record.cordoned => NodeState::Cordoned,
+        Liveness::Online => NodeState::Online,
+        Liveness::Silent => NodeState::Silent,
+        Liveness::Lost => NodeState::Offline,
+    }
+}
+
+fn state_word(state: NodeState) -> &'static str {
+    match state {
+        NodeState::Online => "online",
+        NodeState::Silent => "silent",
+        NodeState::Offline => "offline",
+        NodeState::Cordoned => "cordoned",
+    }
+}
+
+fn job_word(phase: JobPhase) -> &'static str {
+    match phase {
+        JobPhase::Pending => "pending",
+        JobPhase::Running => "running",
+        JobPhase::Suspended => "suspended",
+        JobPhase::Succeeded => "succeeded",
+        JobPhase::Failed => "failed",
+        JobPhase::Cancelled => "cancelled",
+        JobPhase::Rejected => "rejected",
+    }
+}
+
+fn pod_word(phase: PodPhase) -> &'static str {
+    match phase {
+        PodPhase::Pending => "pending",
+        PodPhase::Assigned => "assigned",
+        PodPhase::Pulling => "pulling",
+        PodPhase::Starting => "starting",
+        PodPhase::Running => "running",
+        PodPhase::Checkpointing => "checkpointing",
+        PodPhase::Paused => "paused",
+        PodPhase::Restoring => "restoring",
+        PodPhase::Succeeded => "succeeded",
+        PodPhase::Failed => "failed",
+        PodPhase::Lost => "lost",
+    }
+}

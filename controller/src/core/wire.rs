@@ -1,0 +1,187 @@
+//! What nodes are told: desired sets, specs, leases, requests for logs. Says what `cluster` holds, and decides only
+//! whether to say it again.
+
+use std::collections::BTreeSet;
+
+use berth_protocol::ids::{Digest, LedgerId, NodeId, PodId, RequestId};
+use berth_protocol::limits::{DESIRED_RESEND_MS_MAX, DESIRED_RESEND_MS_MIN};
+use berth_protocol::message::node::{
+    Covers, DepotAccess, Desired, DesiredPod, Heartbeat, Lease, NodeRequest, Request, SpecMessage, held_digest,
+};
+use berth_protocol::pod::Goal;
+use berth_protocol::topic::{NodeTopic, Topic};
+use berth_protocol::units::Millis;
+use serde_json::value::RawValue;
+
+use super::cluster::Node;
+use super::token::{self, Scope};
+use super::{Controller, Now};
+
+pub(super) const RESEND_MIN: Millis = Millis(DESIRED_RESEND_MS_MIN);
+const RESEND_MAX: Millis = Millis(DESIRED_RESEND_MS_MAX);
+/// A depot token's life; renewed at half of it.
+const TOKEN_LIFE: Millis = Millis(600_000);
+
+impl Controller {
+    /// Publishes the whole desired set, its specs ahead of it. `changed`: it is a new one.
+    pub(super) fn send_desired(&mut self, now: Now, id: &NodeId, changed: bool) {
+        let Some(node) = self.cluster.nodes.get_mut(id) else { return };
+        if changed {
+            node.generation = node.generation.next();
+            node.resend = Some((now.boot.plus(RESEND_MIN), RESEND_MIN));
+        }
+        let Some(node) = self.cluster.nodes.get(id).filter(|node| node.session.is_some()) else { return };
+        let pods = self.desired_pods(node);
+        let needed: BTreeSet<Digest> = pods.iter().map(|pod| pod.spec).collect();
+        let unreported = |pod: &DesiredPod| {
+            let assignment = self.cluster.jobs.get(&pod.pod.uid).and_then(|job| job.assignment(pod.pod.index));
+            assignment.is_some_and(|assignment| assignment.named > node.reported)
+        };
+        let wanted: BTreeSet<Digest> = pods
+            .iter()
+            .filter(|pod| pod.goal == Goal::Run)
+            .filter(|pod| if changed { !node.specs.contains(&pod.spec) } else { unreported(pod) })
+            .map(|pod| pod.spec)
+            .collect();
+        let specs: Vec<SpecMessage> = wanted.iter().filter_map(|digest| self.spec(&pods, digest)).collect();
+        let desired = Desired {
+            store: self.config.store.clone(),
+            term: self.config.term,
+            generation: node.generation,
+            pods,
+        };
+        if let Some(node) = self.cluster.nodes.get_mut(id) {
+            node.specs.retain(|digest| needed.contains(digest));
+            node.specs.extend(specs.iter().map(|spec| spec.digest));
+        }
+        for spec in &specs {
+            self.publish(Topic::node(id, NodeTopic::Spec), spec, false);
+        }
+        self.publish(Topic::node(id, NodeTopic::Desired), &desired, false);
+        // Saves new pods the round trip of a heartbeat: the grant counts from the last one.
+        self.send_lease(now, id);
+        self.watch(id, now);
+    }
+
+    fn desired_pods(&self, node: &Node) -> Vec<DesiredPod> {
+        let placed = node.pods.iter().filter_map(|(pod, epoch)| {
+            let assignment = self.cluster.jobs.get(&pod.uid)?.assignment(pod.index)?;
+            Some(DesiredPod {
+                pod: pod.clone(),
+                epoch: *epoch,
+                spec: assignment.spec,
+                goal: assignment.goal,
+                checkpoint: 0,
+                from: None,
+                gpus: assignment.charge.gpus.clone(),
+                failures: assignment.failures,
+            })
+        });
+        let strays = node.record.strays.iter().filter(|(pod, _)| !node.pods.contains_key(pod));
+        let strays = strays.filter_map(|(pod, epoch)| {
+            let spec = self.cluster.jobs.get(&pod.uid)?.template;
+            Some(DesiredPod {
+                pod: pod.clone(),
+                epoch: *epoch,
+                spec,
+                goal: Goal::Stop,
+                checkpoint: 0,
+                from: None,
+                gpus: Vec::new(),
+                failures: 0,
+            })
+        });
+        let mut pods: Vec<DesiredPod> = placed.chain(strays).collect();
+        pods.sort_by(|a, b| a.pod.cmp(&b.pod));
+        pods
+    }
+
+    /// The spec's bytes; none of a generation that is gone, whose pods only stop.
+    fn spec(&self, pods: &[DesiredPod], digest: &Digest) -> Option<SpecMessage> {
+        let uid = &pods.iter().find(|pod| pod.spec == *digest)?.pod.uid;
+        let job = self.cluster.jobs.get(uid).filter(|job| job.template == *digest)?;
+        let spec: Box<RawValue> = serde_json::value::to_raw_value(&job.file.spec.pod).ok()?;
+        Some(SpecMessage { digest: *digest, spec })
+    }
+
+    pub(super) fn resend_desired(&mut self, now: Now, id: &NodeId) {
+        let Some(node) = self.cluster.nodes.get_mut(id) else { return };
+        let Some((at, pause)) = node.resend else { return };
+        if at <= now.boot && node.session.is_some() {
+            node.resend = Some((now.boot.plus(pause), Millis(pause.0 * 2).min(RESEND_MAX)));
+            self.send_desired(now, id, false);
+        }
+    }
+
+    /// Answers the session's last heartbeat, and acknowledges its events.
+    pub(super) fn send_lease(&mut self, now: Now, id: &NodeId) {
+        let config = &self.config;
+        let Some(node) = self.cluster.nodes.get_mut(id) else { return };
+        let (Some(session), Some(outbox)) = (&mut node.session, &node.outbox) else { return };
+        node.ack = None;
+        if session.seq == 0 {
+            return;
+        }
+        let pods = &node.pods;
+        let all = *node.held.get_or_insert_with(|| held_digest(pods.iter().map(|(pod, epoch)| (pod, *epoch))));
+        let covers = match session.withheld {
+            Some(_) => Covers::Pairs(Vec::new()),
+            None if session.held == Some(all) => Covers::All(all),
+            None => Covers::Pairs(pods.iter().map(|(pod, epoch)| (pod.clone(), *epoch)).collect()),
+        };
+        if session.withheld.is_none() {
+            node.granted = now.boot;
+        }
+        let fresh = |(expires, _)| now.wall.plus(Millis(TOKEN_LIFE.0 / 2)) < expires;
+        let depot = (!session.depot.is_some_and(fresh)).then(|| {
+            let expires = now.wall.plus(TOKEN_LIFE);
+            session.depot = Some((expires, session.seq));
+            let token = token::mint(&config.secret, &Scope::Node(id.clone()), expires);
+            DepotAccess { url: config.depot_url.clone(), token, expires }
+        });
+        let lease = Lease {
+            store: config.store.clone(),
+            term: config.term,
+            nonce: session.nonce.clone(),
+            seq: session.seq,
+            covers,
+            ledger: outbox.ledger.clone(),
+            acked: outbox.acked,
+            depot,
+            hello: false,
+        };
+        self.publish(Topic::node(id, NodeTopic::Lease), &lease, false);
+    }
+
+    /// Answers a heartbeat of a session that said no hello to this controller: no grant.
+    pub(super) fn ask_hello(&mut self, id: &NodeId, beat: &Heartbeat) {
+        self.refuse("no-session");
+        let outbox = self.cluster.nodes.get(id).and_then(|node| node.outbox.as_ref());
+        let known = outbox.map(|outbox| (outbox.ledger.clone(), outbox.acked));
+        let (ledger, acked) = known.unwrap_or_else(|| (no_ledger(), 0));
+        let lease = Lease {
+            store: self.config.store.clone(),
+            term: self.config.term,
+            nonce: beat.nonce.clone(),
+            seq: beat.seq,
+            covers: Covers::Pairs(Vec::new()),
+            ledger,
+            acked,
+            depot: None,
+            hello: true,
+        };
+        self.publish(Topic::node(id, NodeTopic::Lease), &lease, false);
+    }
+
+    /// Asks the node for a pod's log from its first record on.
+    pub(super) fn request_log(&mut self, id: &NodeId, pod: PodId, epoch: berth_protocol::ids::Epoch, follow: bool) {
+        let Ok(request) = RequestId::parse(&format!("log-{:x}", self.draw())) else { return };
+        let request = NodeRequest { id: request, request: Request::Logs { pod, epoch, from_seq: 1, follow } };
+        self.publish(Topic::node(id, NodeTopic::Request), &request, false);
+    }
+}
+
+/// Acknowledges nothing, where no ledger is known yet.
+fn no_ledger() -> LedgerId {
+    LedgerId::parse("none").expect("a literal that is a token")
+}
