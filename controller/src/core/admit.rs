@@ -44,9 +44,18 @@ impl Controller {
         self.answer(namespace, name, None, payload, verdict);
     }
 
-    fn admit(&mut self, now: Now, namespace: &Namespace, name: &JobName, payload: &[u8]) -> Result<Generation, Rejection> {
+    fn admit(
+        &mut self,
+        now: Now,
+        namespace: &Namespace,
+        name: &JobName,
+        payload: &[u8],
+    ) -> Result<Generation, Rejection> {
         if payload.len() > JOB_FILE_BYTES_MAX {
-            let text = format!("the job file is {} bytes long, at most {JOB_FILE_BYTES_MAX} are allowed", payload.len());
+            let text = format!(
+                "the job file is {} bytes long, at most {JOB_FILE_BYTES_MAX} are allowed",
+                payload.len()
+            );
             return Err(rejection("TooLarge", text));
         }
         let parsed = jobfile::parse(payload, Some((namespace, name))).map_err(invalid)?;
@@ -93,8 +102,9 @@ impl Controller {
         const DIGITS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
         loop {
             let bits = self.draw();
-            let text: String =
-                (0..12).map(|i| char::from(DIGITS[usize::try_from(bits >> (5 * i) & 31).unwrap_or(0)])).collect();
+            let text: String = (0..12)
+                .map(|i| char::from(DIGITS[usize::try_from(bits >> (5 * i) & 31).unwrap_or(0)]))
+                .collect();
             if let Ok(uid) = JobUid::parse(&text)
                 && !self.cluster.jobs.contains_key(&uid)
             {
@@ -122,7 +132,13 @@ impl Controller {
         self.answer(namespace, name, id, payload, verdict);
     }
 
-    fn obey(&mut self, now: Now, namespace: &Namespace, name: &JobName, command: JobCommand) -> Result<Generation, Rejection> {
+    fn obey(
+        &mut self,
+        now: Now,
+        namespace: &Namespace,
+        name: &JobName,
+        command: JobCommand,
+    ) -> Result<Generation, Rejection> {
         let uid = self.cluster.names.get(&(namespace.clone(), name.clone())).cloned();
         let job = uid.as_ref().and_then(|uid| self.cluster.jobs.get(uid)).filter(|job| !job.run.expired);
         let (Some(uid), Some(job)) = (uid.clone(), job) else {
@@ -171,7 +187,14 @@ impl Controller {
         self.cluster.requests_by_age.remove(&(at, id));
     }
 
-    fn answer(&mut self, namespace: &Namespace, name: &JobName, id: Option<RequestId>, payload: &[u8], verdict: Verdict) {
+    fn answer(
+        &mut self,
+        namespace: &Namespace,
+        name: &JobName,
+        id: Option<RequestId>,
+        payload: &[u8],
+        verdict: Verdict,
+    ) {
         let topic = Topic::job(namespace, name, JobTopic::Answer);
         self.publish(topic, &Answer::new(id, payload, verdict), false);
     }

@@ -103,7 +103,8 @@ impl Controller {
 
     /// Gives a waiting pod a node: the next epoch, in the transaction that names the node.
     pub(super) fn place(&mut self, now: Now, uid: &JobUid, index: u32, id: NodeId, charge: Charge) {
-        let (Some(job), Some(node)) = (self.cluster.jobs.get_mut(uid), self.cluster.nodes.get_mut(&id)) else {
+        let (Some(job), Some(node)) = (self.cluster.jobs.get_mut(uid), self.cluster.nodes.get_mut(&id))
+        else {
             return;
         };
         let (spec, failures) = (&job.file.spec.pod, u64::from(job.run.failures));
@@ -125,7 +126,12 @@ impl Controller {
         let placed = job.change(index, |pod| {
             pod.epoch = pod.epoch.next();
             pod.state = PodState::Placed(Box::new(assignment));
-            pod.logs.push(EpochLog { epoch: pod.epoch, node: Some(id.clone()), records: None, stored: false });
+            pod.logs.push(EpochLog {
+                epoch: pod.epoch,
+                node: Some(id.clone()),
+                records: None,
+                stored: false,
+            });
             let dropped = (pod.logs.len() > LOGS_MAX).then(|| pod.logs.remove(0));
             (pod.epoch, dropped)
         });
@@ -154,13 +160,16 @@ impl Controller {
         self.dirty.desired.insert(assignment.node.clone());
         self.dirty.pods.insert(id.clone());
         self.dirty.status.insert(id.uid.clone());
-        let (epoch, generation) = job.pod(id.index).map_or_else(Default::default, |p| (p.epoch, p.generation));
+        let (epoch, generation) =
+            job.pod(id.index).map_or_else(Default::default, |p| (p.epoch, p.generation));
         if let (Gone::Ended(outcome), Some(log)) = (&gone, job.log_mut(id.index, epoch)) {
             log.records = Some(outcome.log_records);
         }
         let (cause, ending) = match gone {
             Gone::Ended(outcome) => (outcome.cause, ending(&assignment, &outcome)),
-            Gone::Vanished { reason, message } => (Cause::Eviction, vanished(&assignment, now, reason, message)),
+            Gone::Vanished { reason, message } => {
+                (Cause::Eviction, vanished(&assignment, now, reason, message))
+            }
         };
         if generation < job.file.generation {
             self.renew(&id.uid, id.index);
@@ -292,7 +301,12 @@ impl Controller {
 
     /// The job's file changed: its pods stop, and the new generation begins from the start.
     pub(super) fn replace_job(
-        &mut self, now: Now, uid: &JobUid, spec: JobSpec, written: Digest, template: Digest,
+        &mut self,
+        now: Now,
+        uid: &JobUid,
+        spec: JobSpec,
+        written: Digest,
+        template: Digest,
     ) -> Generation {
         let Some(job) = self.cluster.jobs.get_mut(uid) else { return Generation(0) };
         // The queue's key holds the priority, which the new file may change.
@@ -331,7 +345,11 @@ impl Controller {
 
     pub(super) fn cancel(&mut self, now: Now, uid: &JobUid) {
         let message = Some("cancelled by a command".to_owned());
-        self.give_verdict(now, uid, Verdict { phase: JobPhase::Cancelled, reason: Some("Cancelled".to_owned()), message });
+        self.give_verdict(
+            now,
+            uid,
+            Verdict { phase: JobPhase::Cancelled, reason: Some("Cancelled".to_owned()), message },
+        );
     }
 
     fn give_verdict(&mut self, now: Now, uid: &JobUid, verdict: Verdict) {
@@ -375,7 +393,11 @@ impl Controller {
         let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
         if let Some(finished_at) = job.run.finished_at {
             let over = now.wall.since(finished_at) >= job.file.spec.ttl;
-            if job.run.expired || over { self.expire(now, uid) } else { self.reconcile(now, uid) }
+            if job.run.expired || over {
+                self.expire(now, uid)
+            } else {
+                self.reconcile(now, uid)
+            }
             return;
         }
         job.asleep.retain(|_, until| *until > now.boot);
@@ -387,7 +409,8 @@ impl Controller {
         if let Some(deadline) = job.file.spec.active_deadline
             && job.run.active >= deadline
         {
-            let message = Some(format!("the job ran for {deadline}, which activeDeadlineSeconds allows at most"));
+            let message =
+                Some(format!("the job ran for {deadline}, which activeDeadlineSeconds allows at most"));
             let reason = Some("DeadlineExceeded".to_owned());
             self.give_verdict(now, uid, Verdict { phase: JobPhase::Failed, reason, message });
         }

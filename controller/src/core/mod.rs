@@ -10,8 +10,6 @@ mod query;
 mod records;
 mod schedule;
 mod status;
-#[cfg(test)]
-mod tests;
 pub mod token;
 mod wire;
 
@@ -349,8 +347,13 @@ impl Controller {
             }
             self.forget_request(at, id);
         }
-        let over: Vec<_> =
-            self.cluster.rejected.iter().filter(|(_, until)| **until <= now.wall).map(|(k, _)| k.clone()).collect();
+        let over: Vec<_> = self
+            .cluster
+            .rejected
+            .iter()
+            .filter(|(_, until)| **until <= now.wall)
+            .map(|(k, _)| k.clone())
+            .collect();
         for (namespace, job) in over {
             self.forget_rejection(&namespace, &job, true);
         }

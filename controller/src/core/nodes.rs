@@ -70,7 +70,8 @@ impl Controller {
             strays: BTreeMap::new(),
         };
         let known = self.cluster.nodes.contains_key(id);
-        let node = self.cluster.nodes.entry(id.clone()).or_insert_with(|| forgotten_node(record.clone(), now));
+        let node =
+            self.cluster.nodes.entry(id.clone()).or_insert_with(|| forgotten_node(record.clone(), now));
         let same_ledger = node.outbox.as_ref().is_some_and(|outbox| outbox.ledger == hello.ledger);
         let anew = known && (node.record.boot != hello.boot || !same_ledger);
         let stranger = known && node.record.hardware != hello.hardware;
@@ -89,7 +90,8 @@ impl Controller {
         let held: BTreeMap<&PodId, Epoch> = hello.pods.iter().map(|held| (&held.pod, held.epoch)).collect();
         let applied = |named: (Term, Generation)| (hello.term, hello.generation) >= named;
         let jobs = &self.cluster.jobs;
-        let named = |pod: &PodId| jobs.get(&pod.uid)?.assignment(pod.index).map(|assignment| assignment.named);
+        let named =
+            |pod: &PodId| jobs.get(&pod.uid)?.assignment(pod.index).map(|assignment| assignment.named);
         let absent = node
             .pods
             .iter()
@@ -150,7 +152,9 @@ impl Controller {
             return;
         }
         let absent = std::mem::take(&mut session.absent);
-        for (pod, _) in absent.into_iter().filter(|(pod, epoch)| node.pods.get(pod) == Some(epoch)).collect::<Vec<_>>() {
+        for (pod, _) in
+            absent.into_iter().filter(|(pod, epoch)| node.pods.get(pod) == Some(epoch)).collect::<Vec<_>>()
+        {
             let message = format!("node {id} restarted, and the pod is no longer there");
             self.pod_gone(now, &pod, Gone::Vanished { reason: "NodeRestarted", message });
         }
@@ -230,7 +234,8 @@ impl Controller {
     pub(super) fn events(&mut self, now: Now, id: &NodeId, message: Events) {
         let Some(node) = self.cluster.nodes.get_mut(id) else { return self.refuse("no-session") };
         let current = node.session.as_ref().is_some_and(|session| session.nonce == message.nonce);
-        let Some(outbox) = node.outbox.as_ref().filter(|outbox| current && outbox.ledger == message.ledger) else {
+        let Some(outbox) = node.outbox.as_ref().filter(|outbox| current && outbox.ledger == message.ledger)
+        else {
             return self.refuse("no-session");
         };
         if message.events.len() > EVENTS_PER_MESSAGE_MAX {
@@ -295,7 +300,8 @@ impl Controller {
             return;
         }
         let Some(job) = self.cluster.jobs.get_mut(&pod.uid) else { return };
-        let Some(assignment) = job.assignment_mut(pod.index).filter(|assignment| assignment.run <= run) else {
+        let Some(assignment) = job.assignment_mut(pod.index).filter(|assignment| assignment.run <= run)
+        else {
             return self.refuse("stale-event");
         };
         assignment.run = run;
@@ -324,7 +330,8 @@ impl Controller {
 
     fn output_stored(&mut self, id: &PodId, output: Output) {
         let job = self.cluster.jobs.get_mut(&id.uid);
-        let current = job.as_ref().and_then(|job| job.pod(id.index)).is_some_and(|pod| pod.epoch == output.epoch);
+        let current =
+            job.as_ref().and_then(|job| job.pod(id.index)).is_some_and(|pod| pod.epoch == output.epoch);
         match job.filter(|_| current) {
             Some(job) => {
                 job.change(id.index, |pod| pod.output = Some(output));
@@ -417,7 +424,9 @@ impl Controller {
             self.dirty.states.insert(id.clone());
             self.touch_pods(id);
         }
-        let Some(node) = self.cluster.nodes.get(id).filter(|node| node.liveness != Liveness::Online) else { return };
+        let Some(node) = self.cluster.nodes.get(id).filter(|node| node.liveness != Liveness::Online) else {
+            return;
+        };
         let over = |pod: &PodId| self.replaceable(node, pod).is_some_and(|at| at <= now.boot);
         let over: Vec<PodId> = node.pods.keys().filter(|pod| over(pod)).cloned().collect();
         for pod in over {
@@ -436,7 +445,8 @@ impl Controller {
     pub(super) fn refresh_room(&mut self, id: &NodeId) {
         let Some(node) = self.cluster.nodes.get(id) else { return };
         let jobs = &self.cluster.jobs;
-        let charges = node.pods.keys().filter_map(|pod| Some(&jobs.get(&pod.uid)?.assignment(pod.index)?.charge));
+        let charges =
+            node.pods.keys().filter_map(|pod| Some(&jobs.get(&pod.uid)?.assignment(pod.index)?.charge));
         self.scheduler.refresh(id, node, charges);
     }
 }
@@ -470,9 +480,9 @@ fn why_withheld(session: &mut Session, beat: &Heartbeat, now: Now) -> Option<&'s
         return Some("no lease has reached it: the way from the controller to it is broken");
     }
     let offset = i128::from(now.boot.0) - i128::from(beat.boot_ms.0);
-    let least = session.offset.map_or(offset, |(least, at)| {
-        offset.min(least + i128::from(now.boot.since(at).0 / DRIFT_PARTS))
-    });
+    let least = session
+        .offset
+        .map_or(offset, |(least, at)| offset.min(least + i128::from(now.boot.since(at).0 / DRIFT_PARTS)));
     session.offset = Some((least, now.boot));
     let lag = offset - least;
     (lag > i128::from(MARGIN.0 / 2)).then_some("its clock stood still, or its heartbeats are delayed")

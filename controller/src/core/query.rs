@@ -4,8 +4,8 @@ use berth_protocol::ids::{ClientId, JobName, JobUid, Namespace, NodeId, PodName}
 use berth_protocol::limits::{FOLLOW_MS, MESSAGE_BYTES_MAX, QUERY_PAGE_ROWS_MAX};
 use berth_protocol::message::node::DepotAccess;
 use berth_protocol::message::query::{
-    ControllerVersion, Explanation, JobDetail, LogSource, LogSources, NodeVerdict, OutputRow, Page, PodRow, Query,
-    QueryError, QueryReply, QueryRequest,
+    ControllerVersion, Explanation, JobDetail, LogSource, LogSources, NodeVerdict, OutputRow, Page, PodRow,
+    Query, QueryError, QueryReply, QueryRequest,
 };
 use berth_protocol::topic::Topic;
 use berth_protocol::units::Millis;
@@ -82,7 +82,8 @@ impl Controller {
             Query::Jobs { namespace, after } => self.jobs_page(namespace.as_ref(), after.as_deref()),
             Query::Job { namespace, job } => {
                 let uid = self.find(&namespace, &job)?;
-                let status = self.job_status(&uid).ok_or_else(|| not_found(format!("there is no job {job}")))?;
+                let status =
+                    self.job_status(&uid).ok_or_else(|| not_found(format!("there is no job {job}")))?;
                 let (_, job) = self.job_at(&namespace, &job)?;
                 value(&JobDetail { status, spec: jobfile::render(&job.file.spec) })
             }
@@ -90,7 +91,8 @@ impl Controller {
                 self.pods_page(namespace.as_ref(), job.as_ref(), after.as_deref())
             }
             Query::Nodes { after } => {
-                let nodes = self.cluster.nodes.keys().filter(|id| after.as_deref().is_none_or(|a| id.as_str() > a));
+                let nodes =
+                    self.cluster.nodes.keys().filter(|id| after.as_deref().is_none_or(|a| id.as_str() > a));
                 page(nodes.filter_map(|id| Some((id.to_string(), self.node_status(id)?))))
             }
             Query::Node { node } => {
@@ -147,7 +149,12 @@ impl Controller {
     }
 
     /// Pods in the order of their jobs' names; `after` is `namespace/job/index`.
-    fn pods_page(&self, namespace: Option<&Namespace>, name: Option<&JobName>, after: Option<&str>) -> Answer {
+    fn pods_page(
+        &self,
+        namespace: Option<&Namespace>,
+        name: Option<&JobName>,
+        after: Option<&str>,
+    ) -> Answer {
         let after = after.and_then(|text| text.rsplit_once('/'));
         let after = after.and_then(|(job, index)| Some((job, index.parse::<u32>().ok()?)));
         let rows = self.cluster.names.iter().filter(|(key, _)| {
@@ -157,10 +164,12 @@ impl Controller {
             let (namespace, job) = job.split_once('/')?;
             Some((Namespace::parse(namespace).ok()?, JobName::parse(job).ok()?, index))
         });
-        let rows = rows.filter_map(|(key, uid)| Some((key, self.cluster.jobs.get(uid).filter(|j| !j.run.expired)?)));
+        let rows =
+            rows.filter_map(|(key, uid)| Some((key, self.cluster.jobs.get(uid).filter(|j| !j.run.expired)?)));
         let rows = rows.flat_map(|(key, job)| job.pods().keys().map(move |index| (key, job, *index)));
         let rows = rows.filter(|(key, _, index)| {
-            from.as_ref().is_none_or(|(namespace, job, last)| (&key.0, &key.1, index) > (namespace, job, last))
+            from.as_ref()
+                .is_none_or(|(namespace, job, last)| (&key.0, &key.1, index) > (namespace, job, last))
         });
         page(rows.filter_map(|((namespace, name), job, index)| {
             let status = self.pod_status(job, index)?;
@@ -199,7 +208,9 @@ impl Controller {
     fn logs(&mut self, now: Now, namespace: &Namespace, name: &JobName, follow: bool) -> Answer {
         let depot = self.depot(now, namespace.clone());
         let uid = self.find(namespace, name)?;
-        let Some(job) = self.cluster.jobs.get_mut(&uid) else { return Err(not_found(format!("there is no job {name}"))) };
+        let Some(job) = self.cluster.jobs.get_mut(&uid) else {
+            return Err(not_found(format!("there is no job {name}")));
+        };
         if follow {
             job.followed_until = Some(now.boot.plus(Millis(FOLLOW_MS)));
         }
@@ -208,7 +219,8 @@ impl Controller {
             pod.logs.iter().map(move |log| (*index, log, placed == Some(log.epoch)))
         });
         let logs: Vec<_> = logs.map(|(index, log, live)| (index, log.clone(), live)).collect();
-        let finished = job.is_finished() && logs.iter().all(|(_, log, _)| log.stored || log.records.is_none());
+        let finished =
+            job.is_finished() && logs.iter().all(|(_, log, _)| log.stored || log.records.is_none());
         let many = job.file.spec.completions > 1;
         let mut sources = Vec::new();
         for (index, log, live) in logs {

@@ -103,13 +103,16 @@ impl Controller {
                 }
             }
             PodState::Placed(assignment) => {
-                let lost = self.cluster.nodes.get(&assignment.node).is_some_and(|n| n.liveness == Liveness::Lost);
+                let lost =
+                    self.cluster.nodes.get(&assignment.node).is_some_and(|n| n.liveness == Liveness::Lost);
                 status.node = Some(assignment.node.clone());
                 status.phase = if lost { PodPhase::Lost } else { assignment.phase };
                 status.started_at = assignment.started_at;
                 if assignment.goal == Goal::Stop {
                     status.reason = Some("Stopping".to_owned());
-                } else if let Some(last) = assignment.last.as_ref().filter(|_| assignment.phase != PodPhase::Running) {
+                } else if let Some(last) =
+                    assignment.last.as_ref().filter(|_| assignment.phase != PodPhase::Running)
+                {
                     status.reason.clone_from(&last.reason);
                     status.exit_code = last.exit_code;
                     status.message = Some("waits for its next start after a failure".to_owned());
@@ -155,7 +158,8 @@ impl Controller {
     pub(super) fn recount(&mut self, uid: &JobUid, status: Option<&JobStatus>) {
         let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
         let phase = status.map(|status| status.phase);
-        let pods = status.filter(|_| !job.is_finished()).map(|status| status.pod_counts.clone()).unwrap_or_default();
+        let pods =
+            status.filter(|_| !job.is_finished()).map(|status| status.pod_counts.clone()).unwrap_or_default();
         if let Some(old) = std::mem::replace(&mut job.counted, phase) {
             take(&mut self.counters.jobs, job_word(old), 1);
         }
@@ -247,7 +251,10 @@ impl Controller {
         let Some(job) = self.cluster.jobs.get(uid).filter(|_| all_fit) else { return summary };
         let spec = &job.file.spec;
         if spec.gang {
-            return format!("{summary}; as a gang its {} waiting pods start together or not at all", job.ready().count());
+            return format!(
+                "{summary}; as a gang its {} waiting pods start together or not at all",
+                job.ready().count()
+            );
         }
         if spec.placement.anti_affinity.is_some() {
             return format!("{summary}; antiAffinity keeps its pods apart");

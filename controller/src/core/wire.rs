@@ -6,7 +6,8 @@ use std::collections::BTreeSet;
 use berth_protocol::ids::{Digest, LedgerId, NodeId, PodId, RequestId};
 use berth_protocol::limits::{DESIRED_RESEND_MS_MAX, DESIRED_RESEND_MS_MIN};
 use berth_protocol::message::node::{
-    Covers, DepotAccess, Desired, DesiredPod, Heartbeat, Lease, NodeRequest, Request, SpecMessage, held_digest,
+    Covers, DepotAccess, Desired, DesiredPod, Heartbeat, Lease, NodeRequest, Request, SpecMessage,
+    held_digest,
 };
 use berth_protocol::pod::Goal;
 use berth_protocol::topic::{NodeTopic, Topic};
@@ -34,7 +35,8 @@ impl Controller {
         let pods = self.desired_pods(node);
         let needed: BTreeSet<Digest> = pods.iter().map(|pod| pod.spec).collect();
         let unreported = |pod: &DesiredPod| {
-            let assignment = self.cluster.jobs.get(&pod.pod.uid).and_then(|job| job.assignment(pod.pod.index));
+            let assignment =
+                self.cluster.jobs.get(&pod.pod.uid).and_then(|job| job.assignment(pod.pod.index));
             assignment.is_some_and(|assignment| assignment.named > node.reported)
         };
         let wanted: BTreeSet<Digest> = pods
@@ -123,7 +125,8 @@ impl Controller {
             return;
         }
         let pods = &node.pods;
-        let all = *node.held.get_or_insert_with(|| held_digest(pods.iter().map(|(pod, epoch)| (pod, *epoch))));
+        let all =
+            *node.held.get_or_insert_with(|| held_digest(pods.iter().map(|(pod, epoch)| (pod, *epoch))));
         let covers = match session.withheld {
             Some(_) => Covers::Pairs(Vec::new()),
             None if session.held == Some(all) => Covers::All(all),
@@ -174,7 +177,13 @@ impl Controller {
     }
 
     /// Asks the node for a pod's log from its first record on.
-    pub(super) fn request_log(&mut self, id: &NodeId, pod: PodId, epoch: berth_protocol::ids::Epoch, follow: bool) {
+    pub(super) fn request_log(
+        &mut self,
+        id: &NodeId,
+        pod: PodId,
+        epoch: berth_protocol::ids::Epoch,
+        follow: bool,
+    ) {
         let Ok(request) = RequestId::parse(&format!("log-{:x}", self.draw())) else { return };
         let request = NodeRequest { id: request, request: Request::Logs { pod, epoch, from_seq: 1, follow } };
         self.publish(Topic::node(id, NodeTopic::Request), &request, false);

@@ -81,7 +81,15 @@ impl Rules {
             (None, Some(spread)) => (Zoning::Spread, Some(label(spread))),
             (None, None) => (Zoning::Free, None),
         };
-        Ok(Self { affinity, prefer, zoning, label, zones: BTreeMap::new(), sites: Vec::new(), verdicts: Vec::new() })
+        Ok(Self {
+            affinity,
+            prefer,
+            zoning,
+            label,
+            zones: BTreeMap::new(),
+            sites: Vec::new(),
+            verdicts: Vec::new(),
+        })
     }
 
     /// Finds out what `node` is to the job; remembered until the node's version changes.
@@ -142,7 +150,9 @@ fn evaluate(program: &Program, context: &Context<'_, '_>, text: String) -> Resul
     match program.execute(context) {
         Ok(Value::Bool(true)) => Ok(()),
         Ok(Value::Bool(false)) => Err(Refusal::Affinity(text)),
-        Ok(other) => Err(Refusal::AffinityError(format!("it gives a {}, not true or false", other.type_of()))),
+        Ok(other) => {
+            Err(Refusal::AffinityError(format!("it gives a {}, not true or false", other.type_of())))
+        }
         Err(ExecutionError::NoSuchKey(key)) => Err(Refusal::NoLabel((*key).clone())),
         Err(error) => Err(Refusal::AffinityError(error.to_string())),
     }

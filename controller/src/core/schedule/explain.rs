@@ -51,19 +51,31 @@ fn rounded(bytes: u64) -> String {
 
 /// Everything that stands against one more pod of `spec` in `room`; empty where it fits.
 /// `closed` says why the node takes no pods at all.
-pub fn reasons(room: &Room, shape: &Shape, refusals: &[Refusal], closed: Option<&str>, spec: &JobSpec) -> Vec<Reason> {
+pub fn reasons(
+    room: &Room,
+    shape: &Shape,
+    refusals: &[Refusal],
+    closed: Option<&str>,
+    spec: &JobSpec,
+) -> Vec<Reason> {
     let mut all = Vec::new();
     if let Some(closed) = closed {
         all.push(Reason::new(IS, closed, ""));
     }
     for refusal in refusals {
         all.push(match refusal {
-            Refusal::Affinity(text) => Reason::new(DOES_NOT, "match the affinity", format!("which is `{text}`")),
-            Refusal::NoLabel(key) => Reason::new(LACKS, format!("label {key}"), "which the affinity asks for"),
+            Refusal::Affinity(text) => {
+                Reason::new(DOES_NOT, "match the affinity", format!("which is `{text}`"))
+            }
+            Refusal::NoLabel(key) => {
+                Reason::new(LACKS, format!("label {key}"), "which the affinity asks for")
+            }
             Refusal::AffinityError(error) => {
                 Reason::new(DOES_NOT, "match the affinity", format!("which cannot be evaluated: {error}"))
             }
-            Refusal::Taint(taint) => Reason::new(HAS, format!("taint {taint}"), "which the job does not tolerate"),
+            Refusal::Taint(taint) => {
+                Reason::new(HAS, format!("taint {taint}"), "which the job does not tolerate")
+            }
             Refusal::HostImage => Reason::new(
                 DOES_NOT,
                 "allow `image: host`",

@@ -153,7 +153,10 @@ impl Controller {
         let queue: Vec<JobUid> = self.scheduler.queue.iter().map(|(_, _, uid)| uid.clone()).collect();
         let version = self.scheduler.version;
         let mut waiting = queue.into_iter().filter(|uid| {
-            self.cluster.jobs.get(uid).is_some_and(|job| job.refused_at != Some(version) && job.ready().next().is_some())
+            self.cluster
+                .jobs
+                .get(uid)
+                .is_some_and(|job| job.refused_at != Some(version) && job.ready().next().is_some())
         });
         let batches: Vec<Vec<JobUid>> =
             std::iter::from_fn(|| Some(waiting.by_ref().take(ASKS_MAX).collect::<Vec<_>>()))

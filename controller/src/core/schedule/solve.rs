@@ -78,11 +78,8 @@ mod tests {
     use super::*;
 
     fn device() -> impl Strategy<Value = Device> {
-        (any::<bool>(), 0..3usize, 0..=10u32, 0..4u64).prop_map(|(usable, model, milli, memory_bytes)| Device {
-            usable,
-            model,
-            milli: milli * 100,
-            memory_bytes,
+        (any::<bool>(), 0..3usize, 0..=10u32, 0..4u64).prop_map(|(usable, model, milli, memory_bytes)| {
+            Device { usable, model, milli: milli * 100, memory_bytes }
         })
     }
 

@@ -75,7 +75,8 @@ fn storm(seed: u64) {
         job.pod.containers[0].command = vec!["run".to_owned(), ms.to_string(), code.to_string()];
         (job.parallelism, job.completions) = (2, 3);
         if i == 3 {
-            job.pod.restart = Restart { policy: RestartPolicy::OnFailure, backoff_limit: 2, ..Restart::default() };
+            job.pod.restart =
+                Restart { policy: RestartPolicy::OnFailure, backoff_limit: 2, ..Restart::default() };
         }
         job.active_deadline = (i == 1).then_some(Millis::from_secs(100_000));
         world.submit(&job);
@@ -133,7 +134,14 @@ fn storm(seed: u64) {
     }
     oracle(&world, &mut seen);
     world.run(60_000);
-    assert!(world.controller.cluster.nodes.values().all(|node| node.pods.is_empty() && node.record.strays.is_empty()));
+    assert!(
+        world
+            .controller
+            .cluster
+            .nodes
+            .values()
+            .all(|node| node.pods.is_empty() && node.record.strays.is_empty())
+    );
 }
 
 #[test]

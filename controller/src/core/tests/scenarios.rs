@@ -282,7 +282,9 @@ fn a_finished_job_is_forgotten_with_its_logs() {
     finish(&mut world, "job");
     world.run(80_000);
     assert!(world.status("job").is_none());
-    assert!(!world.store.keys().any(|key| key.contains("job/") || key.contains("pod/") || key.contains("run/")));
+    assert!(
+        !world.store.keys().any(|key| key.contains("job/") || key.contains("pod/") || key.contains("run/"))
+    );
 }
 
 #[test]

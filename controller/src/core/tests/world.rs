@@ -180,8 +180,12 @@ impl Agent {
 
     pub fn reboot(&mut self, now: u64) {
         self.boot += 1;
-        let ran: Vec<PodId> =
-            self.pods.iter().filter(|(_, h)| matches!(h.life, Life::Running { .. })).map(|(p, _)| p.clone()).collect();
+        let ran: Vec<PodId> = self
+            .pods
+            .iter()
+            .filter(|(_, h)| matches!(h.life, Life::Running { .. }))
+            .map(|(p, _)| p.clone())
+            .collect();
         for pod in ran {
             self.end(now, &pod, Cause::Eviction, None);
         }
@@ -420,7 +424,8 @@ impl World {
             let newer = agent.pods.get(&pod.pod).is_none_or(|held| held.epoch < pod.epoch);
             if newer && pod.goal == Goal::Run {
                 assert!(!agent.runs(&pod.pod, now), "an older epoch still runs here");
-                let held = Held { epoch: pod.epoch, run: Run(1), spec: pod.spec, life: Life::Ordered, granted: 0 };
+                let held =
+                    Held { epoch: pod.epoch, run: Run(1), spec: pod.spec, life: Life::Ordered, granted: 0 };
                 agent.pods.insert(pod.pod.clone(), held);
             }
             if pod.goal == Goal::Stop {
@@ -429,8 +434,13 @@ impl World {
                     Some(Life::Over) => {}
                     Some(_) => agent.end(now, &pod.pod, Cause::Eviction, Some(143)),
                     None if newer => {
-                        let held =
-                            Held { epoch: pod.epoch, run: Run(1), spec: pod.spec, life: Life::Over, granted: 0 };
+                        let held = Held {
+                            epoch: pod.epoch,
+                            run: Run(1),
+                            spec: pod.spec,
+                            life: Life::Over,
+                            granted: 0,
+                        };
                         agent.pods.insert(pod.pod.clone(), held);
                         agent.end(now, &pod.pod, Cause::Eviction, None);
                     }
@@ -486,7 +496,8 @@ impl World {
     /// Lets agents do what is due at this moment.
     pub fn agents_act(&mut self) {
         let now = self.now;
-        let ids: Vec<NodeId> = self.agents.iter().filter(|(_, agent)| agent.up).map(|(id, _)| id.clone()).collect();
+        let ids: Vec<NodeId> =
+            self.agents.iter().filter(|(_, agent)| agent.up).map(|(id, _)| id.clone()).collect();
         for id in ids {
             let agent = self.agents.get_mut(&id).unwrap();
             let over: Vec<PodId> = agent
