@@ -1,7 +1,7 @@
 //! Whether a submit or a command is taken, and the answer to it. What follows is `lifecycle`'s.
 
 use berth_protocol::ids::{Digest, Generation, JobName, JobUid, Namespace, RequestId};
-use berth_protocol::job::JobSpec;
+use berth_protocol::job::{self, JobSpec};
 use berth_protocol::limits::{JOB_FILE_BYTES_MAX, REJECTED_STATUS_MS, SPEC_BYTES_MAX};
 use berth_protocol::message::user::{
     Answer, Command, FieldError, JobCommand, JobPhase, JobStatus, Rejection, Verdict,
@@ -11,7 +11,7 @@ use berth_protocol::units::{Millis, Timestamp};
 
 use super::cluster::{Job, JobFile, JobRun};
 use super::schedule::cel::Rules;
-use super::{Controller, Effect, Now, jobfile, records};
+use super::{Controller, Effect, Now, records};
 
 /// Ids remembered; beyond, the oldest are forgotten before their time.
 const REQUESTS_MAX: usize = 8 * 1024;
@@ -58,7 +58,7 @@ impl Controller {
             );
             return Err(rejection("TooLarge", text));
         }
-        let parsed = jobfile::parse(payload, Some((namespace, name))).map_err(invalid)?;
+        let parsed = job::parse(payload, Some((namespace, name))).map_err(invalid)?;
         let known = self.cluster.names.get(&(namespace.clone(), name.clone())).cloned();
         if let Some(job) = known.as_ref().and_then(|uid| self.cluster.jobs.get(uid))
             && job.file.written == parsed.written

@@ -3,7 +3,6 @@
 
 mod admit;
 mod cluster;
-mod jobfile;
 mod lifecycle;
 mod nodes;
 mod query;

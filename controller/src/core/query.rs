@@ -1,6 +1,7 @@
 //! Answers to what the CLI asks; changes nothing but who follows a log.
 
 use berth_protocol::ids::{ClientId, JobName, JobUid, Namespace, NodeId, PodName};
+use berth_protocol::job;
 use berth_protocol::limits::{FOLLOW_MS, MESSAGE_BYTES_MAX, QUERY_PAGE_ROWS_MAX};
 use berth_protocol::message::node::DepotAccess;
 use berth_protocol::message::query::{
@@ -14,7 +15,7 @@ use serde_json::Value;
 
 use super::cluster::{Job, PodState};
 use super::token::{self, Scope};
-use super::{Controller, Now, jobfile};
+use super::{Controller, Now};
 
 /// A client's depot token.
 const TOKEN_LIFE: Millis = Millis(600_000);
@@ -85,7 +86,7 @@ impl Controller {
                 let status =
                     self.job_status(&uid).ok_or_else(|| not_found(format!("there is no job {job}")))?;
                 let (_, job) = self.job_at(&namespace, &job)?;
-                value(&JobDetail { status, spec: jobfile::render(&job.file.spec) })
+                value(&JobDetail { status, spec: job::render(&job.file.spec) })
             }
             Query::Pods { namespace, job, after } => {
                 self.pods_page(namespace.as_ref(), job.as_ref(), after.as_deref())

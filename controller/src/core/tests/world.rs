@@ -15,7 +15,7 @@ use berth_protocol::resources::{CgroupVersion, Gpu, GpuVendor, Inventory, Limits
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
 use berth_protocol::units::{BootMs, Bytes, MilliCpu, Millis, Timestamp};
 
-use super::super::{Config, Controller, Effect, Event, Now, Step, jobfile};
+use super::super::{Config, Controller, Effect, Event, Now, Step};
 
 /// How a pod's program behaves: read from its command, `run MS CODE`.
 #[derive(Debug, Clone, Copy)]
@@ -329,7 +329,7 @@ impl World {
 
     pub fn submit(&mut self, spec: &JobSpec) -> Answer {
         let topic = Topic::job(&spec.namespace, &spec.name, JobTopic::Submit);
-        let payload = serde_json::to_vec(&jobfile::render(spec)).unwrap();
+        let payload = serde_json::to_vec(&berth_protocol::job::render(spec)).unwrap();
         self.feed(Event::Message { topic, payload });
         self.deliver_all();
         self.answers.last().cloned().unwrap()
