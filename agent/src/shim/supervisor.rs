@@ -92,7 +92,7 @@ impl Supervisor {
             Ok(()) => {
                 // Creating has lowered the score to that of the containers, and used much memory once.
                 super::protect_from_oom();
-                sys::trim_heap();
+                sys::trim_memory();
                 self.server.send(&Report::Created { run: self.task.run });
                 while self.containers.iter().any(|container| container.exit.is_none()) {
                     self.turn()?;
