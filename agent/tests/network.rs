@@ -72,29 +72,26 @@ fn a_pod_on_the_bridge_reaches_the_world() {
     let bridge = Bridge::open(slots.path(), "/var/lib/a".as_ref()).unwrap();
     assert_eq!(bridge.slot(), slot);
 
-    let mut pod = Pod::new(
-        "ip -o -4 addr; ip route; cat /etc/resolv.conf; cat /etc/hosts; busybox ping -c 1 -W 5 10.213.0.1 >/dev/null && echo pinged; \
-         busybox nc 198.51.100.2 8080 </dev/null; busybox nc 127.0.0.1 1 </dev/null || echo own loopback",
-    );
+    let place = network::address(slot, 7, vec!["192.0.2.53".parse().unwrap()]).unwrap();
+    let (own, gateway) = (place.address, place.gateway);
+    let mut pod = Pod::new(&format!(
+        "ip -o -4 addr; ip route; cat /etc/resolv.conf /etc/hosts
+         busybox ping -c 1 -W 5 {gateway} >/dev/null && echo pinged
+         busybox nc 198.51.100.2 8080 </dev/null; busybox nc 127.0.0.1 1 </dev/null || echo own loopback"
+    ));
     pod.task.template.network = Network::Bridge;
-    pod.task.network = network::address(slot, 7, vec!["192.0.2.53".parse().unwrap()]);
+    pod.task.network = Some(place);
     let output = pod.succeed();
-    for part in [
-        "10.213.0.9/24",
-        "default via 10.213.0.1",
-        "nameserver 192.0.2.53",
-        "pinged",
-        "hello",
-        "own loopback",
-    ] {
+    let (address, route) = (format!("{own}/24"), format!("default via {gateway}"));
+    for part in [&address, &route, "nameserver 192.0.2.53", "pinged", "hello", "own loopback"] {
         assert!(output.contains(part), "{part}\n{output}");
     }
     pod.assert_clean();
-    assert!(!sh("ip link").contains("bv0ad50009"));
+    assert!(!sh("ip -o link").contains(": bv"));
     // The same address again, at once.
     assert!(pod_again(&mut pod).contains("hello"));
     bridge.close();
-    assert!(!sh("ip link").contains("berth0"));
+    assert!(!sh("ip -o link").contains(": berth"));
     assert!(!sh("nft list tables").contains("berth"));
 }
 

@@ -216,6 +216,19 @@ fn a_dead_shim_takes_its_pod_along() {
 }
 
 #[test]
+fn a_shim_that_hangs_is_ended_with_its_pod() {
+    let mut pod = Pod::new("echo up; sleep 1000");
+    let _agent = pod.start();
+    wait_for("output", || pod.output().contains("up"));
+    let pid = nix::unistd::Pid::from_raw(pod.shim_pid());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    shim::clean_up(&pod.task, &pod.dir).unwrap();
+    pod.kill_shim();
+    assert_eq!(pod.exit_file(), None);
+    pod.assert_clean();
+}
+
+#[test]
 fn agents_come_and_go() {
     let mut pod = Pod::new(
         "read line < /run/berth/go || true; while [ ! -e /run/berth/go ]; do sleep 0.01; done; echo done",

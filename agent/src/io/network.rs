@@ -168,7 +168,7 @@ fn claim(slots: &Path, owner: &Path) -> Result<Bridge, BridgeError> {
 
 /// Does this machine reach the slot's subnet some other way than by default?
 fn route_overlaps(slot: u8) -> bool {
-    let text = fs::read_to_string("/proc/self/net/route").unwrap_or_default();
+    let text = fs::read_to_string("/proc/thread-self/net/route").unwrap_or_default();
     let own = u32::from(gateway(slot)) & 0xffff_ff00;
     // Interface, destination, gateway, flags, …, mask: numbers in the machine's byte order.
     text.lines().skip(1).any(|line| {

@@ -44,7 +44,6 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
         network,
         v2: cgroup.is_v2(),
         swap: cgroup.is_v2() || cgroup.accounts_swap(),
-        hierarchies: if cgroup.is_v2() { Vec::new() } else { cgroup.dirs() },
         nofile_hard: nofile_hard(),
     };
     let mut containers = Vec::new();
@@ -98,6 +97,10 @@ fn create_container(
         device_files: granted.files,
     };
     let own = cgroup.child(spec.name.as_str());
+    if !own.is_v2() {
+        own.create()?;
+        rootfs::mount_cgroups(&own.dirs(), &home)?;
+    }
     let oci = devices::inject(&pod.task.devices, spec::oci(pod, &container, &own.absolute()))?;
     let config = home.dir().join("config.json");
     fs::write(&config, oci.to_string()).map_err(ShimError::io("write", &config))?;

@@ -183,27 +183,37 @@ pub struct OwnedRecord {
     pub bytes: Vec<u8>,
 }
 
-/// Reads a log while its shim may be writing it.
+/// Reads a log while its shim may be writing it. An end is no end: ask again when the shim reports more.
 pub struct Reader {
     dir: PathBuf,
-    current: Option<Segment>,
+    /// With the seq of its first record.
+    current: Option<(u64, Segment)>,
     next_seq: u64,
 }
 
-/// Records from `seq` on, or from the oldest kept after it. An end is no end: call `next` again when the shim
-/// reports more.
+/// Records from `seq` on, or from the oldest kept after it.
 pub fn read_from(dir: &Path, seq: u64) -> Reader {
     Reader { dir: dir.to_owned(), current: None, next_seq: seq.max(1) }
 }
 
+impl Iterator for Reader {
+    type Item = io::Result<OwnedRecord>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.read().transpose()
+    }
+}
+
 impl Reader {
-    /// The next record, if one is there.
-    pub fn next(&mut self) -> io::Result<Option<OwnedRecord>> {
+    fn read(&mut self) -> io::Result<Option<OwnedRecord>> {
         loop {
-            if self.current.is_none() && !self.open_next()? {
-                return Ok(None);
-            }
-            let Some(segment) = &mut self.current else { return Ok(None) };
+            let (first, segment) = match &mut self.current {
+                Some(current) => current,
+                None => match self.open_next()? {
+                    Some(opened) => self.current.insert(opened),
+                    None => return Ok(None),
+                },
+            };
             let wanted = self.next_seq;
             let owned = |r: Record<'_>| {
                 let Record { seq, at, stream, container, bytes } = r;
@@ -215,42 +225,32 @@ impl Reader {
                     return Ok(Some(record));
                 }
                 Some(None) => {}
-                // The writer begins a segment only behind a whole record: a later one means that this is read.
-                None if self.later_exists()? => self.current = None,
-                None => return Ok(None),
+                None => {
+                    // The writer begins a segment only behind a whole record: a later one means that this is read.
+                    let later = |other: u64| other >= wanted && other != *first;
+                    if !segments(&self.dir)?.iter().any(|(other, _)| later(*other)) {
+                        return Ok(None);
+                    }
+                    self.current = None;
+                }
             }
         }
     }
 
-    /// Opens the segment that holds `next_seq`, or the oldest behind it.
-    fn open_next(&mut self) -> io::Result<bool> {
+    /// The segment that holds `next_seq`, or the oldest behind it.
+    fn open_next(&self) -> io::Result<Option<(u64, Segment)>> {
         let all = match segments(&self.dir) {
-            Ok(all) => all,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
-            Err(e) => return Err(e),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            all => all?,
         };
         let holder = all.iter().rposition(|(first, _)| *first <= self.next_seq).unwrap_or(0);
-        let Some((_, path)) = all.get(holder) else { return Ok(false) };
+        let Some((first, path)) = all.get(holder) else { return Ok(None) };
         match Segment::open(path) {
-            Ok(segment) => self.current = Some(segment),
+            Ok(segment) => Ok(Some((*first, segment))),
             // Dropped in this moment: a newer one is the oldest now.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
-            Err(e) => return Err(e),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e),
         }
-        Ok(true)
-    }
-
-    fn later_exists(&self) -> io::Result<bool> {
-        Ok(segments(&self.dir)?.iter().any(|(first, _)| *first == self.next_seq))
-            .and_then(|found| if found { self.not_current() } else { Ok(false) })
-    }
-
-    /// Whether the segment at `next_seq` is another one than that being read.
-    fn not_current(&self) -> io::Result<bool> {
-        use std::os::unix::fs::MetadataExt;
-        let Some(current) = &self.current else { return Ok(true) };
-        let later = fs::metadata(segment(&self.dir, self.next_seq))?;
-        Ok(later.ino() != current.file.metadata()?.ino())
     }
 }
 
@@ -267,12 +267,8 @@ mod tests {
     }
 
     fn all(dir: &Path, from: u64) -> Vec<(u64, String)> {
-        let mut reader = read_from(dir, from);
-        let mut found = Vec::new();
-        while let Some(record) = reader.next().unwrap() {
-            found.push((record.seq, String::from_utf8(record.bytes).unwrap()));
-        }
-        found
+        let text = |record: OwnedRecord| (record.seq, String::from_utf8(record.bytes).unwrap());
+        read_from(dir, from).map(|record| text(record.unwrap())).collect()
     }
 
     #[test]
@@ -302,8 +298,8 @@ mod tests {
         let mut reader = read_from(dir.path(), 1);
         for seq in 1..=2000 {
             put(&mut writer, &text);
-            assert_eq!(reader.next().unwrap().map(|r| r.seq), Some(seq));
-            assert_eq!(reader.next().unwrap(), None);
+            assert_eq!(reader.next().map(|r| r.unwrap().seq), Some(seq));
+            assert!(reader.next().is_none());
         }
         let kept = all(dir.path(), 1);
         assert_eq!(kept.last().unwrap().0, 2000);

@@ -27,11 +27,12 @@ pub mod sys;
 mod testing;
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
@@ -70,11 +71,15 @@ fn run(dir: &Path) -> io::Result<()> {
     Supervisor::new(task, dir, signals)?.run()
 }
 
-/// The pod's lock; `None` while a shim lives.
-pub fn lock(dir: &Path) -> io::Result<Option<Flock<fs::File>>> {
+/// The pod's lock; `None` while a shim lives. The holder's process number is the file's text.
+fn lock(dir: &Path) -> io::Result<Option<Flock<fs::File>>> {
     let file = fs::OpenOptions::new().create(true).truncate(false).write(true).open(dir.join(file::LOCK))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(Some(lock)),
+        Ok(mut lock) => {
+            lock.set_len(0)?;
+            lock.write_all(std::process::id().to_string().as_bytes())?;
+            Ok(Some(lock))
+        }
         Err((_, nix::Error::EWOULDBLOCK)) => Ok(None),
         Err((_, e)) => Err(e.into()),
     }
@@ -113,17 +118,45 @@ fn protect_from_oom() {
 pub enum CleanUpError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    #[error("the pod's supervisor does not end after SIGKILL; {path} is still locked")]
+    Shim { path: PathBuf },
     #[error("cannot remove the pod's link: {0}")]
     Network(io::Error),
     #[error("cannot remove {path}: {source}")]
     Remove { path: PathBuf, source: io::Error },
 }
 
-/// Ends all that is left of a pod whose shim is dead: processes, control groups, link, writable layers. Task, log
-/// and exit files stay. Safe to call again, and for a pod of which nothing is left.
+/// Ends all that is left of a pod by force: its shim if that still lives, processes, control groups, link, writable
+/// layers. Task, log and exit files stay. Safe to call again, and for a pod of which nothing is left. Blocks until
+/// all is dead, at most some `KILL_MS_MAX`.
 pub fn clean_up(task: &Task, dir: &Path) -> Result<(), CleanUpError> {
+    end_shim(dir)?;
     end(task)?;
     clear(dir, false)
+}
+
+/// Kills the holder of the pod's lock and waits until it is free.
+fn end_shim(dir: &Path) -> Result<(), CleanUpError> {
+    let path = dir.join(file::LOCK);
+    let begun = Instant::now();
+    loop {
+        let held = match fs::File::open(&path) {
+            Ok(file) => Flock::lock(file, FlockArg::LockExclusiveNonblock).is_err(),
+            Err(_) => false,
+        };
+        if !held {
+            return Ok(());
+        }
+        if begun.elapsed() > Duration::from_millis(KILL_MS_MAX) {
+            return Err(CleanUpError::Shim { path });
+        }
+        // The lock is held, so the number is still its holder's, or that of one who died in this moment.
+        let pid = fs::read_to_string(&path).ok().and_then(|text| text.parse().ok()).filter(|pid| *pid > 1);
+        if let Some(pid) = pid {
+            let _ = nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        sleep(Duration::from_millis(2));
+    }
 }
 
 /// Kills the pod and removes what the kernel holds of it.

@@ -43,6 +43,10 @@ impl Home {
     pub fn upper(&self) -> PathBuf {
         self.0.join("upper")
     }
+    /// v1 hierarchies as the container sees them.
+    pub fn cgroups(&self) -> PathBuf {
+        self.0.join("cgroups")
+    }
     pub fn workspace(&self) -> PathBuf {
         self.0.join("workspace")
     }
@@ -90,6 +94,28 @@ pub fn mount_root(root: &Root, home: &Home) -> Result<(), ShimError> {
 pub fn mount_workspace(workspace: &Path, home: &Home) -> Result<(), ShimError> {
     let layers = [workspace.to_owned()];
     overlay(&layers, &home.workspace_upper(), &home.dir().join("workspace-work"), &home.workspace())
+}
+
+/// Puts the container's own groups of each v1 hierarchy together at `Home::cgroups`, read-only.
+pub fn mount_cgroups(groups: &[PathBuf], home: &Home) -> Result<(), ShimError> {
+    let at = home.cgroups();
+    make_dir(&at, 0o755)?;
+    let failed = |e: nix::Error| ShimError::io("mount control groups at", &at)(e.into());
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("berth"), &at, Some("tmpfs"), flags, Some("mode=755,size=64k")).map_err(failed)?;
+    for group in groups {
+        // Its hierarchy: the first part below the mounts' common directory.
+        let Some(name) = group.strip_prefix("/sys/fs/cgroup").ok().and_then(|path| path.iter().next()) else {
+            continue;
+        };
+        let point = at.join(name);
+        make_dir(&point, 0o755)?;
+        let none = None::<&str>;
+        mount(Some(group), &point, none, MsFlags::MS_BIND, none).map_err(failed)?;
+        let flags = flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        mount(none, &point, none, flags, none).map_err(failed)?;
+    }
+    Ok(())
 }
 
 /// The container's root as its run left it, read-only at `at`: for collecting outputs once the shim has gone.

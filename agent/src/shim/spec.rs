@@ -43,8 +43,7 @@ const MASKED: [&str; 12] = [
     "/sys/devices/virtual/powercap",
     "/sys/firmware",
 ];
-const READ_ONLY: [&str; 6] =
-    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger", "/sys/fs/cgroup"];
+const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// Processes and threads of one container.
 const PIDS_MAX: i64 = 32_768;
@@ -71,8 +70,6 @@ pub struct Pod<'a> {
     pub v2: bool,
     /// Is there swap accounting (v1 may lack it)?
     pub swap: bool,
-    /// v1 hierarchies to show, each with the pod's group in it.
-    pub hierarchies: Vec<PathBuf>,
     /// Of RLIMIT_NOFILE.
     pub nofile_hard: u64,
 }
@@ -178,7 +175,7 @@ fn mounts(pod: &Pod, container: &Container) -> Vec<Value> {
         mount("mqueue", "/dev/mqueue", &["nosuid", "noexec", "nodev"]),
         mount("sysfs", "/sys", &["nosuid", "noexec", "nodev", "ro"]),
     ];
-    all.extend(cgroups(pod, spec));
+    all.push(cgroups(pod, spec));
     all.push(bind(pod.dir.join("berth"), "/run/berth", &["nosuid", "nodev", "noexec"]));
     for file in ["hostname", "hosts", "resolv.conf"] {
         all.push(bind(
@@ -200,22 +197,13 @@ fn mounts(pod: &Pod, container: &Container) -> Vec<Value> {
 }
 
 /// Read-only, its own groups alone. libcontainer's own v1 mount looks up a process of the host by the container's
-/// number, so on v1 each hierarchy is bound here.
-fn cgroups(pod: &Pod, spec: &ContainerSpec) -> Vec<Value> {
-    let at = Path::new("/sys/fs/cgroup");
-    if pod.v2 {
-        return vec![json!({
-            "destination": at, "type": "cgroup", "source": "cgroup",
-            "options": ["nosuid", "noexec", "nodev", "relatime", "ro"],
-        })];
+/// number; what is bound here the shim has put together (`rootfs::mount_cgroups`).
+fn cgroups(pod: &Pod, spec: &ContainerSpec) -> Value {
+    let options = ["nosuid", "noexec", "nodev", "ro"];
+    match pod.v2 {
+        true => mount("cgroup", "/sys/fs/cgroup", &options),
+        false => bind(Home::new(pod.dir, &spec.name).cgroups(), "/sys/fs/cgroup", &options),
     }
-    let mut all =
-        vec![mount("tmpfs", "/sys/fs/cgroup", &["nosuid", "noexec", "nodev", "mode=755", "size=64k"])];
-    for dir in &pod.hierarchies {
-        let Some(name) = dir.strip_prefix(at).ok().and_then(|path| path.iter().next()) else { continue };
-        all.push(bind(dir.join(spec.name.as_str()), at.join(name), &["nosuid", "noexec", "nodev", "ro"]));
-    }
-    all
 }
 
 fn volumes(pod: &Pod, template: &PodTemplate) -> Vec<Value> {

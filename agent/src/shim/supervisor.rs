@@ -92,7 +92,7 @@ impl Supervisor {
             Ok(()) => {
                 // Creating has lowered the score to that of the containers, and used much memory once.
                 super::protect_from_oom();
-                sys::trim_heap();
+                sys::trim_memory();
                 self.server.send(&Report::Created { run: self.task.run });
                 while self.containers.iter().any(|container| container.exit.is_none()) {
                     self.turn()?;
@@ -321,7 +321,8 @@ impl Supervisor {
         let report = Report::Exited { exit };
         self.server.send_to_followers(&Report::Log { seq: self.log.last_seq() });
         self.server.send(&report);
-        // Who connected while the end was being written is told as well.
+        // Who connected while the end was being written is told as well, and nobody connects in vain from here on.
+        let _ = std::fs::remove_file(self.dir.join(file::SOCKET));
         self.server.receive(std::slice::from_ref(&report));
         self.clean_up(!self.task.template.outputs.is_empty());
         Ok(())
@@ -388,8 +389,9 @@ impl Supervisor {
     fn unmount(&self) -> io::Result<()> {
         for container in &self.task.template.containers {
             let home = Home::new(&self.dir, &container.name);
-            rootfs::unmount(&home.rootfs())?;
-            rootfs::unmount(&home.workspace())?;
+            for mounted in [home.rootfs(), home.workspace(), home.cgroups()] {
+                rootfs::unmount(&mounted)?;
+            }
         }
         for index in 0..self.task.template.volumes.len() {
             rootfs::unmount(&rootfs::volume_dir(&self.dir, index))?;

@@ -151,8 +151,21 @@ pub fn open_standard_streams() -> io::Result<()> {
     }
 }
 
-/// Gives memory that is no longer used back to the kernel.
-pub fn trim_heap() {
+/// What deep calls have left below the stack's end is given back this far down.
+const STACK_TRIM_BYTES: usize = 1 << 20;
+/// Between the end of this function's frame and what is given back.
+const STACK_KEPT_BYTES: usize = 16 << 10;
+
+/// Gives memory that is no longer used back to the kernel: freed heap, and stack below the caller's.
+#[inline(never)]
+pub fn trim_memory() {
+    let here = 0_u8;
+    let end = (std::ptr::from_ref(&here) as usize).saturating_sub(STACK_KEPT_BYTES) & !0xffff;
+    let start = end.saturating_sub(STACK_TRIM_BYTES);
+    // SAFETY: the pages lie below every live frame; what of the range is not mapped the kernel passes over.
+    unsafe {
+        libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED);
+    }
     #[cfg(target_env = "gnu")]
     // SAFETY: no pointers.
     unsafe {

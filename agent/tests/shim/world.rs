@@ -173,10 +173,9 @@ impl Pod {
 
     /// What the container has written, all of it.
     pub fn output(&self) -> String {
-        let mut reader = log::read_from(&self.dir.join(file::LOG_DIR), 1);
         let mut text = String::new();
-        while let Some(record) = reader.next().unwrap() {
-            text.push_str(&String::from_utf8_lossy(&record.bytes));
+        for record in log::read_from(&self.dir.join(file::LOG_DIR), 1) {
+            text.push_str(&String::from_utf8_lossy(&record.unwrap().bytes));
         }
         text
     }
