@@ -1,3 +1,6 @@
 //! The controller: `core` decides, `io` acts.
 
+pub mod config;
 pub mod core;
+pub mod io;
+pub mod run;

@@ -1,1 +1,79 @@
-fn main() {}
+//! Starts the controller: configuration, logging, signals. Everything else is in the library.
+
+use std::io::IsTerminal as _;
+use std::process::ExitCode;
+
+use berth_controller::config::{Config, Flags};
+use berth_controller::run::{Daemon, RunError, chain};
+use clap::Parser as _;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::filter::LevelFilter;
+
+/// Threads for files of the depot: they wait for the disk, and end when idle.
+const FILE_THREADS_MAX: usize = 4;
+
+fn main() -> ExitCode {
+    one_arena();
+    let flags = Flags::parse();
+    log_to_stderr();
+    let config = match Config::resolve(flags) {
+        Ok(config) => config,
+        Err(error) => {
+            tracing::error!("{}", chain(&error));
+            return ExitCode::from(2);
+        }
+    };
+    match serve(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{}", chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(config: Config) -> Result<(), RunError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(FILE_THREADS_MAX)
+        .build()?;
+    runtime.block_on(async {
+        tracing::warn!("--dev: everybody who reaches the broker may submit jobs; for one person's machine and for tests only");
+        let (mut interrupt, mut terminate) =
+            (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+        let daemon = Daemon::start(config).await?;
+        daemon
+            .run(async {
+                tokio::select! {
+                    _ = interrupt.recv() => {}
+                    _ = terminate.recv() => {}
+                }
+                tracing::info!("stopping");
+            })
+            .await
+    })
+}
+
+/// One arena of malloc's for the few threads: each further one costs memory and buys nothing here.
+fn one_arena() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: called before any other thread exists; it only sets a number.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+/// One line an event. Under systemd the journal knows the time. `BERTH_LOG` is a level: error, warn, info, debug.
+fn log_to_stderr() {
+    let level = std::env::var("BERTH_LOG").ok().and_then(|level| level.parse().ok());
+    let builder = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_max_level(level.unwrap_or(LevelFilter::INFO))
+        .with_target(false);
+    if std::env::var_os("JOURNAL_STREAM").is_some() {
+        builder.without_time().init();
+    } else {
+        builder.init();
+    }
+}

@@ -1,0 +1,221 @@
+//! What the controller was told at its start: flags, the environment, a TOML file, in this order of precedence.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use berth_protocol::ids::ClusterName;
+use clap::Parser;
+use serde::Deserialize;
+
+use crate::io::bus::{BrokerUrl, BrokerUrlError};
+
+const DEFAULT_DATA_DIR: &str = "/var/lib/berth/controller";
+const DEFAULT_CLUSTER: &str = "default";
+const DEFAULT_LISTEN_MQTT: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 1883);
+const DEFAULT_LISTEN_HTTP: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 7420);
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("cannot read the configuration {path}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("the configuration {path} is not one")]
+    Malformed { path: PathBuf, source: toml::de::Error },
+    #[error("the configuration {path} has the unknown key `{key}`{}", nearest.map(|key| format!(", did you mean `{key}`?")).unwrap_or_default())]
+    UnknownKey { path: PathBuf, key: String, nearest: Option<&'static str> },
+    #[error("--broker: {0}")]
+    Broker(#[from] BrokerUrlError),
+    #[error("--cluster: {0}")]
+    Cluster(#[from] berth_protocol::ids::IdError),
+    #[error("`{0}` is not a network: write ADDRESS/BITS, such as 10.0.0.0/8")]
+    Network(String),
+    #[error("this version cannot tell yet who a client is: start it with --dev, for this machine alone")]
+    NoIdentity,
+    #[error(
+        "{flag} {address} is not on loopback, and --dev lets everybody in: name a test network with --dev=CIDR, or listen on 127.0.0.1"
+    )]
+    Exposed { flag: &'static str, address: SocketAddr },
+}
+
+/// A network, as in `10.0.0.0/8`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cidr {
+    address: IpAddr,
+    bits: u8,
+}
+
+impl Cidr {
+    pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        let bad = || ConfigError::Network(text.to_owned());
+        let (address, bits) = text.split_once('/').ok_or_else(bad)?;
+        let address: IpAddr = address.parse().map_err(|_| bad())?;
+        let bits: u8 = bits.parse().map_err(|_| bad())?;
+        let width = if address.is_ipv4() { 32 } else { 128 };
+        if bits > width { Err(bad()) } else { Ok(Self { address, bits }) }
+    }
+
+    pub fn contains(&self, address: IpAddr) -> bool {
+        fn equal_above(a: u128, b: u128, below: u32) -> bool {
+            a.checked_shr(below).unwrap_or(0) == b.checked_shr(below).unwrap_or(0)
+        }
+        let bits = u32::from(self.bits);
+        match (self.address, address) {
+            (IpAddr::V4(a), IpAddr::V4(b)) => {
+                equal_above(u32::from(a).into(), u32::from(b).into(), 32 - bits)
+            }
+            (IpAddr::V6(a), IpAddr::V6(b)) => equal_above(a.into(), b.into(), 128 - bits),
+            _ => false,
+        }
+    }
+}
+
+/// Which broker carries the messages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BrokerChoice {
+    Embedded,
+    Url(BrokerUrl),
+}
+
+/// The configuration, complete and checked.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub data_dir: PathBuf,
+    pub cluster: ClusterName,
+    pub broker: BrokerChoice,
+    pub listen_mqtt: SocketAddr,
+    pub listen_http: SocketAddr,
+    /// Where agents and clients reach the depot; `None`: where `listen_http` says.
+    pub depot_url: Option<String>,
+    /// The test network that `--dev=CIDR` names, beside loopback.
+    pub network: Option<Cidr>,
+}
+
+/// berth's controller: takes jobs over MQTT, places them on nodes, keeps their records.
+#[derive(Debug, Parser)]
+#[command(name = "berth-controller", version, after_help = EXAMPLES)]
+pub struct Flags {
+    /// Read the settings below from a TOML file too; flags and BERTH_… variables go before it
+    #[arg(long, value_name = "FILE", env = "BERTH_CONFIG")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  berth-controller --dev
+      For this machine alone: the embedded broker on 127.0.0.1:1883, no passwords.
+  berth-controller --dev --data-dir /tmp/berth --listen-mqtt 127.0.0.1:2883 --listen-http 127.0.0.1:7520
+      A second one beside it.
+  berth-controller --dev --broker mqtt://127.0.0.1:1883
+      With a broker that is there already, such as Mosquitto.";
+
+/// What flags, variables and the file may each say. The file's keys are the flags' names.
+#[derive(Debug, Default, clap::Args, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+struct Settings {
+    /// Where the store and the depot live [default: /var/lib/berth/controller]
+    #[arg(long, value_name = "DIR", env = "BERTH_DATA_DIR")]
+    data_dir: Option<PathBuf>,
+    /// The cluster's name, part of every topic [default: default]
+    #[arg(long, value_name = "NAME", env = "BERTH_CLUSTER")]
+    cluster: Option<String>,
+    /// `embedded`, or the broker to use: mqtt://HOST:PORT [default: embedded]
+    #[arg(long, value_name = "BROKER", env = "BERTH_BROKER")]
+    broker: Option<String>,
+    /// Where the embedded broker listens [default: 127.0.0.1:1883]
+    #[arg(long, value_name = "ADDRESS:PORT", env = "BERTH_LISTEN_MQTT")]
+    listen_mqtt: Option<SocketAddr>,
+    /// Where the depot, /healthz and /metrics listen [default: 127.0.0.1:7420]
+    #[arg(long, value_name = "ADDRESS:PORT", env = "BERTH_LISTEN_HTTP")]
+    listen_http: Option<SocketAddr>,
+    /// How agents and clients reach the depot [default: http:// and the address above]
+    #[arg(long, value_name = "URL", env = "BERTH_DEPOT_URL")]
+    depot_url: Option<String>,
+    /// Let everybody on loopback in without passwords; with a CIDR, a test network too
+    #[arg(long, value_name = "CIDR", env = "BERTH_DEV", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[serde(deserialize_with = "flag_or_text")]
+    dev: Option<String>,
+}
+
+const KEYS: [&str; 7] = ["data-dir", "cluster", "broker", "listen-mqtt", "listen-http", "depot-url", "dev"];
+
+/// `dev = true` in the file, as well as `dev = "10.0.0.0/8"`.
+fn flag_or_text<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Either {
+        Flag(bool),
+        Text(String),
+    }
+    Ok(Some(match Either::deserialize(from)? {
+        Either::Flag(on) => on.to_string(),
+        Either::Text(text) => text,
+    }))
+}
+
+impl Settings {
+    fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let malformed = |source| ConfigError::Malformed { path: path.to_owned(), source };
+        let table: toml::Table = toml::from_str(&text).map_err(malformed)?;
+        if let Some(key) = table.keys().find(|key| !KEYS.contains(&key.as_str())) {
+            let nearest = KEYS.into_iter().min_by_key(|known| strsim::osa_distance(known, key));
+            let nearest = nearest.filter(|known| strsim::osa_distance(known, key) <= known.len() / 2);
+            return Err(ConfigError::UnknownKey { path: path.to_owned(), key: key.clone(), nearest });
+        }
+        // From the text, so that an error names the line.
+        toml::from_str(&text).map_err(malformed)
+    }
+
+    fn or(self, other: Self) -> Self {
+        Self {
+            data_dir: self.data_dir.or(other.data_dir),
+            cluster: self.cluster.or(other.cluster),
+            broker: self.broker.or(other.broker),
+            listen_mqtt: self.listen_mqtt.or(other.listen_mqtt),
+            listen_http: self.listen_http.or(other.listen_http),
+            depot_url: self.depot_url.or(other.depot_url),
+            dev: self.dev.or(other.dev),
+        }
+    }
+}
+
+impl Config {
+    pub fn resolve(flags: Flags) -> Result<Self, ConfigError> {
+        let file = flags.config.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
+        let settings = flags.settings.or(file);
+        let broker = match settings.broker.as_deref() {
+            None | Some("embedded") => BrokerChoice::Embedded,
+            Some(url) => BrokerChoice::Url(BrokerUrl::parse(url)?),
+        };
+        let network = match settings.dev.as_deref() {
+            None | Some("false" | "0" | "") => return Err(ConfigError::NoIdentity),
+            Some("true" | "1") => None,
+            Some(cidr) => Some(Cidr::parse(cidr)?),
+        };
+        let config = Self {
+            data_dir: settings.data_dir.unwrap_or_else(|| DEFAULT_DATA_DIR.into()),
+            cluster: ClusterName::parse(settings.cluster.as_deref().unwrap_or(DEFAULT_CLUSTER))?,
+            broker,
+            listen_mqtt: settings.listen_mqtt.unwrap_or(DEFAULT_LISTEN_MQTT),
+            listen_http: settings.listen_http.unwrap_or(DEFAULT_LISTEN_HTTP),
+            depot_url: settings.depot_url,
+            network,
+        };
+        config.refuse_exposure("--listen-http", config.listen_http)?;
+        if config.broker == BrokerChoice::Embedded {
+            config.refuse_exposure("--listen-mqtt", config.listen_mqtt)?;
+        }
+        Ok(config)
+    }
+
+    fn refuse_exposure(&self, flag: &'static str, address: SocketAddr) -> Result<(), ConfigError> {
+        let ip = address.ip();
+        let inside = |network: Cidr| ip.is_unspecified() || network.contains(ip);
+        if ip.is_loopback() || self.network.is_some_and(inside) {
+            return Ok(());
+        }
+        Err(ConfigError::Exposed { flag, address })
+    }
+}

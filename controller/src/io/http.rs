@@ -1,0 +1,398 @@
+//! The controller's HTTP: `/healthz`, `/metrics`, and the depot behind its tokens. It moves bytes and checks tokens;
+//! how the controller is, it asks the loop.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use berth_protocol::ids::{Digest, Epoch, JobUid};
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full, combinators::UnsyncBoxBody};
+use hyper::body::Incoming;
+use hyper::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE};
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::time::{Instant, Sleep};
+
+use super::clock;
+use super::depot::{Depot, DepotError, Item};
+use super::metrics::{self, Refusals};
+use crate::core::Counters;
+use crate::core::token::{self, Scope};
+
+const CONNECTIONS_MAX: usize = 256;
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// A connection on which nothing moves for this long is closed.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+/// How long the loop may take to say how it is.
+const INQUIRY_TIMEOUT: Duration = Duration::from_secs(2);
+const HEADER_BYTES_MAX: usize = 16 * 1024;
+
+const BLOB_BYTES_MAX: u64 = 1 << 30;
+const WORKSPACE_BYTES_MAX: u64 = 100 << 20;
+const LOG_BYTES_MAX: u64 = 256 << 20;
+
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address} for HTTP: stop whatever does, or choose another --listen-http")]
+pub struct HttpError {
+    address: SocketAddr,
+    source: io::Error,
+}
+
+/// How the controller is, as its loop says.
+#[derive(Debug)]
+pub struct Report {
+    pub bus_up: bool,
+    pub counters: Counters,
+}
+
+/// A question to the loop.
+pub type Inquiry = oneshot::Sender<Report>;
+
+/// Who serves.
+pub struct Server {
+    listener: TcpListener,
+    service: Arc<Service>,
+}
+
+struct Service {
+    depot: Arc<Depot>,
+    secret: [u8; 32],
+    refusals: Arc<Refusals>,
+    inquiries: mpsc::Sender<Inquiry>,
+}
+
+impl Server {
+    pub async fn bind(
+        address: SocketAddr,
+        depot: Arc<Depot>,
+        secret: [u8; 32],
+        refusals: Arc<Refusals>,
+        inquiries: mpsc::Sender<Inquiry>,
+    ) -> Result<Self, HttpError> {
+        let listener = TcpListener::bind(address).await.map_err(|source| HttpError { address, source })?;
+        Ok(Self { listener, service: Arc::new(Service { depot, secret, refusals, inquiries }) })
+    }
+
+    pub fn address(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Serves until dropped.
+    pub async fn run(self) {
+        let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        loop {
+            let Ok(place) = places.clone().acquire_owned().await else { return };
+            match self.listener.accept().await {
+                Ok((stream, _)) => {
+                    let service = self.service.clone();
+                    tokio::spawn(async move {
+                        service.serve(stream).await;
+                        drop(place);
+                    });
+                }
+                Err(error) => {
+                    // Out of file descriptors, as a rule: wait for some to come back.
+                    tracing::warn!(%error, "cannot accept an HTTP connection");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+}
+
+type Answer = Response<UnsyncBoxBody<Bytes, io::Error>>;
+
+fn text(status: StatusCode, text: impl Into<String>) -> Answer {
+    let mut text = text.into();
+    if !text.ends_with('\n') {
+        text.push('\n');
+    }
+    let body = Full::new(Bytes::from(text)).map_err(|never: Infallible| match never {});
+    let mut answer = Response::new(body.boxed_unsync());
+    *answer.status_mut() = status;
+    answer
+        .headers_mut()
+        .insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static("text/plain; charset=utf-8"));
+    answer
+}
+
+/// What a path names.
+#[derive(Debug, PartialEq, Eq)]
+enum Route {
+    Health,
+    Metrics,
+    Item(Item),
+}
+
+impl Route {
+    fn parse(path: &str) -> Option<Self> {
+        let levels: Vec<&str> = path.strip_prefix('/')?.split('/').collect();
+        Some(match levels[..] {
+            ["healthz"] => Route::Health,
+            ["metrics"] => Route::Metrics,
+            ["v1", "blobs", hex] => Route::Item(Item::Blob(Digest::parse(&format!("sha256:{hex}")).ok()?)),
+            ["v1", "logs", uid, index, epoch] => {
+                let pod = JobUid::parse(uid).ok()?.pod(number(index)?);
+                Route::Item(Item::Log { pod, epoch: Epoch(number(epoch)?) })
+            }
+            _ => return None,
+        })
+    }
+}
+
+/// A number in its one spelling.
+fn number<T: std::str::FromStr + ToString>(text: &str) -> Option<T> {
+    text.parse().ok().filter(|number: &T| number.to_string() == text)
+}
+
+/// The most bytes that `scope` may put there; `None`: it may not.
+fn put_bytes_max(scope: &Scope, item: &Item) -> Option<u64> {
+    match (scope, item) {
+        (Scope::Node(_), Item::Blob(_)) => Some(BLOB_BYTES_MAX),
+        (Scope::Node(_), Item::Log { .. }) => Some(LOG_BYTES_MAX),
+        (Scope::Namespace(_), Item::Blob(_)) => Some(WORKSPACE_BYTES_MAX),
+        (Scope::Namespace(_), Item::Log { .. }) => None,
+    }
+}
+
+// Whose job a log is of, the depot does not know; ids of jobs are not to be guessed.
+fn may_get(scope: &Scope, item: &Item) -> bool {
+    matches!((scope, item), (Scope::Namespace(_), _) | (Scope::Node(_), Item::Blob(_)))
+}
+
+impl Service {
+    async fn serve(self: Arc<Self>, stream: TcpStream) {
+        let _ = stream.set_nodelay(true);
+        let io = TokioIo::new(Moving::new(stream));
+        let service = hyper::service::service_fn(move |request| {
+            let service = self.clone();
+            async move { Ok::<_, Infallible>(service.answer(request).await) }
+        });
+        // A peer that breaks off is no news.
+        let _ = hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_TIMEOUT)
+            .max_buf_size(HEADER_BYTES_MAX)
+            .serve_connection(io, service)
+            .await;
+    }
+
+    async fn answer(&self, request: Request<Incoming>) -> Answer {
+        let Some(route) = Route::parse(request.uri().path()) else {
+            return text(StatusCode::NOT_FOUND, "there is nothing here");
+        };
+        let reading = matches!(*request.method(), Method::GET | Method::HEAD);
+        match route {
+            Route::Health if reading => self.health().await,
+            Route::Metrics if reading => self.metrics().await,
+            Route::Item(item) => self.item(item, request).await,
+            _ => text(StatusCode::METHOD_NOT_ALLOWED, "this can only be read"),
+        }
+    }
+
+    async fn report(&self) -> Option<Report> {
+        let (inquiry, report) = oneshot::channel();
+        let asked = async {
+            self.inquiries.send(inquiry).await.ok()?;
+            report.await.ok()
+        };
+        tokio::time::timeout(INQUIRY_TIMEOUT, asked).await.ok().flatten()
+    }
+
+    async fn health(&self) -> Answer {
+        match self.report().await {
+            Some(Report { bus_up: true, .. }) => text(StatusCode::OK, "ok"),
+            Some(_) => text(StatusCode::SERVICE_UNAVAILABLE, "the broker is not connected"),
+            None => text(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "the controller is too busy to answer, or waits for its store",
+            ),
+        }
+    }
+
+    async fn metrics(&self) -> Answer {
+        match self.report().await {
+            Some(report) => {
+                text(StatusCode::OK, metrics::render(report.counters, &self.refusals, report.bus_up))
+            }
+            None => text(StatusCode::SERVICE_UNAVAILABLE, "the controller is too busy to answer"),
+        }
+    }
+
+    async fn item(&self, item: Item, request: Request<Incoming>) -> Answer {
+        let scope = match self.scope(&request) {
+            Ok(scope) => scope,
+            Err(answer) => return answer,
+        };
+        match *request.method() {
+            Method::PUT => match put_bytes_max(&scope, &item) {
+                Some(bytes_max) => self.put(&item, bytes_max, request).await,
+                None => self.forbidden(),
+            },
+            Method::GET | Method::HEAD if may_get(&scope, &item) => self.get(&item, request.method()).await,
+            Method::GET | Method::HEAD => self.forbidden(),
+            _ => text(StatusCode::METHOD_NOT_ALLOWED, "the depot knows GET, HEAD and PUT"),
+        }
+    }
+
+    fn scope(&self, request: &Request<Incoming>) -> Result<Scope, Answer> {
+        let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let Some(shown) = header.and_then(|value| value.strip_prefix("Bearer ")) else {
+            self.refusals.refuse("token", format_args!("a request to the depot without a token"));
+            return Err(text(StatusCode::UNAUTHORIZED, "the depot wants `Authorization: Bearer TOKEN`"));
+        };
+        token::verify(&self.secret, shown, clock::now().wall).map_err(|error| {
+            self.refusals.refuse("token", format_args!("a request to the depot: {error}"));
+            text(StatusCode::UNAUTHORIZED, error.to_string())
+        })
+    }
+
+    fn forbidden(&self) -> Answer {
+        self.refusals.refuse("token", format_args!("a request to the depot: its token does not allow it"));
+        text(StatusCode::FORBIDDEN, "the token does not allow this")
+    }
+
+    async fn put(&self, item: &Item, bytes_max: u64, request: Request<Incoming>) -> Answer {
+        let announced: Option<u64> =
+            request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+        let result = match announced {
+            Some(bytes) if bytes > bytes_max => Err(DepotError::TooLarge { max: bytes_max }),
+            _ => self.depot.put(item, bytes_max, request.into_body()).await,
+        };
+        match result {
+            Ok(_) => text(StatusCode::CREATED, "kept"),
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    async fn get(&self, item: &Item, method: &Method) -> Answer {
+        match self.depot.get(item).await {
+            Ok(Some(content)) => {
+                let mut answer = Response::new(());
+                let headers = answer.headers_mut();
+                headers.insert(CONTENT_LENGTH, content.bytes().into());
+                headers.insert(
+                    CONTENT_TYPE,
+                    hyper::header::HeaderValue::from_static("application/octet-stream"),
+                );
+                if method == Method::HEAD {
+                    return answer.map(|()| {
+                        http_body_util::Empty::new()
+                            .map_err(|never: Infallible| match never {})
+                            .boxed_unsync()
+                    });
+                }
+                answer.map(|()| content.boxed_unsync())
+            }
+            Ok(None) => text(StatusCode::NOT_FOUND, "the depot does not have it"),
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    fn failed(&self, error: &DepotError) -> Answer {
+        let status = match error {
+            DepotError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            DepotError::Digest { .. } | DepotError::NotALog { .. } | DepotError::Broken(_) => {
+                StatusCode::BAD_REQUEST
+            }
+            DepotError::Io { .. } if error.is_disk_full() => StatusCode::INSUFFICIENT_STORAGE,
+            DepotError::Io { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        match error {
+            DepotError::Io { source, .. } => {
+                tracing::error!("{error}: {source}");
+                text(
+                    status,
+                    if error.is_disk_full() { "the depot's disk is full" } else { "the depot's disk fails" },
+                )
+            }
+            _ => {
+                self.refusals.refuse("depot", format_args!("an upload: {error}"));
+                text(status, error.to_string())
+            }
+        }
+    }
+}
+
+/// A connection that fails when nothing has moved on it for `SILENCE_MAX`.
+struct Moving<S> {
+    inner: S,
+    deadline: Pin<Box<Sleep>>,
+}
+
+impl<S> Moving<S> {
+    fn new(inner: S) -> Self {
+        Self { inner, deadline: Box::pin(tokio::time::sleep(SILENCE_MAX)) }
+    }
+
+    fn watch<T>(&mut self, cx: &mut Context<'_>, moved: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if moved.is_ready() {
+            self.deadline.as_mut().reset(Instant::now() + SILENCE_MAX);
+            return moved;
+        }
+        std::task::ready!(self.deadline.as_mut().poll(cx));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Moving<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        to: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let moved = Pin::new(&mut self.inner).poll_read(cx, to);
+        self.watch(cx, moved)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Moving<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let moved = Pin::new(&mut self.inner).poll_write(cx, bytes);
+        self.watch(cx, moved)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let moved = Pin::new(&mut self.inner).poll_flush(cx);
+        self.watch(cx, moved)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let moved = Pin::new(&mut self.inner).poll_shutdown(cx);
+        self.watch(cx, moved)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn routes() {
+        let hex = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        let blob = Route::Item(Item::Blob(Digest::of(b"")));
+        assert_eq!(Route::parse(&format!("/v1/blobs/{hex}")), Some(blob));
+        let log = Item::Log { pod: JobUid::parse("u1").unwrap().pod(3), epoch: Epoch(2) };
+        assert_eq!(Route::parse("/v1/logs/u1/3/2"), Some(Route::Item(log)));
+        for bad in [
+            "",
+            "/",
+            "/v1/blobs/",
+            "/v1/blobs/../x",
+            "/v1/logs/u1/3",
+            "/v1/logs/u1/03/2",
+            "/v1/logs/../3/2",
+            "/v1/logs/u1/-1/2",
+        ] {
+            assert_eq!(Route::parse(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! Counts what `io` refuses, and writes `/metrics`: those counts and the core's in Prometheus' text form.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
+
+use crate::core::Counters;
+
+/// The same reason is logged at most this often.
+const LOG_PERIOD: Duration = Duration::from_secs(60);
+
+/// What `io` turned away, by reason: `acl`, `oversized`, `token`, …
+#[derive(Debug, Default)]
+pub struct Refusals {
+    by_reason: Mutex<BTreeMap<&'static str, Refusal>>,
+}
+
+#[derive(Debug, Default)]
+struct Refusal {
+    count: u64,
+    logged: Option<Instant>,
+}
+
+impl Refusals {
+    /// Counts one, and says so once a minute a reason.
+    pub fn refuse(&self, reason: &'static str, what: fmt::Arguments<'_>) {
+        let mut by_reason = self.by_reason.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let refusal = by_reason.entry(reason).or_default();
+        refusal.count += 1;
+        if refusal.logged.is_none_or(|at| at.elapsed() >= LOG_PERIOD) {
+            refusal.logged = Some(Instant::now());
+            tracing::warn!(reason, total = refusal.count, "refused {what}");
+        }
+    }
+
+    pub fn count(&self, reason: &str) -> u64 {
+        let by_reason = self.by_reason.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        by_reason.get(reason).map_or(0, |refusal| refusal.count)
+    }
+
+    fn counts(&self) -> BTreeMap<&'static str, u64> {
+        let by_reason = self.by_reason.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        by_reason.iter().map(|(reason, refusal)| (*reason, refusal.count)).collect()
+    }
+}
+
+/// The text of `/metrics`.
+pub fn render(core: Counters, refusals: &Refusals, bus_up: bool) -> String {
+    let mut refused = refusals.counts();
+    for (reason, count) in &core.refused {
+        *refused.entry(reason).or_default() += count;
+    }
+    let mut registry = Registry::with_prefix("berth");
+    registry.register_collector(Box::new(Scrape { core, refused, bus_up }));
+    let mut text = String::new();
+    // Writing to a String cannot fail.
+    let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
+    text
+}
+
+#[derive(Debug)]
+struct Scrape {
+    core: Counters,
+    refused: BTreeMap<&'static str, u64>,
+    bus_up: bool,
+}
+
+impl Collector for Scrape {
+    fn encode(&self, mut to: DescriptorEncoder) -> fmt::Result {
+        let core = &self.core;
+        counters(&mut to, "messages", "Messages received, by kind", "kind", &core.messages)?;
+        counters(&mut to, "refused", "Messages and requests refused, by reason", "reason", &self.refused)?;
+        gauges(&mut to, "jobs", "Jobs now, by phase", "phase", &core.jobs)?;
+        gauges(&mut to, "pods", "Pods of unfinished jobs now, by phase", "phase", &core.pods)?;
+        gauges(&mut to, "nodes", "Nodes now, by state", "state", &core.nodes)?;
+        counter(&mut to, "placements", "Pods placed since the start", core.placements)?;
+        counter(&mut to, "evictions", "Pods evicted since the start", core.evictions)?;
+        counter(&mut to, "failures", "Pods that failed since the start", core.failures)?;
+        gauge(&mut to, "blind", "1 while silence is held to be the controller's own blindness", core.blind)?;
+        gauge(&mut to, "bus_up", "1 while the broker is connected", self.bus_up)
+    }
+}
+
+type NoExemplar = [(&'static str, &'static str); 0];
+type ByLabel = BTreeMap<&'static str, u64>;
+
+fn counter(to: &mut DescriptorEncoder, name: &str, help: &str, value: u64) -> fmt::Result {
+    to.encode_descriptor(name, help, None, MetricType::Counter)?
+        .encode_counter::<NoExemplar, _, u64>(&value, None)
+}
+
+fn gauge(to: &mut DescriptorEncoder, name: &str, help: &str, value: bool) -> fmt::Result {
+    to.encode_descriptor(name, help, None, MetricType::Gauge)?.encode_gauge(&u64::from(value))
+}
+
+fn counters(
+    to: &mut DescriptorEncoder,
+    name: &str,
+    help: &str,
+    label: &'static str,
+    by: &ByLabel,
+) -> fmt::Result {
+    let mut family = to.encode_descriptor(name, help, None, MetricType::Counter)?;
+    by.iter().try_for_each(|(of, value)| {
+        family.encode_family(&[(label, *of)])?.encode_counter::<NoExemplar, _, u64>(value, None)
+    })
+}
+
+fn gauges(
+    to: &mut DescriptorEncoder,
+    name: &str,
+    help: &str,
+    label: &'static str,
+    by: &ByLabel,
+) -> fmt::Result {
+    let mut family = to.encode_descriptor(name, help, None, MetricType::Gauge)?;
+    by.iter().try_for_each(|(of, value)| family.encode_family(&[(label, *of)])?.encode_gauge(value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refusals_of_io_and_core_are_one_metric() {
+        let refusals = Refusals::default();
+        refusals.refuse("acl", format_args!("a test"));
+        refusals.refuse("malformed", format_args!("a test"));
+        let mut core = Counters::default();
+        core.refused.insert("malformed", 2);
+        core.nodes.insert("online", 3);
+        let text = render(core, &refusals, true);
+        for line in [
+            "berth_refused_total{reason=\"acl\"} 1",
+            "berth_refused_total{reason=\"malformed\"} 3",
+            "berth_nodes{state=\"online\"} 3",
+            "berth_bus_up 1",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! The controller's one loop: events to the core, its writes to the store, and only then its effects to the world.
+//! It decides nothing; it owns every part of `io` and the order in which they start and end.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_protocol::ids::Term;
+use berth_protocol::topic::filter;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use crate::config::{BrokerChoice, Config};
+use crate::core::{self, Controller, Effect, Event, Write};
+use crate::io::broker::{Broker, BrokerError, BrokerOptions, CONTROLLER_CLIENT_ID};
+use crate::io::bus::{BrokerUrl, Bus, BusEvent, BusEvents, BusOptions};
+use crate::io::clock;
+use crate::io::depot::{Depot, DepotError, Item};
+use crate::io::http::{HttpError, Inquiry, Report, Server};
+use crate::io::metrics::Refusals;
+use crate::io::random;
+use crate::io::store::{Compare, Op, Store, StoreError};
+use crate::io::systemd::Notifier;
+
+/// Events that one transaction takes together.
+const BATCH_EVENTS_MAX: usize = 256;
+/// Inquiries that may wait for the loop.
+const INQUIRIES_MAX: usize = 16;
+/// tokio's clock stands still while the machine sleeps, so that CLOCK_BOOTTIME is looked at this often.
+const WAKE_CHECK_MAX: Duration = Duration::from_secs(10);
+
+/// Why the controller ended, or did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("cannot read the state in the store")]
+    Load(#[from] core::LoadError),
+    #[error(transparent)]
+    Broker(#[from] BrokerError),
+    #[error(transparent)]
+    Depot(#[from] DepotError),
+    #[error(transparent)]
+    Http(#[from] HttpError),
+    #[error("cannot use the system's random generator, sockets or signals")]
+    System(#[from] std::io::Error),
+}
+
+/// A controller that has started and waits for `run`.
+pub struct Daemon {
+    controller: Controller,
+    store: Store,
+    term: Term,
+    depot: Arc<Depot>,
+    bus: Bus,
+    events: BusEvents,
+    inquiries: mpsc::Receiver<Inquiry>,
+    http: JoinHandle<()>,
+    http_address: SocketAddr,
+    /// Behind the bus, so that it ends after it.
+    broker: Option<Broker>,
+}
+
+impl Daemon {
+    /// Opens the store and takes the lead; then listens and connects. Needs a tokio runtime.
+    pub async fn start(config: Config) -> Result<Self, RunError> {
+        let refusals = Arc::new(Refusals::default());
+        let store = Store::open(&config.data_dir)?;
+        let term = store.campaign().await?;
+        let depot = Arc::new(Depot::open(config.data_dir.join("depot"))?);
+        let (ask, inquiries) = mpsc::channel(INQUIRIES_MAX);
+        let secret = *store.secret();
+        let http = Server::bind(config.listen_http, depot.clone(), secret, refusals.clone(), ask).await?;
+        let http_address = http.address()?;
+        let controller = Controller::load(
+            core::Config {
+                cluster: config.cluster.clone(),
+                store: store.id().clone(),
+                term,
+                depot_url: config.depot_url.clone().unwrap_or_else(|| format!("http://{http_address}")),
+                secret,
+                seed: u64::from_ne_bytes(random::bytes()?),
+            },
+            store.list("").await?.entries,
+            clock::now(),
+        )?;
+        let (broker, bus) = connect(&config, &store, &refusals)?;
+        let (bus, events) = Bus::connect(bus, refusals);
+        let http = tokio::spawn(http.run());
+        tracing::info!(cluster = %config.cluster, store = %store.id(), %term, http = %http_address, "started");
+        Ok(Self { controller, store, term, depot, bus, events, inquiries, http, http_address, broker })
+    }
+
+    /// Where the embedded broker listens.
+    pub fn mqtt_address(&self) -> Option<SocketAddr> {
+        self.broker.as_ref().map(Broker::address)
+    }
+
+    pub fn http_address(&self) -> SocketAddr {
+        self.http_address
+    }
+
+    /// Works until `shutdown` ends, or the store fails: then nothing more may be answered, and the program must end.
+    pub async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<(), RunError> {
+        let notifier = Notifier::from_env();
+        notifier.send("READY=1");
+        let result = self.work(shutdown, &notifier).await;
+        notifier.send("STOPPING=1");
+        self.http.abort();
+        self.bus.close().await;
+        result
+    }
+
+    async fn work(
+        &mut self,
+        shutdown: impl Future<Output = ()>,
+        notifier: &Notifier,
+    ) -> Result<(), RunError> {
+        let mut shutdown = std::pin::pin!(shutdown);
+        let mut alive = notifier.watchdog_period().map(tokio::time::interval);
+        loop {
+            let wait = self.until_wake();
+            tokio::select! {
+                biased;
+                () = &mut shutdown => return Ok(()),
+                () = beat(&mut alive) => notifier.send("WATCHDOG=1"),
+                Some(inquiry) = self.inquiries.recv() => {
+                    let counters = self.controller.counters().clone();
+                    // Whoever asked may have gone.
+                    let _ = inquiry.send(Report { bus_up: self.bus.is_up(), counters });
+                }
+                Some(event) = self.events.next() => self.take(event).await?,
+                () = tokio::time::sleep(wait) => {
+                    if self.until_wake().is_zero() {
+                        self.step([Event::Tick]).await?;
+                    }
+                }
+            }
+        }
+    }
+
+    fn until_wake(&self) -> Duration {
+        let wake = self.controller.next_wake();
+        wake.map_or(WAKE_CHECK_MAX, |at| at.since(clock::boottime()).duration().min(WAKE_CHECK_MAX))
+    }
+
+    /// Takes an event and whatever waits behind it. A lone one waits for nothing.
+    async fn take(&mut self, first: BusEvent) -> Result<(), RunError> {
+        let mut batch = vec![event(first)];
+        while batch.len() < BATCH_EVENTS_MAX
+            && let Some(next) = self.events.try_next()
+        {
+            batch.push(event(next));
+        }
+        // Under a steady stream of events the timer above would starve.
+        if self.until_wake().is_zero() {
+            batch.push(Event::Tick);
+        }
+        self.step(batch).await
+    }
+
+    async fn step(&mut self, events: impl IntoIterator<Item = Event>) -> Result<(), RunError> {
+        // Of several writes to a key the last one counts.
+        let mut writes = BTreeMap::new();
+        let mut effects = Vec::new();
+        for event in events {
+            let step = self.controller.step(clock::now(), event);
+            writes.extend(step.writes.into_iter().map(|Write { key, value }| (key, value)));
+            effects.extend(step.effects);
+        }
+        if !writes.is_empty() {
+            let ops = writes.into_iter().map(|(key, value)| match value {
+                Some(value) => Op::Put { key, value },
+                None => Op::Delete { key },
+            });
+            self.store.txn(vec![Compare::Term(self.term)], ops.collect()).await?;
+        }
+        for effect in effects {
+            self.release(effect).await;
+        }
+        Ok(())
+    }
+
+    async fn release(&self, effect: Effect) {
+        match effect {
+            Effect::Publish { topic, payload, retain } => {
+                self.bus.publish(&topic, payload, retain).await;
+            }
+            Effect::DeleteLog { pod, epoch } => self.delete(Item::Log { pod, epoch }),
+            Effect::DeleteBlob(digest) => self.delete(Item::Blob(digest)),
+        }
+    }
+
+    fn delete(&self, item: Item) {
+        let depot = self.depot.clone();
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = depot.delete(&item) {
+                tracing::warn!("{}", chain(&error));
+            }
+        });
+    }
+}
+
+/// The broker, where it is ours, and how to connect to it.
+fn connect(
+    config: &Config,
+    store: &Store,
+    refusals: &Arc<Refusals>,
+) -> Result<(Option<Broker>, BusOptions), RunError> {
+    let (broker, url, client_id, credentials) = match &config.broker {
+        BrokerChoice::Embedded => {
+            let password = random::hex::<16>()?;
+            let options = BrokerOptions {
+                listen: config.listen_mqtt,
+                cluster: config.cluster.clone(),
+                network: config.network,
+                password: password.clone(),
+            };
+            let broker = Broker::start(options, refusals.clone())?;
+            let url = BrokerUrl::new(broker.reachable_address());
+            let id = CONTROLLER_CLIENT_ID.to_owned();
+            (Some(broker), url, id.clone(), Some((id, password)))
+        }
+        BrokerChoice::Url(url) => (None, url.clone(), format!("{CONTROLLER_CLIENT_ID}-{}", store.id()), None),
+    };
+    let filters = filter::controller(&config.cluster);
+    let cluster = config.cluster.clone();
+    Ok((broker, BusOptions { url, cluster, client_id, credentials, filters, retained: false }))
+}
+
+fn event(event: BusEvent) -> Event {
+    match event {
+        BusEvent::Up => Event::BusUp,
+        BusEvent::Down => Event::BusDown,
+        BusEvent::Message { topic, payload } => Event::Message { topic, payload },
+    }
+}
+
+async fn beat(alive: &mut Option<tokio::time::Interval>) {
+    match alive {
+        Some(interval) => {
+            interval.tick().await;
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// An error and what caused it, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |error| error.source())
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ")
+}
