@@ -16,7 +16,7 @@ use rumqttc::{
     AsyncClient, ConnectionError, EventLoop, Incoming, MqttOptions, NetworkOptions, Outgoing, Publish, QoS,
     Request, StateError, Subscribe, SubscribeFilter, SubscribeReasonCode,
 };
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, error::SendError};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -246,16 +246,12 @@ impl Connection {
                 Ok(rumqttc::Event::Outgoing(Outgoing::Disconnect)) | Err(ConnectionError::RequestsDone) => {
                     return;
                 }
-                Ok(rumqttc::Event::Incoming(Incoming::ConnAck(_))) => self.subscribe(),
-                Ok(rumqttc::Event::Incoming(Incoming::SubAck(ack))) => {
-                    if ack.return_codes.contains(&SubscribeReasonCode::Failure) {
-                        let url = &self.options.url;
-                        tracing::error!(broker = %url, "the broker refuses a subscription: its access rules must allow berth's topics");
-                    }
-                    tracing::info!(broker = %self.options.url, "connected to the broker");
+                Ok(rumqttc::Event::Incoming(Incoming::ConnAck(_))) if !self.options.filters.is_empty() => {
+                    self.subscribe();
+                }
+                Ok(rumqttc::Event::Incoming(ready @ (Incoming::ConnAck(_) | Incoming::SubAck(_)))) => {
                     (backoff, lost) = (RECONNECT_MIN, None);
-                    self.shared.up.store(true, Ordering::Relaxed);
-                    if self.to.send(BusEvent::Up).await.is_err() {
+                    if self.is_ready(&ready).await.is_err() {
                         return;
                     }
                 }
@@ -277,6 +273,18 @@ impl Connection {
                 }
             }
         }
+    }
+
+    async fn is_ready(&mut self, answer: &Incoming) -> Result<(), SendError<BusEvent>> {
+        let url = &self.options.url;
+        if let Incoming::SubAck(ack) = answer
+            && ack.return_codes.contains(&SubscribeReasonCode::Failure)
+        {
+            tracing::error!(broker = %url, "the broker refuses a subscription: its rules must allow berth's topics");
+        }
+        tracing::info!(broker = %url, "connected to the broker");
+        self.shared.up.store(true, Ordering::Relaxed);
+        self.to.send(BusEvent::Up).await
     }
 
     /// Asks for everything anew: the session is a clean one.

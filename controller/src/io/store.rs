@@ -7,6 +7,7 @@
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, mpsc};
+use std::thread::JoinHandle;
 
 use berth_protocol::ids::{StoreId, Term};
 use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
@@ -93,10 +94,11 @@ enum Request {
     Campaign { reply: Reply<Term> },
 }
 
-/// A handle on the store; clones share it. The file closes with the last of them.
-#[derive(Clone)]
+/// An open store. Dropping it waits for the writer and closes the file.
 pub struct Store {
-    requests: mpsc::SyncSender<Request>,
+    /// `None` only while it is dropped.
+    requests: Option<mpsc::SyncSender<Request>>,
+    writer: Option<JoinHandle<()>>,
     failure: Arc<OnceLock<StoreError>>,
     path: PathBuf,
     id: StoreId,
@@ -118,12 +120,12 @@ impl Store {
         let (requests, queue) = mpsc::sync_channel(QUEUE_TXNS_MAX);
         let failure = Arc::new(OnceLock::new());
         let writer = Writer { connection, path: path.clone(), failure: failure.clone(), _lock: lock };
-        std::thread::Builder::new()
+        let writer = std::thread::Builder::new()
             .name("store".to_owned())
             .stack_size(256 * 1024)
             .spawn(move || writer.run(&queue))
             .map_err(directory)?;
-        Ok(Self { requests, failure, path, id, secret })
+        Ok(Self { requests: Some(requests), writer: Some(writer), failure, path, id, secret })
     }
 
     /// Made with the store, and never changed.
@@ -153,16 +155,17 @@ impl Store {
 
     async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T, StoreError> {
         let (reply, answer) = oneshot::channel();
-        let asked = self.requests.try_send(request(reply));
-        match asked {
+        let Some(requests) = &self.requests else { return Err(self.closed()) };
+        match requests.try_send(request(reply)) {
             Err(mpsc::TrySendError::Full(_)) => Err(StoreError::Busy),
             Err(mpsc::TrySendError::Disconnected(_)) => Err(self.closed()),
             Ok(()) => answer.await.unwrap_or_else(|_| Err(self.closed())),
         }
     }
 
+    /// Why the writer has ended. It drops what it cannot answer a moment before it says so.
     fn closed(&self) -> StoreError {
-        self.failure.get().cloned().unwrap_or(StoreError::Closed)
+        self.failure.wait().clone()
     }
 
     /// Copies the store, as of one moment, to a new file while it is in use. Blocks: call it off the runtime.
@@ -172,6 +175,15 @@ impl Store {
         let mut into = Connection::open(to).map_err(failed)?;
         let backup = rusqlite::backup::Backup::new(&from, &mut into).map_err(failed)?;
         backup.run_to_completion(BACKUP_PAGES_PER_STEP, std::time::Duration::ZERO, None).map_err(failed)
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        drop(self.requests.take());
+        if let Some(writer) = self.writer.take() {
+            let _ = writer.join();
+        }
     }
 }
 
@@ -237,6 +249,12 @@ struct Writer {
     failure: Arc<OnceLock<StoreError>>,
     /// Held as long as the connection is.
     _lock: File,
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        let _ = self.failure.set(StoreError::Closed);
+    }
 }
 
 /// Tells an asker what came of the request, once that is durable.

@@ -1,0 +1,236 @@
+//! The bus and the embedded broker, for real: over loopback, and against Mosquitto.
+
+mod common;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use berth_controller::io::broker::{BrokerError, BrokerOptions, CONTROLLER_CLIENT_ID};
+use berth_controller::io::bus::{BrokerUrl, BusEvent};
+use berth_controller::io::metrics::Refusals;
+use berth_controller::io::store::{Op, Store};
+use berth_protocol::limits::PACKET_BYTES_MAX;
+use common::*;
+
+const ALL: &[&str] = &["jobs/+/+/submit", "jobs/+/+/command", "query/+/request", "nodes/+/hello"];
+
+#[tokio::test]
+async fn a_submit_reaches_the_controller_and_the_retained_status_a_late_subscriber() {
+    let refusals = Arc::new(Refusals::default());
+    let broker = embedded(0, &refusals);
+    let url = BrokerUrl::new(broker.address());
+    let (controller, mut heard, _) = client(url.clone(), CONTROLLER_CLIENT_ID, ALL).await;
+    let (user, _user_events, _) = client(url.clone(), "user", &["jobs/default/j/answer"]).await;
+
+    assert!(user.publish(&topic("jobs/default/j/submit"), b"{}".to_vec(), false).await);
+    assert_eq!(next_message(&mut heard).await, ("jobs/default/j/submit".to_owned(), b"{}".to_vec()));
+
+    for status in ["first", "second"] {
+        assert!(controller.publish(&topic("jobs/default/j/status"), status.into(), true).await);
+    }
+    assert!(controller.publish(&topic("jobs/default/gone/status"), b"x".to_vec(), true).await);
+    assert!(controller.publish(&topic("jobs/default/gone/status"), Vec::new(), true).await);
+    // Answers are not retained, even where somebody asks for it.
+    assert!(controller.publish(&topic("jobs/default/j/answer"), b"a".to_vec(), true).await);
+    assert!(controller.publish(&topic("state/nodes/n1"), b"{}".to_vec(), true).await);
+
+    let mut late = client(url.clone(), "late", &["state/nodes/+"]).await.1;
+    assert_eq!(next_message(&mut late).await.0, "state/nodes/n1");
+    let (_bus, mut late, _) = client(url, "later", &["jobs/#"]).await;
+    assert_eq!(next_message(&mut late).await, ("jobs/default/j/status".to_owned(), b"second".to_vec()));
+    assert!(controller.publish(&topic("jobs/default/end/status"), b"{}".to_vec(), false).await);
+    assert_eq!(next_message(&mut late).await.0, "jobs/default/end/status", "nothing else was retained");
+}
+
+#[tokio::test]
+async fn what_is_not_allowed_does_not_arrive_and_is_counted() {
+    let refusals = Arc::new(Refusals::default());
+    let broker = embedded(0, &refusals);
+    let url = BrokerUrl::new(broker.address());
+    let (_controller, mut heard, _) = client(url.clone(), CONTROLLER_CLIENT_ID, ALL).await;
+    let (node, mut orders, _) =
+        client(url.clone(), "n1.nonce", &["nodes/n1/desired", "nodes/n1/lease"]).await;
+    let (user, _events, _) = client(url.clone(), "user", &["nodes/n1/desired", "query/+/reply", "#"]).await;
+    wait_until("denied subscriptions are counted", || refusals.count("subscribe") == 3);
+
+    for forged in ["nodes/n1/desired", "nodes/n1/lease", "nodes/n1/hello", "jobs/default/j/status"] {
+        assert!(user.publish(&topic(forged), b"forged".to_vec(), false).await);
+    }
+    assert!(node.publish(&topic("nodes/n2/hello"), b"forged".to_vec(), false).await);
+    assert!(node.publish(&topic("nodes/n1/hello"), b"true".to_vec(), false).await);
+    assert_eq!(next_message(&mut heard).await, ("nodes/n1/hello".to_owned(), b"true".to_vec()));
+    wait_until("forged publishes are counted", || refusals.count("publish") == 5);
+    assert_eq!(orders.try_next(), None);
+
+    // A last will that may not be said, and the controller's own name, do not even connect.
+    let mut options = rumqttc::MqttOptions::new("evil", "127.0.0.1", broker.address().port());
+    options.set_last_will(rumqttc::LastWill::new(
+        filter("nodes/n1/desired"),
+        "x",
+        rumqttc::QoS::AtLeastOnce,
+        false,
+    ));
+    let (_client, mut connection) = rumqttc::AsyncClient::new(options, 10);
+    assert!(matches!(connection.poll().await, Err(rumqttc::ConnectionError::ConnectionRefused(_))));
+    let options = rumqttc::MqttOptions::new(CONTROLLER_CLIENT_ID, "127.0.0.1", broker.address().port());
+    let (_client, mut connection) = rumqttc::AsyncClient::new(options, 10);
+    assert!(matches!(connection.poll().await, Err(rumqttc::ConnectionError::ConnectionRefused(_))));
+    assert_eq!(refusals.count("connect"), 1);
+}
+
+#[tokio::test]
+async fn a_taken_port_says_what_to_do() {
+    let refusals = Arc::new(Refusals::default());
+    let first = embedded(0, &refusals);
+    let options =
+        BrokerOptions { listen: first.address(), cluster: cluster(), network: None, password: String::new() };
+    let Err(error) = berth_controller::io::broker::Broker::start(options, refusals) else {
+        panic!("two listen on {}", first.address())
+    };
+    assert!(
+        matches!(&error, BrokerError::Listen { source, .. } if source.kind() == std::io::ErrorKind::AddrInUse)
+    );
+    assert!(error.to_string().contains("--listen-mqtt"), "{error}");
+}
+
+#[tokio::test]
+async fn an_oversized_packet_hurts_nobody_else() {
+    let refusals = Arc::new(Refusals::default());
+    let broker = embedded(0, &refusals);
+    let url = BrokerUrl::new(broker.address());
+    let (_controller, mut heard, _) = client(url.clone(), CONTROLLER_CLIENT_ID, ALL).await;
+    let (user, _events, said) = client(url, "user", &[]).await;
+    assert!(!user.publish(&topic("jobs/default/j/submit"), vec![b'x'; PACKET_BYTES_MAX], false).await);
+    assert_eq!(said.count("oversized"), 1);
+    assert!(user.publish(&topic("jobs/default/j/submit"), vec![b'x'; PACKET_BYTES_MAX - 100], false).await);
+    assert_eq!(next_message(&mut heard).await.1.len(), PACKET_BYTES_MAX - 100);
+
+    oversized(broker.address().port(), 2 * PACKET_BYTES_MAX).await;
+    assert!(user.publish(&topic("jobs/default/j/submit"), b"after".to_vec(), false).await);
+    assert_eq!(next_message(&mut heard).await.1, b"after");
+}
+
+/// Publishes a submit of so many bytes with a client that minds no limit, and waits for its end.
+async fn oversized(port: u16, bytes: usize) {
+    let mut options = rumqttc::MqttOptions::new("big", "127.0.0.1", port);
+    options.set_max_packet_size(10 * bytes, 10 * bytes);
+    let (client, mut connection) = rumqttc::AsyncClient::new(options, 10);
+    client
+        .publish(filter("jobs/default/j/submit"), rumqttc::QoS::AtLeastOnce, false, vec![b'x'; bytes])
+        .await
+        .unwrap();
+    let end = Instant::now() + DEADLINE;
+    loop {
+        assert!(Instant::now() < end, "the broker says nothing");
+        match connection.poll().await {
+            Ok(rumqttc::Event::Incoming(rumqttc::Incoming::PubAck(_))) | Err(_) => return,
+            Ok(_) => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn with_mosquitto_an_oversized_packet_is_counted_and_the_bus_comes_back() {
+    let Some(mosquitto) = Mosquitto::start(free_port()) else { return };
+    let (_controller, mut heard, refusals) = client(mosquitto.url(), "controller", ALL).await;
+    oversized(mosquitto.port, 2 * PACKET_BYTES_MAX).await;
+    assert_eq!(next(&mut heard).await, BusEvent::Down);
+    assert_eq!(next(&mut heard).await, BusEvent::Up);
+    assert_eq!(refusals.count("oversized"), 1);
+}
+
+#[tokio::test]
+async fn the_bus_survives_a_broker_that_is_killed_and_comes_back() {
+    let port = free_port();
+    let Some(first) = Mosquitto::start(port) else { return };
+    let (controller, mut heard, _) = client(first.url(), "controller", ALL).await;
+    drop(first);
+    assert_eq!(next(&mut heard).await, BusEvent::Down);
+    assert!(
+        !controller.publish(&topic("jobs/default/j/answer"), b"{}".to_vec(), false).await,
+        "dropped, not kept"
+    );
+    let second = Mosquitto::start(port).unwrap();
+    assert_eq!(next(&mut heard).await, BusEvent::Up);
+    let (user, _events, _) = client(second.url(), "user", &[]).await;
+    assert!(user.publish(&topic("jobs/default/j/submit"), b"{}".to_vec(), false).await);
+    assert_eq!(next_message(&mut heard).await.0, "jobs/default/j/submit");
+}
+
+#[tokio::test]
+async fn the_embedded_broker_comes_back_on_its_port_at_once() {
+    let refusals = Arc::new(Refusals::default());
+    let first = embedded(0, &refusals);
+    let port = first.address().port();
+    let (_controller, mut heard, _) =
+        client(BrokerUrl::new(first.address()), CONTROLLER_CLIENT_ID, ALL).await;
+    drop(first);
+    assert_eq!(next(&mut heard).await, BusEvent::Down);
+    let second = embedded(port, &refusals);
+    assert_eq!(second.address().port(), port);
+    assert_eq!(next(&mut heard).await, BusEvent::Up);
+}
+
+#[tokio::test]
+async fn retained_messages_are_dropped_where_they_are_not_wanted() {
+    let Some(mosquitto) = Mosquitto::start(free_port()) else { return };
+    let (user, _events, _) = client(mosquitto.url(), "user", &[]).await;
+    assert!(user.publish(&topic("jobs/default/old/submit"), b"{}".to_vec(), true).await);
+    let options = berth_controller::io::bus::BusOptions {
+        url: mosquitto.url(),
+        cluster: cluster(),
+        client_id: "controller".to_owned(),
+        credentials: None,
+        filters: vec![filter("jobs/+/+/submit"), filter("nonsense/#")],
+        retained: false,
+    };
+    let refusals = Arc::new(Refusals::default());
+    let (_bus, mut heard) = berth_controller::io::bus::Bus::connect(options, refusals.clone());
+    assert_eq!(next(&mut heard).await, BusEvent::Up);
+    let options = rumqttc::MqttOptions::new("nonsense", "127.0.0.1", mosquitto.port);
+    let (nonsense, mut connection) = rumqttc::AsyncClient::new(options, 10);
+    let task = tokio::spawn(async move { while connection.poll().await.is_ok() {} });
+    nonsense.publish(filter("nonsense/x"), rumqttc::QoS::AtLeastOnce, false, "x").await.unwrap();
+    assert!(user.publish(&topic("jobs/default/new/submit"), b"{}".to_vec(), false).await);
+    assert_eq!(next_message(&mut heard).await.0, "jobs/default/new/submit");
+    wait_until("an unknown topic is counted", || refusals.count("topic") == 1);
+    task.abort();
+}
+
+/// Publish → broker → bus → commit → publish → broker → client, one at a time.
+#[tokio::test]
+async fn latency_of_a_round_with_a_commit() {
+    const ROUNDS: usize = 1000;
+    let refusals = Arc::new(Refusals::default());
+    let broker = embedded(0, &refusals);
+    let url = BrokerUrl::new(broker.address());
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let (controller, mut heard, _) = client(url.clone(), CONTROLLER_CLIENT_ID, ALL).await;
+    let (user, mut answers, _) = client(url, "user", &["jobs/default/j/answer"]).await;
+    let (answered, (submit, answer)) = (
+        tokio::spawn(async move {
+            let answer = topic("jobs/default/j/answer");
+            for n in 0..ROUNDS {
+                let (_, value) = next_message(&mut heard).await;
+                store.txn(Vec::new(), vec![Op::Put { key: format!("job/{n}"), value }]).await.unwrap();
+                controller.publish(&answer, b"{}".to_vec(), false).await;
+            }
+            // The connection lasts until the last answer has arrived.
+            (controller, heard)
+        }),
+        (topic("jobs/default/j/submit"), "jobs/default/j/answer"),
+    );
+    let mut took = Vec::with_capacity(ROUNDS);
+    for _ in 0..ROUNDS {
+        let start = Instant::now();
+        user.publish(&submit, vec![b'x'; 400], false).await;
+        assert_eq!(next_message(&mut answers).await.0, answer);
+        took.push(start.elapsed());
+    }
+    drop(answered.await.unwrap());
+    took.sort_unstable();
+    let at = |share: usize| took[(ROUNDS * share / 100).min(ROUNDS - 1)];
+    eprintln!("round with commit: p50 {:?} p99 {:?} max {:?}", at(50), at(99), at(100));
+    assert!(at(50) < Duration::from_millis(20), "p50 {:?}", at(50));
+}
