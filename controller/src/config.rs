@@ -219,3 +219,71 @@ impl Config {
         Err(ConfigError::Exposed { flag, address })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve(flags: &[&str], file: &str) -> Result<Config, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        std::fs::write(&path, file).unwrap();
+        let program = ["berth-controller", "--config", path.to_str().unwrap()];
+        Config::resolve(Flags::parse_from(program.iter().chain(flags)))
+    }
+
+    #[test]
+    fn flags_go_before_the_file_and_the_file_before_defaults() {
+        let file = "cluster = \"lab\"\nlisten-http = \"127.0.0.1:1\"\ndev = true";
+        let config = resolve(&["--listen-http", "127.0.0.1:2", "--broker=mqtt://b:1"], file).unwrap();
+        assert_eq!(config.cluster.as_str(), "lab");
+        assert_eq!(config.listen_http.port(), 2);
+        assert_eq!(config.listen_mqtt, DEFAULT_LISTEN_MQTT);
+        assert_eq!(config.data_dir, Path::new(DEFAULT_DATA_DIR));
+        assert_eq!(config.broker, BrokerChoice::Url(BrokerUrl::parse("mqtt://b:1").unwrap()));
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        for (flags, file, message) in [
+            (
+                &[][..],
+                "dev = true\nlisten_mqtt = 1",
+                "unknown key `listen_mqtt`, did you mean `listen-mqtt`?",
+            ),
+            (&[], "zzzzzzzzzz = 1", "unknown key `zzzzzzzzzz`"),
+            (&[], "", "start it with --dev"),
+            (&["--dev", "--cluster=A"], "", "--cluster: cluster `A` may hold only"),
+            (&["--dev", "--broker=mqtts://b"], "", "asks for TLS"),
+            (&["--dev", "--broker=b"], "", "write mqtt://HOST:PORT"),
+            (&["--dev=10.0.0.0"], "", "write ADDRESS/BITS"),
+            (&["--dev=10.0.0.0/33"], "", "write ADDRESS/BITS"),
+            (&["--dev", "--listen-mqtt=0.0.0.0:1883"], "", "not on loopback"),
+            (&["--dev=10.0.0.0/8", "--listen-http=11.0.0.1:1"], "", "not on loopback"),
+        ] {
+            let error = resolve(flags, file).unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
+        for flags in
+            [&["--dev", "--listen-mqtt=[::1]:1"][..], &["--dev=10.0.0.0/8", "--listen-mqtt=10.1.2.3:1"]]
+        {
+            resolve(flags, "").unwrap();
+        }
+        resolve(&["--dev", "--broker=mqtt://b", "--listen-mqtt=0.0.0.0:1883"], "").unwrap();
+    }
+
+    #[test]
+    fn networks() {
+        for (network, inside, outside) in [
+            ("10.0.0.0/8", "10.255.0.1", "11.0.0.1"),
+            ("192.168.1.0/24", "192.168.1.7", "192.168.2.7"),
+            ("0.0.0.0/0", "8.8.8.8", "::1"),
+            ("fd00::/8", "fd12::1", "fe80::1"),
+            ("1.2.3.4/32", "1.2.3.4", "1.2.3.5"),
+        ] {
+            let network = Cidr::parse(network).unwrap();
+            assert!(network.contains(inside.parse().unwrap()), "{inside}");
+            assert!(!network.contains(outside.parse().unwrap()), "{outside}");
+        }
+    }
+}

@@ -14,6 +14,7 @@ const FILE_THREADS_MAX: usize = 4;
 
 fn main() -> ExitCode {
     one_arena();
+    raise_file_limit();
     let flags = Flags::parse();
     log_to_stderr();
     let config = match Config::resolve(flags) {
@@ -60,6 +61,18 @@ fn one_arena() {
     // SAFETY: called before any other thread exists; it only sets a number.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+/// A connection is a file, and the usual limit of 1024 is less than a cluster's agents.
+fn raise_file_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls only read and write `limit`. Where they fail, the limit stays what it was.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
     }
 }
 

@@ -243,25 +243,24 @@ impl Rules {
                 *own == node && matches!(kind, Hello | Heartbeat | Event | Bye)
             }
             (Client::Node(_), Topic::Logs { .. }) => true,
-            (Client::User, Topic::Job { kind, .. }) => matches!(kind, JobTopic::Submit | JobTopic::Command),
-            (Client::User, Topic::QueryRequest { .. }) => true,
+            // A user's too, for users' clients have dots in their ids as well.
+            (_, Topic::Job { kind, .. }) => matches!(kind, JobTopic::Submit | JobTopic::Command),
+            (_, Topic::QueryRequest { .. }) => true,
             _ => false,
         }
     }
 
     fn may_subscribe(&self, client: &Client, filter: &str) -> bool {
-        match client {
-            Client::Controller => true,
+        let own = match client {
+            Client::Controller => return true,
             Client::Node(own) => filter::agent(&self.cluster, own).iter().any(|allowed| allowed == filter),
-            Client::User => {
-                let prefix = format!("berth/v1/{}/", self.cluster);
-                let below =
-                    |branch| filter.strip_prefix(&prefix).is_some_and(|rest| rest.starts_with(branch));
-                // Replies are for those who know the client's name: no wildcards.
-                let reply = matches!(Topic::parse(&self.cluster, filter), Some(Topic::QueryReply { .. }));
-                reply || below("jobs/") || below("logs/") || below("state/")
-            }
-        }
+            Client::User => false,
+        };
+        let prefix = format!("berth/v1/{}/", self.cluster);
+        let below = |branch| filter.strip_prefix(&prefix).is_some_and(|rest| rest.starts_with(branch));
+        // Replies are for those who know the client's name: no wildcards.
+        let reply = matches!(Topic::parse(&self.cluster, filter), Some(Topic::QueryReply { .. }));
+        own || reply || below("jobs/") || below("logs/") || below("state/")
     }
 }
 
@@ -432,8 +431,9 @@ mod tests {
             ("a1.x", "nodes/a2/hello", false, false),
             ("a1.x", "nodes/a2/desired", false, false),
             ("a1.x", "nodes/+/desired", false, false),
-            ("a1.x", "logs/default/j/j-0", true, false),
-            ("a1.x", "jobs/default/j/submit", false, false),
+            ("a1.x", "logs/default/j/j-0", true, true),
+            ("a1.x", "jobs/default/j/submit", true, true),
+            ("a1.x", "jobs/default/j/status", false, true),
             (CONTROLLER_CLIENT_ID, "nodes/a1/desired", true, true),
         ];
         let rules = rules();

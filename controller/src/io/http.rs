@@ -230,7 +230,7 @@ impl Service {
     async fn item(&self, item: Item, request: Request<Incoming>) -> Answer {
         let scope = match self.scope(&request) {
             Ok(scope) => scope,
-            Err(answer) => return answer,
+            Err(why) => return text(StatusCode::UNAUTHORIZED, why),
         };
         match *request.method() {
             Method::PUT => match put_bytes_max(&scope, &item) {
@@ -243,16 +243,16 @@ impl Service {
         }
     }
 
-    fn scope(&self, request: &Request<Incoming>) -> Result<Scope, Answer> {
+    fn scope(&self, request: &Request<Incoming>) -> Result<Scope, String> {
         let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let Some(shown) = header.and_then(|value| value.strip_prefix("Bearer ")) else {
-            self.refusals.refuse("token", format_args!("a request to the depot without a token"));
-            return Err(text(StatusCode::UNAUTHORIZED, "the depot wants `Authorization: Bearer TOKEN`"));
+        let verified = match header.and_then(|value| value.strip_prefix("Bearer ")) {
+            Some(shown) => {
+                token::verify(&self.secret, shown, clock::now().wall).map_err(|error| error.to_string())
+            }
+            None => Err("the depot wants `Authorization: Bearer TOKEN`".to_owned()),
         };
-        token::verify(&self.secret, shown, clock::now().wall).map_err(|error| {
-            self.refusals.refuse("token", format_args!("a request to the depot: {error}"));
-            text(StatusCode::UNAUTHORIZED, error.to_string())
-        })
+        verified
+            .inspect_err(|why| self.refusals.refuse("token", format_args!("a request to the depot: {why}")))
     }
 
     fn forbidden(&self) -> Answer {

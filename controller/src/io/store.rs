@@ -4,7 +4,8 @@
 //! One thread owns the connection. It commits whatever has queued as one transaction (group commit) and waits for
 //! nothing when idle. WAL with synchronous=FULL: what `txn` has answered survives a crash of the machine.
 
-use std::fs::{File, TryLockError};
+use std::fs::{DirBuilder, File, TryLockError};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::JoinHandle;
@@ -109,7 +110,8 @@ impl Store {
     /// Opens the store in `dir`, which is made where missing, and locks the directory against a second controller.
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
         let directory = |source| StoreError::Directory { dir: dir.to_owned(), source: Arc::new(source) };
-        std::fs::create_dir_all(dir).map_err(directory)?;
+        // The store holds the depot's secret, and both hold what jobs were told and said.
+        DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(directory)?;
         let lock = File::create(dir.join(LOCK)).map_err(directory)?;
         lock.try_lock().map_err(|error| match error {
             TryLockError::WouldBlock => StoreError::Locked { dir: dir.to_owned() },
@@ -194,7 +196,6 @@ fn sqlite(action: &'static str, path: &Path, source: rusqlite::Error) -> StoreEr
 fn open(path: &Path) -> Result<(Connection, StoreId, [u8; 32]), StoreError> {
     let failed = |source| sqlite("open", path, source);
     let mut connection = Connection::open(path).map_err(failed)?;
-    restrict(path)?;
     connection.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
     connection.pragma_update(None, "synchronous", "FULL").map_err(failed)?;
     connection.pragma_update(None, "cache_size", -PAGE_CACHE_KIB).map_err(failed)?;
@@ -216,13 +217,6 @@ fn open(path: &Path) -> Result<(Connection, StoreId, [u8; 32]), StoreError> {
     let id = StoreId::parse(&id)
         .map_err(|error| StoreError::Damaged { path: path.to_owned(), finding: error.to_string() })?;
     Ok((connection, id, secret))
-}
-
-/// The file holds the depot's secret and the jobs' environments.
-fn restrict(path: &Path) -> Result<(), StoreError> {
-    use std::os::unix::fs::PermissionsExt as _;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
-        .map_err(|source| StoreError::Directory { dir: path.to_owned(), source: Arc::new(source) })
 }
 
 fn create(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
