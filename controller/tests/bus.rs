@@ -106,6 +106,7 @@ async fn an_oversized_packet_hurts_nobody_else() {
     assert_eq!(next_message(&mut heard).await.1.len(), PACKET_BYTES_MAX - 100);
 
     oversized(broker.address().port(), 2 * PACKET_BYTES_MAX).await;
+    wait_until("it is counted", || refusals.count("oversized") == 1);
     assert!(user.publish(&topic("jobs/default/j/submit"), b"after".to_vec(), false).await);
     assert_eq!(next_message(&mut heard).await.1, b"after");
 }

@@ -23,7 +23,7 @@ use rmqtt::net::Builder;
 use rmqtt::retain::{DefaultRetainStorage, RetainStorage};
 use rmqtt::server::MqttServer;
 use rmqtt::types::{
-    AuthResult, ConnectInfo, FitterType, Id, LastWill, ListenerConfig, PublishAclResult, Retain,
+    AuthResult, ConnectInfo, FitterType, Id, LastWill, ListenerConfig, PublishAclResult, Reason, Retain,
     SubscribeAclResult, TopicFilter, TopicName,
 };
 use tokio::sync::oneshot;
@@ -168,7 +168,13 @@ async fn server(
     let rules = Rules { cluster: options.cluster, network: options.network, password: options.password };
     let gate = Gate { rules: Arc::new(rules), refusals };
     let register = context.extends.hook_mgr().register();
-    for hook in [Type::ClientAuthenticate, Type::MessagePublishCheckAcl, Type::ClientSubscribeCheckAcl] {
+    for hook in [
+        Type::ClientAuthenticate,
+        Type::MessagePublishCheckAcl,
+        Type::ClientSubscribeCheckAcl,
+        Type::ClientDisconnected,
+        Type::MessageDropped,
+    ] {
         register.add(hook, Box::new(gate.clone())).await;
     }
     register.start().await;
@@ -290,6 +296,19 @@ impl Gate {
         }
         AuthResult::Allow(client == Client::Controller, None)
     }
+
+    /// rmqtt ends the connection of whoever sends what it cannot read.
+    fn count_end(&self, id: &str, reason: &Reason) {
+        let error = match reason {
+            Reason::MqttError(error) => error.to_string(),
+            Reason::Error(error) | Reason::ProtocolError(error) => error.to_string(),
+            Reason::Reasons(reasons) => return reasons.iter().for_each(|reason| self.count_end(id, reason)),
+            _ => return,
+        };
+        // Too large is a text by the time it gets here.
+        let reason = if error.starts_with("Max size exceeded") { "oversized" } else { "malformed" };
+        self.refusals.refuse(reason, format_args!("a packet of the client `{id}`: {error}"));
+    }
 }
 
 #[async_trait]
@@ -317,6 +336,15 @@ impl Handler for Gate {
                         .refuse("subscribe", format_args!("to let the client `{id}` hear `{filter}`"));
                     SubscribeAclResult::new_failure(SubscribeAckReason::NotAuthorized)
                 })
+            }
+            Parameter::ClientDisconnected(session, reason) => {
+                self.count_end(&session.id.client_id, reason);
+                return (true, before);
+            }
+            Parameter::MessageDropped(Some(to), _, publish, Reason::MessageQueueFull) => {
+                let (id, topic) = (&to.client_id, &publish.topic);
+                self.refusals.refuse("queue", format_args!("to keep `{topic}` for the slow client `{id}`"));
+                return (true, before);
             }
             _ => return (true, before),
         };
