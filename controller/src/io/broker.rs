@@ -53,8 +53,8 @@ const TASK_QUEUE_MAX: usize = 32 * 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum BrokerError {
     #[error(
-        "the embedded broker cannot listen on {address}: stop whatever does, choose another --listen-mqtt, \
-         or use that broker with --broker mqtt://{address}"
+        "the embedded broker cannot listen on {address} (stop whatever does, choose another --listen-mqtt, \
+         or use that broker with --broker mqtt://{address})"
     )]
     Listen { address: SocketAddr, source: std::io::Error },
     #[error("the embedded broker cannot start")]
@@ -282,7 +282,8 @@ impl Gate {
         let id: &str = connect.client_id();
         let from = connect.ipaddress().map(|address| address.ip());
         let Some(client) = self.rules.admit(id, from, connect.password().map(AsRef::as_ref)) else {
-            self.refusals.refuse("connect", format_args!("the client `{id}` from {from:?}"));
+            let from = from.map_or_else(|| "nowhere".to_owned(), |from| from.to_string());
+            self.refusals.refuse("connect", format_args!("the client `{id}` from {from}"));
             return AuthResult::NotAuthorized;
         };
         let will = connect.last_will().map(|will| match will {

@@ -235,7 +235,7 @@ struct Connection {
 impl Connection {
     async fn run(mut self) {
         let mut backoff = RECONNECT_MIN;
-        let mut lost: Option<Instant> = None;
+        let (mut up_since, mut lost): (Option<Instant>, Option<Instant>) = (None, None);
         loop {
             let polled = tokio::select! {
                 polled = self.connection.poll() => polled,
@@ -250,7 +250,7 @@ impl Connection {
                     self.subscribe();
                 }
                 Ok(rumqttc::Event::Incoming(ready @ (Incoming::ConnAck(_) | Incoming::SubAck(_)))) => {
-                    (backoff, lost) = (RECONNECT_MIN, None);
+                    (up_since, lost) = (Some(Instant::now()), None);
                     if self.is_ready(&ready).await.is_err() {
                         return;
                     }
@@ -259,6 +259,10 @@ impl Connection {
                 Ok(_) => {}
                 Err(error) => {
                     self.count(&error);
+                    // A connection that did not last is no reason to be quicker.
+                    if up_since.take().is_some_and(|since| since.elapsed() > RECONNECT_MAX) {
+                        backoff = RECONNECT_MIN;
+                    }
                     let was_up = self.shared.up.swap(false, Ordering::Relaxed);
                     if was_up && self.to.send(BusEvent::Down).await.is_err() {
                         return;

@@ -40,7 +40,7 @@ const WORKSPACE_BYTES_MAX: u64 = 100 << 20;
 const LOG_BYTES_MAX: u64 = 256 << 20;
 
 #[derive(Debug, thiserror::Error)]
-#[error("cannot listen on {address} for HTTP: stop whatever does, or choose another --listen-http")]
+#[error("cannot listen on {address} for HTTP (stop whatever does, or choose another --listen-http)")]
 pub struct HttpError {
     address: SocketAddr,
     source: io::Error,
