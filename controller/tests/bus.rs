@@ -3,12 +3,11 @@
 mod common;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use berth_controller::io::broker::{BrokerError, BrokerOptions, CONTROLLER_CLIENT_ID};
 use berth_controller::io::bus::{BrokerUrl, BusEvent};
 use berth_controller::io::metrics::Refusals;
-use berth_controller::io::store::{Op, Store};
 use berth_protocol::limits::PACKET_BYTES_MAX;
 use common::*;
 
@@ -196,42 +195,4 @@ async fn retained_messages_are_dropped_where_they_are_not_wanted() {
     assert_eq!(next_message(&mut heard).await.0, "jobs/default/new/submit");
     wait_until("an unknown topic is counted", || refusals.count("topic") == 1);
     task.abort();
-}
-
-/// Publish → broker → bus → commit → publish → broker → client, one at a time.
-#[tokio::test]
-async fn latency_of_a_round_with_a_commit() {
-    const ROUNDS: usize = 1000;
-    let refusals = Arc::new(Refusals::default());
-    let broker = embedded(0, &refusals);
-    let url = BrokerUrl::new(broker.address());
-    let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path()).unwrap();
-    let (controller, mut heard, _) = client(url.clone(), CONTROLLER_CLIENT_ID, ALL).await;
-    let (user, mut answers, _) = client(url, "user", &["jobs/default/j/answer"]).await;
-    let (answered, (submit, answer)) = (
-        tokio::spawn(async move {
-            let answer = topic("jobs/default/j/answer");
-            for n in 0..ROUNDS {
-                let (_, value) = next_message(&mut heard).await;
-                store.txn(Vec::new(), vec![Op::Put { key: format!("job/{n}"), value }]).await.unwrap();
-                controller.publish(&answer, b"{}".to_vec(), false).await;
-            }
-            // The connection lasts until the last answer has arrived.
-            (controller, heard)
-        }),
-        (topic("jobs/default/j/submit"), "jobs/default/j/answer"),
-    );
-    let mut took = Vec::with_capacity(ROUNDS);
-    for _ in 0..ROUNDS {
-        let start = Instant::now();
-        user.publish(&submit, vec![b'x'; 400], false).await;
-        assert_eq!(next_message(&mut answers).await.0, answer);
-        took.push(start.elapsed());
-    }
-    drop(answered.await.unwrap());
-    took.sort_unstable();
-    let at = |share: usize| took[(ROUNDS * share / 100).min(ROUNDS - 1)];
-    eprintln!("round with commit: p50 {:?} p99 {:?} max {:?}", at(50), at(99), at(100));
-    assert!(at(50) < Duration::from_millis(20), "p50 {:?}", at(50));
 }

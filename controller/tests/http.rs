@@ -4,62 +4,33 @@ mod common;
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
-use std::path::Path;
 use std::sync::Arc;
 
-use berth_controller::config::{BrokerChoice, Config};
+use berth_controller::config::BrokerChoice;
 use berth_controller::core::token::{Scope, mint};
 use berth_controller::io::bus::BrokerUrl;
 use berth_controller::io::depot::{Depot, Item};
-use berth_controller::io::store::Store;
-use berth_controller::run::Daemon;
 use berth_protocol::ids::{ContainerName, Digest, Epoch, JobUid, Namespace, NodeId};
 use berth_protocol::log::{Record, Stream};
 use berth_protocol::units::Timestamp;
 use common::*;
-use tokio::sync::oneshot;
 
 const LATER: Timestamp = Timestamp(u64::MAX);
 
-/// A daemon on a thread of its own, so that tests may block.
-struct Running {
-    address: SocketAddr,
-    secret: [u8; 32],
-    stop: Option<oneshot::Sender<()>>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
+/// The daemon, and how to talk to it.
+struct Http(TestDaemon);
 
-impl Running {
-    fn start(dir: &Path, broker: BrokerChoice) -> Self {
-        let secret = *Store::open(dir).unwrap().secret();
-        let config = Config {
-            data_dir: dir.to_owned(),
-            cluster: cluster(),
-            broker,
-            listen_mqtt: ([127, 0, 0, 1], 0).into(),
-            listen_http: ([127, 0, 0, 1], 0).into(),
-            depot_url: None,
-            network: None,
-        };
-        let (stop, stopped) = oneshot::channel::<()>();
-        let (ready, started) = std::sync::mpsc::channel();
-        let thread = std::thread::spawn(move || {
-            tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
-                let daemon = Daemon::start(config).await.unwrap();
-                ready.send(daemon.http_address()).unwrap();
-                daemon.run(async { drop(stopped.await) }).await.unwrap();
-            });
-        });
-        let address = started.recv().unwrap();
-        Self { address, secret, stop: Some(stop), thread: Some(thread) }
+impl Http {
+    fn start(dir: &std::path::Path, broker: BrokerChoice) -> Self {
+        Self(TestDaemon::start(dir, broker))
     }
 
     fn node(&self) -> String {
-        mint(&self.secret, &Scope::Node(NodeId::parse("n1").unwrap()), LATER)
+        mint(&self.0.secret, &Scope::Node(NodeId::parse("n1").unwrap()), LATER)
     }
 
     fn user(&self) -> String {
-        mint(&self.secret, &Scope::Namespace(Namespace::default_namespace()), LATER)
+        mint(&self.0.secret, &Scope::Namespace(Namespace::default_namespace()), LATER)
     }
 
     /// Status and body.
@@ -76,7 +47,7 @@ impl Running {
         headers: &str,
         body: &[u8],
     ) -> (u16, Vec<u8>) {
-        let mut stream = TcpStream::connect(self.address).unwrap();
+        let mut stream = TcpStream::connect(self.0.http).unwrap();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         let token = token.map(|token| format!("Authorization: Bearer {token}\r\n")).unwrap_or_default();
         write!(stream, "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{token}{headers}\r\n")
@@ -92,13 +63,6 @@ impl Running {
     }
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        drop(self.stop.take());
-        self.thread.take().unwrap().join().unwrap();
-    }
-}
-
 fn blob(bytes: &[u8]) -> String {
     format!("/v1/blobs/{}", Digest::of(bytes).hex())
 }
@@ -106,7 +70,7 @@ fn blob(bytes: &[u8]) -> String {
 #[test]
 fn health_and_metrics() {
     let dir = tempfile::tempdir().unwrap();
-    let daemon = Running::start(dir.path(), BrokerChoice::Embedded);
+    let daemon = Http::start(dir.path(), BrokerChoice::Embedded);
     wait_until("it is healthy", || daemon.ask("GET", "/healthz", None, b"").0 == 200);
     assert_eq!(daemon.ask("GET", "/v1/blobs/x", None, b"").0, 404);
     assert_eq!(daemon.ask("GET", &blob(b"x"), None, b"").0, 401);
@@ -119,14 +83,14 @@ fn health_and_metrics() {
     );
     drop(daemon);
     // Its ports, its lock and its files are free again.
-    drop(Running::start(dir.path(), BrokerChoice::Embedded));
+    drop(Http::start(dir.path(), BrokerChoice::Embedded));
 }
 
 #[test]
 fn without_a_broker_it_says_so_and_goes_on() {
     let dir = tempfile::tempdir().unwrap();
     let url = BrokerUrl::new(SocketAddr::from(([127, 0, 0, 1], free_port())));
-    let daemon = Running::start(dir.path(), BrokerChoice::Url(url));
+    let daemon = Http::start(dir.path(), BrokerChoice::Url(url));
     let (status, why) = daemon.ask("GET", "/healthz", None, b"");
     assert_eq!((status, why), (503, b"the broker is not connected\n".to_vec()));
 }
@@ -134,7 +98,7 @@ fn without_a_broker_it_says_so_and_goes_on() {
 #[test]
 fn blobs_are_kept_by_their_digest() {
     let dir = tempfile::tempdir().unwrap();
-    let daemon = Running::start(dir.path(), BrokerChoice::Embedded);
+    let daemon = Http::start(dir.path(), BrokerChoice::Embedded);
     let (node, user) = (daemon.node(), daemon.user());
     let bytes: Vec<u8> = (0..300_000_u32).flat_map(u32::to_le_bytes).collect();
     assert_eq!(daemon.ask("GET", &blob(&bytes), Some(&user), b"").0, 404);
@@ -161,9 +125,9 @@ fn blobs_are_kept_by_their_digest() {
 #[test]
 fn tokens_open_what_they_say() {
     let dir = tempfile::tempdir().unwrap();
-    let daemon = Running::start(dir.path(), BrokerChoice::Embedded);
+    let daemon = Http::start(dir.path(), BrokerChoice::Embedded);
     let (node, user) = (daemon.node(), daemon.user());
-    let expired = mint(&daemon.secret, &Scope::Namespace(Namespace::default_namespace()), Timestamp(1));
+    let expired = mint(&daemon.0.secret, &Scope::Namespace(Namespace::default_namespace()), Timestamp(1));
     let forged = mint(&[1; 32], &Scope::Namespace(Namespace::default_namespace()), LATER);
     let mut log = Vec::new();
     for seq in 1..=3 {
@@ -214,8 +178,8 @@ async fn what_is_deleted_is_gone_with_its_directories() {
 #[test]
 fn a_silent_peer_keeps_nobody_waiting() {
     let dir = tempfile::tempdir().unwrap();
-    let daemon = Running::start(dir.path(), BrokerChoice::Embedded);
-    let silent: Vec<_> = (0..100).map(|_| TcpStream::connect(daemon.address).unwrap()).collect();
+    let daemon = Http::start(dir.path(), BrokerChoice::Embedded);
+    let silent: Vec<_> = (0..100).map(|_| TcpStream::connect(daemon.0.http).unwrap()).collect();
     wait_until("it is healthy", || daemon.ask("GET", "/healthz", None, b"").0 == 200);
     drop(silent);
 }

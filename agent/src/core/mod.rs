@@ -19,6 +19,7 @@ use berth_protocol::message::node::{
     DepotAccess, Desired, DesiredPod, Events, Heartbeat, Hello, Lease, NodeEvent, NumberedEvent, PodChange,
     PodEvent, PullProgress, held_digest,
 };
+use berth_protocol::pod::Goal;
 use berth_protocol::resources::{GpuShare, Inventory, Usage};
 use berth_protocol::units::{BootMs, Bytes, Millis, Timestamp};
 
@@ -342,7 +343,8 @@ impl Agent {
     /// The generation to report: orders whose specs are not all here are not yet applied, and are sent again.
     fn applied(&self) -> Generation {
         let lacks = |entry: &ledger::PodEntry| {
-            entry.ended.is_none() && !entry.unnamed && !self.ledger.specs.contains_key(&entry.desired.spec)
+            let wanted = entry.ended.is_none() && !entry.unnamed && entry.desired.goal == Goal::Run;
+            wanted && !self.ledger.specs.contains_key(&entry.desired.spec)
         };
         let held = self.ledger.generation;
         if self.ledger.pods.values().any(lacks) { Generation(held.0.saturating_sub(1)) } else { held }

@@ -210,7 +210,14 @@ impl Agent {
             return self.settle(now, key);
         }
         let wanted = self.goal(key, entry);
-        let Some(template) = self.template(entry) else { return };
+        let Some(template) = self.template(entry) else {
+            // Without its spec it never began.
+            if matches!(wanted, Wanted::Stop { .. }) && entry.run == Run::default() {
+                self.live.entry(key.clone()).or_default();
+                self.stopped_before_start(now, key);
+            }
+            return;
+        };
         let lease = self.lease_of(now, key, template);
         let grace =
             if matches!(wanted, Wanted::Stop { at_once: true }) { Millis::ZERO } else { template.grace };

@@ -9,7 +9,7 @@ use berth_protocol::message::node::{
     Covers, DepotAccess, Desired, DesiredPod, Heartbeat, Lease, NodeRequest, Request, SpecMessage,
     held_digest,
 };
-use berth_protocol::pod::Goal;
+use berth_protocol::pod::{Goal, PodPhase};
 use berth_protocol::topic::{NodeTopic, Topic};
 use berth_protocol::units::Millis;
 use serde_json::value::RawValue;
@@ -37,7 +37,8 @@ impl Controller {
         let unreported = |pod: &DesiredPod| {
             let assignment =
                 self.cluster.jobs.get(&pod.pod.uid).and_then(|job| job.assignment(pod.pod.index));
-            assignment.is_some_and(|assignment| assignment.named > node.reported)
+            // An agent that has begun has the spec; another may not, whatever it reports.
+            assignment.is_some_and(|a| a.named > node.reported || a.phase == PodPhase::Assigned)
         };
         let wanted: BTreeSet<Digest> = pods
             .iter()

@@ -6,9 +6,12 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use berth_controller::config::{BrokerChoice, Config};
 use berth_controller::io::broker::{Broker, BrokerOptions, CONTROLLER_CLIENT_ID};
 use berth_controller::io::bus::{BrokerUrl, Bus, BusEvent, BusEvents, BusOptions};
 use berth_controller::io::metrics::Refusals;
+use berth_controller::io::store::Store;
+use berth_controller::run::Daemon;
 use berth_protocol::ids::ClusterName;
 use berth_protocol::topic::Topic;
 
@@ -111,5 +114,47 @@ pub async fn next_message(events: &mut BusEvents) -> (String, Vec<u8>) {
         if let BusEvent::Message { topic, payload } = next(events).await {
             return (topic.to_string(), payload);
         }
+    }
+}
+
+/// A daemon on a thread of its own, so that tests may block.
+pub struct TestDaemon {
+    pub http: SocketAddr,
+    pub mqtt: Option<SocketAddr>,
+    pub secret: [u8; 32],
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl TestDaemon {
+    pub fn start(dir: &std::path::Path, broker: BrokerChoice) -> Self {
+        let secret = *Store::open(dir).unwrap().secret();
+        let config = Config {
+            data_dir: dir.to_owned(),
+            cluster: cluster(),
+            broker,
+            listen_mqtt: ([127, 0, 0, 1], 0).into(),
+            listen_http: ([127, 0, 0, 1], 0).into(),
+            depot_url: None,
+            network: None,
+        };
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let (ready, started) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+                let daemon = Daemon::start(config).await.unwrap();
+                ready.send((daemon.http_address(), daemon.mqtt_address())).unwrap();
+                daemon.run(async { drop(stopped.await) }).await.unwrap();
+            });
+        });
+        let (http, mqtt) = started.recv().unwrap();
+        Self { http, mqtt, secret, stop: Some(stop), thread: Some(thread) }
+    }
+}
+
+impl Drop for TestDaemon {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        self.thread.take().unwrap().join().unwrap();
     }
 }
