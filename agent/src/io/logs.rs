@@ -78,9 +78,9 @@ impl Followers {
 impl Follower {
     fn publish(&mut self, bus: &Bus) {
         self.behind = false;
-        let mut records = read_from(&self.dir, self.next_seq);
+        let records = read_from(&self.dir, self.next_seq);
         // A log that cannot be read now is asked for again, or comes from the depot.
-        while let Ok(Some(record)) = records.next() {
+        for record in records.map_while(Result::ok) {
             let OwnedRecord { seq, at, stream, container, bytes } = record;
             let message = Record { seq, at, stream, container, bytes: &bytes }.message(self.epoch);
             if !bus.publish(&self.topic, &message) {
