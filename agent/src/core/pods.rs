@@ -314,7 +314,7 @@ impl Agent {
         if live.pull.replace((done, total)).is_none()
             && let Some(entry) = self.ledger.pods.get(key)
         {
-            let run = entry.run.next();
+            let run = entry.run;
             self.pod_event(now, key, run, PodChange::Pulling);
         }
     }

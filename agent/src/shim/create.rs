@@ -85,7 +85,7 @@ fn create_container(
     let command = args.first().ok_or_else(|| ShimError::NoCommand { container: spec.name.clone() })?.clone();
     let granted = devices::direct(&pod.task.devices)?;
     let hostname = spec::hostname(pod.task);
-    let env = process::env(spec, image, granted.env.into_iter(), &hostname, &user.home);
+    let env = process::env(spec, image, granted.env.into_iter(), &hostname, &user.home, pod.task.pod.index);
     let container = spec::Container {
         spec,
         root,

@@ -28,8 +28,15 @@ pub fn env(
     devices: impl Iterator<Item = String>,
     hostname: &str,
     home: &str,
+    index: u32,
 ) -> Vec<String> {
-    let base = [format!("PATH={PATH_DEFAULT}"), format!("HOSTNAME={hostname}"), format!("HOME={home}")];
+    let base = [
+        format!("PATH={PATH_DEFAULT}"),
+        format!("HOSTNAME={hostname}"),
+        format!("HOME={home}"),
+        // Kubernetes' name for which of a job's pods this is.
+        format!("JOB_COMPLETION_INDEX={index}"),
+    ];
     let mut all: BTreeMap<String, String> = base
         .into_iter()
         .chain(image.env.iter().cloned())
@@ -148,7 +155,8 @@ mod tests {
         spec.env = BTreeMap::from([("A".to_owned(), "job=1".to_owned())]);
         let image =
             ImageProcess { env: vec!["A=image".to_owned(), "PATH=/x".to_owned()], ..ImageProcess::default() };
-        let env = env(&spec, &image, ["A=dev".to_owned()].into_iter(), "pod-0", "/root");
-        assert_eq!(env, ["A=job=1", "HOME=/root", "HOSTNAME=pod-0", "PATH=/x"]);
+        let env = env(&spec, &image, ["A=dev".to_owned()].into_iter(), "pod-0", "/root", 3);
+        let expect = ["A=job=1", "HOME=/root", "HOSTNAME=pod-0", "JOB_COMPLETION_INDEX=3", "PATH=/x"];
+        assert_eq!(env, expect);
     }
 }
