@@ -146,7 +146,7 @@ fn storm(seed: u64) {
 
 #[test]
 fn whatever_the_bus_does_no_job_is_lost_and_no_pod_runs_twice() {
-    let seeds = std::env::var("SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(40);
+    let seeds = std::env::var("SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(12);
     for seed in 1..=seeds {
         storm(seed);
     }

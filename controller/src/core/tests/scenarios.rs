@@ -117,6 +117,7 @@ fn what_fits_nowhere_waits_and_says_why() {
     world.run(100);
     let mut job = spec("big");
     job.pod.containers[0].resources.cpu = MilliCpu(4000);
+    job.pod.containers[0].limits.cpu = MilliCpu(4000);
     job.placement.affinity = Some("node.labels.zone == \"lab\" && node.cores >= 1".to_owned());
     world.submit(&job);
     let status = world.status("big").unwrap();
@@ -308,7 +309,7 @@ fn shares_of_a_gpu_add_up_to_one() {
     world.run(100);
     let mut job = spec("share");
     job.pod.containers[0].resources = serde_json::from_str(
-        r#"{"cpu":100,"memory":1000000,"gpu":{"count":1,"milli":400,"model":["A100"]}}"#,
+        r#"{"cpu":100,"memory":134217728,"gpu":{"count":1,"milli":400,"model":["A100"]}}"#,
     )
     .unwrap();
     (job.parallelism, job.completions) = (3, 3);
