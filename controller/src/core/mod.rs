@@ -3,6 +3,7 @@
 
 mod admit;
 mod cluster;
+mod expiry;
 mod lifecycle;
 mod nodes;
 mod query;

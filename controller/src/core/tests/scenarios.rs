@@ -1,12 +1,16 @@
 //! What a person would try, step by step.
 
-use berth_protocol::ids::{Epoch, Generation};
-use berth_protocol::job::{JobSpec, Restart, RestartPolicy};
+use berth_protocol::codec;
+use berth_protocol::ids::{Epoch, Generation, LedgerId, Run};
+use berth_protocol::job::{DisconnectAction, JobSpec, Restart, RestartPolicy};
+use berth_protocol::message::node::{Events, NodeEvent, NumberedEvent, PodChange, PodEvent};
 use berth_protocol::message::user::{Answer, JobPhase, JobStatus, NodeState, Verdict};
-use berth_protocol::pod::PodPhase;
-use berth_protocol::units::{MilliCpu, Millis};
+use berth_protocol::pod::{Cause, PodPhase};
+use berth_protocol::topic::{NodeTopic, Topic};
+use berth_protocol::units::{MilliCpu, Millis, Timestamp};
 
-use super::world::{World, inventory, spec};
+use super::super::Event;
+use super::world::{World, inventory, outcome, spec};
 
 fn program(spec: &mut JobSpec, ms: u64, code: u8) {
     spec.pod.containers[0].command = vec!["run".to_owned(), ms.to_string(), code.to_string()];
@@ -346,4 +350,55 @@ fn no_payload_panics() {
         }
     }
     assert_eq!(world.controller.counters().refused.values().sum::<u64>(), 40);
+}
+
+#[test]
+fn a_restarted_controller_waits_out_a_long_lease() {
+    let mut world = World::new();
+    let first = world.add("n1", inventory(4, 0));
+    let mut job = spec("job");
+    program(&mut job, 900_000, 0);
+    job.pod.grace = Millis::from_secs(300);
+    job.pod.on_disconnect.action = DisconnectAction::Stop;
+    world.submit(&job);
+    world.until("it runs", |w| phase(w, "job") == Some(JobPhase::Running));
+    world.agents.get_mut(&first).unwrap().cut = true;
+    world.restart_controller();
+    let second = world.add("n2", inventory(4, 0));
+    world.run(344_000);
+    assert_eq!(world.status("job").unwrap().pods[0].phase, PodPhase::Lost);
+    world.run(2_000);
+    assert_eq!(world.status("job").unwrap().pods[0].node.as_ref(), Some(&second));
+}
+
+#[test]
+fn an_event_counts_once_and_none_after_a_gap() {
+    let mut world = World::new();
+    let node = world.add("n1", inventory(4, 0));
+    let mut job = spec("job");
+    program(&mut job, 60_000, 0);
+    job.pod.restart = Restart { policy: RestartPolicy::OnFailure, ..Restart::default() };
+    world.submit(&job);
+    world.until("it runs", |w| phase(w, "job") == Some(JobPhase::Running));
+    world.run(1_000);
+    let (n, nonce) = (world.agents[&node].events_last + 1, world.agents[&node].nonce());
+    let pod = world.agents[&node].pods.keys().next().unwrap().clone();
+    let topic = Topic::node(&node, NodeTopic::Event);
+    let mut tell = |n: u64| {
+        let outcome = outcome(world.now, Cause::Failure, Some(1));
+        let change = PodChange::Retrying { outcome, backoff: Millis(10) };
+        let event = NodeEvent::Pod(PodEvent { pod: pod.clone(), epoch: Epoch(1), run: Run(1), change });
+        let events = vec![NumberedEvent { n, at: Timestamp(world.now), event }];
+        let ledger = LedgerId::parse("ledger-n1").unwrap();
+        let payload = codec::encode(&topic, &Events { nonce: nonce.clone(), ledger, events }).unwrap();
+        world.feed(Event::Message { topic: topic.clone(), payload });
+        world.feed(Event::Tick);
+        world.now += 200;
+        world.feed(Event::Tick);
+        world.status("job").unwrap().failures
+    };
+    assert_eq!(tell(n), 1);
+    assert_eq!(tell(n), 1, "a double");
+    assert_eq!(tell(n + 2), 1, "behind a gap");
+    assert_eq!(tell(n + 1), 2);
 }
