@@ -73,7 +73,6 @@ impl Controller {
         let node =
             self.cluster.nodes.entry(id.clone()).or_insert_with(|| forgotten_node(record.clone(), now));
         let same_ledger = node.outbox.as_ref().is_some_and(|outbox| outbox.ledger == hello.ledger);
-        let anew = known && (node.record.boot != hello.boot || !same_ledger);
         let stranger = known && node.record.hardware != hello.hardware;
         if node.record.inventory != record.inventory || !known {
             node.version += 1;
@@ -92,11 +91,12 @@ impl Controller {
         let jobs = &self.cluster.jobs;
         let named =
             |pod: &PodId| jobs.get(&pod.uid)?.assignment(pod.index).map(|assignment| assignment.named);
+        // An order that the agent's ledger never held was never carried out: it still will be, at the same epoch.
         let absent = node
             .pods
             .iter()
             .filter(|(pod, epoch)| held.get(pod) != Some(epoch))
-            .filter(|(pod, _)| anew || named(pod).is_some_and(applied))
+            .filter(|(pod, _)| known && !same_ledger || named(pod).is_some_and(applied))
             .map(|(pod, epoch)| (pod.clone(), *epoch))
             .collect();
         node.unknown.clear();
@@ -431,6 +431,13 @@ impl Controller {
         let over: Vec<PodId> = node.pods.keys().filter(|pod| over(pod)).cloned().collect();
         for pod in over {
             let message = format!("node {id} was silent for {}", Millis(quiet.0 / 1000 * 1000));
+            // Should the node come back, it stops what it still holds.
+            if let Some(node) = self.cluster.nodes.get_mut(id)
+                && let Some(epoch) = node.pods.get(&pod)
+            {
+                node.record.strays.insert(pod.clone(), *epoch);
+                self.dirty.nodes.insert(id.clone());
+            }
             self.pod_gone(now, &pod, Gone::Vanished { reason: "NodeLost", message });
         }
     }

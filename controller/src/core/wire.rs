@@ -130,8 +130,12 @@ impl Controller {
             *node.held.get_or_insert_with(|| held_digest(pods.iter().map(|(pod, epoch)| (pod, *epoch))));
         let covers = match session.withheld {
             Some(_) => Covers::Pairs(Vec::new()),
-            None if session.held == Some(all) => Covers::All(all),
-            None => Covers::Pairs(pods.iter().map(|(pod, epoch)| (pod.clone(), *epoch)).collect()),
+            None if session.held == Some(all) && session.absent.is_empty() => Covers::All(all),
+            // What is about to count as gone must not start again meanwhile.
+            None => {
+                let there = pods.iter().filter(|(pod, _)| !session.absent.contains_key(pod));
+                Covers::Pairs(there.map(|(pod, epoch)| (pod.clone(), *epoch)).collect())
+            }
         };
         if session.withheld.is_none() {
             node.granted = now.boot;
