@@ -256,7 +256,7 @@ async fn goes_along(session: &mut Session, args: &Run) -> anyhow::Result<bool> {
             serde_json::from_value(row.clone()).context("the list of nodes is unreadable")?;
         if matches!(node.state, NodeState::Online | NodeState::Silent) {
             online = true;
-            if !here.is(row, &node) {
+            if !here.is(&node) {
                 return Ok(true);
             }
         }
@@ -279,19 +279,10 @@ impl Machine {
         Self { hostname: read("hostname"), kernel: read("osrelease") }
     }
 
-    /// An agent without a name of its own is called like its host; a cloned host's name alone is no proof.
-    fn is(&self, row: &Value, node: &NodeStatus) -> bool {
-        let said = row["hostname"].as_str().or_else(|| node.labels.get("hostname").map(String::as_str));
-        let same_name = match said {
-            Some(hostname) => hostname == self.hostname,
-            None => node.node.as_str() == as_node(&self.hostname),
-        };
-        same_name && node.kernel == self.kernel
+    /// A cloned host's name alone is no proof.
+    fn is(&self, node: &NodeStatus) -> bool {
+        node.hostname == self.hostname && node.kernel == self.kernel
     }
-}
-
-fn as_node(hostname: &str) -> String {
-    hostname.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' }).collect()
 }
 
 const MOODS: [&str; 16] = [

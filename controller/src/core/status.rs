@@ -212,6 +212,7 @@ impl Controller {
             labels: has.labels.clone(),
             taints: has.taints.iter().cloned().collect(),
             gpus: has.gpus.clone(),
+            hostname: has.hostname.clone(),
             arch: has.arch.clone(),
             kernel: has.kernel.clone(),
             os: has.os.clone(),

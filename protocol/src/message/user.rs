@@ -188,6 +188,8 @@ pub struct NodeStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub taints: Vec<String>,
     pub gpus: Vec<Gpu>,
+    /// The machine's own name, which several nodes may share.
+    pub hostname: String,
     pub arch: String,
     pub kernel: String,
     pub os: String,

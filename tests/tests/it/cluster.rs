@@ -55,11 +55,6 @@ impl Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-
-    pub fn signal(&self, signal: &str) {
-        let status = Command::new("kill").args([signal, &self.child.id().to_string()]).status();
-        assert!(status.is_ok_and(|status| status.success()), "kill {signal} {}", self.name);
-    }
 }
 
 impl Drop for Daemon {
