@@ -1,5 +1,4 @@
-//! The real shim, driven as the agent drives it: by task file and socket. Needs root; on a machine without it each
-//! test says so.
+//! The real shim, driven as the agent drives it: by task file and socket. Needs root, and busybox in /bin.
 
 #[allow(dead_code)]
 #[path = "shim/world.rs"]
