@@ -375,6 +375,5 @@ mod tests {
             made_up_name(random).unwrap();
         }
         assert_eq!(made_up_name(0).unwrap().as_str(), "amber-barge-000000");
-        assert_eq!(as_node("Edge_Box.lan"), "edge-box-lan");
     }
 }
