@@ -234,7 +234,7 @@ impl World {
                 // A clean session forgets what waited for the last one.
                 if session == self.sessions[node] && !self.cut[node] {
                     let now = self.agent_now();
-                let out = self.nodes[node].step(now, event);
+                    let out = self.nodes[node].step(now, event);
                     self.from_node(node, out);
                 }
             }
@@ -387,7 +387,9 @@ impl World {
     fn published(&mut self, topic: Topic, payload: Vec<u8>) -> Result<(), String> {
         match &topic {
             Topic::Node { node, kind } => {
-                self.note(|| format!("<- {topic} {}", String::from_utf8_lossy(&payload[..payload.len().min(400)])));
+                self.note(|| {
+                    format!("<- {topic} {}", String::from_utf8_lossy(&payload[..payload.len().min(400)]))
+                });
                 let Some(n) = self.nodes.iter().position(|candidate| candidate.id == *node) else {
                     return Ok(());
                 };

@@ -6,6 +6,7 @@
 pub mod grants;
 pub mod ledger;
 mod pods;
+mod settle;
 #[cfg(test)]
 mod tests;
 

@@ -25,8 +25,8 @@ pub(super) struct Live {
     retry_at: Option<BootMs>,
     /// Bytes here and in all of a pull under way.
     pub(super) pull: Option<(Bytes, Bytes)>,
-    storing: bool,
-    store_failures: u32,
+    pub(super) storing: bool,
+    pub(super) store_failures: u32,
     pub(super) store_at: Option<BootMs>,
 }
 
@@ -57,12 +57,11 @@ enum Shim {
 /// Preparations that may fail in a row before the pod does.
 const PREP_ATTEMPTS_MAX: u32 = 6;
 const PREP_RETRY_MS: u64 = 2_000;
-const STORE_RETRY_MS: u64 = 5_000;
-const STORE_RETRY_MS_MAX: u64 = 300_000;
 /// Beyond the end of a lease that the shim keeps itself, the agent ends the pod.
 const SHIM_SLACK: Millis = Millis::from_secs(1);
 
-fn doubled(base_ms: u64, times: u32, max_ms: u64) -> Millis {
+/// `base_ms` doubled that many times, at most `max_ms`.
+pub(super) fn doubled(base_ms: u64, times: u32, max_ms: u64) -> Millis {
     Millis(base_ms.saturating_mul(1 << times.min(32)).min(max_ms))
 }
 
@@ -452,92 +451,6 @@ impl Agent {
         for key in newer {
             self.reconcile(now, &key);
         }
-    }
-
-    /// After the end: log and outputs to the depot, then forget.
-    fn settle(&mut self, now: Now, key: &PodKey) {
-        let Some(entry) = self.ledger.pods.get(key) else { return };
-        let Some(ended) = &entry.ended else { return };
-        let told = self.ledger.outbox.front().is_none_or(|event| event.n > ended.event);
-        let live = self.live.entry(key.clone()).or_default();
-        if !ended.log_stored || !ended.outputs_stored {
-            if !live.storing && live.store_at.is_none_or(|at| at <= now.boot) {
-                live.storing = true;
-                let key = key.clone();
-                let action =
-                    if ended.log_stored { Action::StoreOutputs { key } } else { Action::StoreLog { key } };
-                self.act(action);
-            }
-        } else if told && entry.unnamed {
-            self.record(Record::PodDropped { key: key.clone() });
-            self.live.remove(key);
-            self.act(Action::Drop { key: key.clone() });
-        }
-    }
-
-    /// Acknowledgements may have been the last thing that ended pods waited for.
-    pub(super) fn reconcile_ended(&mut self, now: Now) {
-        let ended: Vec<PodKey> = self
-            .ledger
-            .pods
-            .iter()
-            .filter(|(_, entry)| entry.ended.is_some())
-            .map(|(key, _)| key.clone())
-            .collect();
-        for key in ended {
-            self.settle(now, &key);
-        }
-    }
-
-    fn store_later(&mut self, now: Now, key: &PodKey) {
-        let Some(live) = self.live.get_mut(key) else { return };
-        live.storing = false;
-        live.store_at = Some(now.boot.plus(doubled(STORE_RETRY_MS, live.store_failures, STORE_RETRY_MS_MAX)));
-        live.store_failures += 1;
-    }
-
-    fn stored(&mut self, now: Now, key: &PodKey, change: PodChange, mark: fn(&mut Ended)) {
-        let Some(mut entry) = self.ledger.pods.get(key).cloned() else { return };
-        let Some(ended) = &mut entry.ended else { return };
-        mark(ended);
-        let run = entry.run;
-        let event = self.pod_event(now, key, run, change);
-        if let Some(ended) = &mut entry.ended {
-            // The directory stays until this is told as well.
-            ended.event = event;
-        }
-        self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
-        if let Some(live) = self.live.get_mut(key) {
-            *live = Live::default();
-        }
-        self.settle(now, key);
-    }
-
-    pub(super) fn log_stored(&mut self, now: Now, key: &PodKey, stored: bool) {
-        if stored {
-            self.stored(now, key, PodChange::LogStored, |ended| ended.log_stored = true);
-        } else {
-            self.store_later(now, key);
-        }
-    }
-
-    pub(super) fn outputs_stored(
-        &mut self,
-        now: Now,
-        key: &PodKey,
-        result: Result<Option<(Digest, Bytes)>, String>,
-    ) {
-        let change = match result {
-            Ok(Some((digest, bytes))) => {
-                PodChange::OutputsStored { digest: Some(digest), bytes, error: None }
-            }
-            Ok(None) => {
-                let error = Some("none of the paths named under outputs was there at the end".to_owned());
-                PodChange::OutputsStored { digest: None, bytes: Bytes::ZERO, error }
-            }
-            Err(_) => return self.store_later(now, key),
-        };
-        self.stored(now, key, change, |ended| ended.outputs_stored = true);
     }
 }
 

@@ -18,7 +18,10 @@ pub fn program(name: &str) -> PathBuf {
 
 /// A port that was free a moment ago.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("loopback has ports").port()
+    TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("loopback has ports")
+        .port()
 }
 
 /// Waits for a condition; panics with `what` when it does not come.
@@ -133,7 +136,16 @@ impl Cluster {
     /// Starts an agent (anew, on its old data directory, where there was one) and waits until it is online.
     pub fn agent(&mut self, node: &str, flags: &[&str]) -> usize {
         let mut command = Command::new(program("berth-agent"));
-        command.args(["--dev", "--cluster", "default", "--broker", &self.url(), "--node", node, "--data-dir"]);
+        command.args([
+            "--dev",
+            "--cluster",
+            "default",
+            "--broker",
+            &self.url(),
+            "--node",
+            node,
+            "--data-dir",
+        ]);
         command.arg(self.dir.path().join(node)).args(flags);
         self.agents.push(Daemon::start(node, &mut command, &self.log_path(node)));
         until(&format!("{node} online: {}", self.log(node)), 30, || {
@@ -182,7 +194,11 @@ impl Cluster {
             if job["phase"] == phase {
                 return job;
             }
-            assert!(Instant::now() < end, "{name} is not {phase} within {seconds} s: {job:#}\n{}", self.logs_of_all());
+            assert!(
+                Instant::now() < end,
+                "{name} is not {phase} within {seconds} s: {job:#}\n{}",
+                self.logs_of_all()
+            );
             std::thread::park_timeout(Duration::from_millis(20));
         }
     }

@@ -36,7 +36,16 @@ fn a_plain_mqtt_client_submits_and_sees_log_and_exit_code() {
     assert_eq!(cluster.run(&["wait", "first"]).status.code(), Some(3));
     // The status is retained: whoever comes later sees it.
     let watch = Command::new("mosquitto_sub")
-        .args(["-p", &cluster.port.to_string(), "-C", "1", "-W", "10", "-t", "berth/v1/default/jobs/default/first/status"])
+        .args([
+            "-p",
+            &cluster.port.to_string(),
+            "-C",
+            "1",
+            "-W",
+            "10",
+            "-t",
+            "berth/v1/default/jobs/default/first/status",
+        ])
         .output()
         .expect("mosquitto_sub starts");
     assert!(text(&watch).contains(r#""phase":"Failed""#), "{}", text(&watch));
@@ -47,7 +56,17 @@ fn run_streams_and_ends_with_the_programs_code() {
     let mut cluster = Cluster::new();
     cluster.agent("a1", &[]);
     for (script, code) in [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 137), ("true", 0)] {
-        let output = cluster.run(&["run", "--cpu", "0.1", "--memory", "32Mi", "--", "sh", "-c", &format!("echo out; echo err >&2; {script}")]);
+        let output = cluster.run(&[
+            "run",
+            "--cpu",
+            "0.1",
+            "--memory",
+            "32Mi",
+            "--",
+            "sh",
+            "-c",
+            &format!("echo out; echo err >&2; {script}"),
+        ]);
         assert_eq!(output.status.code(), Some(code), "{script}: {}", text(&output));
         assert_eq!(String::from_utf8_lossy(&output.stdout), "out\n", "{script}");
         assert!(String::from_utf8_lossy(&output.stderr).contains("err\n"), "{script}");
@@ -65,7 +84,10 @@ fn the_same_file_twice_is_one_job_and_a_changed_one_a_new_generation() {
     let first = cluster.until_phase("twice", "Succeeded", 30);
     cluster.submit("twice", &host("echo one"));
     let again = cluster.job("twice");
-    assert_eq!((&first["uid"], &first["generation"], &first["finishedAt"]), (&again["uid"], &again["generation"], &again["finishedAt"]));
+    assert_eq!(
+        (&first["uid"], &first["generation"], &first["finishedAt"]),
+        (&again["uid"], &again["generation"], &again["finishedAt"])
+    );
     cluster.submit("twice", &host("echo two"));
     until("the second generation succeeds", 30, || {
         let job = cluster.job("twice");
@@ -93,7 +115,10 @@ fn a_job_that_fits_nowhere_waits_and_says_why() {
 fn failures_are_retried_up_to_the_limit() {
     let mut cluster = Cluster::new();
     cluster.agent("a1", &[]);
-    let file = format!("{}restartPolicy: OnFailure\nbackoffLimit: 2\nretry: {{min: 1s, max: 1s}}\n", host("echo try; exit 9"));
+    let file = format!(
+        "{}restartPolicy: OnFailure\nbackoffLimit: 2\nretry: {{min: 1s, max: 1s}}\n",
+        host("echo try; exit 9")
+    );
     cluster.submit("flaky", &file);
     let job = cluster.until_phase("flaky", "Failed", 60);
     assert_eq!(job["failures"], 3, "{job:#}");
@@ -184,7 +209,16 @@ fn bad_input_is_refused_with_every_error_at_once() {
     // What goes round the command line meets the same parser, and is counted.
     let topic = "berth/v1/default/jobs/default/bad/submit";
     let mut answer = Command::new("mosquitto_sub")
-        .args(["-p", &cluster.port.to_string(), "-C", "1", "-W", "20", "-t", "berth/v1/default/jobs/default/bad/answer"])
+        .args([
+            "-p",
+            &cluster.port.to_string(),
+            "-C",
+            "1",
+            "-W",
+            "20",
+            "-t",
+            "berth/v1/default/jobs/default/bad/answer",
+        ])
         .stdout(Stdio::piped())
         .spawn()
         .expect("mosquitto_sub starts");

@@ -1,0 +1,46 @@
+# berth: `make demo` shows it, `make test` checks it; both install what they need first.
+SHELL := /bin/bash
+CARGO ?= cargo
+PREFIX ?= /usr
+DESTDIR ?=
+SEEDS ?= 500
+RELEASE := target/release
+
+.PHONY: help setup build demo test sim bench install release clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install by apt what building, demo and tests need, where it is missing
+	@tests/setup
+
+build: ## build the three programs into target/release/
+	@tests/setup build
+	@$(CARGO) build --release --quiet -p berth-agent -p berth-controller --bins
+
+demo: build ## a controller, two agents, a network trained on real data: under 30 s once built
+	@tests/setup demo
+	@docs/demo/run
+
+test: setup ## every check; what cannot run here says why and is counted
+	@tests/all
+
+sim: ## play SEEDS=500 histories with the simulator, or one with SEED=7
+	@$(CARGO) build --quiet -p berth-tests --bin sim
+	@target/debug/sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
+
+bench: build ## measure speed and size against the figures asked, into target/bench.jsonl
+	@$(CARGO) run --release --quiet -p berth-tests --bin bench
+
+install: ## install programs, units and sample configuration below PREFIX=/usr
+	install -Dm755 -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/berth $(RELEASE)/berth-agent $(RELEASE)/berth-controller
+	install -Dm644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system systemd/*.service
+	for f in agent controller; do \
+	  [ -e $(DESTDIR)/etc/berth/$$f.toml ] || install -Dm644 systemd/$$f.toml $(DESTDIR)/etc/berth/$$f.toml; done
+
+release: ## Debian packages for x86_64 and aarch64, the agent for armv7 too, into target/debian/
+	@tests/setup build
+	@systemd/package
+
+clean: ## remove everything built
+	$(CARGO) clean
