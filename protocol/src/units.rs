@@ -175,7 +175,7 @@ impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let text = [("Ti", 40), ("Gi", 30), ("Mi", 20), ("Ki", 10)]
             .into_iter()
-            .find(|(_, shift)| self.0 != 0 && self.0 % (1 << shift) == 0)
+            .find(|(_, shift)| self.0 != 0 && self.0.is_multiple_of(1 << shift))
             .map_or_else(|| self.0.to_string(), |(suffix, shift)| format!("{}{suffix}", self.0 >> shift));
         f.pad(&text)
     }

@@ -209,11 +209,11 @@ impl World {
                 let now = self.agent_now();
                 let mut out = self.nodes[node].advance_all(now);
                 out.extend(self.nodes[node].step(now, AgentEvent::Tick));
-                self.from_node(node, out);
+                self.perform(node, out);
             }
         }
         if controller.is_some_and(|wake| wake <= self.now_ms) {
-            self.to_controller(ControllerEvent::Tick)?;
+            self.ask_controller(ControllerEvent::Tick)?;
         }
         while let Some(entry) = self.due.first_entry() {
             if entry.key().0 > self.now_ms {
@@ -228,20 +228,20 @@ impl World {
     fn happen(&mut self, due: Due) -> Result<(), String> {
         match due {
             Due::ToController { topic, payload } => {
-                self.to_controller(ControllerEvent::Message { topic, payload })?;
+                self.ask_controller(ControllerEvent::Message { topic, payload })?;
             }
             Due::ToNode { node, session, event } => {
                 // A clean session forgets what waited for the last one.
                 if session == self.sessions[node] && !self.cut[node] {
                     let now = self.agent_now();
                     let out = self.nodes[node].step(now, event);
-                    self.from_node(node, out);
+                    self.perform(node, out);
                 }
             }
             Due::Local { node, event } => {
                 let now = self.agent_now();
                 let out = self.nodes[node].step(now, event);
-                self.from_node(node, out);
+                self.perform(node, out);
             }
             Due::Fault(fault) => {
                 self.note(|| format!("{fault:?}"));
@@ -260,20 +260,20 @@ impl World {
                 self.sessions[n] += 1;
                 let now = self.agent_now();
                 let out = self.nodes[n].start(now);
-                self.from_node(n, out);
+                self.perform(n, out);
             }
             Fault::Partition(n) => {
                 self.cut[n] = true;
                 let now = self.agent_now();
                 let out = self.nodes[n].step(now, AgentEvent::BusDown);
-                self.from_node(n, out);
+                self.perform(n, out);
             }
             Fault::Heal(n) if self.cut[n] => {
                 self.cut[n] = false;
                 self.sessions[n] += 1;
                 let now = self.agent_now();
                 let out = self.nodes[n].step(now, AgentEvent::BusUp);
-                self.from_node(n, out);
+                self.perform(n, out);
             }
             Fault::ControllerCrash => self.controller = None,
             Fault::ControllerStart if self.controller.is_none() => {
@@ -290,7 +290,7 @@ impl World {
                 let controller = Controller::load(config, entries, self.now())
                     .map_err(|error| format!("cannot load: {error}"))?;
                 self.controller = Some(controller);
-                self.to_controller(ControllerEvent::BusUp)?;
+                self.ask_controller(ControllerEvent::BusUp)?;
             }
             Fault::AgentStart(_) | Fault::Heal(_) | Fault::ControllerStart => {}
         }
@@ -335,7 +335,7 @@ impl World {
         }
     }
 
-    fn from_node(&mut self, node: usize, out: Vec<Out>) {
+    fn perform(&mut self, node: usize, out: Vec<Out>) {
         for out in out {
             let action = match out {
                 Out::Later { ms, event } => {
@@ -366,7 +366,7 @@ impl World {
         }
     }
 
-    fn to_controller(&mut self, event: ControllerEvent) -> Result<(), String> {
+    fn ask_controller(&mut self, event: ControllerEvent) -> Result<(), String> {
         let now = self.now();
         let Some(controller) = &mut self.controller else { return Ok(()) };
         let Step { writes, effects } = controller.step(now, event);
