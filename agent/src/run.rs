@@ -25,7 +25,7 @@ use crate::io::network::{self, Bridge};
 use crate::io::prepare::Preparer;
 use crate::io::probe::{Probe, ProbeConfig, criu};
 use crate::io::shims::Shims;
-use crate::io::{clock, depot, logs, notify};
+use crate::io::{clock, depot, footprint, logs, notify, outputs};
 use crate::shim;
 use crate::task::{Order, Report, Task};
 
@@ -37,6 +37,8 @@ const NAP_MAX: Duration = Duration::from_secs(5);
 const CATCH_UP: Duration = Duration::from_millis(10);
 const COLLECT_FIRST: Duration = Duration::from_secs(60);
 const COLLECT_EVERY: Duration = Duration::from_secs(600);
+/// Quiet for this long, an agent makes itself small.
+const TRIM_AFTER: Duration = Duration::from_secs(4);
 /// Messages from the broker that may wait.
 const BUS_QUEUE: usize = 256;
 
@@ -76,6 +78,13 @@ enum Input {
     Event(Event),
     Logs(NodeRequest),
     Criu(Option<String>),
+}
+
+impl Input {
+    /// More than the pulse of an idle node.
+    fn is_work(&self) -> bool {
+        !matches!(self, Input::Event(Event::Tick | Event::Lease(_)))
+    }
 }
 
 /// Runs an agent until `shutdown`. Pods go on without it.
@@ -130,6 +139,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let mut find_criu = tokio::spawn(find_criu(agency.config.criu.clone()));
     let mut collect_at = tokio::time::Instant::now() + COLLECT_FIRST;
     let mut searching = true;
+    let mut trim_at = Some(tokio::time::Instant::now() + TRIM_AFTER);
     agency.journal.append(&first.records)?;
     agency.perform(first.actions).await;
     notify::notify("READY=1");
@@ -160,8 +170,16 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
                 break;
             }
         }
+        if batch.iter().any(Input::is_work) {
+            trim_at = Some(tokio::time::Instant::now() + TRIM_AFTER);
+        }
         agency.handle(batch).await?;
         agency.followers.catch_up(&agency.bus);
+        // Once small, it stays small: a heartbeat touches more of the program than it needs.
+        if trim_at.is_none_or(|at| at <= tokio::time::Instant::now()) {
+            trim_at = None;
+            footprint::trim();
+        }
         if collect_at <= tokio::time::Instant::now() {
             collect_at = tokio::time::Instant::now() + COLLECT_EVERY;
             agency.collect();
@@ -399,9 +417,12 @@ impl Agency {
 
     fn store_outputs(&self, key: PodKey) {
         let (events, access) = (self.events.clone(), self.depot.clone());
-        let path = self.shims.pod_dir(&key).join(crate::task::file::OUTPUTS);
+        let dir = self.shims.pod_dir(&key);
         tokio::spawn(async move {
-            let result = depot::put_file(access.as_ref(), &path).await.map_err(|error| error.to_string());
+            let result = outputs::store(access.as_ref(), &dir).await;
+            if let Err(error) = &result {
+                tracing::warn!("outputs of pod {key} are not in the depot yet: {error}");
+            }
             let _ = events.send(Event::OutputsStored { key, result });
         });
     }

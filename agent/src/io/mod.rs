@@ -3,11 +3,13 @@
 pub mod bus;
 pub mod clock;
 pub mod depot;
+pub mod footprint;
 pub mod image;
 pub mod journal;
 pub mod logs;
 pub mod network;
 pub mod notify;
+pub mod outputs;
 pub mod prepare;
 pub mod probe;
 pub mod shims;

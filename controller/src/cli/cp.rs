@@ -66,12 +66,18 @@ fn unpack(content: impl std::io::Read, wanted: Option<&Path>, to: &Path) -> anyh
     let mut archive = tar::Archive::new(GzDecoder::new(content));
     archive.set_preserve_permissions(true);
     archive.set_preserve_mtime(true);
-    let mut count = 0;
+    let (mut count, mut whole) = (0, None);
     for entry in archive.entries()? {
         let mut entry = entry?;
         let path = plain(&entry.path()?);
-        if wanted.is_some_and(|wanted| !path.starts_with(wanted)) || path.as_os_str().is_empty() {
+        if path.as_os_str().is_empty() {
             continue;
+        }
+        if let Some(wanted) = wanted {
+            let Some(found) = tail(&path, wanted) else { continue };
+            if whole.get_or_insert_with(|| found.to_owned()) != found {
+                continue;
+            }
         }
         if entry.unpack_in(staging.path())? && !entry.header().entry_type().is_dir() {
             count += 1;
@@ -80,13 +86,19 @@ fn unpack(content: impl std::io::Read, wanted: Option<&Path>, to: &Path) -> anyh
     match wanted {
         None => merge(staging.path(), to)?,
         Some(wanted) => {
-            let from = staging.path().join(wanted);
+            let from = staging.path().join(whole.as_deref().unwrap_or(wanted));
             if let Some(name) = wanted.file_name().filter(|_| from.symlink_metadata().is_ok()) {
                 put(&from, &to.join(name))?;
             }
         }
     }
     Ok(count)
+}
+
+/// The part of `path` that `wanted` names, in full or by its last components: `model` names `srv/model/weights`.
+fn tail<'a>(path: &'a Path, wanted: &Path) -> Option<&'a Path> {
+    let ancestors: Vec<&Path> = path.ancestors().filter(|part| part.ends_with(wanted)).collect();
+    ancestors.last().copied()
 }
 
 /// The path without what makes it absolute or leads upwards.

@@ -229,3 +229,103 @@ fn bad_input_is_refused_with_every_error_at_once() {
     let answer = answer.wait_with_output().expect("it ends");
     assert!(text(&answer).contains("\"rejected\""), "{}", text(&answer));
 }
+
+#[test]
+fn outputs_and_the_working_directory_travel_through_the_depot() {
+    let mut cluster = Cluster::new();
+    cluster.agent("a1", &[]);
+    let here = cluster.dir.path().join("project");
+    std::fs::create_dir_all(here.join("data")).expect("a directory");
+    std::fs::write(here.join("data/in.txt"), "seed\n").expect("written");
+    let mut run = cluster.berth(&[
+        "run",
+        "--name",
+        "travel",
+        "--workspace",
+        "--output",
+        "out",
+        "--cpu",
+        "0.1",
+        "--memory",
+        "32Mi",
+    ]);
+    let script = "cat data/in.txt; mkdir out; echo made > out/file; ln -s /etc/shadow out/link";
+    let output = run.args(["--", "sh", "-c", script]).current_dir(&here).output().expect("berth starts");
+    assert!(output.status.success(), "{}", text(&output));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "seed\n");
+    assert!(!here.join("out").exists(), "the container wrote into its own copy");
+    let rows = until("the outputs are in the depot", 30, || {
+        cluster.json(&["get", "outputs", "travel"]).filter(|rows| rows[0]["digest"].is_string())
+    });
+    assert_eq!(rows[0]["pod"], "travel-0", "{rows:#}");
+    let to = cluster.dir.path().join("fetched");
+    let copied = cluster.run(&["cp", "travel:out", to.to_str().expect("plain")]);
+    assert!(copied.status.success(), "{}", text(&copied));
+    let made = Command::new("find").arg(&to).args(["-name", "file"]).output().expect("find runs");
+    let path = String::from_utf8_lossy(&made.stdout).trim().to_owned();
+    assert_eq!(std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("`{path}`: {error}")), "made\n");
+}
+
+#[test]
+fn an_image_comes_from_a_real_registry() {
+    let mut cluster = Cluster::new();
+    let layout = cluster.dir.path().join("image");
+    busybox_layout(&layout);
+    let port = crate::cluster::free_port();
+    let config = cluster.dir.path().join("registry.yml");
+    let store = cluster.dir.path().join("registry");
+    let yaml = format!(
+        "version: 0.1\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: 127.0.0.1:{port}}}\n",
+        store.display()
+    );
+    std::fs::write(&config, yaml).expect("written");
+    let mut registry = Command::new("docker-registry")
+        .arg("serve")
+        .arg(&config)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("docker-registry starts");
+    let image = format!("127.0.0.1:{port}/lab/box:1");
+    until("the image is pushed", 20, || {
+        let copy = Command::new("skopeo")
+            .args(["--insecure-policy", "copy", "--dest-tls-verify=false", "-q"])
+            .arg(format!("oci:{}:latest", layout.display()))
+            .arg(format!("docker://{image}"))
+            .stderr(Stdio::null())
+            .status();
+        copy.ok().filter(|status| status.success())
+    });
+    cluster.agent("a1", &[]);
+    let output = cluster.run(&[
+        "run",
+        "--image",
+        &image,
+        "--cpu",
+        "0.1",
+        "--memory",
+        "32Mi",
+        "--",
+        "sh",
+        "-c",
+        "echo pulled",
+    ]);
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "pulled\n", "{}", text(&output));
+    let _ = registry.kill();
+    let _ = registry.wait();
+    // What is here needs no registry.
+    let output = cluster.run(&[
+        "run",
+        "--image",
+        &image,
+        "--cpu",
+        "0.1",
+        "--memory",
+        "32Mi",
+        "--",
+        "sh",
+        "-c",
+        "echo kept",
+    ]);
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "kept\n", "{}", text(&output));
+}
