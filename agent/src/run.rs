@@ -190,6 +190,9 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     }
     notify::notify("STOPPING=1");
     tracing::info!("ending; pods go on under their supervisors");
+    if let Some(bridge) = agency.bridge.take() {
+        bridge.close();
+    }
     agency.bus.disconnect();
     // The farewell is on its way when the connection's task has run once more.
     tokio::time::sleep(Duration::from_millis(50)).await;

@@ -361,7 +361,8 @@ async fn what_was_tampered_with_is_refused() {
     let image = layout.image(ARCHITECTURE, &[(gzip(&good), good.clone()), (gzip(&damaged), damaged.clone())]);
     layout.tag("damaged", image);
     // The blob is what the manifest says, its content is not what the configuration says.
-    let image = layout.image(ARCHITECTURE, &[(gzip(&bad), good.clone())]);
+    let other = tar(&[("other", b"other")]);
+    let image = layout.image(ARCHITECTURE, &[(gzip(&bad), other)]);
     layout.tag("swapped", image);
     let image = layout.image(ARCHITECTURE, &[(b"BZh91AY".to_vec(), bad.clone())]);
     layout.tag("bzip2", image);

@@ -90,6 +90,12 @@ fn a_pod_on_the_bridge_reaches_the_world() {
     assert!(!sh("ip -o link").contains(": bv"));
     // The same address again, at once.
     assert!(pod_again(&mut pod).contains("hello"));
+    // The shim says that the pod has ended before its link is gone.
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while sh("ip -o link").contains(": bv") {
+        assert!(std::time::Instant::now() < end, "the pod's link stays");
+        std::thread::park_timeout(std::time::Duration::from_millis(20));
+    }
     bridge.close();
     assert!(!sh("ip -o link").contains(": berth"));
     assert!(!sh("nft list tables").contains("berth"));

@@ -27,21 +27,17 @@ fn pod(name: &str, epoch: u64, phase: &str, code: u8, records: u64) -> Value {
         "finishedAt": "2026-01-01T00:00:01.000Z", "logRecords": records})
 }
 
-fn node(name: &str, kernel: &str) -> Value {
+fn node(name: &str, hostname: &str, kernel: &str) -> Value {
     let amounts = json!({"cpuMilli": 1000, "memoryBytes": 1 << 30, "gpuMilli": 0});
     json!({"node": name, "state": "online", "capacity": amounts, "allocated": amounts, "labels": {}, "gpus": [],
-        "arch": "x86_64", "kernel": kernel, "os": "Debian", "agentVersion": "0", "pods": 0})
+        "hostname": hostname, "arch": "x86_64", "kernel": kernel, "os": "Debian", "agentVersion": "0", "pods": 0})
 }
 
-/// This machine, as an agent without a name of its own would be called.
+/// This machine.
 fn this_node() -> Value {
     let read =
         |name: &str| std::fs::read_to_string(format!("/proc/sys/kernel/{name}")).unwrap().trim().to_owned();
-    let name: String = read("hostname")
-        .chars()
-        .map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' })
-        .collect();
-    node(&name, &read("osrelease"))
+    node("here", &read("hostname"), &read("osrelease"))
 }
 
 fn sources(sources: Value, finished: bool, depot: Value) -> Value {
@@ -286,7 +282,7 @@ fn the_directory_goes_along_where_the_job_may_land_elsewhere() {
     let (broker, depot) = (Broker::start(), Depot::start());
     let submitted = Arc::new(Mutex::new(Vec::new()));
     let (specs, access) = (submitted.clone(), depot.access());
-    let nodes = vec![this_node(), node("far-away", "6.1.0")];
+    let nodes = vec![this_node(), node("far-away", "far-away", "6.1.0")];
     let _controller = runs(
         &broker,
         nodes,

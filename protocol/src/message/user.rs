@@ -189,6 +189,7 @@ pub struct NodeStatus {
     pub taints: Vec<String>,
     pub gpus: Vec<Gpu>,
     /// The machine's own name, which several nodes may share.
+    #[serde(default)]
     pub hostname: String,
     pub arch: String,
     pub kernel: String,
