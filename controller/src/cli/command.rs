@@ -334,6 +334,7 @@ impl std::str::FromStr for LogTarget {
 
 #[derive(Debug, Args)]
 pub struct Wait {
+    /// The job to wait for
     pub job: JobName,
     /// Give up after this long, with exit code 124
     #[arg(long, value_name = "DURATION", value_parser = duration)]
