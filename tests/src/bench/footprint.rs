@@ -17,7 +17,7 @@ const SLEEPERS: usize = 20;
 
 /// One world for all: agent and controller fresh, idle, and after 1,000 jobs.
 pub fn daemons() -> Result<Vec<Figure>> {
-    let world = World::with_agent("cpu=2,memory=2Gi")?;
+    let world = World::with_agent("cpu=4,memory=2Gi")?;
     let (agent, controller) = (world.agent_pid()?, world.controller.pid());
     std::thread::sleep(SETTLE);
     let mut figures = vec![
@@ -42,14 +42,14 @@ pub fn daemons() -> Result<Vec<Figure>> {
 /// The controller when another program is the broker.
 pub fn controller_alone() -> Result<Vec<Figure>> {
     let mut world = World::new(Broker::Mosquitto)?;
-    world.start_agent("cpu=2,memory=2Gi")?;
+    world.start_agent("cpu=4,memory=2Gi")?;
     std::thread::sleep(SETTLE);
     let value = pss(world.controller.pid())? / MIB;
     Ok(vec![Figure::asked("controller PSS, with mosquitto", value, "MiB", 8.0)])
 }
 
 pub fn shim() -> Result<Vec<Figure>> {
-    let world = World::with_agent("cpu=2,memory=2Gi")?;
+    let world = World::with_agent("cpu=4,memory=2Gi")?;
     let mut user = world.user()?;
     let mut file = host_job(&["/bin/sleep", "600"], "host");
     file["parallelism"] = SLEEPERS.into();

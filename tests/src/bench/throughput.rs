@@ -34,7 +34,7 @@ pub fn crowd() -> Result<Vec<Figure>> {
 pub fn array() -> Result<Vec<Figure>> {
     let took = repeated(|| {
         // As much room as two of the pods need.
-        let world = World::with_agent("cpu=20m,memory=64Mi")?;
+        let world = World::with_agent("cpu=200m,memory=64Mi")?;
         let mut user = world.user()?;
         let mut file = host_job(&["/bin/true"], "host");
         file["parallelism"] = 2.into();

@@ -72,7 +72,8 @@ impl World {
     /// Returns when the agent is online.
     pub fn start_agent(&mut self, capacity: &str) -> Result<()> {
         let mut command = Command::new(program("berth-agent")?);
-        command.args(["--dev", "--broker", &self.url(), "--node", "bench", "--capacity", capacity]);
+        // Named for its host, as usual: `berth run` sees by it that the working directory is here already.
+        command.args(["--dev", "--broker", &self.url(), "--capacity", capacity]);
         command.arg("--data-dir").arg(self.agent_dir());
         self.agent = Some(Daemon::start(&mut command, &self.dir.path().join("agent.log"))?);
         until("the agent is online", Duration::from_secs(30), || {
@@ -143,10 +144,10 @@ impl Drop for World {
     }
 }
 
-/// A job on the node's own file system.
+/// A job on the node's own file system, with the default share of a processor.
 pub fn host_job(command: &[&str], network: &str) -> Value {
     json!({
         "image": "host", "command": command, "network": network,
-        "resources": {"cpu": "10m", "memory": "16Mi"}
+        "resources": {"cpu": "0.1", "memory": "32Mi"}
     })
 }
