@@ -1,6 +1,6 @@
 //! The agent's loop: event → core → records on disk → actions. Everything else in `io` only feeds or serves it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use berth_protocol::job::PodTemplate;
 use berth_protocol::message::node::{DepotAccess, HeldPod, NodeRequest, Request, SpecMessage};
 use berth_protocol::topic::{NodeTopic, Topic};
 use berth_protocol::units::{Bytes, MilliCpu};
+use futures_util::FutureExt;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -221,7 +222,8 @@ impl Agency {
     async fn handle(&mut self, batch: Vec<Input>) -> Result<(), RunError> {
         let now: Now = clock::now();
         let (mut records, mut actions) = (Vec::new(), Vec::new());
-        for input in batch {
+        let mut inputs = VecDeque::from(batch);
+        while let Some(input) = inputs.pop_front() {
             let event = match input {
                 Input::Event(event) => event,
                 Input::Logs(request) => {
@@ -238,8 +240,20 @@ impl Agency {
             }
             let step = self.core.step(now, event);
             records.extend(step.records);
-            actions.extend(step.actions);
+            for action in step.actions {
+                match action {
+                    // The ledger names nothing of what this makes, so it need not wait for the disk; and what is ready
+                    // at once, as host images are, shares one sync with the orders.
+                    Action::Prepare { key, template } => {
+                        let ready = self.prepare(key, template);
+                        inputs.extend(ready.map(Input::Event));
+                    }
+                    action => actions.push(action),
+                }
+            }
         }
+        // The probes behind a heartbeat take a while, and nothing else need wait for them.
+        actions.sort_by_key(|action| matches!(action, Action::Heartbeat(_)));
         self.journal.append(&records)?;
         self.journal.compact(self.core.ledger())?;
         self.perform(actions).await;
@@ -311,17 +325,8 @@ impl Agency {
                 }
                 Action::Events(events) => drop(self.bus.publish(&self.topic(NodeTopic::Event), &events)),
                 Action::Prepare { key, template } => {
-                    let (preparer, events, depot) =
-                        (self.preparer.clone(), self.events.clone(), self.depot.clone());
-                    let task = tokio::spawn({
-                        let key = key.clone();
-                        async move {
-                            let result = preparer.prepare(&key, &template, depot.as_ref(), &events).await;
-                            let _ = events.send(Event::Prepared { key, result });
-                        }
-                    });
-                    self.preparing.retain(|_, task| !task.is_finished());
-                    self.preparing.insert(key, task);
+                    let ready = self.prepare(key, template);
+                    ready.into_iter().for_each(|event| drop(self.events.send(event)));
                 }
                 Action::CancelPrepare { key } => {
                     if let Some(task) = self.preparing.remove(&key) {
@@ -339,6 +344,24 @@ impl Agency {
                 Action::Warn(text) => tracing::warn!("{text}"),
             }
         }
+    }
+
+    /// Begins to prepare a pod, and returns the result where nothing has to be waited for.
+    fn prepare(&mut self, key: PodKey, template: Box<PodTemplate>) -> Option<Event> {
+        let (preparer, events, depot) = (self.preparer.clone(), self.events.clone(), self.depot.clone());
+        let name = key.clone();
+        let mut work = Box::pin(async move {
+            let result = preparer.prepare(&name, &template, depot.as_ref(), &events).await;
+            Event::Prepared { key: name, result }
+        });
+        if let Some(event) = work.as_mut().now_or_never() {
+            return Some(event);
+        }
+        let events = self.events.clone();
+        let task = tokio::spawn(async move { drop(events.send(work.await)) });
+        self.preparing.retain(|_, task| !task.is_finished());
+        self.preparing.insert(key, task);
+        None
     }
 
     fn topic(&self, kind: NodeTopic) -> Topic {

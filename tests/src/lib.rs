@@ -1,6 +1,7 @@
 //! The seeded simulator: the real cores of controller and agents in a made-up world of lossy messages, crashes and
 //! reboots, with an oracle that looks at every step. One seed is one history, for ever.
 
+pub mod bench;
 pub mod node;
 pub mod oracle;
 pub mod world;

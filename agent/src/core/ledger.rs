@@ -83,6 +83,17 @@ pub enum Record {
     },
 }
 
+impl Record {
+    /// Nothing is done on the word of these alone: lost in a crash, they are said or found out again. They need be on
+    /// disk only with the next record.
+    pub fn may_wait(&self) -> bool {
+        matches!(
+            self,
+            Record::Spec { .. } | Record::SpecDropped { .. } | Record::PodDropped { .. } | Record::Acked { .. }
+        )
+    }
+}
+
 /// A pod as the ledger knows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -1,7 +1,7 @@
 //! The ledger on disk: an append-only file of checksummed lines, folded into a snapshot when it has grown.
 //!
 //! A line is the CRC-32 of the JSON behind it, in eight hexadecimal digits, a space, the JSON of one `Record`.
-//! Records are durable when `append` returns. A torn last line is what a power cut leaves: it was never acted upon.
+//! Records are durable when `append` returns, but for those that may wait. A torn last line is what a power cut leaves: it was never acted upon.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -85,14 +85,18 @@ impl Journal {
         Ok((journal, ledger, damaged))
     }
 
-    /// Makes the records durable.
+    /// Makes the records durable, with all that waited. Those that may wait themselves are only written: a sync takes
+    /// milliseconds, in which the agent does nothing else.
     pub fn append(&mut self, records: &[Record]) -> Result<(), JournalError> {
         if records.is_empty() {
             return Ok(());
         }
         let mut out = Vec::new();
         records.iter().try_for_each(|record| line(record, &mut out)).map_err(JournalError::Write)?;
-        self.file.write_all(&out).and_then(|()| self.file.sync_data()).map_err(JournalError::Write)?;
+        self.file.write_all(&out).map_err(JournalError::Write)?;
+        if !records.iter().all(Record::may_wait) {
+            self.file.sync_data().map_err(JournalError::Write)?;
+        }
         self.bytes += out.len() as u64;
         Ok(())
     }

@@ -8,6 +8,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use berth_protocol::ids::{Epoch, PodId};
+use berth_protocol::units::MilliCpu;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -15,6 +16,9 @@ const MOUNT: &str = "/sys/fs/cgroup";
 /// Groups below a pod's are its containers'; anything deeper they made themselves.
 const DEPTH_MAX: usize = 16;
 const POLL_MS: u64 = 2;
+const CPU_PERIOD_US: u64 = 100_000;
+/// The least that the kernel takes.
+const CPU_QUOTA_US_MIN: u64 = 1_000;
 
 /// Why control groups do not serve.
 #[derive(Debug, thiserror::Error)]
@@ -161,6 +165,23 @@ impl Cgroup {
             })?;
         }
         Ok(())
+    }
+
+    /// Bounds the group's time on processors.
+    pub fn limit_cpu(&self, cores: MilliCpu) -> Result<(), CgroupError> {
+        let quota = (cores.0.saturating_mul(CPU_PERIOD_US) / 1000).max(CPU_QUOTA_US_MIN);
+        let files = match self.is_v2() {
+            true => vec![("cpu.max", format!("{quota} {CPU_PERIOD_US}"))],
+            false => vec![
+                ("cpu.cfs_period_us", CPU_PERIOD_US.to_string()),
+                ("cpu.cfs_quota_us", quota.to_string()),
+            ],
+        };
+        let dir = self.dir("cpu")?;
+        files.into_iter().try_for_each(|(name, value)| {
+            let path = dir.join(name);
+            fs::write(&path, value).map_err(|source| CgroupError::Io { action: "write", path, source })
+        })
     }
 
     /// Can v1 bound memory and swap together? v2 always can.

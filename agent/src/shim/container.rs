@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use berth_protocol::ids::ContainerName;
 use berth_protocol::log::Stream;
+use berth_protocol::units::MilliCpu;
 use libc::sock_filter;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::notify_socket::{NOTIFY_FILE, NotifySocket};
@@ -50,6 +51,7 @@ pub struct Container {
     /// Says how the program's beginning went; gone once that is known.
     fault: Option<File>,
     notify: PathBuf,
+    cpu_max: MilliCpu,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +71,8 @@ pub struct Plan<'a> {
     pub command: &'a str,
     pub env: &'a [String],
     pub filter: Vec<sock_filter>,
+    /// Of the program, once it runs.
+    pub cpu_max: MilliCpu,
 }
 
 impl Container {
@@ -106,6 +110,7 @@ impl Container {
             path,
             fault: Some(File::from(fault)),
             notify: plan.state.join(plan.name.as_str()).join(NOTIFY_FILE),
+            cpu_max: plan.cpu_max,
         };
         let pid = match built {
             Ok(container) => {
@@ -123,8 +128,10 @@ impl Container {
         Ok(made)
     }
 
-    /// Lets the program begin.
+    /// Lets the program begin, and its CPU limit with it: making the container is berth's work, and with a limit of a
+    /// tenth of a core it would use up the program's first 100 ms.
     pub fn start(&self) -> Result<(), ShimError> {
+        self.cgroup.limit_cpu(self.cpu_max)?;
         NotifySocket::new(&self.notify)
             .notify_container_start()
             .map_err(|e| ShimError::Create { container: self.name.clone(), message: chain(&e) })

@@ -114,6 +114,7 @@ fn create_container(
         command: &command,
         env: &env,
         filter,
+        cpu_max: spec.limits.cpu,
     })
 }
 

@@ -47,9 +47,6 @@ const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys",
 
 /// Processes and threads of one container.
 const PIDS_MAX: i64 = 32_768;
-const CPU_PERIOD_US: u64 = 100_000;
-/// The least that the kernel takes.
-const CPU_QUOTA_US_MIN: u64 = 1_000;
 const CPU_SHARES_MIN: u64 = 2;
 const CPU_SHARES_MAX: u64 = 262_144;
 /// Reclaim begins this far below the limit.
@@ -225,7 +222,6 @@ fn volumes(pod: &Pod, template: &PodTemplate) -> Vec<Value> {
 fn resources(pod: &Pod, container: &Container) -> Value {
     let ContainerSpec { resources, limits, .. } = container.spec;
     let shares = (resources.cpu.0 * 1024 / 1000).clamp(CPU_SHARES_MIN, CPU_SHARES_MAX);
-    let quota = (limits.cpu.0 * CPU_PERIOD_US / 1000).max(CPU_QUOTA_US_MIN);
     let high = limits.memory.0 / 100 * MEMORY_HIGH_PERCENT;
     let mut memory = json!({"limit": limits.memory.0});
     if pod.swap {
@@ -243,7 +239,8 @@ fn resources(pod: &Pod, container: &Container) -> Value {
         })
     }));
     let mut all = json!({
-        "cpu": {"shares": shares, "quota": quota, "period": CPU_PERIOD_US},
+        // The limit comes with the program's start (`Container::start`).
+        "cpu": {"shares": shares},
         "memory": memory,
         "pids": {"limit": PIDS_MAX},
         "devices": devices,

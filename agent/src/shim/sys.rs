@@ -83,14 +83,14 @@ pub fn poll(fds: &mut [libc::pollfd], timeout_ms: Option<i32>) -> io::Result<usi
     }
 }
 
-/// Writes a file so that after a crash it is there whole or not at all, and is there once this returns.
+/// Writes a file so that it is there once this returns. After a crash before that it may hold less than `bytes`, or
+/// nothing. One sync for name and content: ext4, XFS, btrfs and F2FS put a renamed file's new name on disk with it.
 pub fn write_durably(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
     let tmp = dir.join(format!("{name}.tmp"));
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(&tmp)?;
     file.write_all(bytes)?;
-    file.sync_data()?;
     fs::rename(&tmp, dir.join(name))?;
-    File::open(dir)?.sync_all()
+    file.sync_all()
 }
 
 pub fn c_string(text: impl AsRef<OsStr>) -> io::Result<CString> {

@@ -1,0 +1,11 @@
+//! The figures that berth promises, measured on the real programs: a private cluster on loopback in a temporary
+//! directory, seen as a user sees it. Compares with nothing but what is measured in the same run.
+
+pub mod figures;
+pub mod footprint;
+pub mod latency;
+pub mod process;
+pub mod slurm;
+pub mod throughput;
+pub mod user;
+pub mod world;

@@ -1,0 +1,153 @@
+//! A private cluster of the real programs on loopback, in a temporary directory, gone with its handle.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::process::{Daemon, free_port, shims, until};
+use super::user::User;
+
+/// Who carries the messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Broker {
+    Embedded,
+    Mosquitto,
+}
+
+pub struct World {
+    // Programs end before their directory goes, and agents before what they speak to.
+    pub agent: Option<Daemon>,
+    pub controller: Daemon,
+    _mosquitto: Option<Daemon>,
+    dir: tempfile::TempDir,
+    port: u16,
+}
+
+/// A program of this build.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let here = std::env::current_exe()?;
+    let path = here.parent().context("a program lies in a directory")?.join(name);
+    ensure!(path.exists(), "{} is not there: build the whole workspace first", path.display());
+    Ok(path)
+}
+
+impl World {
+    /// A controller without any agent.
+    pub fn new(broker: Broker) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("berth-bench").tempdir()?;
+        let (port, http) = (free_port()?, free_port()?);
+        let address = format!("127.0.0.1:{port}");
+        let log = |name: &str| dir.path().join(format!("{name}.log"));
+        let url = format!("mqtt://{address}");
+        let (mosquitto, url) = match broker {
+            Broker::Embedded => (None, "embedded".to_owned()),
+            Broker::Mosquitto => {
+                let config = dir.path().join("mosquitto.conf");
+                let text = format!("listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\n");
+                std::fs::write(&config, text)?;
+                let mut command = Command::new("mosquitto");
+                (Some(Daemon::start(command.arg("-c").arg(config), &log("mosquitto"))?), url)
+            }
+        };
+        let mut command = Command::new(program("berth-controller")?);
+        command.args(["--dev", "--broker", &url, "--listen-mqtt", &address, "--listen-http"]);
+        command.arg(format!("127.0.0.1:{http}")).arg("--data-dir").arg(dir.path().join("ctl"));
+        let controller = Daemon::start(&mut command, &log("controller"))?;
+        until("the broker listens", Duration::from_secs(20), || {
+            std::net::TcpStream::connect(&address).ok().map(drop)
+        })?;
+        Ok(Self { agent: None, controller, _mosquitto: mosquitto, dir, port })
+    }
+
+    /// A controller with its own broker, and an agent of this capacity.
+    pub fn with_agent(capacity: &str) -> Result<Self> {
+        let mut world = Self::new(Broker::Embedded)?;
+        world.start_agent(capacity)?;
+        Ok(world)
+    }
+
+    /// Returns when the agent is online.
+    pub fn start_agent(&mut self, capacity: &str) -> Result<()> {
+        let mut command = Command::new(program("berth-agent")?);
+        // Named for its host, as usual: `berth run` sees by it that the working directory is here already.
+        command.args(["--dev", "--broker", &self.url(), "--capacity", capacity]);
+        command.arg("--data-dir").arg(self.agent_dir());
+        self.agent = Some(Daemon::start(&mut command, &self.dir.path().join("agent.log"))?);
+        until("the agent is online", Duration::from_secs(30), || {
+            let output = self.berth().ok()?.args(["get", "nodes", "-o", "json"]).output().ok()?;
+            let nodes: Value = serde_json::from_slice(&output.stdout).ok()?;
+            nodes.as_array()?.iter().any(|node| node["state"] == "online").then_some(())
+        })
+    }
+
+    pub fn agent_pid(&self) -> Result<u32> {
+        Ok(self.agent.as_ref().context("the world has no agent")?.pid())
+    }
+
+    fn url(&self) -> String {
+        format!("mqtt://127.0.0.1:{}", self.port)
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn agent_dir(&self) -> PathBuf {
+        self.dir.path().join("agent")
+    }
+
+    pub fn user(&self) -> Result<User> {
+        User::connect(self.port, "bench-user")
+    }
+
+    /// The client, speaking to this cluster.
+    pub fn berth(&self) -> Result<Command> {
+        let mut command = Command::new(program("berth")?);
+        command.env("BERTH_BROKER", self.url());
+        Ok(command)
+    }
+
+    /// What `berth logs` prints of a job.
+    pub fn logs(&self, job: &str) -> Result<String> {
+        let output = self.berth()?.args(["logs", job]).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "berth logs {job} ended with {}: {said}", output.status);
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// What the programs said, for whoever looks for the reason of a failure.
+    pub fn said(&self) -> String {
+        let log = |name: &str| {
+            let text = std::fs::read_to_string(self.dir.path().join(format!("{name}.log"))).unwrap_or_default();
+            let lines: Vec<&str> = text.lines().collect();
+            format!("--- {name}\n{}\n", lines[lines.len().saturating_sub(20)..].join("\n"))
+        };
+        ["controller", "agent"].map(log).concat()
+    }
+}
+
+impl Drop for World {
+    /// Pods outlive their agent, so they are ended here.
+    fn drop(&mut self) {
+        drop(self.agent.take());
+        for pid in shims(self.dir.path()) {
+            // SAFETY: a signal to a process that was ours a moment ago.
+            unsafe { libc::kill(pid as i32, libc::SIGTERM) };
+        }
+        let gone = || shims(self.dir.path()).is_empty().then_some(());
+        if let Err(error) = until("pods end", Duration::from_secs(60), gone) {
+            eprintln!("{error}");
+        }
+    }
+}
+
+/// A job on the node's own file system, with the default share of a processor.
+pub fn host_job(command: &[&str], network: &str) -> Value {
+    json!({
+        "image": "host", "command": command, "network": network,
+        "resources": {"cpu": "0.1", "memory": "32Mi"}
+    })
+}

@@ -1,0 +1,72 @@
+//! `make bench`: measures the figures that berth promises, on the programs beside this one (a release build), and
+//! writes them to `target/bench.jsonl`. Words on the command line choose: `bench array shim`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use berth_tests::bench::figures::{Figure, table, write_lines};
+use berth_tests::bench::{footprint, latency, slurm, throughput};
+
+type Measure = fn() -> Result<Vec<Figure>>;
+
+/// The quiet ones first: what comes later leaves dirty pages to be written.
+const MEASURES: [(&str, Measure); 9] = [
+    ("binary", footprint::binary),
+    ("daemons", footprint::daemons),
+    ("controller", footprint::controller_alone),
+    ("shim", footprint::shim),
+    ("host", || latency::submit_to_output("host")),
+    ("bridge", || latency::submit_to_output("bridge")),
+    ("run", latency::run_command),
+    ("array", throughput::array),
+    ("crowd", throughput::crowd),
+];
+
+fn main() -> ExitCode {
+    let chosen: Vec<String> = std::env::args().skip(1).collect();
+    let all: Vec<&str> = MEASURES.iter().map(|(name, _)| *name).chain(["slurm"]).collect();
+    if let Some(unknown) = chosen.iter().find(|name| !all.contains(&name.as_str())) {
+        eprintln!("bench: `{unknown}` is not one of: {}", all.join(", "));
+        return ExitCode::from(2);
+    }
+    let wanted = |name: &str| chosen.is_empty() || chosen.iter().any(|word| word == name);
+    let (mut figures, mut failed) = (Vec::new(), 0);
+    let mut take = |name: &str, measure: Measure| {
+        eprintln!("bench: {name} (load {})", load());
+        match measure() {
+            Ok(more) => figures.extend(more),
+            Err(error) => {
+                eprintln!("bench: {name} could not be measured: {error:#}");
+                failed += 1;
+            }
+        }
+    };
+    for (name, measure) in MEASURES.into_iter().filter(|(name, _)| wanted(name)) {
+        take(name, measure);
+    }
+    if wanted("slurm") {
+        match slurm::missing() {
+            None => take("slurm", slurm::measure),
+            Some(why) => eprintln!("SKIPPED: the comparison with Slurm: {why}"),
+        }
+    }
+    print!("{}", table(&figures));
+    let path = output();
+    if let Err(error) = write_lines(&path, &figures) {
+        eprintln!("bench: cannot write {}: {error}", path.display());
+        return ExitCode::FAILURE;
+    }
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// `bench.jsonl` in the target directory that this program lies in.
+fn output() -> PathBuf {
+    let here = std::env::current_exe().unwrap_or_default();
+    here.ancestors().nth(2).unwrap_or(&here).join("bench.jsonl")
+}
+
+fn load() -> String {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().unwrap_or_default().to_owned()
+}
