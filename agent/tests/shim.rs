@@ -409,6 +409,16 @@ fn what_was_written_stays_for_outputs() {
 }
 
 #[test]
+fn limits_reach_the_kernel() {
+    let v2 = std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
+    let (files, expect) = match v2 {
+        true => ("memory.max memory.swap.max memory.high cpu.max", "67108864\n0\n63750144\n200000 100000\n"),
+        false => ("memory/memory.limit_in_bytes cpu/cpu.cfs_quota_us", "67108864\n200000\n"),
+    };
+    assert_eq!(Pod::new(&format!("cd /sys/fs/cgroup; cat {files}")).succeed(), expect);
+}
+
+#[test]
 fn processes_are_bounded_and_roots_can_be_read_only() {
     let mut pod = Pod::new(
         "touch /x || echo no root; touch /run/berth/saved; \

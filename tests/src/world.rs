@@ -46,6 +46,8 @@ enum Fault {
     AgentCrash(usize),
     AgentStart(usize),
     PowerCut(usize),
+    /// A power cut without return.
+    Burn(usize),
     Partition(usize),
     Heal(usize),
     ControllerCrash,
@@ -71,6 +73,7 @@ pub struct World {
     sessions: Vec<u64>,
     jobs: Vec<Job>,
     oracle: Oracle,
+    burnt: Option<usize>,
     calm: bool,
     cluster: ClusterName,
     /// What happened, for a person; empty unless asked for.
@@ -106,6 +109,7 @@ impl World {
             nodes,
             jobs: Vec::new(),
             oracle: Oracle::default(),
+            burnt: None,
             calm: false,
             cluster: ClusterName::parse("sim").expect("a name"),
             trace: trace.then(Vec::new),
@@ -118,11 +122,13 @@ impl World {
 
     /// Draws the jobs and the faults.
     fn plan(&mut self) {
+        // One machine may never return; `continue` pods on it would wait for an operator.
+        let dead = self.rng.u8(0..3) == 0;
         for n in 0..self.rng.usize(1..8) {
             let (work, code) = (self.rng.u64(50..90_000), if self.rng.u8(0..4) == 0 { 3 } else { 0 });
-            let action = self.rng.choice(["pause", "continue", "stop"]).unwrap_or("pause");
+            let actions: &[&str] = if dead { &["pause", "stop"] } else { &["pause", "continue", "stop"] };
+            let action = self.rng.choice(actions).copied().unwrap_or("pause");
             let completions = self.rng.u32(1..4);
-            // `continue` pods of a machine that never returns wait for an operator; machines here return.
             let file = format!(
                 "image: host\ncommand: [work, \"{work}\", \"{code}\"]\nresources: {{cpu: 500m, memory: 64Mi}}\n\
                  completions: {completions}\nparallelism: {completions}\nonDisconnect: {{do: {action}}}\n\
@@ -136,6 +142,11 @@ impl World {
         self.at(0, Due::Fault(Fault::ControllerStart));
         for node in 0..self.nodes.len() {
             self.at(1, Due::Fault(Fault::AgentStart(node)));
+        }
+        if dead {
+            // The first one stays, so that there is room for everything in the end.
+            let (at, node) = (self.rng.u64(1_000..FAULTS_MS), self.rng.usize(1..self.nodes.len()));
+            self.at(at, Due::Fault(Fault::Burn(node)));
         }
         for _ in 0..self.rng.usize(0..10) {
             let (at, node) = (self.rng.u64(1_000..FAULTS_MS), self.rng.usize(0..self.nodes.len()));
@@ -256,7 +267,11 @@ impl World {
         match fault {
             Fault::AgentCrash(n) => self.nodes[n].crash(),
             Fault::PowerCut(n) => self.nodes[n].power_cut(),
-            Fault::AgentStart(n) if self.nodes[n].agent.is_none() => {
+            Fault::Burn(n) => {
+                self.nodes[n].power_cut();
+                self.burnt = Some(n);
+            }
+            Fault::AgentStart(n) if self.nodes[n].agent.is_none() && self.burnt != Some(n) => {
                 self.sessions[n] += 1;
                 let now = self.agent_now();
                 let out = self.nodes[n].start(now);

@@ -164,6 +164,9 @@ impl Cgroup {
                 source,
             })?;
         }
+        if self.is_v2() {
+            self.hand_memory_down();
+        }
         Ok(())
     }
 
@@ -184,9 +187,20 @@ impl Cgroup {
         })
     }
 
-    /// Can v1 bound memory and swap together? v2 always can.
+    /// On v2 a group has a controller's files once all above it hand the controller down. libcontainer sees to that,
+    /// and to what cannot be had, but only after the group was asked what it has.
+    fn hand_memory_down(&self) {
+        let mut dir = PathBuf::from(MOUNT);
+        for part in &self.path {
+            let _ = fs::write(dir.join("cgroup.subtree_control"), "+memory");
+            dir.push(part);
+        }
+    }
+
+    /// Can swap be bounded, of the group once it was made? Not by a kernel that does not account for it.
     pub fn accounts_swap(&self) -> bool {
-        self.dir("memory").is_ok_and(|dir| dir.join("memory.memsw.limit_in_bytes").exists())
+        let file = if self.is_v2() { "memory.swap.max" } else { "memory.memsw.limit_in_bytes" };
+        self.dir("memory").is_ok_and(|dir| dir.join(file).exists())
     }
 
     /// Every process of the group and of those below it.

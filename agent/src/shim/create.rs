@@ -43,7 +43,7 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
         namespaces: PathBuf::from(init.namespace("")),
         network,
         v2: cgroup.is_v2(),
-        swap: cgroup.is_v2() || cgroup.accounts_swap(),
+        swap: cgroup.accounts_swap(),
         nofile_hard: nofile_hard(),
     };
     let mut containers = Vec::new();

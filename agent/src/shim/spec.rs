@@ -65,7 +65,7 @@ pub struct Pod<'a> {
     /// The network namespace's file; `None`: the node's.
     pub network: Option<PathBuf>,
     pub v2: bool,
-    /// Is there swap accounting (v1 may lack it)?
+    /// Is there swap accounting? A kernel may lack it.
     pub swap: bool,
     /// Of RLIMIT_NOFILE.
     pub nofile_hard: u64,
@@ -224,12 +224,12 @@ fn resources(pod: &Pod, container: &Container) -> Value {
     let shares = (resources.cpu.0 * 1024 / 1000).clamp(CPU_SHARES_MIN, CPU_SHARES_MAX);
     let high = limits.memory.0 / 100 * MEMORY_HIGH_PERCENT;
     let mut memory = json!({"limit": limits.memory.0});
-    if pod.swap {
-        // The sum of both: none beyond memory.
-        memory["swap"] = json!(limits.memory.0);
-    }
     if !pod.v2 {
         memory["reservation"] = json!(resources.memory.0.min(high));
+        if pod.swap {
+            // The sum of both: none beyond memory.
+            memory["swap"] = json!(limits.memory.0);
+        }
     }
     let mut devices = vec![json!({"allow": false, "access": "rwm"})];
     devices.extend(container.devices.iter().map(|device| {
@@ -246,7 +246,12 @@ fn resources(pod: &Pod, container: &Container) -> Value {
         "devices": devices,
     });
     if pod.v2 {
-        all["unified"] = json!({"memory.high": high.to_string()});
+        // libcontainer takes v2's limit of 0 on swap for none given.
+        let mut unified = json!({"memory.high": high.to_string()});
+        if pod.swap {
+            unified["memory.swap.max"] = json!("0");
+        }
+        all["unified"] = unified;
     }
     all
 }

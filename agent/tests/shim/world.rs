@@ -15,13 +15,22 @@ use berth_protocol::job::*;
 use berth_protocol::resources::{Limits, Resources};
 use berth_protocol::units::{Bytes, MilliCpu, Millis};
 
-pub const SOON: Duration = Duration::from_secs(20);
+/// How much slower than usual the machine is, by `BERTH_TEST_SLOWNESS`: an emulated one stretches every deadline.
+fn slowness() -> u32 {
+    let given = std::env::var("BERTH_TEST_SLOWNESS").ok();
+    given.map_or(1, |text| text.parse().expect("BERTH_TEST_SLOWNESS is a whole number"))
+}
+
+/// In which anything must have happened.
+pub fn soon() -> Duration {
+    Duration::from_secs(20) * slowness()
+}
 
 /// Until `condition` holds, or the test fails.
 pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !condition() {
-        assert!(begun.elapsed() < SOON, "waited in vain for {what}");
+        assert!(begun.elapsed() < soon(), "waited in vain for {what}");
         std::thread::sleep(Duration::from_millis(2));
     }
 }
@@ -126,7 +135,7 @@ impl Pod {
             stream.is_some()
         });
         let stream = stream.unwrap();
-        stream.set_read_timeout(Some(SOON)).unwrap();
+        stream.set_read_timeout(Some(soon())).unwrap();
         Agent { reader: BufReader::new(stream) }
     }
 
@@ -268,7 +277,8 @@ impl Agent {
     }
 }
 
-/// `ms` from now.
+/// `ms` from now, longer on a slow machine: a pod must have begun within the shortest of them.
 pub fn lease(ms: u64) -> Lease {
+    let ms = ms * u64::from(slowness());
     Lease { deadline: Some(sys::boot_now().plus(Millis(ms))) }
 }

@@ -433,6 +433,8 @@ pub(super) struct Session {
     pub nonce: SessionNonce,
     /// Of the last heartbeat taken.
     pub seq: u64,
+    /// When that heartbeat came: every grant that answers it has run out on the agent's side before a lease from here.
+    pub beat_at: BootMs,
     /// What that heartbeat held.
     pub held: Option<Digest>,
     /// The last grant that the agent said it received, and when it said so first.

@@ -111,6 +111,7 @@ impl Controller {
         node.session = Some(Session {
             nonce: hello.nonce,
             seq: 0,
+            beat_at: now.boot,
             held: None,
             confirmed: (None, now.boot),
             offset: None,
@@ -171,6 +172,7 @@ impl Controller {
             return;
         }
         session.seq = beat.seq;
+        session.beat_at = now.boot;
         session.held = Some(beat.held);
         session.withheld = why_withheld(session, &beat, now);
         if session.depot.is_some_and(|(_, seq)| beat.last_grant.is_none_or(|granted| granted < seq)) {

@@ -138,7 +138,7 @@ impl Controller {
             }
         };
         if session.withheld.is_none() {
-            node.granted = now.boot;
+            node.granted = node.granted.max(session.beat_at);
         }
         let fresh = |(expires, _)| now.wall.plus(Millis(TOKEN_LIFE.0 / 2)) < expires;
         let depot = (!session.depot.is_some_and(fresh)).then(|| {
