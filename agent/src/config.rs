@@ -64,6 +64,15 @@ struct Settings {
     )]
     #[serde(rename = "allow-host-path")]
     host_paths: Option<Vec<PathBuf>>,
+    /// A capability that jobs may have beyond the default set, as `NET_ADMIN`; may be repeated
+    #[arg(
+        long = "allow-capability",
+        env = "BERTH_ALLOW_CAPABILITY",
+        value_name = "NAME",
+        value_delimiter = ','
+    )]
+    #[serde(rename = "allow-capability")]
+    capabilities: Option<Vec<String>>,
     /// The CRIU to use [default: the first that works of criu/criu beside this program, /usr/lib/berth/criu/criu, PATH]
     #[arg(long, env = "BERTH_CRIU", value_name = "PATH")]
     criu: Option<PathBuf>,
@@ -98,7 +107,15 @@ struct Settings {
     #[arg(long, env = "BERTH_LOG_MAX", value_name = "SIZE")]
     log_max: Option<String>,
     /// For one person's machine and for tests: loopback only, no identity, host images allowed
-    #[arg(long, env = "BERTH_DEV", value_name = "CIDR", num_args = 0..=1, default_missing_value = "127.0.0.0/8", require_equals = true)]
+    #[arg(
+        long,
+        env = "BERTH_DEV",
+        value_name = "CIDR",
+        num_args = 0..=1,
+        default_missing_value = "true",
+        require_equals = true
+    )]
+    #[serde(deserialize_with = "switch_or_text")]
     dev: Option<String>,
 }
 
@@ -112,6 +129,7 @@ pub struct Config {
     pub taints: BTreeSet<String>,
     pub host_image: bool,
     pub host_paths: Vec<PathBuf>,
+    pub capabilities: BTreeSet<String>,
     pub criu: Option<PathBuf>,
     pub capacity: Amounts,
     pub reserved: Amounts,
@@ -119,6 +137,20 @@ pub struct Config {
     pub insecure: Vec<String>,
     pub registry_auth: Option<PathBuf>,
     pub log_bytes_max: Bytes,
+}
+
+/// `true`, `false` or a text, in a file.
+fn switch_or_text<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Either {
+        Switch(bool),
+        Text(String),
+    }
+    Ok(Some(match Either::deserialize(from)? {
+        Either::Switch(on) => on.to_string(),
+        Either::Text(text) => text,
+    }))
 }
 
 /// CPU and memory, each where it was named.
@@ -202,12 +234,16 @@ impl Config {
             };
         }
         let broker = pick!(broker).unwrap_or_else(|| "mqtt://127.0.0.1:1883".into());
-        let dev = pick!(dev);
+        let dev = match pick!(dev).as_deref() {
+            None | Some("false") => None,
+            Some("true") => Some("127.0.0.0/8".to_owned()),
+            Some(cidr) => Some(cidr.to_owned()),
+        };
         match &dev {
             Some(cidr) => check_dev(cidr, &broker)?,
             None => bail!(
                 "this version knows no identities yet, so it runs in one mode only: pass --dev \
-                 (or dev = \"127.0.0.0/8\" in the configuration), which trusts whoever reaches the broker"
+                 (or dev = true in the configuration), which trusts whoever reaches the broker"
             ),
         }
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
@@ -231,6 +267,7 @@ impl Config {
             taints,
             host_image: pick!(allow_host_image).unwrap_or(dev.is_some()),
             host_paths: pick!(host_paths).unwrap_or_default(),
+            capabilities: pick!(capabilities).unwrap_or_default().into_iter().collect(),
             criu: pick!(criu),
             capacity: Amounts::parse(&pick!(capacity).unwrap_or_default()).context("--capacity")?,
             reserved: Amounts::parse(&pick!(reserved).unwrap_or_default()).context("--reserved")?,
@@ -273,7 +310,7 @@ mod tests {
         let path = dir.path().join("agent.toml");
         std::fs::write(
             &path,
-            "node = \"one\"\nlabel = [\"a=b\"]\ncapacity = \"cpu=2,memory=4Gi\"\ndev = \"127.0.0.0/8\"\n",
+            "node = \"one\"\nlabel = [\"a=b\"]\ncapacity = \"cpu=2,memory=4Gi\"\ndev = true\n",
         )
         .unwrap();
         let path = path.to_str().unwrap();

@@ -381,8 +381,11 @@ impl Agency {
         found.into_iter().map(held).collect()
     }
 
+    /// Named for the data directory too: two clusters may have a node of one name on one machine.
     fn cgroup_parent(&self) -> PathBuf {
-        Path::new("berth").join(self.config.node.as_str())
+        let dir = self.config.data_dir.as_os_str().as_encoded_bytes();
+        let owner = &berth_protocol::ids::Digest::of(dir).hex()[..8];
+        Path::new("berth").join(format!("{}.{owner}", self.config.node))
     }
 
     fn launch(&mut self, launch: Launch) {

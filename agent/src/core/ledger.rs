@@ -89,7 +89,10 @@ impl Record {
     pub fn may_wait(&self) -> bool {
         matches!(
             self,
-            Record::Spec { .. } | Record::SpecDropped { .. } | Record::PodDropped { .. } | Record::Acked { .. }
+            Record::Spec { .. }
+                | Record::SpecDropped { .. }
+                | Record::PodDropped { .. }
+                | Record::Acked { .. }
         )
     }
 }

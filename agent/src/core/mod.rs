@@ -13,7 +13,7 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use berth_protocol::ids::{BootId, Digest, Generation, HardwareId, LedgerId, Run, SessionNonce};
+use berth_protocol::ids::{BootId, Digest, Generation, HardwareId, LedgerId, Run, SessionNonce, StoreId};
 use berth_protocol::job::PodTemplate;
 use berth_protocol::limits;
 use berth_protocol::message::node::{
@@ -185,6 +185,8 @@ pub struct Agent {
     /// The last event sent in this session of the bus, and when to begin again with the first.
     sent_event: u64,
     resend_at: Option<BootMs>,
+    /// The operator was told of a controller that this node does not belong to.
+    said_foreign: bool,
     out: Step,
 }
 
@@ -204,6 +206,7 @@ impl Agent {
             last_heartbeat: now.boot,
             sent_event: 0,
             resend_at: None,
+            said_foreign: false,
             out: Step::default(),
             ledger,
         };
@@ -379,8 +382,7 @@ impl Agent {
     }
 
     fn lease(&mut self, now: Now, lease: Lease) {
-        let foreign = self.ledger.store.as_ref().is_some_and(|store| *store != lease.store);
-        if foreign || lease.nonce != self.nonce {
+        if lease.nonce != self.nonce || self.is_foreign(&lease.store) {
             return;
         }
         if lease.hello {
@@ -415,6 +417,18 @@ impl Agent {
         }
     }
 
+    /// Another store than the one this node belongs to; said once.
+    fn is_foreign(&mut self, store: &StoreId) -> bool {
+        let Some(own) = self.ledger.store.clone().filter(|own| own != store) else { return false };
+        if !std::mem::replace(&mut self.said_foreign, true) {
+            self.warn(format!(
+                "refused orders of store {store}: this node belongs to store {own}; if the controller was set up \
+                 anew, stop the agent and remove its data directory"
+            ));
+        }
+        true
+    }
+
     fn spec(&mut self, now: Now, digest: Digest, template: Box<PodTemplate>) {
         if self.ledger.specs.contains_key(&digest) || self.ledger.specs.len() >= 2 * limits::PODS_PER_NODE_MAX
         {
@@ -442,12 +456,8 @@ impl Agent {
             Judgement::Known => return self.heartbeat(now),
             Judgement::Stale => return,
             Judgement::OtherStore => {
-                return self.warn(format!(
-                    "refused orders of store {}: this node belongs to store {}; if the controller was set up \
-                     anew, stop the agent and remove its data directory",
-                    desired.store,
-                    self.ledger.store.as_ref().map_or("none", |store| store.as_str())
-                ));
+                self.is_foreign(&desired.store);
+                return;
             }
         }
         if desired.pods.len() > limits::PODS_PER_NODE_MAX {

@@ -64,6 +64,10 @@ fn pack(dir: &Path) -> io::Result<()> {
     let (Some(container), Some(root)) = (task.template.containers.first(), task.roots.first()) else {
         return Ok(());
     };
+    if !Home::new(&dir, &container.name).upper().is_dir() {
+        // It never began.
+        return Ok(());
+    }
     // Mounts of this process alone: they are gone with it, whatever happens.
     unshare(CloneFlags::CLONE_NEWNS)?;
     let none: Option<&str> = None;

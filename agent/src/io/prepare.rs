@@ -31,6 +31,7 @@ pub struct Preparer {
     images: ImageStore,
     data_dir: PathBuf,
     host_image: bool,
+    capabilities: BTreeSet<String>,
     /// Canonical directories below which jobs may mount.
     host_paths: Vec<PathBuf>,
 }
@@ -62,6 +63,7 @@ impl Preparer {
             images: ImageStore::open(&config.data_dir.join("images"), store)?,
             data_dir: config.data_dir.clone(),
             host_image: config.host_image,
+            capabilities: config.capabilities.clone(),
             host_paths: config.host_paths.iter().filter_map(canonical).collect(),
         })
     }
@@ -74,6 +76,7 @@ impl Preparer {
         depot: Option<&DepotAccess>,
         events: &UnboundedSender<Event>,
     ) -> Result<Prepared, Unready> {
+        self.permit(template)?;
         let volumes =
             template.volumes.iter().map(|volume| self.volume(template, volume)).collect::<Result<_, _>>()?;
         let mut roots = Vec::with_capacity(template.containers.len());
@@ -85,6 +88,25 @@ impl Preparer {
             None => None,
         };
         Ok(Prepared { roots, volumes, workspace })
+    }
+
+    /// What the node's own configuration has to grant, and what this version cannot give.
+    fn permit(&self, template: &PodTemplate) -> Result<(), Unready> {
+        for container in &template.containers {
+            if let Some(name) = container.capabilities.iter().find(|name| !self.capabilities.contains(*name))
+            {
+                let message = format!(
+                    "this node grants no capability {name}; its agent would with --allow-capability {name}"
+                );
+                return Err(unready("CapabilityForbidden", message, false));
+            }
+            if let Some(secret) = container.secrets.first() {
+                let message =
+                    format!("secret {} cannot be mounted: this version delivers no secrets", secret.name);
+                return Err(unready("SecretsUnsupported", message, false));
+            }
+        }
+        Ok(())
     }
 
     async fn root(

@@ -60,6 +60,11 @@ impl Controller {
             self.refuse(why);
             return;
         }
+        // It would obey none of our orders (its agent says so, and how to enrol it anew).
+        if hello.store.as_ref().is_some_and(|store| *store != self.config.store) {
+            self.refuse("other-store");
+            return;
+        }
         let record = NodeRecord {
             hardware: hello.hardware.clone(),
             boot: hello.boot.clone(),

@@ -121,7 +121,8 @@ impl World {
     /// What the programs said, for whoever looks for the reason of a failure.
     pub fn said(&self) -> String {
         let log = |name: &str| {
-            let text = std::fs::read_to_string(self.dir.path().join(format!("{name}.log"))).unwrap_or_default();
+            let text =
+                std::fs::read_to_string(self.dir.path().join(format!("{name}.log"))).unwrap_or_default();
             let lines: Vec<&str> = text.lines().collect();
             format!("--- {name}\n{}\n", lines[lines.len().saturating_sub(20)..].join("\n"))
         };

@@ -329,3 +329,21 @@ fn an_image_comes_from_a_real_registry() {
     ]);
     assert_eq!(String::from_utf8_lossy(&output.stdout), "kept\n", "{}", text(&output));
 }
+
+#[test]
+fn what_the_node_does_not_grant_is_refused_with_the_way_out() {
+    let mut cluster = Cluster::new();
+    cluster.agent("a1", &[]);
+    let file = "image: host\ncommand: [\"true\"]\nresources: {cpu: 100m, memory: 32Mi}\n";
+    for (name, more, reason, way_out) in [
+        ("caps", "capabilities: [SYS_ADMIN]\n", "CapabilityForbidden", "--allow-capability SYS_ADMIN"),
+        ("vol", "volumes: [{mount: /data, host: /etc}]\n", "VolumeForbidden", "--allow-host-path"),
+        ("sec", "secrets: [{name: s, mount: /s}]\n", "SecretsUnsupported", "no secrets"),
+    ] {
+        cluster.submit(name, &format!("{file}{more}"));
+        let job = cluster.until_phase(name, "Failed", 30);
+        let pod = &job["pods"][0];
+        assert_eq!(pod["reason"], reason, "{job:#}");
+        assert!(pod["message"].as_str().is_some_and(|message| message.contains(way_out)), "{job:#}");
+    }
+}
