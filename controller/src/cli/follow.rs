@@ -12,7 +12,7 @@ use berth_protocol::ids::{Epoch, Generation, JobName, Namespace, PodName, Reques
 use berth_protocol::limits::{FOLLOW_MS, LOG_RECORD_BYTES_MAX};
 use berth_protocol::log::{LogMessage, RecordError, read_record};
 use berth_protocol::message::query::{LogSource, LogSources, Query};
-use berth_protocol::message::user::{Answer, Command, JobCommand, JobStatus, Verdict};
+use berth_protocol::message::user::{Answer, Command, JobCommand, Verdict};
 use berth_protocol::topic::{JobTopic, Topic};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep_until};
@@ -131,7 +131,17 @@ impl<'a> Follow<'a> {
     }
 
     pub fn question(namespace: &Namespace, job: &JobName, until: Until) -> Query {
-        Query::Logs { namespace: namespace.clone(), job: job.clone(), follow: until == Until::Ended }
+        let follow = until == Until::Ended;
+        Query::Logs { namespace: namespace.clone(), job: job.clone(), follow, from: Vec::new() }
+    }
+
+    /// The same again, without what was read already.
+    fn question_anew(&self) -> Query {
+        let mut question = Self::question(&self.target.namespace, &self.target.job, self.until);
+        if let Query::Logs { from, .. } = &mut question {
+            *from = self.order.positions();
+        }
+        question
     }
 
     /// Returns the last status that was seen, if any was.
@@ -215,8 +225,7 @@ impl<'a> Follow<'a> {
         }
         let lapsed = self.asked.as_ref().is_some_and(|(_, at)| now >= *at + RESEND_MIN);
         if lapsed || self.asked.is_none() && now >= self.ask_at {
-            let id =
-                self.session.ask(&Self::question(&self.target.namespace, &self.target.job, self.until))?;
+            let id = self.session.ask(&self.question_anew())?;
             self.asked = Some((id, now));
         }
         if self.moved_at.elapsed() >= STUCK && self.listed.is_some() {
@@ -484,16 +493,5 @@ async fn interrupted(interrupts: &mut Option<Interrupts>) {
             _ = term.recv() => {}
         },
         None => std::future::pending().await,
-    }
-}
-
-/// Whether the status of a failed job wants words: where the program's own exit code does not say it all.
-pub fn verdict(status: &JobStatus) -> Option<String> {
-    let failed =
-        status.pods.iter().find(|pod| pod.exit_code.is_none_or(|code| code != 0) && pod.phase.is_final());
-    match failed {
-        Some(pod) if pod.exit_code.is_some() && pod.message.is_none() => None,
-        Some(pod) => super::render::reason_and_message(pod.reason.as_deref(), pod.message.as_deref()),
-        None => wait::why(status),
     }
 }

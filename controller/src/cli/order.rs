@@ -7,10 +7,14 @@ use std::collections::BTreeMap;
 
 use berth_protocol::ids::{ContainerName, Epoch, PodName};
 use berth_protocol::log::Stream;
+use berth_protocol::message::query::LogPosition;
 use berth_protocol::units::Timestamp;
 
 /// Records that wait for one before them; more are refused, to be asked for again.
 const WAITING_BYTES_MAX: usize = 16 << 20;
+
+/// Epochs whose position goes into one question.
+const POSITIONS_MAX: usize = 256;
 
 /// A record on its way to the terminal.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -160,6 +164,19 @@ impl Order {
             .iter()
             .flat_map(|(name, pod)| open(pod).into_iter().map(|epoch| (name.clone(), Epoch(epoch))))
             .collect()
+    }
+
+    /// What was read of epochs with more to come; of so many that a question can hold them.
+    pub fn positions(&self) -> Vec<LogPosition> {
+        let mut positions = Vec::new();
+        for (name, pod) in &self.pods {
+            for (epoch, log) in pod.epochs.iter().filter(|(_, log)| !log.closed() && log.next > 1) {
+                positions.push(LogPosition { pod: name.clone(), epoch: Epoch(*epoch), seq: log.next });
+            }
+        }
+        // The rest is sent again from its first record, and recognised.
+        positions.truncate(POSITIONS_MAX);
+        positions
     }
 
     /// Records of `epoch` are still to come.

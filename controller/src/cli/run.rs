@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use super::command::Run;
 use super::config::Settings;
 use super::connect::{Session, random};
-use super::follow::{Follow, Left, Target, Until, verdict};
+use super::follow::{Follow, Left, Target, Until};
 use super::jobfile::JobFile;
 use super::logs::Printer;
 use super::{Usage, exit, submit, wait, workspace};
@@ -89,7 +89,7 @@ pub async fn run(settings: &Settings, args: Run) -> anyhow::Result<u8> {
     };
     let code = wait::exit_code(&mut session, &ended.status).await?;
     if ended.status.phase == JobPhase::Failed
-        && let Some(why) = verdict(&ended.status)
+        && let Some(why) = wait::verdict(&ended.status)
     {
         eprintln!("berth: job {namespace}/{job} failed: {why}");
     }

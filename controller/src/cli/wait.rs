@@ -156,3 +156,13 @@ pub fn report(settings: &Settings, seen: &Seen) -> anyhow::Result<()> {
     }
     Ok(())
 }
+/// Whether the status of a failed job wants words: where the program's own exit code does not say it all.
+pub fn verdict(status: &JobStatus) -> Option<String> {
+    let failed =
+        status.pods.iter().find(|pod| pod.exit_code.is_none_or(|code| code != 0) && pod.phase.is_final());
+    match failed {
+        Some(pod) if pod.exit_code.is_some() && pod.message.is_none() => None,
+        Some(pod) => render::reason_and_message(pod.reason.as_deref(), pod.message.as_deref()),
+        None => why(status),
+    }
+}

@@ -374,7 +374,7 @@ impl Controller {
             self.send_desired(now, node, true);
         }
         for (node, pod, epoch) in std::mem::take(&mut self.dirty.follow) {
-            self.request_log(&node, pod, epoch, true);
+            self.request_log(&node, pod, epoch, 1, true);
         }
         for uid in std::mem::take(&mut self.dirty.status) {
             self.publish_status(now, &uid);

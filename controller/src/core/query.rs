@@ -5,8 +5,8 @@ use berth_protocol::job;
 use berth_protocol::limits::{FOLLOW_MS, MESSAGE_BYTES_MAX, QUERY_PAGE_ROWS_MAX};
 use berth_protocol::message::node::DepotAccess;
 use berth_protocol::message::query::{
-    ControllerVersion, Explanation, JobDetail, LogSource, LogSources, NodeVerdict, OutputRow, Page, PodRow,
-    Query, QueryError, QueryReply, QueryRequest,
+    ControllerVersion, Explanation, JobDetail, LogPosition, LogSource, LogSources, NodeVerdict, OutputRow,
+    Page, PodRow, Query, QueryError, QueryReply, QueryRequest,
 };
 use berth_protocol::topic::Topic;
 use berth_protocol::units::Millis;
@@ -101,7 +101,7 @@ impl Controller {
                 value(&status.ok_or_else(|| not_found(format!("there is no node {node}")))?)
             }
             Query::Explain { namespace, job } => self.explain(namespace, job),
-            Query::Logs { namespace, job, follow } => self.logs(now, &namespace, &job, follow),
+            Query::Logs { namespace, job, follow, from } => self.logs(now, &namespace, &job, follow, &from),
             Query::Outputs { namespace, job } => {
                 let (_, found) = self.job_at(&namespace, &job)?;
                 page(found.pods().iter().filter_map(|(index, pod)| {
@@ -206,7 +206,14 @@ impl Controller {
         value(&Explanation { namespace, job: name, summary, nodes })
     }
 
-    fn logs(&mut self, now: Now, namespace: &Namespace, name: &JobName, follow: bool) -> Answer {
+    fn logs(
+        &mut self,
+        now: Now,
+        namespace: &Namespace,
+        name: &JobName,
+        follow: bool,
+        from: &[LogPosition],
+    ) -> Answer {
         let depot = self.depot(now, namespace.clone());
         let uid = self.find(namespace, name)?;
         let Some(job) = self.cluster.jobs.get_mut(&uid) else {
@@ -226,7 +233,9 @@ impl Controller {
         let mut sources = Vec::new();
         for (index, log, live) in logs {
             if let Some(node) = log.node.as_ref().filter(|_| !log.stored) {
-                self.request_log(node, uid.pod(index), log.epoch, follow && live);
+                let read = |at: &&LogPosition| at.pod.index == index && at.epoch == log.epoch;
+                let seq = from.iter().find(read).map_or(1, |at| at.seq);
+                self.request_log(node, uid.pod(index), log.epoch, seq, follow && live);
             }
             sources.push(LogSource {
                 pod: name.pod(index),

@@ -181,16 +181,17 @@ impl Controller {
         self.publish(Topic::node(id, NodeTopic::Lease), &lease, false);
     }
 
-    /// Asks the node for a pod's log from its first record on.
+    /// Asks the node for a pod's log from a record on.
     pub(super) fn request_log(
         &mut self,
         id: &NodeId,
         pod: PodId,
         epoch: berth_protocol::ids::Epoch,
+        from_seq: u64,
         follow: bool,
     ) {
         let Ok(request) = RequestId::parse(&format!("log-{:x}", self.draw())) else { return };
-        let request = NodeRequest { id: request, request: Request::Logs { pod, epoch, from_seq: 1, follow } };
+        let request = NodeRequest { id: request, request: Request::Logs { pod, epoch, from_seq, follow } };
         self.publish(Topic::node(id, NodeTopic::Request), &request, false);
     }
 }

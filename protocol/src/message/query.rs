@@ -31,13 +31,30 @@ pub enum Query {
     /// `Explanation`
     Explain { namespace: Namespace, job: JobName },
     /// `LogSources`; with `follow` agents publish on `logs/…` for `FOLLOW_MS` from now, also of pods yet to come.
-    Logs { namespace: Namespace, job: JobName, follow: bool },
+    /// `from`: the records that the client still wants of an epoch it has read a part of; others from the first.
+    Logs {
+        namespace: Namespace,
+        job: JobName,
+        follow: bool,
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        from: Vec<LogPosition>,
+    },
     /// `Page<OutputRow>`
     Outputs { namespace: Namespace, job: JobName },
     /// `DepotAccess`: to bring a workspace, or fetch logs and outputs, of a namespace.
     Depot { namespace: Namespace },
     /// `ControllerVersion`
     Version,
+}
+
+/// Where a client's reading of an epoch's log stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LogPosition {
+    pub pod: PodName,
+    pub epoch: Epoch,
+    /// The first record that it has not.
+    pub seq: u64,
 }
 
 /// `result` or `error`, never both.
