@@ -91,6 +91,7 @@ impl Slurm {
         let (ctl_port, node_port) = (free_port()?, free_port()?);
         let path = dir.path().display();
         let config = at("slurm.conf");
+        // By default a freed processor may wait 3 s for its next task; without that Slurm is at its best.
         let text = format!(
             "ClusterName=bench\nSlurmctldHost={host}(127.0.0.1)\nSlurmctldPort={ctl_port}\nSlurmdPort={node_port}\n\
              AuthType=auth/munge\nAuthInfo=socket={socket}\nCredType=cred/munge\nSlurmUser=root\nSlurmdUser=root\n\
@@ -99,12 +100,19 @@ impl Slurm {
              SlurmctldLogFile={path}/ctl.log\nSlurmdLogFile={path}/node.log\n\
              ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nMpiDefault=none\nReturnToService=2\n\
              SelectType=select/cons_tres\nSelectTypeParameters=CR_CPU\n\
+             SchedulerParameters=batch_sched_delay=0\n\
              NodeName=bench NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=2 State=UNKNOWN\n\
              PartitionName=all Nodes=bench Default=YES MaxTime=INFINITE State=UP\n",
             socket = socket.display()
         );
         fs::write(&config, text)?;
-        fs::write(at("cgroup.conf"), "CgroupPlugin=disabled\n")?;
+        // Since 23.11 slurmd takes control groups unless told not to; before that it does not know this word.
+        let version = Command::new("slurmd").arg("-V").output()?;
+        let words = String::from_utf8_lossy(&version.stdout).into_owned();
+        let year = words.trim().trim_start_matches("slurm-wlm ").split('.').next().unwrap_or_default();
+        if year.parse::<u32>().is_ok_and(|year| year >= 23) {
+            fs::write(at("cgroup.conf"), "CgroupPlugin=disabled\n")?;
+        }
         let daemon = |name: &str, flags: &[&str]| {
             let mut command = Command::new(name);
             Daemon::start(command.args(flags).arg("-f").arg(&config), &at(&format!("{name}.out")))
