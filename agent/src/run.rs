@@ -158,6 +158,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
             Some(event) = bus_inbox.recv() => batch.extend(agency.read(event)),
             criu = &mut find_criu, if searching => {
                 searching = false;
+                // The start is over.
+                give_memory_back();
                 batch.push(Input::Criu(criu.ok().flatten()));
             }
             () = tokio::time::sleep(nap) => batch.push(Input::Event(Event::Tick)),
@@ -184,6 +186,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         if collect_at <= tokio::time::Instant::now() {
             collect_at = tokio::time::Instant::now() + COLLECT_EVERY;
             agency.collect();
+            give_memory_back();
         }
         if watchdog.is_some() {
             notify::notify("WATCHDOG=1");
@@ -198,6 +201,12 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     // The farewell is on its way when the connection's task has run once more.
     tokio::time::sleep(Duration::from_millis(50)).await;
     Ok(())
+}
+
+/// An agent is idle nearly always: what only its busy moments needed is not kept.
+fn give_memory_back() {
+    shim::sys::trim_memory();
+    shim::sys::release_code();
 }
 
 fn probe_config(config: &Config, bridge: bool) -> ProbeConfig {

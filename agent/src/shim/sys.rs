@@ -172,3 +172,49 @@ pub fn trim_memory() {
         libc::malloc_trim(0);
     }
 }
+
+/// Lets go of the program's code and constants, and its libraries': what is needed of them again comes back from the
+/// page cache, page by page. Most of it served only the start.
+pub fn release_code() {
+    // SAFETY: the callback keeps nothing of what it is given.
+    unsafe { libc::dl_iterate_phdr(Some(release_object), std::ptr::null_mut()) };
+}
+
+/// # Safety
+/// `object` is valid, as `dl_iterate_phdr` gives it.
+unsafe extern "C" fn release_object(
+    object: *mut libc::dl_phdr_info,
+    _: libc::size_t,
+    _: *mut libc::c_void,
+) -> libc::c_int {
+    #[cfg(target_pointer_width = "64")]
+    type Header = libc::Elf64_Phdr;
+    #[cfg(target_pointer_width = "32")]
+    type Header = libc::Elf32_Phdr;
+    const PAGE: usize = 4096;
+    // SAFETY: `object` is valid, and so are the headers that it points to.
+    let (base, headers) = unsafe {
+        let object = &*object;
+        (object.dlpi_addr as usize, std::slice::from_raw_parts(object.dlpi_phdr, object.dlpi_phnum.into()))
+    };
+    // What nothing may write is as the file has it. Relocated tables lie in segments that are writable at first.
+    let constant = |header: &&Header| header.p_type == libc::PT_LOAD && header.p_flags & libc::PF_W == 0;
+    for header in headers.iter().filter(constant) {
+        let begin = base + header.p_vaddr as usize;
+        let (start, end) = (begin.next_multiple_of(PAGE), (begin + header.p_memsz as usize) & !(PAGE - 1));
+        if start < end {
+            // SAFETY: a private mapping of a file, never written: its pages come back with the same content.
+            unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) };
+        }
+    }
+    0
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn code_that_was_released_still_runs() {
+        super::release_code();
+        assert_eq!(super::c_string("still here").unwrap().as_bytes(), b"still here");
+    }
+}
