@@ -54,16 +54,11 @@ pub(super) fn forgotten_node(record: NodeRecord, now: Now) -> Node {
 
 impl Controller {
     pub(super) fn hello(&mut self, now: Now, id: &NodeId, hello: Hello) {
-        if let Some(node) = self.cluster.nodes.get(id)
-            && let Some(why) = refusal(node, &hello)
-        {
-            self.refuse(why);
-            return;
-        }
-        // It would obey none of our orders (its agent says so, and how to enrol it anew).
-        if hello.store.as_ref().is_some_and(|store| *store != self.config.store) {
-            self.refuse("other-store");
-            return;
+        // Another store's node would obey none of our orders; its agent says so, and how to enrol it anew.
+        let foreign = hello.store.as_ref().is_some_and(|store| *store != self.config.store);
+        let refused = self.cluster.nodes.get(id).and_then(|node| refusal(node, &hello));
+        if let Some(why) = refused.or(foreign.then_some("other-store")) {
+            return self.refuse(why);
         }
         let record = NodeRecord {
             hardware: hello.hardware.clone(),
