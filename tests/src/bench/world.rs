@@ -72,8 +72,12 @@ impl World {
     /// Returns when the agent is online.
     pub fn start_agent(&mut self, capacity: &str) -> Result<()> {
         let mut command = Command::new(program("berth-agent")?);
-        // Named for its host, as usual: `berth run` sees by it that the working directory is here already.
-        command.args(["--dev", "--broker", &self.url(), "--capacity", capacity]);
+        // Not this host's own name, which a real agent here may have; the label tells `berth run` all the same that
+        // the working directory is here already.
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname")?;
+        let (node, label) = (format!("bench-{}", self.port), format!("hostname={}", host.trim()));
+        command.args(["--dev", "--broker", &self.url(), "--node", &node, "--label", &label]);
+        command.args(["--capacity", capacity]);
         command.arg("--data-dir").arg(self.agent_dir());
         self.agent = Some(Daemon::start(&mut command, &self.dir.path().join("agent.log"))?);
         until("the agent is online", Duration::from_secs(30), || {
