@@ -26,7 +26,7 @@ use crate::io::network::{self, Bridge};
 use crate::io::prepare::Preparer;
 use crate::io::probe::{Probe, ProbeConfig, criu};
 use crate::io::shims::Shims;
-use crate::io::{clock, depot, footprint, logs, notify, outputs};
+use crate::io::{clock, depot, logs, notify, outputs};
 use crate::shim;
 use crate::task::{Order, Report, Task};
 
@@ -158,8 +158,6 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
             Some(event) = bus_inbox.recv() => batch.extend(agency.read(event)),
             criu = &mut find_criu, if searching => {
                 searching = false;
-                // The start is over.
-                give_memory_back();
                 batch.push(Input::Criu(criu.ok().flatten()));
             }
             () = tokio::time::sleep(nap) => batch.push(Input::Event(Event::Tick)),
@@ -181,12 +179,11 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         // Once small, it stays small: a heartbeat touches more of the program than it needs.
         if trim_at.is_none_or(|at| at <= tokio::time::Instant::now()) {
             trim_at = None;
-            footprint::trim();
+            give_memory_back();
         }
         if collect_at <= tokio::time::Instant::now() {
             collect_at = tokio::time::Instant::now() + COLLECT_EVERY;
             agency.collect();
-            give_memory_back();
         }
         if watchdog.is_some() {
             notify::notify("WATCHDOG=1");

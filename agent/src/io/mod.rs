@@ -3,7 +3,6 @@
 pub mod bus;
 pub mod clock;
 pub mod depot;
-pub mod footprint;
 pub mod image;
 pub mod journal;
 pub mod logs;
