@@ -1,8 +1,8 @@
-//! The real daemon over real brokers: what it answers it keeps, and how long a round takes.
+//! The real daemon over real brokers: what it answers it keeps.
 
 mod common;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use berth_controller::config::BrokerChoice;
 use berth_controller::io::bus::{BrokerUrl, Bus, BusEvents};
@@ -29,13 +29,21 @@ async fn submit(bus: &Bus, events: &mut BusEvents, job: &str) -> bool {
     }
 }
 
+/// Asks until it is answered: the broker hears clients before the controller has subscribed.
 async fn query(bus: &Bus, events: &mut BusEvents, query: &str) -> String {
     let request = format!(r#"{{"id":"q","query":{query}}}"#);
-    bus.publish(&topic("query/user/request"), request.into_bytes(), false).await;
     loop {
-        let (topic, payload) = next_message(events).await;
-        if topic == "query/user/reply" {
-            return String::from_utf8(payload).unwrap();
+        bus.publish(&topic("query/user/request"), request.clone().into_bytes(), false).await;
+        let replied = async {
+            loop {
+                let (topic, payload) = next_message(events).await;
+                if topic == "query/user/reply" {
+                    return String::from_utf8(payload).unwrap();
+                }
+            }
+        };
+        if let Ok(reply) = tokio::time::timeout(Duration::from_secs(2), replied).await {
+            return reply;
         }
     }
 }
@@ -76,30 +84,4 @@ async fn it_works_with_a_broker_by_url_that_is_killed_meanwhile() {
     drop(first);
     let _second = Mosquitto::start(port).unwrap();
     assert!(submit(&bus, &mut events, "after").await);
-}
-
-/// One at a time: user → broker → bus → core → commit → bus → broker → user.
-#[tokio::test]
-async fn latency() {
-    const ROUNDS: usize = 1000;
-    let dir = tempfile::tempdir().unwrap();
-    let daemon = TestDaemon::start(dir.path(), BrokerChoice::Embedded);
-    let url = BrokerUrl::new(daemon.mqtt.unwrap());
-    let (bus, mut events, _) = client(url, "user", &["jobs/+/+/answer", "query/user/reply"]).await;
-    let (mut commits, mut queries) = (Vec::new(), Vec::new());
-    assert!(submit(&bus, &mut events, "first").await);
-    for n in 0..ROUNDS {
-        let start = Instant::now();
-        assert!(submit(&bus, &mut events, &format!("job-{n}")).await);
-        commits.push(start.elapsed());
-        let start = Instant::now();
-        query(&bus, &mut events, r#""version""#).await;
-        queries.push(start.elapsed());
-    }
-    for (name, mut took) in [("submit to answer, with a commit", commits), ("query to reply", queries)] {
-        took.sort_unstable();
-        let at = |share: usize| took[(ROUNDS * share / 100).min(ROUNDS - 1)];
-        eprintln!("{name}: p50 {:?} p99 {:?} max {:?}", at(50), at(99), at(100));
-        assert!(at(50) < Duration::from_millis(50), "{name}: p50 {:?}", at(50));
-    }
 }
