@@ -9,7 +9,7 @@ mod nodes;
 mod notes;
 mod query;
 mod records;
-mod schedule;
+pub mod schedule;
 mod status;
 pub mod token;
 mod wire;
