@@ -86,7 +86,7 @@ fn after_run(template: &PodTemplate, key: &PodKey, entry: &PodEntry, outcome: &O
         return Next::End;
     }
     match (outcome.cause, restart.policy) {
-        (Cause::Eviction, _) | (_, RestartPolicy::Never) | (Cause::Success, RestartPolicy::OnFailure) => {
+        (Cause::Eviction | Cause::Fault, _) | (_, RestartPolicy::Never) | (Cause::Success, RestartPolicy::OnFailure) => {
             Next::End
         }
         (Cause::Success, RestartPolicy::Always) => Next::Retry(backoff(restart, key, 1)),
@@ -339,7 +339,7 @@ impl Agent {
             Err(unready) => {
                 let outcome = Outcome {
                     exit_code: None,
-                    cause: Cause::Failure,
+                    cause: if unready.elsewhere { Cause::Fault } else { Cause::Failure },
                     reason: Some(unready.reason),
                     message: Some(unready.message),
                     started_at: None,

@@ -52,7 +52,8 @@ pub fn exit(facts: &Facts) -> Exit {
     };
     match (facts.error, facts.ended_by, failed) {
         (Some(error), ..) => {
-            say(Cause::Failure, error.reason(), error.message());
+            let cause = if error.is_nodes_own() { Cause::Fault } else { Cause::Failure };
+            say(cause, error.reason(), error.message());
             outcome.exit_code = error.exit_code();
         }
         (None, Some(EndedBy::Order), _) => {

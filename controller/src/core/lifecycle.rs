@@ -191,7 +191,7 @@ impl Controller {
                 end(job, id.index, Ending { succeeded: true, ..ending });
             }
             Cause::Success => self.retry(now, id, ending, 1),
-            Cause::Failure => {
+            Cause::Failure | Cause::Fault => {
                 job.run.failures += 1;
                 self.counters.failures += 1;
                 self.dirty.runs.insert(id.uid.clone());
