@@ -13,7 +13,7 @@ use berth_protocol::resources::{GpuShare, Inventory, Usage};
 use berth_protocol::units::{BootMs, Bytes, MilliCpu, Millis, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use super::schedule::cel::Rules;
+use super::schedule::rulebook::BookId;
 
 #[derive(Default)]
 pub(super) struct Cluster {
@@ -93,8 +93,8 @@ pub(super) struct Job {
     pub active_since: Option<BootMs>,
     /// Someone follows the logs until then.
     pub followed_until: Option<BootMs>,
-    /// Compiled once it has pods to place.
-    pub rules: Option<Rules>,
+    /// Its rulebook, from when it first has pods to place until it ends.
+    pub book: Option<BookId>,
     /// The rooms' version at which its waiting pods found no node.
     pub refused_at: Option<u64>,
     pub published: Option<BootMs>,
@@ -236,7 +236,7 @@ impl Job {
             asleep: BTreeMap::new(),
             active_since: None,
             followed_until: None,
-            rules: None,
+            book: None,
             refused_at: None,
             published: None,
             counted: None,

@@ -91,7 +91,7 @@ impl Controller {
             }
         }
         job.asleep.clear();
-        job.rules = None;
+        self.scheduler.forget(job);
         job.active_since = None;
         job.run.finished_at = Some(now.wall);
         self.timers.arm(Timer::Job(uid.clone()), now.boot.plus(job.file.spec.ttl));
@@ -325,7 +325,7 @@ impl Controller {
         let generation = job.file.generation;
         let suspended = job.file.spec.suspend;
         job.run = JobRun { suspended, epoch_floor: job.run.epoch_floor, ..JobRun::default() };
-        job.rules = None;
+        self.scheduler.forget(job);
         job.published = None;
         job.active_since = None;
         job.asleep.clear();

@@ -275,7 +275,7 @@ impl Controller {
                 (Liveness::Online, true) => Some("cordoned"),
                 (Liveness::Online, false) => None,
             });
-            let refusals = job.rules.as_ref().map_or(&[][..], |rules| rules.refusals(room));
+            let refusals = job.book.and_then(|id| self.scheduler.books.get(id)).map_or(&[][..], |book| book.refusals(room));
             (room, explain::reasons(&self.scheduler.rooms[room], &shape, refusals, closed, &job.file.spec))
         };
         (0..self.scheduler.rooms.len()).map(verdict).collect()

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use berth_protocol::job::JobSpec;
 use berth_protocol::units::{Bytes, MilliCpu};
 
-use super::cel::Refusal;
+use super::rulebook::Refusal;
 use super::problem::{Room, Shape};
 
 /// One reason against one node.

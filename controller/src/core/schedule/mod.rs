@@ -1,9 +1,10 @@
 //! Which waiting pod goes where: keeps the rooms and the queue, states the problem, and applies what `solve` answers.
 
-pub mod cel;
 pub mod explain;
 pub mod problem;
+pub mod rulebook;
 pub mod solve;
+mod typed;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,7 +13,7 @@ use berth_protocol::ids::{JobUid, NodeId};
 use berth_protocol::limits::PODS_PER_NODE_MAX;
 use berth_protocol::resources::{GpuShare, Inventory, Resources};
 
-use self::cel::Rules;
+use self::rulebook::Rulebooks;
 use self::problem::{Ask, Device, Problem, Room, Seat, Shape, Zoning};
 use super::cluster::{Charge, Job, Liveness, Node};
 use super::{Controller, Now};
@@ -26,6 +27,11 @@ pub(super) struct Scheduler {
     pub rooms: Vec<Room>,
     pub nodes: Vec<NodeId>,
     index: BTreeMap<NodeId, usize>,
+    pub books: Rulebooks,
+    /// By room, the version of its node's inventory.
+    versions: Vec<u64>,
+    /// Counts changes of inventories.
+    inventories: u64,
     /// Names of device models, by number.
     models: Vec<String>,
     /// Counts what may let a pod fit that did not: room freed, a node changed.
@@ -45,6 +51,13 @@ impl Scheduler {
 
     pub fn dequeue(&mut self, uid: &JobUid, job: &Job) {
         self.queue.remove(&(Reverse(job.file.spec.priority), job.file.seq, uid.clone()));
+    }
+
+    /// The job has no more pods to place.
+    pub fn forget(&mut self, job: &mut Job) {
+        if let Some(book) = job.book.take() {
+            self.books.close(book);
+        }
     }
 
     pub fn room(&self, node: &NodeId) -> Option<usize> {
@@ -79,11 +92,18 @@ impl Scheduler {
             take(&mut room, has, charge);
         }
         match self.index.get(id) {
-            Some(index) => self.rooms[*index] = room,
+            Some(index) => {
+                self.rooms[*index] = room;
+                if std::mem::replace(&mut self.versions[*index], node.version) != node.version {
+                    self.inventories += 1;
+                }
+            }
             None => {
                 self.index.insert(id.clone(), self.rooms.len());
                 self.nodes.push(id.clone());
                 self.rooms.push(room);
+                self.versions.push(node.version);
+                self.inventories += 1;
             }
         }
         self.version += 1;
@@ -184,28 +204,28 @@ impl Controller {
         }
     }
 
-    /// Brings the job's rules up to date with every node.
+    /// Brings the job's rulebook up to date with every node.
     pub(super) fn survey(&mut self, uid: &JobUid) {
         let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
-        // Compiled at the submit; a job stored by a version that knew more conditions fits nowhere.
-        let mut rules = match job.rules.take() {
-            Some(rules) => rules,
-            None => match Rules::compile(&job.file.spec.placement) {
-                Ok(rules) => rules,
-                Err(_) => return,
-            },
-        };
-        for (room, id) in self.scheduler.nodes.iter().enumerate() {
+        let Scheduler { books, nodes, inventories, .. } = &mut self.scheduler;
+        // Checked at the submit; a job stored by a version that knew more conditions fits nowhere.
+        let book = job.book.or_else(|| books.open(&job.file.spec).ok());
+        job.book = book;
+        let Some(book) = book.and_then(|id| books.get_mut(id)) else { return };
+        if book.is_current(*inventories, nodes.len()) {
+            return;
+        }
+        for (room, id) in nodes.iter().enumerate() {
             if let Some(node) = self.cluster.nodes.get(id) {
-                rules.ask(room, node.version, id, &node.record.inventory, &job.file.spec);
+                book.ask(room, node.version, id, &node.record.inventory);
             }
         }
-        job.rules = Some(rules);
+        book.all_asked(*inventories);
     }
 
     fn ask(&self, uid: &JobUid) -> Option<Ask<'_>> {
         let job = self.cluster.jobs.get(uid)?;
-        let rules = job.rules.as_ref()?;
+        let rules = self.scheduler.books.get(job.book?)?;
         let mut zoned = BTreeMap::new();
         if rules.zoning != Zoning::Free {
             let rooms = job.placed().iter().filter_map(|i| self.scheduler.room(&job.assignment(*i)?.node));
