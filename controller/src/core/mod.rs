@@ -114,6 +114,8 @@ pub struct Counters {
     pub placements: u64,
     pub evictions: u64,
     pub failures: u64,
+    /// Pods moved to a better place.
+    pub migrations: u64,
     /// Silence is held to be the controller's own blindness.
     pub blind: bool,
 }
@@ -195,6 +197,7 @@ impl Controller {
             for index in job.placed() {
                 let Some(assignment) = job.assignment(*index) else { continue };
                 let (node, epoch) = (assignment.node.clone(), job.pods()[index].epoch);
+                self.scheduler.count_in(&job.file.spec, &assignment.charge);
                 if let Some(node) = self.cluster.nodes.get_mut(&node) {
                     node.pods.insert(uid.pod(*index), epoch);
                 }
@@ -320,6 +323,7 @@ impl Controller {
             Timer::Node(node) => self.wake_node(now, &node),
             Timer::Job(uid) => self.wake_job(now, &uid),
             Timer::Status(uid) => drop(self.dirty.status.insert(uid)),
+            Timer::Schedule => self.scheduler.wanted = true,
             Timer::Sweep => self.sweep(now),
             Timer::Republish => {
                 let Some(from) = self.republish.take() else { return };

@@ -1,6 +1,6 @@
 //! The policy of placement: first fit over a stable order of rooms, after preference and zones. Pure arithmetic.
 
-use super::problem::{Ask, Placement, Problem, Room, Seat, Zoning};
+use super::problem::{Ask, Placement, Problem, Room, Seat, Shape, Zoning};
 
 /// Seats for what `placed` has not seated yet; seats once given stay. An ask that fits nowhere holds back no other.
 /// `solve(p, solve(p, x)) == solve(p, x)`.
@@ -53,18 +53,18 @@ fn serve(ask: &Ask<'_>, rooms: &mut [Room], seats: &mut Vec<Seat>) {
     }
     if ask.gang && seats.len() < ask.pods {
         for seat in seats.drain(already..) {
-            release(&mut rooms[seat.room], ask, &seat);
+            release(&mut rooms[seat.room], &ask.shape, &seat);
         }
     }
 }
 
-fn release(room: &mut Room, ask: &Ask<'_>, seat: &Seat) {
+pub fn release(room: &mut Room, shape: &Shape, seat: &Seat) {
     room.slots += 1;
-    room.cpu_milli += ask.shape.cpu_milli;
-    room.memory_bytes += ask.shape.memory_bytes;
+    room.cpu_milli += shape.cpu_milli;
+    room.memory_bytes += shape.memory_bytes;
     for device in &seat.devices {
-        room.devices[*device].milli += ask.shape.gpu_milli;
-        room.devices[*device].memory_bytes += ask.shape.gpu_memory_bytes;
+        room.devices[*device].milli += shape.gpu_milli;
+        room.devices[*device].memory_bytes += shape.gpu_memory_bytes;
     }
 }
 
@@ -74,7 +74,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::problem::{Device, Shape, Site};
+    use super::super::problem::{Device, Site};
     use super::*;
 
     fn device() -> impl Strategy<Value = Device> {
