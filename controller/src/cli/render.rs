@@ -171,7 +171,10 @@ pub fn explanation(explained: &Explanation) -> (String, Table) {
             milli => format!("{} GPUs, {} cores", MilliCpu(milli), freeing.cpu_milli),
         };
         let pods = freeing.pods.join(", ");
-        head.push_str(&format!("  to free: it would start on {} if {pods} ended ({amount})\n", nodes.join(", ")));
+        head.push_str(&format!(
+            "  to free: it would start on {} if {pods} ended ({amount})\n",
+            nodes.join(", ")
+        ));
     }
     for seat in &explained.seats {
         head.push_str(&format!("  {} is on {}: {}\n", seat.pod, seat.node, seat.why.join("; ")));

@@ -8,7 +8,7 @@ mod lifecycle;
 mod nodes;
 mod query;
 mod records;
-mod schedule;
+pub mod schedule;
 mod status;
 pub mod token;
 mod wire;

@@ -5,7 +5,8 @@ use berth_protocol::job;
 use berth_protocol::limits::{FOLLOW_MS, MESSAGE_BYTES_MAX, QUERY_PAGE_ROWS_MAX};
 use berth_protocol::message::node::DepotAccess;
 use berth_protocol::message::query::{
-    ControllerVersion, JobDetail, LogPosition, LogSource, LogSources, OutputRow, Page, PodRow, Query, QueryError, QueryReply, QueryRequest,
+    ControllerVersion, JobDetail, LogPosition, LogSource, LogSources, OutputRow, Page, PodRow, Query,
+    QueryError, QueryReply, QueryRequest,
 };
 use berth_protocol::topic::Topic;
 use berth_protocol::units::Millis;

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use berth_protocol::job::JobSpec;
 use berth_protocol::units::{Bytes, MilliCpu};
 
-use super::rulebook::Refusal;
 use super::problem::{Room, Shape};
+use super::rulebook::Refusal;
 
 /// One reason against one node.
 #[derive(Debug, Clone, PartialEq, Eq)]

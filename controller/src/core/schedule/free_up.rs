@@ -80,9 +80,8 @@ pub fn free_up(room: &Room, shape: &Shape, pods: usize, loads: &[Load]) -> Optio
 
 fn exact(room: &Room, shape: &Shape, pods: usize, loads: &[Load]) -> Option<(u64, Vec<usize>)> {
     let members = |set: u32| (0..loads.len()).filter(move |i| set >> i & 1 == 1);
-    let price = |set: u32| -> (u64, u32, u32) {
-        (members(set).map(|i| loads[i].cost).sum(), set.count_ones(), set)
-    };
+    let price =
+        |set: u32| -> (u64, u32, u32) { (members(set).map(|i| loads[i].cost).sum(), set.count_ones(), set) };
     let mut sets: Vec<u32> = (1..1_u32 << loads.len()).collect();
     sets.sort_by_key(|set| price(*set));
     let set = sets.into_iter().find(|set| fits(&without(room, loads, members(*set)), shape, pods))?;
@@ -100,7 +99,8 @@ mod tests {
         let device = (0..2usize, 1..=10u32, 0..3u64);
         (0..4u64, 0..4u64, proptest::collection::vec(device, 0..2), 0..9u64).prop_map(
             |(cpu_milli, memory_bytes, devices, cost)| {
-                let devices = devices.into_iter().map(|(i, milli, memory)| (i, milli * 100, memory)).collect();
+                let devices =
+                    devices.into_iter().map(|(i, milli, memory)| (i, milli * 100, memory)).collect();
                 Load { cpu_milli, memory_bytes, devices, cost }
             },
         )

@@ -71,6 +71,11 @@ impl Holds {
         self.rooms.contains_key(&room)
     }
 
+    /// Rooms held for others than the job.
+    pub fn others(&self, uid: &JobUid) -> impl Iterator<Item = usize> {
+        self.rooms.iter().filter(move |(_, holder)| *holder != uid).map(|(room, _)| *room)
+    }
+
     pub fn holder(&self, room: usize) -> Option<(&JobUid, &Held)> {
         let uid = self.rooms.get(&room)?;
         Some((uid, self.jobs.get(uid)?.rooms.get(&room)?))
@@ -78,7 +83,8 @@ impl Holds {
 
     /// Holds rooms that nobody holds yet, beside those that the job holds already.
     pub fn add(&mut self, uid: &JobUid, kind: Kind, since: BootMs, rooms: BTreeMap<usize, Held>) {
-        let hold = self.jobs.entry(uid.clone()).or_insert_with(|| Hold { kind, since, rooms: BTreeMap::new() });
+        let hold =
+            self.jobs.entry(uid.clone()).or_insert_with(|| Hold { kind, since, rooms: BTreeMap::new() });
         for (room, held) in rooms {
             self.rooms.insert(room, uid.clone());
             hold.rooms.insert(room, held);
@@ -149,7 +155,9 @@ impl Holds {
     /// A pod has left the room; whether the holder waited for it. What another leaves is spare.
     pub fn left(&mut self, room: usize, pod: &PodId, give: impl FnOnce(&mut Room)) -> bool {
         let Some(uid) = self.rooms.get(&room) else { return false };
-        let Some(held) = self.jobs.get_mut(uid).and_then(|hold| hold.rooms.get_mut(&room)) else { return false };
+        let Some(held) = self.jobs.get_mut(uid).and_then(|hold| hold.rooms.get_mut(&room)) else {
+            return false;
+        };
         let waited = held.waits_for.remove(pod);
         if !waited {
             give(&mut held.spare);

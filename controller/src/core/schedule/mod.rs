@@ -1,13 +1,19 @@
 //! Which waiting pod goes where: keeps the rooms and the queue, states the problem, and applies what `solve` answers.
 
+mod cutting;
+pub mod engine;
 pub mod explain;
 mod free_up;
 pub mod hold;
+mod index;
 pub mod place;
+pub mod policy;
+pub mod prices;
 pub mod problem;
 mod queue;
 pub mod quota;
 pub mod rulebook;
+mod simplex;
 pub mod solve;
 #[cfg(test)]
 mod tests;
@@ -22,9 +28,10 @@ use berth_protocol::job::{JobSpec, Volume, VolumeSource};
 use berth_protocol::limits::PODS_PER_NODE_MAX;
 use berth_protocol::resources::{Inventory, Resources};
 
+use self::engine::Engine;
 use self::hold::Holds;
 use self::place::Classes;
-use self::problem::{Device, Room, Seat, Shape};
+use self::problem::{Device, Room, Seat, Shape, Size};
 use self::queue::{Line, Queue, Ticket};
 use self::quota::{Ledger, Sum};
 use self::rulebook::{BookId, Rulebooks};
@@ -37,8 +44,8 @@ const PASSES_MAX: usize = 4;
 /// The rooms in their stable order, and who waits for them.
 #[derive(Default)]
 pub(super) struct Scheduler {
-    rooms: Vec<Room>,
-    /// The same rooms, empty.
+    engine: Engine,
+    /// Its rooms, empty.
     empty: Vec<Room>,
     pub nodes: Vec<NodeId>,
     index: BTreeMap<NodeId, usize>,
@@ -78,7 +85,13 @@ impl Scheduler {
         let own = spec.placement.anti_affinity.is_some() || spec.pod.volumes.iter().any(named);
         let gang = spec.gang.then(|| job.ready().count());
         let line = Line { class, gang, own: own.then(|| uid.clone()) };
-        let ticket = Ticket { priority: spec.priority, namespace: spec.namespace.clone(), line, seq: job.file.seq, since };
+        let ticket = Ticket {
+            priority: spec.priority,
+            namespace: spec.namespace.clone(),
+            line,
+            seq: job.file.seq,
+            since,
+        };
         if self.queue.ticket(uid) == Some(&ticket) {
             return;
         }
@@ -108,15 +121,15 @@ impl Scheduler {
     }
 
     pub fn rooms(&self) -> &[Room] {
-        &self.rooms
+        self.engine.rooms()
     }
 
     pub fn charge(&mut self, shape: &Shape, seat: &Seat) {
-        self.rooms[seat.room].charge(shape, &seat.devices);
+        self.engine.charge(shape, seat);
     }
 
     pub fn uncharge(&mut self, shape: &Shape, seat: &Seat) {
-        solve::release(&mut self.rooms[seat.room], shape, seat);
+        self.engine.release(shape, seat);
     }
 
     /// Counts a placed pod in.
@@ -163,8 +176,10 @@ impl Scheduler {
             open,
             cpu_milli: has.cpu.0,
             memory_bytes: has.memory.0,
+            disk_bytes: has.disk.0,
             slots: PODS_PER_NODE_MAX.saturating_sub(node.record.strays.len()),
             devices: devices.collect(),
+            size: Size { cpu_milli: has.cpu.0, memory_bytes: has.memory.0 },
         };
         let empty = room.clone();
         for charge in charges {
@@ -174,17 +189,18 @@ impl Scheduler {
         match self.index.get(id).copied() {
             Some(index) => {
                 self.ledger.resize(size(&self.empty[index]), size(&empty));
-                (self.rooms[index], self.empty[index]) = (room, empty);
+                self.empty[index] = empty;
+                self.engine.refresh(index, room);
                 if std::mem::replace(&mut self.versions[index], node.version) != node.version {
                     self.inventories += 1;
                 }
                 self.holds.drop_room(index);
             }
             None => {
-                self.index.insert(id.clone(), self.rooms.len());
+                self.index.insert(id.clone(), self.nodes.len());
+                self.engine.refresh(self.nodes.len(), room);
                 self.nodes.push(id.clone());
                 self.ledger.resize(Sum::default(), size(&empty));
-                self.rooms.push(room);
                 self.empty.push(empty);
                 self.versions.push(node.version);
                 self.inventories += 1;
@@ -198,7 +214,9 @@ impl Scheduler {
     /// A pod has left the node.
     pub fn release(&mut self, id: &NodeId, has: &Inventory, pod: &PodId, charge: &Charge) {
         let Some(index) = self.index.get(id).copied() else { return };
-        give(&mut self.rooms[index], has, charge);
+        let mut room = self.engine.rooms()[index].clone();
+        give(&mut room, has, charge);
+        self.engine.refresh(index, room);
         self.holds.left(index, pod, |spare| give(spare, has, charge));
         self.version += 1;
         self.wanted = true;
@@ -213,6 +231,7 @@ impl Scheduler {
         Shape {
             cpu_milli: wants.cpu.0,
             memory_bytes: wants.memory.0,
+            disk_bytes: 0,
             gpus: gpu.map_or(0, |gpu| gpu.count as usize),
             gpu_milli: gpu.map_or(0, |gpu| gpu.milli),
             gpu_memory_bytes: gpu.and_then(|gpu| gpu.memory).map_or(0, |memory| memory.0),

@@ -129,7 +129,8 @@ impl Scheduler {
 
     /// The job's pods by zone; empty where zones do not matter.
     pub fn zoned(&self, job: &Job) -> BTreeMap<usize, usize> {
-        let book = job.class.and_then(|id| self.classes.get(id)).and_then(|class| self.books.get(class.book()));
+        let book =
+            job.class.and_then(|id| self.classes.get(id)).and_then(|class| self.books.get(class.book()));
         let mut zoned = BTreeMap::new();
         let Some(book) = book.filter(|book| book.zoning != Zoning::Free) else { return zoned };
         for index in job.placed() {
@@ -143,39 +144,58 @@ impl Scheduler {
 
     /// The best seat for one more pod; charges nothing.
     fn pick(
-        &self,
+        &mut self,
         uid: &JobUid,
         shape: &Shape,
         book: BookId,
         zoned: &BTreeMap<usize, usize>,
         homes: &BTreeSet<usize>,
     ) -> Option<Seat> {
-        let book = self.books.get(book)?;
+        let Self { engine, books, holds, .. } = self;
+        let book = books.get(book)?;
         let crowd = |room: usize| zoned.get(&book.sites()[room].zone).copied().unwrap_or(0);
-        let open = |room: usize| {
-            book.sites()[room].eligible && (book.zoning != Zoning::Apart || crowd(room) == 0)
-        };
-        let rooms = self.rooms();
-        let seat = |room: usize| {
-            let devices = rooms[room].fit(shape)?;
-            let allowed = self.holds.allow(uid, room, shape, &devices);
-            if allowed {
+        let open =
+            |room: usize| book.sites()[room].eligible && (book.zoning != Zoning::Apart || crowd(room) == 0);
+        // Room that is held for it, then where its volumes are.
+        for room in holds.rooms_of(uid).chain(homes.iter().copied()).filter(|room| open(*room)) {
+            let free = &engine.rooms()[room];
+            let own = holds.holder(room).is_none_or(|(holder, _)| holder == uid);
+            let devices = if own { free.fit(shape) } else { holds.reduced(room, free).fit(shape) };
+            if let Some(devices) = devices {
                 return Some(Seat { room, devices });
             }
-            let devices = self.holds.reduced(room, &rooms[room]).fit(shape)?;
-            Some(Seat { room, devices })
-        };
-        // Room that is held for it, then where its volumes are.
-        let own = self.holds.rooms_of(uid).chain(homes.iter().copied());
-        if let Some(seat) = own.filter(|room| open(*room)).find_map(seat) {
-            return Some(seat);
         }
-        let rank = |room: usize| {
-            let site = book.sites()[room];
-            (-site.bonus, if book.zoning == Zoning::Spread { crowd(room) } else { 0 })
-        };
-        let fitting = (0..rooms.len()).filter(|room| open(*room)).filter_map(seat);
-        fitting.min_by_key(|seat| (rank(seat.room), seat.room))
+        let plain = book.zoning == Zoning::Free && !book.has_preferences();
+        if plain && book.is_everywhere() && !holds.is_any() {
+            return engine.place(shape, None);
+        }
+        // The engine may choose devices of a held room that are not spare: then another room does.
+        let mut passed = BTreeSet::new();
+        loop {
+            let rooms = engine.rooms();
+            let spare: BTreeSet<usize> = holds
+                .others(uid)
+                .filter(|room| holds.reduced(*room, &rooms[*room]).fit(shape).is_none())
+                .collect();
+            let allowed = |room: usize| open(room) && !spare.contains(&room) && !passed.contains(&room);
+            let seat = if plain {
+                engine.place(shape, Some(&allowed))?
+            } else {
+                let rank = |room: usize| {
+                    let crowd = if book.zoning == Zoning::Spread { crowd(room) } else { 0 };
+                    allowed(room).then(|| (-book.sites()[room].bonus, crowd))
+                };
+                engine.place_by(shape, rank)?
+            };
+            if holds.allow(uid, seat.room, shape, &seat.devices) {
+                return Some(seat);
+            }
+            let reduced = holds.reduced(seat.room, &engine.rooms()[seat.room]);
+            if let Some(devices) = reduced.fit(shape) {
+                return Some(Seat { room: seat.room, devices });
+            }
+            passed.insert(seat.room);
+        }
     }
 }
 
@@ -206,12 +226,8 @@ impl Controller {
         let homes = self.homes(job);
         let mut seats: Vec<Seat> = Vec::new();
         while seats.len() < pods {
-            let job_over = !gang
-                && !seats.is_empty()
-                && self.over_quota(uid, &wants, seats.len() + 1);
-            let seat = (!job_over)
-                .then(|| self.scheduler.pick(uid, &shape, book, &zoned, &homes))
-                .flatten();
+            let job_over = !gang && !seats.is_empty() && self.over_quota(uid, &wants, seats.len() + 1);
+            let seat = (!job_over).then(|| self.scheduler.pick(uid, &shape, book, &zoned, &homes)).flatten();
             let Some(seat) = seat else { break };
             self.scheduler.charge(&shape, &seat);
             let zone = self.scheduler.books.get(book).map_or(0, |book| book.sites()[seat.room].zone);

@@ -54,7 +54,8 @@ impl Sum {
     }
 
     pub fn of_room(room: &Room) -> Self {
-        let gpu_milli = room.devices.iter().filter(|device| device.usable).map(|device| u64::from(device.milli)).sum();
+        let gpu_milli =
+            room.devices.iter().filter(|device| device.usable).map(|device| u64::from(device.milli)).sum();
         Self { cpu: room.cpu_milli, memory: room.memory_bytes, gpu_milli, pods: 0 }
     }
 

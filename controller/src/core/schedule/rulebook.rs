@@ -178,9 +178,11 @@ fn compile(field: String, text: &str) -> Result<Program, Vec<BadCondition>> {
 
 impl Book {
     fn compile(words: Words) -> Result<Self, Vec<BadCondition>> {
-        let affinity = words.affinity.as_ref().map(|text| compile("affinity".to_owned(), text)).transpose()?;
+        let affinity =
+            words.affinity.as_ref().map(|text| compile("affinity".to_owned(), text)).transpose()?;
         let prefer = words.prefer.iter().enumerate();
-        let prefer = prefer.map(|(i, (when, weight))| Ok((compile(format!("prefer[{i}].when"), when)?, *weight)));
+        let prefer =
+            prefer.map(|(i, (when, weight))| Ok((compile(format!("prefer[{i}].when"), when)?, *weight)));
         let prefer = prefer.collect::<Result<Vec<_>, Vec<BadCondition>>>()?;
         let label = |text: &str| text.strip_prefix("node.labels.").unwrap_or(text).to_owned();
         let (zoning, label) = match (&words.anti_affinity, &words.spread) {
@@ -270,7 +272,12 @@ impl Book {
         self.refusals.get(&room).map_or(&[], Vec::as_slice)
     }
 
-    /// The preferences, for words about them.
+    /// Whether no room is refused.
+    pub fn is_everywhere(&self) -> bool {
+        self.refusals.is_empty()
+    }
+
+    /// Whether some rooms may be better than others.
     pub fn has_preferences(&self) -> bool {
         !self.prefer.is_empty()
     }
@@ -303,7 +310,10 @@ fn evaluate(program: &Program, context: &Context<'_, '_>, text: &str) -> Result<
 }
 
 /// `"6.12.4".atLeast("6.9")`: number by number, what is no number as zero.
-fn at_least(cel::extractors::This(has): cel::extractors::This<std::sync::Arc<String>>, wants: std::sync::Arc<String>) -> bool {
+fn at_least(
+    cel::extractors::This(has): cel::extractors::This<std::sync::Arc<String>>,
+    wants: std::sync::Arc<String>,
+) -> bool {
     let numbers = |text: &str| -> Vec<u64> {
         let digits = |part: &str| part.chars().take_while(char::is_ascii_digit).collect::<String>();
         text.split(['.', '-', '+']).map(|part| digits(part).parse().unwrap_or(0)).collect()

@@ -8,9 +8,9 @@ use berth_protocol::units::{BootMs, Millis};
 
 use super::super::cluster::{Assignment, Job, Leaving, Timer};
 use super::super::{Controller, Now};
+use super::Scheduler;
 use super::free_up::{Load, fits, free_up};
 use super::hold::{Held, Kind};
-use super::Scheduler;
 use super::place::{Class, Offer};
 use super::problem::{Shape, Zoning};
 
@@ -119,15 +119,17 @@ impl Controller {
             return;
         }
         // Whatever runs there ends by itself; the shortest wait is where least has to end.
-        if let Some(rooms) = self.rooms_for(uid, |_, _, _| true, |_, assignment| {
-            1 + now.wall.since(assignment.started_at.unwrap_or(now.wall)).0 / 60_000
-        }) {
+        if let Some(rooms) = self.rooms_for(
+            uid,
+            |_, _, _| true,
+            |_, assignment| 1 + now.wall.since(assignment.started_at.unwrap_or(now.wall)).0 / 60_000,
+        ) {
             self.scheduler.holds.add(uid, kind, now.boot, rooms);
             self.dirty.status.insert(uid.clone());
         }
     }
 
-    pub(super) fn within_quota(&self, uid: &JobUid) -> bool {
+    pub(in crate::core) fn within_quota(&self, uid: &JobUid) -> bool {
         let Some(job) = self.cluster.jobs.get(uid) else { return false };
         let pods = if job.file.spec.gang { job.ready().count() } else { 1 };
         let Some(class) = job.class.and_then(|id| self.scheduler.classes.get(id)) else { return false };
@@ -136,7 +138,7 @@ impl Controller {
     }
 
     /// Whether one pod of the job, or the whole gang, would fit if every room were empty.
-    pub(super) fn could_fit(&mut self, uid: &JobUid) -> bool {
+    pub(in crate::core) fn could_fit(&mut self, uid: &JobUid) -> bool {
         let Some(job) = self.cluster.jobs.get(uid) else { return false };
         let pods = if job.file.spec.gang { job.ready().count() } else { 1 };
         let Some(id) = job.class else { return false };
@@ -232,7 +234,9 @@ impl Controller {
         may: &impl Fn(&Job, &Assignment, &PodId) -> bool,
         cost: &impl Fn(&Job, &Assignment) -> u64,
     ) -> (Vec<Load>, Vec<PodId>) {
-        let Some(node) = self.cluster.nodes.get(&self.scheduler.nodes[room]) else { return Default::default() };
+        let Some(node) = self.cluster.nodes.get(&self.scheduler.nodes[room]) else {
+            return Default::default();
+        };
         let (mut loads, mut ids) = (Vec::new(), Vec::new());
         for pod in node.pods.keys() {
             let Some(job) = self.cluster.jobs.get(&pod.uid) else { continue };
@@ -272,7 +276,8 @@ impl Controller {
                 spec.preemptible && spec.priority < priority && assignment.goal == Goal::Run
             };
             let Some(rooms) = self.rooms_for(uid, may, |_, a| work_lost(now, a)) else { break };
-            let victims: Vec<PodId> = rooms.values().flat_map(|held| held.waits_for.iter().cloned()).collect();
+            let victims: Vec<PodId> =
+                rooms.values().flat_map(|held| held.waits_for.iter().cloned()).collect();
             self.scheduler.holds.add(uid, Kind::Preemption, now.boot, rooms);
             for pod in &victims {
                 let message = format!("made way for job {by}, whose priority of {priority} is higher");

@@ -41,6 +41,7 @@ enum Kind {
     Fraction,
     Text,
     Texts,
+    Features,
     Labels,
     Object(&'static Object),
 }
@@ -64,7 +65,7 @@ static NODE: Object = Object {
         ("versions", Kind::Object(&VERSIONS)),
     ],
 };
-static CPU: Object = Object { name: "node.cpu", fields: &[("model", Kind::Text), ("features", Kind::Texts)] };
+static CPU: Object = Object { name: "node.cpu", fields: &[("model", Kind::Text), ("features", Kind::Features)] };
 static GPU: Object = Object {
     name: "node.gpu",
     fields: &[("count", Kind::Whole), ("model", Kind::Text), ("memory", Kind::Whole)],
@@ -119,7 +120,9 @@ pub fn compile(text: &str) -> Result<Program, Fault> {
     }
     if cost.steps > CEL_STEPS_MAX {
         let steps = cost.steps;
-        return Err(whole(format!("may take {steps} steps on one node, at most {CEL_STEPS_MAX} are allowed")));
+        return Err(whole(format!(
+            "may take {steps} steps on one node, at most {CEL_STEPS_MAX} are allowed"
+        )));
     }
     Ok(program)
 }
@@ -175,8 +178,7 @@ impl Checker<'_> {
                 for element in &list.elements {
                     let (kind, cost) = self.check(element)?;
                     if !alike(&of, &kind) {
-                        let message =
-                            format!("is {} in a list of {}", kind.words(), of.words());
+                        let message = format!("is {} in a list of {}", kind.words(), of.words());
                         return self.fault(element, message);
                     }
                     (of, steps) = (join(of, kind), steps + cost.steps);
@@ -196,7 +198,9 @@ impl Checker<'_> {
                 }
                 Ok((Type::Map(Box::new(of)), Cost { steps, elements: map.entries.len() as u64 }))
             }
-            Expr::Struct(of) => self.fault(expr, format!("makes a `{}`, which is not known here", of.type_name)),
+            Expr::Struct(of) => {
+                self.fault(expr, format!("makes a `{}`, which is not known here", of.type_name))
+            }
             Expr::Unspecified => self.fault(expr, "is empty".to_owned()),
         }
     }
@@ -226,14 +230,18 @@ impl Checker<'_> {
             Type::Any => return Ok((Type::Any, FEATURES_MAX)),
             Type::Map(of) => return Ok(((**of).clone(), 1)),
             Type::Object(object) => object,
-            other => return self.fault(expr, format!("`{name}` is asked of {}, which has no fields", other.words())),
+            other => {
+                return self
+                    .fault(expr, format!("`{name}` is asked of {}, which has no fields", other.words()));
+            }
         };
         if let Some((_, kind)) = object.fields.iter().find(|(field, _)| *field == name) {
             return Ok(match kind {
                 Kind::Whole => (Type::Whole, 1),
                 Kind::Fraction => (Type::Fraction, 1),
                 Kind::Text => (Type::Text, 1),
-                Kind::Texts => (Type::List(Box::new(Type::Text)), FEATURES_MAX),
+                Kind::Texts => (Type::List(Box::new(Type::Text)), LABELS_PER_NODE_MAX as u64),
+                Kind::Features => (Type::List(Box::new(Type::Text)), FEATURES_MAX),
                 Kind::Labels => (Type::Map(Box::new(Type::Text)), LABELS_PER_NODE_MAX as u64),
                 Kind::Object(object) => (Type::Object(object), 1),
             });
@@ -246,7 +254,10 @@ impl Checker<'_> {
         let hint = match hint {
             Some(hint) => format!("did you mean `{hint}`?"),
             None if object.name == NODE.name => {
-                format!("labels are `node.labels.{name}`; known are {}", known().collect::<Vec<_>>().join(", "))
+                format!(
+                    "labels are `node.labels.{name}`; known are {}",
+                    known().collect::<Vec<_>>().join(", ")
+                )
             }
             None => format!("known are {}", known().collect::<Vec<_>>().join(", ")),
         };
@@ -272,7 +283,9 @@ impl Checker<'_> {
                 }
                 Type::Bool
             }
-            (operators::LOGICAL_NOT | operators::NOT_STRICTLY_FALSE, [a]) if alike(a, &Type::Bool) => Type::Bool,
+            (operators::LOGICAL_NOT | operators::NOT_STRICTLY_FALSE, [a]) if alike(a, &Type::Bool) => {
+                Type::Bool
+            }
             (operators::CONDITIONAL, [test, a, b]) if alike(test, &Type::Bool) && alike(a, b) => {
                 join(a.clone(), b.clone())
             }
@@ -306,7 +319,8 @@ impl Checker<'_> {
                 [a, b],
             ) => {
                 if a.is_number() && b.is_number() && !alike(a, b) {
-                    let message = "computes with a whole number and a fraction: write both alike, as 2.0".to_owned();
+                    let message =
+                        "computes with a whole number and a fraction: write both alike, as 2.0".to_owned();
                     return self.fault(expr, message);
                 }
                 if !a.is_number() || !b.is_number() {
@@ -319,7 +333,8 @@ impl Checker<'_> {
             (operators::INDEX, [Type::Map(of), key]) if alike(key, &Type::Text) => (**of).clone(),
             (operators::INDEX, [Type::Any, _]) => Type::Any,
             (operators::INDEX, [holder @ Type::Object(_), Type::Text]) => {
-                let Some(Expr::Literal(LiteralValue::String(name))) = call.args.get(1).map(|arg| &arg.expr) else {
+                let Some(Expr::Literal(LiteralValue::String(name))) = call.args.get(1).map(|arg| &arg.expr)
+                else {
                     return self.fault(expr, format!("{} takes its fields by name", holder.words()));
                 };
                 let name = name.inner().to_owned();
@@ -344,6 +359,9 @@ impl Checker<'_> {
             ("string", [a]) if a.is_number() || alike(a, &Type::Text) => Type::Text,
             (name, kinds) => return self.no_such_call(expr, name, kinds),
         };
+        if !matches!(kind, Type::List(_) | Type::Map(_) | Type::Any) {
+            cost.elements = 1;
+        }
         Ok((kind, cost))
     }
 

@@ -19,7 +19,7 @@ const NAMED_MAX: usize = 4;
 
 impl Controller {
     /// Why the job's waiting pods have no node: a word, and a line.
-    pub(in super::super) fn why_waiting(&mut self, uid: &JobUid) -> (String, String) {
+    pub(in crate::core) fn why_waiting(&mut self, uid: &JobUid) -> (String, String) {
         let unschedulable = "Unschedulable".to_owned();
         if let Some(over) = self.over_quota_words(uid) {
             return ("QuotaExceeded".to_owned(), over);
@@ -37,7 +37,9 @@ impl Controller {
                 let pods = job.ready().count();
                 Some(format!("as a gang its {pods} waiting pods start together or not at all"))
             }
-            () if spec.placement.anti_affinity.is_some() => Some("antiAffinity keeps its pods apart".to_owned()),
+            () if spec.placement.anti_affinity.is_some() => {
+                Some("antiAffinity keeps its pods apart".to_owned())
+            }
             () => None,
         };
         (unschedulable, more.map_or(summary.clone(), |more| format!("{summary}; {more}")))
@@ -48,7 +50,8 @@ impl Controller {
         self.survey(uid);
         let version = self.scheduler.version;
         let Some(id) = self.cluster.jobs.get(uid).and_then(|job| job.class) else {
-            return "its conditions are not understood by this version of the controller: submit it anew".to_owned();
+            return "its conditions are not understood by this version of the controller: submit it anew"
+                .to_owned();
         };
         if let Some((at, why)) = self.scheduler.classes.get(id).and_then(|class| class.why.as_ref())
             && *at == version
@@ -57,7 +60,8 @@ impl Controller {
             return why.clone();
         }
         let verdicts = self.verdicts(uid);
-        let why = explain::summary(verdicts.len(), verdicts.iter().filter_map(|(_, reasons)| reasons.first()));
+        let why =
+            explain::summary(verdicts.len(), verdicts.iter().filter_map(|(_, reasons)| reasons.first()));
         if let Some(class) = self.scheduler.classes.get_mut(id) {
             class.why = Some((version, why.clone()));
         }
@@ -86,7 +90,10 @@ impl Controller {
             Kind::Move => format!("room on {nodes} is held for it while others move"),
             Kind::Head | Kind::Overdue if who.is_empty() => format!("room on {nodes} is held for it"),
             Kind::Head | Kind::Overdue => {
-                format!("room on {nodes} is held for it until {who} {}", if one { "has ended" } else { "have ended" })
+                format!(
+                    "room on {nodes} is held for it until {who} {}",
+                    if one { "has ended" } else { "have ended" }
+                )
             }
         })
     }
@@ -99,7 +106,7 @@ impl Controller {
     }
 
     /// For every node every reason against one more pod of the job.
-    pub(in super::super) fn verdicts(&self, uid: &JobUid) -> Vec<(usize, Vec<Reason>)> {
+    pub(in crate::core) fn verdicts(&self, uid: &JobUid) -> Vec<(usize, Vec<Reason>)> {
         let Some(job) = self.cluster.jobs.get(uid) else { return Vec::new() };
         let shape = self.scheduler.shape(&job.file.spec.pod.resources());
         let class = job.class.and_then(|id| self.scheduler.classes.get(id));
@@ -116,12 +123,14 @@ impl Controller {
             let refusals = book.map_or(&[][..], |book| book.refusals(room));
             let free = &self.scheduler.rooms()[room];
             let mut reasons = explain::reasons(free, &shape, refusals, closed, &job.file.spec);
-            let own = book.filter(|book| book.zoning == Zoning::Apart).and_then(|book| book.sites().get(room));
+            let own =
+                book.filter(|book| book.zoning == Zoning::Apart).and_then(|book| book.sites().get(room));
             if own.is_some_and(|site| zoned.contains_key(&site.zone)) {
                 reasons.push(explain::apart());
             }
             if reasons.is_empty()
-                && let Some((holder, _)) = self.scheduler.holds.holder(room).filter(|(holder, _)| *holder != uid)
+                && let Some((holder, _)) =
+                    self.scheduler.holds.holder(room).filter(|(holder, _)| *holder != uid)
                 && self.scheduler.holds.reduced(room, free).fit(&shape).is_none()
             {
                 let holder = self.cluster.jobs.get(holder).map(|job| &job.file.spec);
@@ -133,7 +142,7 @@ impl Controller {
     }
 
     /// All of it, for `berth explain`.
-    pub(in super::super) fn explanation(&mut self, uid: &JobUid) -> Option<Explanation> {
+    pub(in crate::core) fn explanation(&mut self, uid: &JobUid) -> Option<Explanation> {
         self.survey(uid);
         let (reason, words) = self.why_waiting(uid);
         let verdicts = self.verdicts(uid);
@@ -172,7 +181,8 @@ impl Controller {
             0 => format!("no pod waits; one more would fit {fit} of {} nodes", verdicts.len()),
             _ => words,
         };
-        let held = self.scheduler.holds.rooms_of(uid).map(|room| self.scheduler.nodes[room].clone()).collect();
+        let held =
+            self.scheduler.holds.rooms_of(uid).map(|room| self.scheduler.nodes[room].clone()).collect();
         Some(Explanation {
             namespace: job.file.spec.namespace.clone(),
             job: name.clone(),
@@ -189,7 +199,12 @@ impl Controller {
         })
     }
 
-    fn verdict_row(&self, room: usize, reasons: &[Reason], pods_on: &dyn Fn(&NodeId) -> Vec<PodName>) -> NodeVerdict {
+    fn verdict_row(
+        &self,
+        room: usize,
+        reasons: &[Reason],
+        pods_on: &dyn Fn(&NodeId) -> Vec<PodName>,
+    ) -> NodeVerdict {
         let node = self.scheduler.nodes[room].clone();
         let pods = pods_on(&node);
         let reasons: Vec<String> = reasons.iter().map(|reason| reason.text.clone()).collect();
@@ -241,7 +256,10 @@ impl Controller {
                 Some(Zoning::Spread) => {
                     let here = zoned.get(&site.zone).copied().unwrap_or(0);
                     let zones = zoned.len();
-                    why.push(format!("spread: {here} of {} pods in this of {zones} zones", job.placed().len()));
+                    why.push(format!(
+                        "spread: {here} of {} pods in this of {zones} zones",
+                        job.placed().len()
+                    ));
                 }
                 Some(Zoning::Apart) => why.push("kept apart from the job's other pods".to_owned()),
                 _ => {}

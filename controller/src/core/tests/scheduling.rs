@@ -84,14 +84,19 @@ fn quotas_hold_and_are_told() {
     let mut gang = job("gang", "default", 1, 10_000);
     (gang.parallelism, gang.completions, gang.gang) = (3, 3, true);
     world.submit(&gang);
-    world.until("the rest follows", |w| {
-        status(w, "default", "many").unwrap().phase == JobPhase::Succeeded
-    });
+    world.until("the rest follows", |w| status(w, "default", "many").unwrap().phase == JobPhase::Succeeded);
     assert_eq!(placed(&world, "default", "gang"), 0, "a gang beyond the quota never starts");
 }
 
 /// A stream of short jobs, one more whenever one ends.
-fn stream(world: &mut World, priority: i32, width: usize, ms: u64, upto: u64, mut done: impl FnMut(&World) -> bool) -> u64 {
+fn stream(
+    world: &mut World,
+    priority: i32,
+    width: usize,
+    ms: u64,
+    upto: u64,
+    mut done: impl FnMut(&World) -> bool,
+) -> u64 {
     let start = world.now;
     let mut next = 0;
     let mut live: Vec<String> = Vec::new();
@@ -128,7 +133,7 @@ fn no_job_that_fits_waits_for_ever_whatever_goes_before_it() {
     let (mut world, _) = cluster(&[4, 4]);
     let length = 60_000;
     stream(&mut world, 5, 12, length, 5_000, |_| false);
-    world.submit(&job("poor", "default", 4, 1_000));
+    world.submit(&job("poor", "default", 4, 30_000));
     let mut held = false;
     let took = stream(&mut world, 5, 12, length, 2 * OVERDUE_AFTER.0, |w| {
         let message = status(w, "default", "poor").and_then(|status| status.message).unwrap_or_default();
@@ -141,8 +146,9 @@ fn no_job_that_fits_waits_for_ever_whatever_goes_before_it() {
 
 #[test]
 fn the_pods_that_lose_least_make_way() {
-    let (mut world, nodes) = cluster(&[2, 2]);
-    for (i, (name, wait)) in [("old", 600_000), ("mid", 300_000), ("safe", 10_000), ("young", 10_000)].into_iter().enumerate()
+    let (mut world, _) = cluster(&[2, 2]);
+    for (i, (name, wait)) in
+        [("old", 600_000), ("mid", 300_000), ("safe", 10_000), ("young", 10_000)].into_iter().enumerate()
     {
         let mut low = job(name, "default", 1, 100_000_000);
         low.preemptible = name != "safe";
@@ -172,7 +178,6 @@ fn the_pods_that_lose_least_make_way() {
     for other in ["old", "mid", "safe", "young"] {
         assert_eq!(placed(&world, "default", other), 1, "{other}");
     }
-    let _ = nodes;
 }
 
 #[test]
@@ -214,17 +219,19 @@ struct Draft {
 fn draft() -> impl Strategy<Value = Draft> {
     let amounts = (1..5u64, 0..4u64, 1..4u32, 1..40u64);
     let rules = (any::<bool>(), any::<bool>(), proptest::option::of(0..2u8), 0..3i32, any::<bool>());
-    (amounts, rules).prop_map(|((cores, memory_gib, pods, secs), (gang, apart, zone, priority, namespace))| Draft {
-        cores,
-        memory_gib,
-        pods,
-        gang,
-        apart,
-        zone,
-        priority,
-        namespace,
-        ms: secs * 1000,
-    })
+    (amounts, rules).prop_map(
+        |((cores, memory_gib, pods, secs), (gang, apart, zone, priority, namespace))| Draft {
+            cores,
+            memory_gib,
+            pods,
+            gang,
+            apart,
+            zone,
+            priority,
+            namespace,
+            ms: secs * 1000,
+        },
+    )
 }
 
 /// What must hold at every moment, by the store's truth.
