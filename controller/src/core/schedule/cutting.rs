@@ -113,10 +113,11 @@ pub fn worth(demand: &Demand, rooms: &[Room]) -> BTreeMap<(u64, usize), i64> {
     let device = paid.sum::<f64>() / devices.max(1.0);
     let mut worth = BTreeMap::new();
     for (k, w) in wanted.iter().enumerate().filter(|(_, w)| w.is_share()) {
-        let price =
-            if device > 0.0 { (prices[class(k)] / device * 1000.0).round() as i64 } else { w.milli as i64 };
+        // Where devices are not what the fleet runs out of, a share is worth itself.
+        let (price, scarce) = (prices[class(k)], device > 1e-6 * prices[class(k)] && device > 0.0);
+        let price = if scarce { (price / device * 1000.0).round() as i64 } else { w.milli as i64 };
         let known: &mut i64 = worth.entry((w.cpu, w.milli)).or_default();
-        *known = price.max(*known);
+        *known = price.clamp(0, 1000).max(*known);
     }
     worth
 }
