@@ -79,6 +79,7 @@ impl Daemon {
                 store: store.id().clone(),
                 term,
                 depot_url: config.depot_url.clone().unwrap_or_else(|| format!("http://{http_address}")),
+                namespaces: config.namespaces.clone(),
                 secret,
                 seed: u64::from_ne_bytes(random::bytes()?),
             },

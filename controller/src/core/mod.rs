@@ -19,7 +19,7 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 
 use berth_protocol::codec::{self, CodecError};
-use berth_protocol::ids::{ClusterName, Digest, Epoch, JobUid, NodeId, PodId, StoreId, Term};
+use berth_protocol::ids::{ClusterName, Digest, Epoch, JobUid, Namespace, NodeId, PodId, StoreId, Term};
 use berth_protocol::limits::{REQUEST_ID_KEPT_MS, STATUS_PUBLISH_MS_MIN};
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
 use berth_protocol::units::{BootMs, Millis, Timestamp};
@@ -28,6 +28,7 @@ use serde::de::DeserializeOwned;
 
 use self::cluster::{Cluster, Timer, Timers};
 use self::schedule::Scheduler;
+pub use self::schedule::quota::Allowance;
 
 /// The time at which an event is stepped: civil time for records, CLOCK_BOOTTIME for everything that waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,6 +83,8 @@ pub struct Config {
     pub term: Term,
     /// Where agents and clients reach the depot, such as `http://127.0.0.1:7420`.
     pub depot_url: String,
+    /// Weights and quotas.
+    pub namespaces: BTreeMap<Namespace, Allowance>,
     /// Signs the depot's tokens.
     pub secret: [u8; 32],
     /// Of the generator of uids; another one at each start.
@@ -174,9 +177,9 @@ impl Controller {
         let next_seq = cluster.jobs.values().map(|job| job.file.seq + 1).max().unwrap_or(0);
         let mut controller = Self {
             random: config.seed,
+            scheduler: Scheduler::new(config.namespaces.clone()),
             config,
             cluster,
-            scheduler: Scheduler::default(),
             timers: Timers::default(),
             counters: Counters::default(),
             next_seq,

@@ -23,7 +23,7 @@ mod why;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use berth_protocol::ids::{JobUid, NodeId, PodId};
+use berth_protocol::ids::{JobUid, Namespace, NodeId, PodId};
 use berth_protocol::job::{JobSpec, Volume, VolumeSource};
 use berth_protocol::limits::PODS_PER_NODE_MAX;
 use berth_protocol::resources::{Inventory, Resources};
@@ -33,7 +33,7 @@ use self::hold::Holds;
 use self::place::Classes;
 use self::problem::{Device, Room, Seat, Shape, Size};
 use self::queue::{Line, Queue, Ticket};
-use self::quota::{Ledger, Sum};
+use self::quota::{Allowance, Ledger, Sum};
 use self::rulebook::{BookId, Rulebooks};
 use super::cluster::{Charge, Job, Liveness, Node};
 use super::{Controller, Now};
@@ -73,6 +73,10 @@ pub(super) struct Scheduler {
 }
 
 impl Scheduler {
+    pub fn new(allowances: BTreeMap<Namespace, Allowance>) -> Self {
+        Self { ledger: Ledger::new(allowances), ..Self::default() }
+    }
+
     /// The job has pods that are ready for a node.
     pub fn enqueue(&mut self, now: Now, uid: &JobUid, job: &mut Job) {
         let Some(class) = self.classify(job) else {

@@ -92,11 +92,6 @@ impl Queue {
         self.refused.insert((ticket.namespace.clone(), ticket.line.clone()), version);
     }
 
-    pub fn is_refused(&self, ticket: &Ticket, version: u64) -> bool {
-        let key = (ticket.namespace.clone(), ticket.line.clone());
-        self.refused.get(&key).is_some_and(|at| *at >= version)
-    }
-
     /// Of the highest priority that has a line not refused at `version`: the first job, and whether its namespace is
     /// the only one there.
     pub fn next(&self, version: u64, share: impl Fn(&Namespace) -> u128) -> Option<(JobUid, bool)> {

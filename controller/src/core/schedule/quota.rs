@@ -48,7 +48,7 @@ impl Sum {
         }
     }
 
-    pub fn of_charge(charge: &Charge) -> Self {
+    pub(in crate::core) fn of_charge(charge: &Charge) -> Self {
         let gpu_milli = charge.gpus.iter().map(|share| u64::from(share.milli)).sum();
         Self { cpu: charge.cpu.0, memory: charge.memory.0, gpu_milli, pods: 1 }
     }
@@ -77,6 +77,9 @@ impl Sum {
     }
 }
 
+/// A resource, its quota, what is used and what it would come to, and how amounts of it are written.
+type Row = (&'static str, Option<u64>, u64, u64, fn(u64) -> String);
+
 /// The whole of a share, in the unit that shares are compared in.
 const WHOLE: u128 = 1 << 40;
 
@@ -90,6 +93,10 @@ pub struct Ledger {
 }
 
 impl Ledger {
+    pub fn new(allowances: BTreeMap<Namespace, Allowance>) -> Self {
+        Self { allowances, ..Self::default() }
+    }
+
     pub fn allowance(&self, namespace: &Namespace) -> Allowance {
         self.allowances.get(namespace).cloned().unwrap_or_default()
     }
@@ -132,16 +139,11 @@ impl Ledger {
         let allowance = self.allowances.get(namespace)?;
         let used = self.used(namespace);
         let sum = used.plus(more);
-        let gpus = |milli: u64| {
-            if milli % 1000 == 0 { (milli / 1000).to_string() } else { format!("{milli}m") }
-        };
-        let cores = |milli: u64| MilliCpu(milli).to_string();
-        let bytes = |bytes: u64| Bytes(bytes).to_string();
-        let rows: [(&str, Option<u64>, u64, u64, &dyn Fn(u64) -> String); 4] = [
-            ("cores", allowance.cpu.map(|cpu| cpu.0), used.cpu, sum.cpu, &cores),
-            ("memory", allowance.memory.map(|memory| memory.0), used.memory, sum.memory, &bytes),
-            ("GPUs", allowance.gpu_milli, used.gpu_milli, sum.gpu_milli, &gpus),
-            ("pods", allowance.pods, used.pods, sum.pods, &|n| n.to_string()),
+        let rows: [Row; 4] = [
+            ("cores", allowance.cpu.map(|cpu| cpu.0), used.cpu, sum.cpu, |milli| MilliCpu(milli).to_string()),
+            ("memory", allowance.memory.map(|memory| memory.0), used.memory, sum.memory, |n| Bytes(n).to_string()),
+            ("GPUs", allowance.gpu_milli, used.gpu_milli, sum.gpu_milli, |milli| MilliCpu(milli).to_string()),
+            ("pods", allowance.pods, used.pods, sum.pods, |n| n.to_string()),
         ];
         rows.into_iter().find_map(|(what, most, used, sum, show)| {
             let most = most.filter(|most| sum > *most)?;

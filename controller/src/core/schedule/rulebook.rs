@@ -152,10 +152,6 @@ impl Rulebooks {
     pub fn get_mut(&mut self, id: BookId) -> Option<&mut Book> {
         self.books.get_mut(id)?.as_mut()
     }
-
-    pub fn len(&self) -> usize {
-        self.ids.len()
-    }
 }
 
 /// Everything wrong with a job's conditions.
