@@ -141,7 +141,9 @@ impl Ledger {
         let sum = used.plus(more);
         let rows: [Row; 4] = [
             ("cores", allowance.cpu.map(|cpu| cpu.0), used.cpu, sum.cpu, |milli| MilliCpu(milli).to_string()),
-            ("memory", allowance.memory.map(|memory| memory.0), used.memory, sum.memory, |n| Bytes(n).to_string()),
+            ("memory", allowance.memory.map(|memory| memory.0), used.memory, sum.memory, |n| {
+                Bytes(n).to_string()
+            }),
             ("GPUs", allowance.gpu_milli, used.gpu_milli, sum.gpu_milli, |milli| MilliCpu(milli).to_string()),
             ("pods", allowance.pods, used.pods, sum.pods, |n| n.to_string()),
         ];

@@ -65,7 +65,8 @@ static NODE: Object = Object {
         ("versions", Kind::Object(&VERSIONS)),
     ],
 };
-static CPU: Object = Object { name: "node.cpu", fields: &[("model", Kind::Text), ("features", Kind::Features)] };
+static CPU: Object =
+    Object { name: "node.cpu", fields: &[("model", Kind::Text), ("features", Kind::Features)] };
 static GPU: Object = Object {
     name: "node.gpu",
     fields: &[("count", Kind::Whole), ("model", Kind::Text), ("memory", Kind::Whole)],
