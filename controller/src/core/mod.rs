@@ -223,11 +223,18 @@ impl Controller {
 
     /// Takes one event in. Never fails: what cannot be understood is refused and counted.
     pub fn step(&mut self, now: Now, event: Event) -> Step {
-        match event {
-            Event::Message { topic, payload } => self.message(now, topic, &payload),
-            Event::BusUp => self.bus_up(now),
-            Event::BusDown => self.bus_up = false,
-            Event::Tick => {}
+        self.steps(now, [event])
+    }
+
+    /// Takes several events in, which have all come by now: places pods and says what changed once for all of them.
+    pub fn steps(&mut self, now: Now, events: impl IntoIterator<Item = Event>) -> Step {
+        for event in events {
+            match event {
+                Event::Message { topic, payload } => self.message(now, topic, &payload),
+                Event::BusUp => self.bus_up(now),
+                Event::BusDown => self.bus_up = false,
+                Event::Tick => {}
+            }
         }
         while let Some(timer) = self.timers.pop(now.boot) {
             self.wake(now, timer);
