@@ -6,6 +6,7 @@ mod cluster;
 mod expiry;
 mod lifecycle;
 mod nodes;
+mod notes;
 mod query;
 mod records;
 pub mod schedule;
@@ -27,6 +28,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use self::cluster::{Cluster, Timer, Timers};
+pub use self::notes::Note;
 use self::schedule::Scheduler;
 pub use self::schedule::quota::Allowance;
 
@@ -59,6 +61,8 @@ pub enum Effect {
     DeleteLog { pod: PodId, epoch: Epoch },
     /// Of the depot, if it is there.
     DeleteBlob(Digest),
+    /// For the operator's log.
+    Note(Note),
 }
 
 /// A change of the store: `None` deletes.
@@ -266,7 +270,8 @@ impl Controller {
             }
             Topic::QueryRequest { client } => {
                 self.count("query");
-                self.read(&topic, payload).map(|request| self.query(now, client, request))
+                let read = self.read(&topic, payload).map(|request| self.query(now, client, request));
+                read.inspect_err(|error| self.query_unread(client, payload, error))
             }
             Topic::Node { node, kind: NodeTopic::Hello } => {
                 self.count("hello");
@@ -317,6 +322,10 @@ impl Controller {
 
     fn effect(&mut self, effect: Effect) {
         self.dirty.step.effects.push(effect);
+    }
+
+    fn note(&mut self, note: Note) {
+        self.effect(Effect::Note(note));
     }
 
     fn bus_up(&mut self, now: Now) {
