@@ -7,8 +7,9 @@ use berth_protocol::message::user::JobPhase;
 use berth_protocol::pod::{Cause, Goal, Outcome, PodPhase};
 use berth_protocol::units::{BootMs, Millis};
 
-use super::cluster::{Assignment, Charge, Ending, EpochLog, Job, JobRun, Pod, PodState, Timer, Verdict};
+use super::cluster::{Assignment, Charge, Ending, EpochLog, Job, JobRun, Pod, PodState, Verdict};
 use super::expiry::EXPIRY;
+use super::timers::Timer;
 use super::{Controller, Now};
 
 /// Running time is written down this often where a deadline counts it: what a restart of the controller forgets.

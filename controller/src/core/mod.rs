@@ -10,7 +10,9 @@ mod notes;
 mod query;
 mod records;
 pub mod schedule;
+mod session;
 mod status;
+mod timers;
 pub mod token;
 mod wire;
 
@@ -27,10 +29,11 @@ use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use self::cluster::{Cluster, Timer, Timers};
+use self::cluster::Cluster;
 pub use self::notes::Note;
 use self::schedule::Scheduler;
 pub use self::schedule::quota::Allowance;
+use self::timers::{Timer, Timers};
 
 /// The time at which an event is stepped: civil time for records, CLOCK_BOOTTIME for everything that waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

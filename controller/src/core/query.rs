@@ -1,7 +1,7 @@
 //! Answers to what the CLI asks; changes nothing but who follows a log.
 
 use berth_protocol::codec::CodecError;
-use berth_protocol::ids::{ClientId, Epoch, JobName, JobUid, Namespace, NodeId, RequestId};
+use berth_protocol::ids::{ClientId, Epoch, JobName, JobUid, Namespace, RequestId};
 use berth_protocol::job;
 use berth_protocol::limits::{FOLLOW_MS, MESSAGE_BYTES_MAX, QUERY_PAGE_ROWS_MAX};
 use berth_protocol::message::node::DepotAccess;

@@ -50,7 +50,8 @@ pub fn flood() -> Result<Vec<Figure>> {
         fleet(world.port(), connection, placed.clone())?;
     }
     let mut user = world.user()?;
-    let mut tide = Tide { user: &mut user, seen, next: 0, submitted: HashMap::new(), waits: Vec::new(), pods: 0 };
+    let mut tide =
+        Tide { user: &mut user, seen, next: 0, submitted: HashMap::new(), waits: Vec::new(), pods: 0 };
     // The nodes are there once a first job is through.
     tide.submit()?;
     tide.drain(0)?;
@@ -272,7 +273,8 @@ impl Fleet {
     fn hello(&mut self) {
         for agent in self.agents.values() {
             let parse = |text: &str| format!("{}-{text}", agent.id);
-            let (Ok(hardware), Ok(boot)) = (HardwareId::parse(&parse("hw")), BootId::parse(&parse("boot"))) else {
+            let (Ok(hardware), Ok(boot)) = (HardwareId::parse(&parse("hw")), BootId::parse(&parse("boot")))
+            else {
                 continue;
             };
             let hello = Hello {
@@ -296,8 +298,12 @@ impl Fleet {
     }
 
     fn beat(&mut self) {
-        let due: Vec<NodeId> =
-            self.agents.values().filter(|a| a.beat_at.elapsed() >= BEAT || a.seq == 0).map(|a| a.id.clone()).collect();
+        let due: Vec<NodeId> = self
+            .agents
+            .values()
+            .filter(|a| a.beat_at.elapsed() >= BEAT || a.seq == 0)
+            .map(|a| a.id.clone())
+            .collect();
         for id in due {
             self.beat_one(&id);
         }
@@ -338,7 +344,8 @@ impl Fleet {
         match kind {
             NodeTopic::Spec => {
                 let Ok(message) = codec::decode::<SpecMessage>(topic, payload) else { return };
-                let template: serde_json::Value = serde_json::from_str(message.spec.get()).unwrap_or_default();
+                let template: serde_json::Value =
+                    serde_json::from_str(message.spec.get()).unwrap_or_default();
                 let job = template["job"].as_str().unwrap_or_default().to_owned();
                 self.jobs.insert(message.digest, job);
             }

@@ -6,7 +6,8 @@ use berth_protocol::ids::{JobUid, PodId};
 use berth_protocol::pod::Goal;
 use berth_protocol::units::{BootMs, Millis};
 
-use super::super::cluster::{Assignment, Job, Leaving, Timer};
+use super::super::cluster::{Assignment, Job, Leaving};
+use super::super::timers::Timer;
 use super::super::{Controller, Now};
 use super::Scheduler;
 use super::free_up::{Load, fits, free_up};
@@ -26,6 +27,8 @@ const HELP_PAUSE: Millis = Millis(1_000);
 const ROOMS_MAX: usize = 32;
 /// Work that a stop and restart costs beside what was not saved: reading and writing so many bytes a second.
 const BYTES_PER_SECOND: u64 = 200 << 20;
+/// A job evicted so often is left alone: it has lost enough.
+const EVICTIONS_MAX: u32 = 8;
 /// What a thousandth of a GPU weighs, in thousandths of a core.
 const GPU_WEIGHT: u64 = 8;
 
@@ -273,9 +276,13 @@ impl Controller {
         loop {
             let may = |victim: &Job, assignment: &Assignment, _: &PodId| {
                 let spec = &victim.file.spec;
-                spec.preemptible && spec.priority < priority && assignment.goal == Goal::Run
+                let may =
+                    spec.preemptible && spec.priority < priority && victim.run.evictions < EVICTIONS_MAX;
+                // Who is leaving already costs nothing more.
+                may || assignment.goal != Goal::Run
             };
-            let Some(rooms) = self.rooms_for(uid, may, |_, a| work_lost(now, a)) else { break };
+            let cost = |_: &Job, a: &Assignment| if a.goal == Goal::Run { work_lost(now, a) } else { 0 };
+            let Some(rooms) = self.rooms_for(uid, may, cost) else { break };
             let victims: Vec<PodId> =
                 rooms.values().flat_map(|held| held.waits_for.iter().cloned()).collect();
             self.scheduler.holds.add(uid, Kind::Preemption, now.boot, rooms);

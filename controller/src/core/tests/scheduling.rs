@@ -132,10 +132,12 @@ fn backfill_goes_on_but_not_in_the_room_that_is_held_for_the_first() {
 fn no_job_that_fits_waits_for_ever_whatever_goes_before_it() {
     let (mut world, _) = cluster(&[4, 4]);
     let length = 60_000;
-    stream(&mut world, 5, 12, length, 5_000, |_| false);
-    world.submit(&job("poor", "default", 4, 30_000));
+    stream(&mut world, 5, 20, length, 5_000, |_| false);
+    let mut poor = job("poor", "default", 4, 30_000);
+    poor.preemptible = false;
+    world.submit(&poor);
     let mut held = false;
-    let took = stream(&mut world, 5, 12, length, 2 * OVERDUE_AFTER.0, |w| {
+    let took = stream(&mut world, 5, 20, length, 2 * OVERDUE_AFTER.0, |w| {
         let message = status(w, "default", "poor").and_then(|status| status.message).unwrap_or_default();
         held |= message.contains("is held for it");
         placed(w, "default", "poor") == 1
