@@ -425,6 +425,8 @@ impl Agency {
             cgroup_parent: self.cgroup_parent(),
             log_bytes_max: self.config.log_bytes_max,
             scratch_bytes_max: Bytes(0),
+            criu: None,
+            restore: false,
             template,
         };
         self.shims.launch(&key, &task).map_err(|error| error.to_string())?;

@@ -362,7 +362,10 @@ impl Agent {
             Report::Running { run, .. } => (run, Shim::Running),
             Report::Paused { run, .. } => (run, Shim::Paused),
             Report::Exited { exit } => return self.run_over(now, key, exit),
-            Report::Log { .. } => return,
+            Report::Log { .. }
+            | Report::Restoring { .. }
+            | Report::Saved { .. }
+            | Report::SaveFailed { .. } => return,
         };
         let Some(live) = self.live.get_mut(key).filter(|live| run == current && live.shim != Shim::Dying)
         else {

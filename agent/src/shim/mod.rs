@@ -5,6 +5,7 @@
 //! shim, dead or alive, leaves in directories and control groups.
 
 pub mod cgroup;
+pub mod checkpoint;
 mod container;
 pub mod control;
 mod create;

@@ -105,6 +105,8 @@ impl Pod {
             cgroup_parent: PathBuf::from(format!("berth-test-{}", std::process::id())),
             log_bytes_max: Bytes(16 << 20),
             scratch_bytes_max: Bytes(1 << 30),
+            criu: None,
+            restore: false,
         };
         let tmp = tempfile::tempdir().unwrap();
         let dir = tmp.path().join("agent/pods").join(format!("{}.1", task.pod));
