@@ -2,11 +2,14 @@
 //!
 //! This crate owns every name and number that two programs must agree on. It performs no IO and reads no clock.
 
+pub mod checkpoint;
+pub mod chunk;
 pub mod codec;
 pub mod ids;
 pub mod job;
 pub mod limits;
 pub mod log;
+pub mod manifest;
 pub mod message;
 pub mod pod;
 pub mod resources;

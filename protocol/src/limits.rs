@@ -55,6 +55,22 @@ pub const PRIORITY_MAX: i32 = 1000;
 pub const BACKOFF_LIMIT_MAX: u32 = 10_000;
 pub const CHECKPOINTS_KEPT_MAX: u32 = 100;
 
+/// A chunk of a checkpoint before compression: memory is cut at multiples of it in virtual addresses.
+pub const CHUNK_BYTES_MAX: usize = 1 << 20;
+/// Chunks sent to the depot in one request, which it keeps as one pack.
+pub const PACK_BYTES_MAX: usize = 16 << 20;
+/// Chunks named in one question which of them the depot lacks, and those asked of it at once.
+pub const CHUNKS_ASKED_MAX: usize = 16 * 1024;
+pub const CHUNKS_FETCHED_MAX: usize = 64;
+/// A manifest, some 85 bytes a chunk: enough for a pod of half a terabyte.
+pub const MANIFEST_BYTES_MAX: usize = 64 << 20;
+/// Files of one container's images.
+pub const IMAGE_FILES_MAX: usize = 64 * 1024;
+pub const IMAGE_NAME_BYTES_MAX: usize = 128;
+/// Features of a processor, and a version's text, in what a checkpoint needs.
+pub const CPU_FEATURES_MAX: usize = 512;
+pub const VERSION_BYTES_MAX: usize = 128;
+
 /// Events in one message of a node's outbox, and those that may wait in it.
 pub const EVENTS_PER_MESSAGE_MAX: usize = 64;
 pub const OUTBOX_EVENTS_MAX: usize = 16 * 1024;
@@ -93,6 +109,8 @@ pub const REJECTED_STATUS_MS: u64 = 3_600_000;
 
 const _: () = assert!(SPEC_BYTES_MAX <= MESSAGE_BYTES_MAX);
 const _: () = assert!(MESSAGE_BYTES_MAX + ENVELOPE_BYTES_MAX < PACKET_BYTES_MAX);
+const _: () = assert!(CHUNKS_FETCHED_MAX * (CHUNK_BYTES_MAX + 64) <= 2 * MANIFEST_BYTES_MAX);
+const _: () = assert!(CHUNK_BYTES_MAX * 2 < PACK_BYTES_MAX);
 const _: () = assert!(LOG_RECORD_BYTES_MAX * 2 < MESSAGE_BYTES_MAX);
 const _: () = assert!(HEARTBEAT_RETRY_MS < HEARTBEAT_MS && 2 * HEARTBEAT_MS <= DISCONNECT_AFTER_MS_MIN);
 // A silent node's pods have stopped before the controller may start them elsewhere (fencing: 1 + 50 + 5 <= 61).

@@ -10,7 +10,8 @@ use crate::units::Timestamp;
 pub enum Goal {
     Run,
     Pause,
-    /// Take a checkpoint, then stop.
+    /// Take a checkpoint of the level that comes with it, then stop. The pod stays frozen until the controller has
+    /// acknowledged the checkpoint's event; where none could be taken it goes on running, and says so.
     Vacate,
     Stop,
 }
@@ -64,6 +65,13 @@ pub struct Outcome {
     /// Records that the log holds, all runs of the epoch together.
     pub log_records: u64,
 }
+
+/// The reason of an end of `Cause::Eviction` where the pod could not be started from its checkpoint: the controller
+/// tries another node, then the checkpoint before, then from the start.
+pub const RESTORE_FAILED: &str = "RestoreFailed";
+
+/// The reason of an end of `Cause::Eviction` after the goal `vacate`, with the checkpoint recorded before.
+pub const VACATED: &str = "Vacated";
 
 /// Whose doing an end was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

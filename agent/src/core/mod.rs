@@ -377,6 +377,8 @@ impl Agent {
             held,
             usage: Usage::default(),
             pulls: pulls.collect(),
+            saves: Vec::new(),
+            restores: Vec::new(),
         };
         self.act(Action::Heartbeat(Box::new(heartbeat)));
     }

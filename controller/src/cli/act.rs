@@ -38,7 +38,7 @@ pub async fn command(settings: &Settings, act: Act, args: JobNames) -> anyhow::R
     for job in &args.jobs {
         let id = session.request_id()?;
         let topic = Topic::job(namespace, job, JobTopic::Command);
-        let message = JobCommand { id: Some(id.clone()), command: act.command, node: None };
+        let message = JobCommand { id: Some(id.clone()), command: act.command, node: None, checkpoint: None };
         let payload = codec::encode(&topic, &message)?;
         session.publish(&topic, payload.clone())?;
         let ours = |answer: &berth_protocol::message::user::Answer| answer.id.as_ref() == Some(&id);

@@ -460,7 +460,7 @@ impl<'a> Follow<'a> {
             return Err(Left { job: job.clone() }.into());
         }
         eprintln!("berth: cancelling job {namespace}/{job}, with its grace; Ctrl-C again leaves it");
-        let command = JobCommand { id: Some(id), command: Command::Cancel, node: None };
+        let command = JobCommand { id: Some(id), command: Command::Cancel, node: None, checkpoint: None };
         interrupts.cancel = Some((command, Instant::now()));
         Ok(())
     }

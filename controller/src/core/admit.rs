@@ -159,7 +159,7 @@ impl Controller {
             Command::Suspend => self.suspend(now, &uid, true),
             Command::Resume => self.suspend(now, &uid, false),
             Command::Restart => self.restart(now, &uid),
-            Command::Checkpoint | Command::Migrate => {
+            Command::Checkpoint | Command::Migrate | Command::Restore => {
                 let text = "this version of the controller cannot checkpoint or migrate jobs yet";
                 return Err(rejection("NotSupported", text));
             }

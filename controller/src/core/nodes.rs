@@ -310,7 +310,10 @@ impl Controller {
         let phase = match change {
             PodChange::Pulling => PodPhase::Pulling,
             PodChange::Starting => PodPhase::Starting,
-            PodChange::Running => PodPhase::Running,
+            PodChange::Running | PodChange::CheckpointFailed { .. } => PodPhase::Running,
+            PodChange::Restoring => PodPhase::Restoring,
+            PodChange::Checkpointing { .. } => PodPhase::Checkpointing,
+            PodChange::Checkpointed { .. } => PodPhase::Running,
             PodChange::Paused => PodPhase::Paused,
             PodChange::Retrying { outcome, .. } => return self.pod_retrying(now, &pod, &outcome),
             PodChange::Ended { outcome } => return self.pod_gone(now, &pod, Gone::Ended(outcome)),

@@ -118,6 +118,14 @@ impl Controller {
                 }))
             }
             Query::Depot { namespace } => value(&self.depot(now, namespace)),
+            Query::Checkpoints { .. }
+            | Query::Checkpoint { .. }
+            | Query::Cordon { .. }
+            | Query::Uncordon { .. }
+            | Query::Drain { .. } => {
+                let message = "this version of the controller cannot do that yet".to_owned();
+                Err(QueryError { code: "NotSupported".to_owned(), message })
+            }
             Query::Version => value(&ControllerVersion {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 cluster: self.config.cluster.to_string(),

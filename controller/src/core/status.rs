@@ -219,6 +219,7 @@ impl Controller {
             agent_version: has.agent_version.clone(),
             criu: has.criu.clone(),
             pods: u32::try_from(node.pods.len()).unwrap_or(u32::MAX),
+            drain: None,
             last_heartbeat_at: node.last_heartbeat_at,
         })
     }

@@ -1,12 +1,15 @@
-//! Any bytes as a topic, as each message, and as records of a log: no panic, and what is read is what is written.
+//! Any bytes as a topic, as each message, as records of a log, and as frames and manifest of a checkpoint: no panic,
+//! and what is read is what is written.
 
 #![no_main]
 
 use std::fmt::Debug;
 
+use berth_protocol::chunk::{Frame, GrantRequest};
 use berth_protocol::codec::{decode, encode};
-use berth_protocol::ids::{ClientId, ClusterName, JobName, Namespace, NodeId};
+use berth_protocol::ids::{ClientId, ClusterName, Digest, JobName, Namespace, NodeId};
 use berth_protocol::log::{LogMessage, read_record};
+use berth_protocol::manifest::Manifest;
 use berth_protocol::message::node::{Bye, Desired, Events, Heartbeat, Hello, Lease, NodeRequest, SpecMessage};
 use berth_protocol::message::query::{QueryReply, QueryRequest};
 use berth_protocol::message::user::{Answer, JobCommand, JobStatus, NodeStatus};
@@ -19,6 +22,7 @@ fuzz_target!(|bytes: &[u8]| {
     topic(bytes);
     records(bytes);
     messages(bytes);
+    checkpoints(bytes);
 });
 
 fn topic(bytes: &[u8]) {
@@ -58,6 +62,20 @@ fn messages(bytes: &[u8]) {
     // These two carry JSON as it came, whose numbers may be written otherwise.
     let _ = decode::<QueryReply>(&Topic::QueryReply { client }, bytes);
     let _ = decode::<SpecMessage>(&of_node(NodeTopic::Spec), bytes);
+}
+
+fn checkpoints(mut bytes: &[u8]) {
+    if let Ok(manifest) = Manifest::parse(&Digest::of(bytes), bytes) {
+        let (id, written) = manifest.render().expect("what was read is within bounds");
+        assert_eq!(Manifest::parse(&id, &written).expect("what is written can be read"), manifest);
+    }
+    let _ = serde_json::from_slice::<GrantRequest>(bytes);
+    while let Ok((frame, length)) = Frame::read(bytes) {
+        let mut written = Vec::new();
+        frame.write(&mut written);
+        assert_eq!(written, bytes[..length]);
+        bytes = &bytes[length..];
+    }
 }
 
 fn there_and_back<T: DeserializeOwned + Serialize + PartialEq + Debug>(topic: &Topic, bytes: &[u8]) {

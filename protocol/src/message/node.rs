@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use crate::checkpoint::CheckpointInfo;
 use crate::ids::{
     BootId, Digest, Epoch, Generation, HardwareId, LedgerId, PodId, RequestId, Run, SessionNonce, StoreId,
     Term,
@@ -73,8 +74,15 @@ pub struct Heartbeat {
     /// Pulls under way.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pulls: Vec<PullProgress>,
+    /// Checkpoints on their way into the depot.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub saves: Vec<PullProgress>,
+    /// Checkpoints on their way out of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub restores: Vec<PullProgress>,
 }
 
+/// How far a transfer is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PullProgress {
@@ -175,7 +183,23 @@ pub struct PodEvent {
 pub enum PodChange {
     Pulling,
     Starting,
+    /// Being made from the checkpoint that its order names; `Running` follows, or `Ended` with `RESTORE_FAILED`.
+    Restoring,
     Running,
+    /// A checkpoint of this level is being taken.
+    Checkpointing {
+        level: u64,
+    },
+    /// It is in the depot whole, manifest and all. The pod runs on, or waits frozen where it is to vacate.
+    Checkpointed {
+        info: Box<CheckpointInfo>,
+    },
+    /// It could not be taken; the pod runs on as if nothing had been asked. The level is not tried again.
+    CheckpointFailed {
+        level: u64,
+        /// A sentence for people.
+        why: String,
+    },
     /// Frozen, by order or for want of a grant.
     Paused,
     /// The run is over, and the agent starts the next one by itself after `backoff`.
@@ -187,7 +211,7 @@ pub enum PodChange {
     Ended {
         outcome: Outcome,
     },
-    /// The epoch's log is in the depot.
+    /// The epoch's whole log is in the depot.
     LogStored,
     /// The outputs are in the depot, under this digest; or why they are not.
     OutputsStored {
@@ -223,12 +247,12 @@ pub struct DesiredPod {
     /// Of the pod's template.
     pub spec: Digest,
     pub goal: Goal,
-    /// Take a checkpoint if the last taken is below this.
+    /// Take a checkpoint if the last taken, or tried, is below this level. It spans the pod's epochs.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub checkpoint: u64,
-    /// The checkpoint to start from.
+    /// The checkpoint to start the epoch's first run from: its manifest's digest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub from: Option<String>,
+    pub from: Option<Digest>,
     /// Devices allotted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gpus: Vec<GpuShare>,

@@ -3,10 +3,11 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::checkpoint::{CheckpointInfo, CheckpointKind};
 use crate::ids::{Digest, Epoch, JobName, Namespace, NodeId, PodName, RequestId};
 use crate::message::node::DepotAccess;
 use crate::message::user::{JobStatus, PodStatus};
-use crate::units::{Bytes, Timestamp, rfc3339};
+use crate::units::{Bytes, Millis, Timestamp, rfc3339};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -41,6 +42,16 @@ pub enum Query {
     },
     /// `Page<OutputRow>`
     Outputs { namespace: Namespace, job: JobName },
+    /// `Page<CheckpointRow>`, the newest of a pod first; without a namespace: all.
+    Checkpoints { namespace: Option<Namespace>, job: Option<JobName>, after: Option<String> },
+    /// `CheckpointDetail`; the id may be a beginning of the digest's digits that names only one.
+    Checkpoint { namespace: Option<Namespace>, id: String },
+    /// `NodeStatus`: takes no new pods from now on. Asking again changes nothing.
+    Cordon { node: NodeId },
+    /// `NodeStatus`: takes pods again; ends a drain.
+    Uncordon { node: NodeId },
+    /// `NodeStatus`: cordons, and moves every pod away; what is still there after `deadline` is stopped unsaved.
+    Drain { node: NodeId, deadline: Option<Millis> },
     /// `DepotAccess`: to bring a workspace, or fetch logs and outputs, of a namespace.
     Depot { namespace: Namespace },
     /// `ControllerVersion`
@@ -173,4 +184,40 @@ pub struct OutputRow {
 pub struct ControllerVersion {
     pub version: String,
     pub cluster: String,
+}
+
+/// What `berth get checkpoints` lists.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CheckpointRow {
+    pub id: Digest,
+    pub namespace: Namespace,
+    pub job: JobName,
+    pub pod: PodName,
+    pub epoch: Epoch,
+    pub kind: CheckpointKind,
+    #[serde(with = "rfc3339")]
+    pub at: Timestamp,
+    pub bytes: Bytes,
+    pub new_bytes: Bytes,
+    pub frozen_ms: u64,
+    /// Where it was taken; an imported one's is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<NodeId>,
+    /// What its keeping is owed to, such as `the last of pod digits-0`.
+    pub kept: String,
+}
+
+/// One checkpoint whole.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CheckpointDetail {
+    #[serde(flatten)]
+    pub row: CheckpointRow,
+    pub info: CheckpointInfo,
+    /// The job that it is of, as it was then.
+    pub spec: Value,
+    /// Each node, and what it lacks to start it.
+    pub nodes: Vec<NodeVerdict>,
+    pub depot: DepotAccess,
 }

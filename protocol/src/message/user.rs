@@ -16,9 +16,12 @@ pub struct JobCommand {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<RequestId>,
     pub command: Command,
-    /// Where to, of a migration.
+    /// Where to, of a migration or a restore.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<NodeId>,
+    /// Which one, of a restore.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<Digest>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,7 +32,10 @@ pub enum Command {
     Resume,
     Checkpoint,
     Restart,
+    /// To `node`: save the pod, stop it, go on there.
     Migrate,
+    /// Makes the topic's job from `checkpoint`, or sets it back to that one.
+    Restore,
 }
 
 /// `jobs/{ns}/{job}/answer`: exactly one of `accepted` and `rejected` is there.
@@ -164,7 +170,8 @@ pub struct PodStatus {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct CheckpointStatus {
-    pub id: String,
+    /// The manifest's digest.
+    pub id: Digest,
     #[serde(with = "rfc3339")]
     pub at: Timestamp,
     pub bytes: Bytes,
@@ -198,6 +205,9 @@ pub struct NodeStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub criu: Option<String>,
     pub pods: u32,
+    /// Being emptied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainStatus>,
     #[serde(default, skip_serializing_if = "Option::is_none", with = "rfc3339::option")]
     pub last_heartbeat_at: Option<Timestamp>,
 }
@@ -211,6 +221,19 @@ pub enum NodeState {
     Offline,
     /// Online, and takes no new pods.
     Cordoned,
+}
+
+/// A drain under way or done: it lasts until the node is uncordoned.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DrainStatus {
+    #[serde(with = "rfc3339")]
+    pub since: Timestamp,
+    /// What is still there then is stopped without a new checkpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "rfc3339::option")]
+    pub deadline: Option<Timestamp>,
+    /// Pods still there.
+    pub left: u32,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

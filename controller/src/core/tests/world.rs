@@ -572,6 +572,8 @@ impl World {
                     held: held_digest(agent.held()),
                     usage: Usage::default(),
                     pulls: Vec::new(),
+                    saves: Vec::new(),
+                    restores: Vec::new(),
                 };
                 self.send(&id, NodeTopic::Heartbeat, &beat);
             }
