@@ -50,7 +50,15 @@ pub struct Policy {
 
 impl Policy {
     pub fn new(on_disconnect: &OnDisconnect, grace: Millis) -> Self {
-        Self { action: on_disconnect.action, grace, lease: None, paused: false, held: false, end: None, killed: false }
+        Self {
+            action: on_disconnect.action,
+            grace,
+            lease: None,
+            paused: false,
+            held: false,
+            end: None,
+            killed: false,
+        }
     }
 
     /// A start or a renewal; the first one starts.

@@ -25,9 +25,9 @@ use super::log::Writer;
 use super::pump::drain_rest;
 use super::rootfs::{self, Home};
 use super::sys::{self, Alarm};
+use crate::task::{Exit, Order, Report, Task, file};
 use restoring::Restoring;
 use saving::Saving;
-use crate::task::{Exit, Order, Report, Task, file};
 
 /// How soon an unconfirmed freeze and an undead process are looked at again.
 const RECHECK_MS: u64 = 5;

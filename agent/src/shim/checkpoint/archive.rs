@@ -40,7 +40,13 @@ pub fn pack(dir: &Path, archive: &Path) -> io::Result<Archiver> {
 pub fn unpack(archive: &Path, dir: &Path) -> io::Result<()> {
     File::open(archive)?;
     let mut command = tar();
-    command.args(["--extract", "--same-owner", "--preserve-permissions", "--delay-directory-restore", "--file"]);
+    command.args([
+        "--extract",
+        "--same-owner",
+        "--preserve-permissions",
+        "--delay-directory-restore",
+        "--file",
+    ]);
     let mut child: Child = command.arg(archive).arg("--directory").arg(dir).spawn()?;
     match child.wait()? {
         status if status.success() => Ok(()),

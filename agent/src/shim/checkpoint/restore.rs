@@ -71,7 +71,8 @@ impl Revival {
         oci: &Value,
         cgroup: Cgroup,
     ) -> Result<Self, ShimError> {
-        let failed = |e: io::Error| ShimError::Restore { container: spec.name.clone(), message: e.to_string() };
+        let failed =
+            |e: io::Error| ShimError::Restore { container: spec.name.clone(), message: e.to_string() };
         let home = Home::new(pod.dir, &spec.name);
         let mut options = Options::default();
         options.root(home.rootfs().as_os_str().as_bytes()).sibling().evasive_devices();
@@ -101,7 +102,8 @@ impl Revival {
             Ok(Pump::new(read, stream))
         };
         let pumps = [pump(0, Stream::Stdout)?, pump(1, Stream::Stderr)?];
-        limit(&cgroup, oci).map_err(|message| ShimError::Restore { container: spec.name.clone(), message })?;
+        limit(&cgroup, oci)
+            .map_err(|message| ShimError::Restore { container: spec.name.clone(), message })?;
         let images = Parts::to_restore(pod.dir).images(&spec.name);
         let (name, cpu_max) = (spec.name.clone(), spec.limits.cpu);
         Ok(Self { name, images, cgroup, options, pumps, inherited, cpu_max })
@@ -111,7 +113,8 @@ impl Revival {
     pub fn start(&self, program: &Path, first: Option<Pid>) -> io::Result<Criu> {
         let mut options = self.options.clone();
         if let Some(first) = first {
-            for kind in ["ipc", "uts", "time"].iter().filter(|kind| Path::new("/proc/self/ns").join(kind).exists())
+            for kind in
+                ["ipc", "uts", "time"].iter().filter(|kind| Path::new("/proc/self/ns").join(kind).exists())
             {
                 options.join(kind, &format!("/proc/{first}/ns/{kind}"));
             }
@@ -175,11 +178,8 @@ fn limit(cgroup: &Cgroup, oci: &Value) -> Result<(), String> {
         serde_json::from_value(oci["linux"]["resources"].clone()).map_err(|e| e.to_string())?;
     cgroup.create().map_err(|e| e.to_string())?;
     cgroup.fill_cpuset().map_err(|e| e.to_string())?;
-    let config = CgroupConfig {
-        cgroup_path: cgroup.absolute(),
-        systemd_cgroup: false,
-        container_name: String::new(),
-    };
+    let config =
+        CgroupConfig { cgroup_path: cgroup.absolute(), systemd_cgroup: false, container_name: String::new() };
     let options = ControllerOpt {
         resources: &resources,
         disable_oom_killer: false,

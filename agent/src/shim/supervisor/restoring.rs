@@ -16,7 +16,7 @@ use super::super::lease::EndedBy;
 use super::super::spec;
 use super::super::sys;
 use super::{Phase, Supervisor};
-use crate::task::Report;
+use crate::task::{Report, file};
 
 /// What is still to come back.
 #[derive(Default)]
@@ -98,6 +98,8 @@ impl Supervisor {
     fn now_running(&mut self, at: Timestamp) {
         self.phase = Phase::Running(at);
         self.restoring.ended.clear();
+        // The images have served; a later run of the epoch begins from the start.
+        let _ = std::fs::remove_dir_all(self.dir.join(file::RESTORE_DIR));
         super::super::protect_from_oom();
         sys::trim_memory();
         self.server.send(&Report::Running { run: self.task.run, started_at: at });

@@ -150,7 +150,9 @@ impl Supervisor {
                 }
             }
         }
-        if let Some(code) = saving.archivers.iter().filter_map(|archiver| archiver.code).find(|code| *code != 0) {
+        if let Some(code) =
+            saving.archivers.iter().filter_map(|archiver| archiver.code).find(|code| *code != 0)
+        {
             failed = Some(format!("tar ended with code {code}: is the disk full?"));
         }
         if let Some(why) = failed {
