@@ -106,6 +106,9 @@ struct Settings {
     /// Log of one pod at most; the oldest part goes first [default: 16Mi]
     #[arg(long, env = "BERTH_LOG_MAX", value_name = "SIZE")]
     log_max: Option<String>,
+    /// Bytes a second that checkpoints may take of the network, as `100Mi` [default: no bound]
+    #[arg(long, env = "BERTH_CHECKPOINT_RATE", value_name = "SIZE")]
+    checkpoint_rate: Option<String>,
     /// For one person's machine and for tests: loopback only, no identity, host images allowed
     #[arg(
         long,
@@ -137,6 +140,8 @@ pub struct Config {
     pub insecure: Vec<String>,
     pub registry_auth: Option<PathBuf>,
     pub log_bytes_max: Bytes,
+    /// Zero: no bound.
+    pub checkpoint_rate: Bytes,
 }
 
 /// `true`, `false` or a text, in a file.
@@ -275,6 +280,10 @@ impl Config {
             insecure: pick!(insecure).unwrap_or_default(),
             registry_auth: pick!(registry_auth),
             log_bytes_max: Bytes::parse(&log_max).context("--log-max")?,
+            checkpoint_rate: match pick!(checkpoint_rate) {
+                Some(rate) => Bytes::parse(&rate).context("--checkpoint-rate")?,
+                None => Bytes::ZERO,
+            },
         })
     }
 }

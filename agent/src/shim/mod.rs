@@ -4,6 +4,7 @@
 //! `clean_up`, `scan`, the log's reader and `rootfs::mount_result` are the daemon's side of it: they work on what a
 //! shim, dead or alive, leaves in directories and control groups.
 
+pub mod capabilities;
 pub mod cgroup;
 pub mod checkpoint;
 mod container;

@@ -73,6 +73,15 @@ impl Supervisor {
         if self.saving.as_ref().is_some_and(|saving| saving.level == level) {
             return;
         }
+        // An agent that has restarted asks again, and is told again.
+        let of_it = |report: &Report| match report {
+            Report::Saved { saved, .. } => saved.level == level,
+            Report::SaveFailed { level: failed, .. } => *failed == level,
+            _ => false,
+        };
+        if let Some(told) = self.last_save.clone().filter(of_it) {
+            return self.server.send(&told);
+        }
         if let Err(why) = self.begin_saving(level, hold) {
             let run = self.task.run;
             self.tell_saved(Report::SaveFailed { run, level, why });
