@@ -440,9 +440,9 @@ impl Agency {
             network,
             cgroup_parent: self.cgroup_parent(),
             log_bytes_max: self.config.log_bytes_max,
-            scratch_bytes_max: Bytes(0),
             criu: self.criu.as_ref().map(|criu| criu.path.clone()),
             restore,
+            scratch_bytes_max: self.config.scratch_bytes_max,
             template,
         };
         self.shims.launch(&key, &task).map_err(|error| error.to_string())?;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use berth_protocol::ids::ContainerName;
 use berth_protocol::limits::HUMAN_MESSAGE_BYTES_MAX;
 use berth_protocol::pod::RESTORE_FAILED;
+use berth_protocol::units::Bytes;
 
 use super::cgroup::CgroupError;
 
@@ -45,6 +46,8 @@ pub enum ShimError {
         "a layer of the image is not at {path}; it may have been removed by hand: the image must be pulled again"
     )]
     LayerMissing { path: PathBuf },
+    #[error("{what} has grown beyond {max}; ask for more, or write less")]
+    ScratchFull { what: String, max: Bytes },
     #[error("device {device}: {message}")]
     Device { device: String, message: String },
     #[error("cannot {what} {path}: {source}")]
@@ -84,6 +87,7 @@ impl ShimError {
             ShimError::LayerMissing { .. } => "ImageMissing",
             ShimError::Device { .. } => "DeviceUnavailable",
             ShimError::Restore { .. } | ShimError::Checkpoint(_) => RESTORE_FAILED,
+            ShimError::ScratchFull { .. } => "ScratchFull",
             _ if self.disk_full() => "DiskFull",
             ShimError::Create { .. } | ShimError::Io { .. } | ShimError::Namespace(_) => {
                 "ContainerCreateFailed"
