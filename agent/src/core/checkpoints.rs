@@ -88,7 +88,8 @@ impl Agent {
     pub(super) fn leaving(&self, entry: &PodEntry) -> Leaving {
         let checkpoints = &entry.checkpoints;
         let template = self.ledger.specs.get(&entry.desired.spec);
-        if template.is_none_or(|template| template.checkpoint.mode == CheckpointMode::None) {
+        let none = template.is_none_or(|template| template.checkpoint.mode == CheckpointMode::None);
+        if none || entry.desired.checkpoint == 0 {
             return Leaving::Now { at_once: false };
         }
         match checkpoints.stored {

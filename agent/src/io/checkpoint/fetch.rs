@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::path::{Path, PathBuf};
 
-use berth_protocol::chunk::{ChunkId, Frame, write_ids};
+use berth_protocol::chunk::{ChunkId, FRAME_HEADER_BYTES, Frame, write_ids};
 use berth_protocol::ids::Digest;
 use berth_protocol::limits::{CHUNK_BYTES_MAX, CHUNKS_FETCHED_MAX, MANIFEST_BYTES_MAX};
 use berth_protocol::manifest::{Manifest, Piece, SavedFile};
@@ -57,7 +57,7 @@ pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
     let ids: Vec<ChunkId> = wanted.keys().copied().collect();
     let path = format!("/v1/checkpoints/{}/chunks", order.checkpoint.hex());
     for asked in ids.chunks(CHUNKS_FETCHED_MAX / 4) {
-        let bound = asked.len() * (CHUNK_BYTES_MAX + Frame::HEADER_BYTES);
+        let bound = asked.len() * (CHUNK_BYTES_MAX + FRAME_HEADER_BYTES);
         let answer = client.ask(Method::POST, &path, write_ids(asked), bound).await?;
         let mut rest = &answer[..];
         for id in asked {
