@@ -354,7 +354,8 @@ impl Agent {
                 return self.save_failed(now, key, level, why);
             }
             Report::Restoring { run } if run == current => {
-                return drop(self.pod_event(now, key, run, PodChange::Restoring));
+                self.pod_event(now, key, run, PodChange::Restoring);
+                return;
             }
             Report::Log { .. }
             | Report::Restoring { .. }

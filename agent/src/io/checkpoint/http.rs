@@ -75,9 +75,8 @@ impl<'a> Client<'a> {
         let answer = timeout(EXCHANGE_MAX, self.exchange(method, path, body, bytes_max))
             .await
             .map_err(|_| HttpError::Slow)??;
-        if self.rate > 0 {
-            let pause =
-                Duration::from_micros(((sent + answer.1.len()) as u64).saturating_mul(1_000_000) / self.rate);
+        let micros = ((sent + answer.1.len()) as u64).saturating_mul(1_000_000).checked_div(self.rate);
+        if let Some(pause) = micros.map(Duration::from_micros) {
             self.free_at = self.free_at.max(Instant::now()) + pause;
         }
         Ok(answer)

@@ -112,12 +112,12 @@ impl Criu {
 
     /// Lets criu go on from a stage, or give up there.
     pub fn answer(&self, go_on: bool) {
-        // One that has gone away says so by `next`.
+        // One that has gone away says so by `hear`.
         let _ = self.send(&rpc::notified(go_on));
     }
 
     /// What was said since; `None`: nothing.
-    pub fn next(&mut self) -> Option<Word> {
+    pub fn hear(&mut self) -> Option<Word> {
         if self.over {
             return None;
         }
@@ -144,7 +144,7 @@ impl Criu {
         let last = &errors[errors.len().saturating_sub(ERRORS_MAX)..];
         let bounded = |line: &&str| {
             // `(00.012345) Error (criu/file.c:12): what`
-            let text = line.split_once("): ").map_or(**&line, |(_, text)| text);
+            let text = line.split_once("): ").map_or(*line, |(_, text)| text);
             text.chars().take(ERROR_BYTES_MAX).collect::<String>()
         };
         match last {

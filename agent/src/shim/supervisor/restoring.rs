@@ -62,7 +62,7 @@ impl Supervisor {
     }
 
     pub(super) fn hear_restoring(&mut self) {
-        while let Some(word) = self.restoring.criu.as_mut().and_then(Criu::next) {
+        while let Some(word) = self.restoring.criu.as_mut().and_then(Criu::hear) {
             match word {
                 Word::Stage(_) => self.restoring.criu.iter().for_each(|criu| criu.answer(true)),
                 Word::Failed(why) => return self.restore_failed(why),

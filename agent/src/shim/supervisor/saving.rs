@@ -150,7 +150,7 @@ impl Supervisor {
         let Some(saving) = &mut self.saving else { return };
         let mut failed = None;
         for dump in &mut saving.dumps {
-            while let Some(word) = dump.criu.next() {
+            while let Some(word) = dump.criu.hear() {
                 match word {
                     Word::Stage(stage) if stage == STANDING => dump.stands = true,
                     Word::Stage(_) => dump.criu.answer(true),
@@ -167,10 +167,11 @@ impl Supervisor {
         if let Some(why) = failed {
             return self.abort_saving(&why);
         }
-        if !saving.standing && saving.dumps.iter().all(|dump| dump.stands) {
-            if let Err(e) = self.stand() {
-                return self.abort_saving(&format!("cannot archive what the pod has written: {e}"));
-            }
+        if !saving.standing
+            && saving.dumps.iter().all(|dump| dump.stands)
+            && let Err(e) = self.stand()
+        {
+            return self.abort_saving(&format!("cannot archive what the pod has written: {e}"));
         }
         let Some(saving) = &mut self.saving else { return };
         let archived = saving.archivers.iter().all(|archiver| archiver.code.is_some());
