@@ -12,12 +12,14 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use nix::unistd::Pid;
 
+use super::super::sys;
 use super::rpc::{self, Call, Options, Response};
 
 /// Numbers that criu finds descriptors at: beyond what a shim has open itself.
 const SOCKET_FD: RawFd = 900;
 pub const INHERITED_FD: RawFd = 901;
 const RESPONSE_BYTES_MAX: usize = 64 << 10;
+const END_MS_MAX: i32 = 5_000;
 /// Of criu's log, in a failure's message.
 const ERRORS_MAX: usize = 3;
 const ERROR_BYTES_MAX: usize = 300;
@@ -34,6 +36,7 @@ pub enum Word {
 
 pub struct Criu {
     pid: Pid,
+    pidfd: OwnedFd,
     socket: OwnedFd,
     /// criu opens it as this process's descriptor.
     _images: File,
@@ -95,6 +98,7 @@ impl Criu {
         // SAFETY: the process has one thread, so the child may do what it likes between fork and exec.
         let child = unsafe { command.pre_exec(prepare) }.spawn()?;
         let criu = Self {
+            pidfd: sys::pidfd(child.id() as i32)?,
             pid: Pid::from_raw(child.id() as i32),
             socket,
             _images: dir,
@@ -152,6 +156,12 @@ impl Criu {
             [] => format!("criu: {else_said}"),
             _ => format!("criu: {}", last.iter().map(bounded).collect::<Vec<_>>().join("; ")),
         }
+    }
+
+    /// Waits until the process has ended, as it does at once when it has said `Done`: it is in the control groups of
+    /// what it has restored.
+    pub fn wait_for_end(&self) {
+        let _ = sys::poll(&mut [sys::want(&self.pidfd, libc::POLLIN)], Some(END_MS_MAX));
     }
 
     /// Ends it by force. Of a dump, the tasks go on.

@@ -73,7 +73,9 @@ impl Supervisor {
     }
 
     fn restored(&mut self, pid: Pid) {
-        self.restoring.criu = None;
+        if let Some(criu) = self.restoring.criu.take() {
+            criu.wait_for_end();
+        }
         let own_network = spec::own_network(&self.task.template);
         let (Some(revival), Some(init)) = (self.restoring.waiting.pop_front(), &self.init) else { return };
         match revival.finish(pid, init, own_network) {
