@@ -4,7 +4,7 @@ use std::io;
 use std::path::Path;
 
 use berth_protocol::ids::{ContainerName, Run};
-use berth_protocol::pod::{Cause, Outcome};
+use berth_protocol::pod::{Cause, Outcome, RESTORE_FAILED};
 use berth_protocol::units::Timestamp;
 
 use super::error::ShimError;
@@ -52,7 +52,12 @@ pub fn exit(facts: &Facts) -> Exit {
     };
     match (facts.error, facts.ended_by, failed) {
         (Some(error), ..) => {
-            let cause = if error.is_nodes_own() { Cause::Fault } else { Cause::Failure };
+            let cause = match error.reason() {
+                // Not the program's doing: another checkpoint, or node, may serve.
+                RESTORE_FAILED => Cause::Eviction,
+                _ if error.is_nodes_own() => Cause::Fault,
+                _ => Cause::Failure,
+            };
             say(cause, error.reason(), error.message());
             outcome.exit_code = error.exit_code();
         }
