@@ -1,5 +1,7 @@
 //! Programs killed and brokers restarted under running jobs.
 
+use serde_json::json;
+
 use crate::cluster::{Cluster, until};
 
 /// Prints numbers for a while; its log tells whether anything was lost or begun anew.
