@@ -105,14 +105,14 @@ directory goes along, without what .berthignore names (the syntax of
 Exit codes: the command's own, 128 + signal, 130 cancelled, 125 where berth
 itself failed.")]
     Run(Box<Run>),
-    /// List jobs, pods, nodes or outputs
+    /// List jobs, pods, nodes, checkpoints or outputs
     #[command(after_help = "Examples:
   berth get jobs
   berth get nodes -o wide -l zone=lab
   berth get pods digits -w
   berth get jobs -A -o json")]
     Get(Get),
-    /// Tell everything about a job, a pod or a node
+    /// Tell everything about a job, a pod, a node or a checkpoint
     #[command(after_help = "Examples:
   berth describe job digits
   berth describe pod digits-0
@@ -154,6 +154,50 @@ Exit codes: the job's own (of several pods the first that failed), 128 + signal,
     /// Run jobs anew
     #[command(after_help = "Examples:\n  berth restart digits")]
     Restart(JobNames),
+    /// Save a running job; it runs on
+    #[command(after_help = "Examples:
+  berth checkpoint digits
+  berth checkpoint digits -o name      the checkpoint's digits alone
+
+Waits until the depot has it, and says how large it is and for how long the
+program stood still. `berth get checkpoints` lists what is kept.")]
+    Checkpoint(Checkpoint),
+    /// Let a job go on from a checkpoint, under its own name or another
+    #[command(after_help = "Examples:
+  berth restore 3f2a91c04d5e                     set the job back to this checkpoint
+  berth restore 3f2a91c04d5e --name second       a job of its own
+  berth restore 3f2a91c04d5e --name second --node n2
+
+The first digits will do where they name only one. What the job did outside
+after the checkpoint happens again; volumes outside it are not set back.")]
+    Restore(Restore),
+    /// Make several jobs of a running one, each going on from where it is
+    #[command(after_help = "Examples:
+  berth fork digits -n 4               digits-fork-1 to digits-fork-4
+  berth fork digits -n 2 --checkpoint 3f2a91c04d5e")]
+    Fork(Fork),
+    /// Move a running job to another node, with all its work
+    #[command(after_help = "Examples:
+  berth migrate digits --to n2
+
+Refused before anything is stopped where the job could not go on there; `berth
+explain` says what each node lacks. Ends once the move is accepted: `berth get
+pods digits -w` shows it.")]
+    Migrate(Migrate),
+    /// Save every pod of a node and let it go on elsewhere
+    #[command(after_help = "Examples:
+  berth drain n1
+  berth drain n1 --deadline 10m        what cannot be saved by then is stopped
+
+What has no room elsewhere is saved, waits, and goes on when room comes. The
+node takes no new pods until `berth uncordon`.")]
+    Drain(Drain),
+    /// Let nodes take no new pods; what runs there stays
+    #[command(after_help = "Examples:\n  berth cordon n1 n2")]
+    Cordon(NodeNames),
+    /// Let nodes take pods again; ends a drain
+    #[command(after_help = "Examples:\n  berth uncordon n1")]
+    Uncordon(NodeNames),
     /// Tell for each node why a job's pods are there, or why they do not fit
     #[command(after_help = "Examples:\n  berth explain digits")]
     Explain(JobArg),
@@ -248,7 +292,7 @@ pub struct Run {
 pub struct Get {
     /// What to list
     pub kind: Kind,
-    /// One of them; for pods also a job, for outputs the job
+    /// One of them; for pods also a job, for checkpoints and outputs the job
     pub name: Option<String>,
     /// All namespaces
     #[arg(short = 'A', long)]
@@ -269,6 +313,8 @@ pub enum Kind {
     Pods,
     #[value(alias = "node")]
     Nodes,
+    #[value(alias = "checkpoint")]
+    Checkpoints,
     #[value(alias = "output")]
     Outputs,
 }
@@ -288,6 +334,11 @@ pub enum Described {
     Pod { name: PodName },
     /// A node
     Node { name: NodeId },
+    /// A checkpoint, by its first digits, and what a node must have to go on from it
+    Checkpoint {
+        #[arg(value_name = "DIGITS")]
+        name: String,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -376,6 +427,73 @@ impl std::str::FromStr for CpSource {
 pub struct JobNames {
     #[arg(required = true, value_name = "JOB")]
     pub jobs: Vec<JobName>,
+}
+
+#[derive(Debug, Args)]
+pub struct NodeNames {
+    #[arg(required = true, value_name = "NODE")]
+    pub nodes: Vec<NodeId>,
+}
+
+#[derive(Debug, Args)]
+pub struct Checkpoint {
+    /// The job to save
+    pub job: JobName,
+    /// Do not wait for it
+    #[arg(long)]
+    pub no_wait: bool,
+    /// Give up waiting after this long
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "10m")]
+    pub timeout: Duration,
+}
+
+#[derive(Debug, Args)]
+pub struct Restore {
+    /// The checkpoint, by its first digits
+    #[arg(value_name = "CHECKPOINT")]
+    pub checkpoint: String,
+    /// The new job's name [default: set back the job it is of]
+    #[arg(long, value_name = "JOB")]
+    pub name: Option<JobName>,
+    /// Where to go on
+    #[arg(long, value_name = "NODE")]
+    pub node: Option<NodeId>,
+}
+
+#[derive(Debug, Args)]
+pub struct Fork {
+    /// The job to copy
+    pub job: JobName,
+    /// How many copies
+    #[arg(short = 'n', long = "copies", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub copies: u32,
+    /// From this checkpoint [default: one that is taken now]
+    #[arg(long, value_name = "CHECKPOINT")]
+    pub checkpoint: Option<String>,
+    /// Give up waiting for the checkpoint after this long
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "10m")]
+    pub timeout: Duration,
+}
+
+#[derive(Debug, Args)]
+pub struct Migrate {
+    /// The job to move
+    pub job: JobName,
+    /// Where to
+    #[arg(long, value_name = "NODE")]
+    pub to: NodeId,
+}
+
+#[derive(Debug, Args)]
+pub struct Drain {
+    /// The node to empty
+    pub node: NodeId,
+    /// Stop what could not be saved after this long
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub deadline: Option<Duration>,
+    /// Do not wait until it is empty
+    #[arg(long)]
+    pub no_wait: bool,
 }
 
 #[derive(Debug, Args)]

@@ -7,12 +7,14 @@ use berth_protocol::ids::{
     RequestId, Run, SessionNonce, Term,
 };
 use berth_protocol::job::JobSpec;
-use berth_protocol::message::user::JobPhase;
+use berth_protocol::message::user::{CheckpointStatus, JobPhase};
 use berth_protocol::pod::{Goal, PodPhase};
 use berth_protocol::resources::{GpuShare, Inventory, Usage};
 use berth_protocol::units::{BootMs, Bytes, MilliCpu, Millis, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use super::checkpoints::{Checkpoint, Leaving, Saved};
+use super::drain::Drain;
 use super::schedule::cel::Rules;
 
 #[derive(Default)]
@@ -20,12 +22,33 @@ pub(super) struct Cluster {
     pub jobs: BTreeMap<JobUid, Job>,
     pub names: BTreeMap<(Namespace, JobName), JobUid>,
     pub nodes: BTreeMap<NodeId, Node>,
+    pub checkpoints: BTreeMap<Digest, Checkpoint>,
+    /// How many pods name a checkpoint.
+    names_of: BTreeMap<Digest, usize>,
     /// Ids of commands that took effect, and when.
     pub requests: BTreeMap<RequestId, Timestamp>,
     /// The same, oldest first.
     pub requests_by_age: BTreeSet<(Timestamp, RequestId)>,
     /// Statuses `Rejected` out there, and until when.
     pub rejected: BTreeMap<(Namespace, JobName), Timestamp>,
+}
+
+impl Cluster {
+    /// One more pod names a checkpoint.
+    pub fn name(&mut self, checkpoint: Digest) {
+        *self.names_of.entry(checkpoint).or_default() += 1;
+    }
+
+    /// One less does; true: it was the last.
+    pub fn unname(&mut self, checkpoint: &Digest) -> bool {
+        let Some(count) = self.names_of.get_mut(checkpoint) else { return true };
+        *count -= 1;
+        let last = *count == 0;
+        if last {
+            self.names_of.remove(checkpoint);
+        }
+        last
+    }
 }
 
 /// What was accepted; stored, and rewritten only by a new generation.
@@ -56,6 +79,9 @@ pub(super) struct JobRun {
     pub failures: u32,
     pub evictions: u32,
     pub migrations: u32,
+    /// The last one taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<CheckpointStatus>,
     /// Running time so far, up to the last write.
     pub active: Millis,
     /// No pod of the job starts below: epochs of pods whose records are gone.
@@ -87,6 +113,8 @@ pub(super) struct Job {
     succeeded: u32,
     /// No pod is missing below.
     cursor: u32,
+    /// Waiting pods whose own checkpoint or target keeps them from a node that would do for the others.
+    pub particular: BTreeSet<u32>,
     /// Waiting pods that may not start before a time.
     pub asleep: BTreeMap<u32, BootMs>,
     /// Since when a pod runs, where one does and the job has a deadline.
@@ -116,10 +144,12 @@ pub(super) struct Pod {
     pub logs: Vec<EpochLog>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<Output>,
+    #[serde(default, skip_serializing_if = "Saved::is_empty")]
+    pub saved: Saved,
 }
 
-fn is_zero(n: &u32) -> bool {
-    *n == 0
+fn is_zero<T: Default + PartialEq>(n: &T) -> bool {
+    *n == T::default()
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -146,6 +176,17 @@ pub(super) struct Assignment {
     pub spec: Digest,
     pub charge: Charge,
     pub goal: Goal,
+    /// Why it is to leave, where it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leaving: Option<Leaving>,
+    /// What the epoch starts from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Digest>,
+    /// Levels of checkpoints within the epoch: ordered, and taken or failed.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub asked: u64,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub answered: u64,
     /// As the agent last said.
     pub phase: PodPhase,
     pub run: Run,
@@ -210,6 +251,12 @@ pub(super) struct EpochLog {
     /// In the depot.
     #[serde(default)]
     pub stored: bool,
+    /// Records that came into the depot with a checkpoint.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub kept: u64,
+    /// Records behind this are said again by a later epoch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cut: Option<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -233,6 +280,7 @@ impl Job {
             failed: BTreeSet::new(),
             succeeded: 0,
             cursor: 0,
+            particular: BTreeSet::new(),
             asleep: BTreeMap::new(),
             active_since: None,
             followed_until: None,
@@ -321,7 +369,13 @@ impl Job {
 
     /// Waiting pods that may start now.
     pub fn ready(&self) -> impl Iterator<Item = u32> + '_ {
-        self.waiting.iter().copied().filter(|index| !self.asleep.contains_key(index))
+        let general = |index: &u32| !self.asleep.contains_key(index) && !self.particular.contains(index);
+        self.waiting.iter().copied().filter(general)
+    }
+
+    /// Those that may start now, but not everywhere.
+    pub fn ready_particular(&self) -> impl Iterator<Item = u32> + '_ {
+        self.particular.iter().copied().filter(|i| self.waiting.contains(i) && !self.asleep.contains_key(i))
     }
 
     pub fn assignment(&self, index: u32) -> Option<&Assignment> {
@@ -354,12 +408,16 @@ impl Pod {
             state: PodState::Waiting { until: None, last: None },
             logs: Vec::new(),
             output: None,
+            saved: Saved::default(),
         }
     }
 
     /// A pod that was never placed follows from its job alone.
     pub fn is_stored(&self) -> bool {
-        !matches!(self.state, PodState::Waiting { .. }) || !self.logs.is_empty() || self.restarts > 0
+        !matches!(self.state, PodState::Waiting { .. })
+            || !self.logs.is_empty()
+            || self.restarts > 0
+            || !self.saved.is_empty()
     }
 }
 
@@ -374,6 +432,9 @@ pub(super) struct NodeRecord {
     pub inventory: Inventory,
     #[serde(default)]
     pub cordoned: bool,
+    /// Being emptied, or empty: until it is uncordoned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<Drain>,
     /// Pods of known jobs that the node holds at an epoch it should not: told to stop.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub strays: BTreeMap<PodId, Epoch>,
@@ -457,6 +518,10 @@ pub(super) enum Timer {
     Node(NodeId),
     /// Backoffs, the deadline, the time to live.
     Job(JobUid),
+    /// Checkpoints by the job's interval.
+    Checkpoints(JobUid),
+    /// Pods that are to leave the node and could not be saved.
+    Leave(NodeId),
     /// A status held back.
     Status(JobUid),
     /// Expiry of request ids and of rejected statuses.

@@ -48,11 +48,12 @@ impl Controller {
         if let Some(output) = &pod.output {
             self.effect(Effect::DeleteBlob(output.digest));
         }
+        self.let_go(pod.saved.checkpoints.clone());
     }
 
     /// A log that is not in the depot yet is deleted when it comes: nothing lists it then.
     pub(super) fn delete_log(&mut self, pod: PodId, log: &EpochLog) {
-        if log.stored {
+        if log.stored || log.kept > 0 {
             self.effect(Effect::DeleteLog { pod, epoch: log.epoch });
         }
     }

@@ -4,9 +4,10 @@
 use berth_protocol::ids::{Digest, Generation, JobUid, NodeId, PodId, Run};
 use berth_protocol::job::{JobSpec, RestartPolicy};
 use berth_protocol::message::user::JobPhase;
-use berth_protocol::pod::{Cause, Goal, Outcome, PodPhase};
+use berth_protocol::pod::{Cause, Goal, Outcome, PodPhase, VACATED};
 use berth_protocol::units::{BootMs, Millis};
 
+use super::checkpoints::{Leaving, cut_logs, is_failed_restore};
 use super::cluster::{Assignment, Charge, Ending, EpochLog, Job, JobRun, Pod, PodState, Timer, Verdict};
 use super::expiry::EXPIRY;
 use super::{Controller, Now};
@@ -39,8 +40,10 @@ impl Controller {
             self.dirty.runs.insert(uid.clone());
         }
         let ends = job.run.verdict.is_some();
-        if ends || job.run.suspended {
+        if ends {
             self.stop_pods(uid);
+        } else if job.run.suspended {
+            self.suspend_pods(uid);
         } else {
             let mut changed = false;
             while job.waiting().len() + job.placed().len() < job.file.spec.parallelism as usize {
@@ -75,11 +78,21 @@ impl Controller {
         }
     }
 
+    /// Has the pods saved and stopped: resumed, they go on from there.
+    fn suspend_pods(&mut self, uid: &JobUid) {
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
+        self.scheduler.dequeue(uid, job);
+        for index in job.placed().clone() {
+            self.vacate(&uid.pod(index), Leaving::Suspend);
+        }
+    }
+
     fn finish_if_over(&mut self, now: Now, uid: &JobUid) {
         let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
         if job.run.verdict.is_none() || !job.placed().is_empty() {
             return;
         }
+        let mut released = Vec::new();
         for index in job.waiting().clone() {
             let Some(pod) = job.take(index) else { continue };
             job.run.epoch_floor = job.run.epoch_floor.max(pod.epoch);
@@ -88,12 +101,17 @@ impl Controller {
             if let PodState::Waiting { last: Some(last), .. } = &pod.state {
                 let state = PodState::Ended(last.clone());
                 job.put(index, Pod { state, ..pod });
+            } else {
+                released.extend(pod.saved.checkpoints);
             }
         }
         job.asleep.clear();
         job.rules = None;
         job.active_since = None;
+        job.particular.clear();
         job.run.finished_at = Some(now.wall);
+        self.let_go(released);
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
         self.timers.arm(Timer::Job(uid.clone()), now.boot.plus(job.file.spec.ttl));
         self.dirty.runs.insert(uid.clone());
         self.dirty.status.insert(uid.clone());
@@ -101,6 +119,7 @@ impl Controller {
 
     /// Gives a waiting pod a node: the next epoch, in the transaction that names the node.
     pub(super) fn place(&mut self, now: Now, uid: &JobUid, index: u32, id: NodeId, charge: Charge) {
+        let (from, mark) = self.departure(uid, index);
         let (Some(job), Some(node)) = (self.cluster.jobs.get_mut(uid), self.cluster.nodes.get_mut(&id))
         else {
             return;
@@ -111,6 +130,10 @@ impl Controller {
             spec: job.template,
             charge,
             goal: Goal::Run,
+            leaving: None,
+            from,
+            asked: 0,
+            answered: 0,
             phase: PodPhase::Assigned,
             run: Run(0),
             started_at: None,
@@ -123,17 +146,22 @@ impl Controller {
         };
         let placed = job.change(index, |pod| {
             pod.epoch = pod.epoch.next();
+            pod.saved.target = None;
+            cut_logs(pod, mark);
             pod.state = PodState::Placed(Box::new(assignment));
             pod.logs.push(EpochLog {
                 epoch: pod.epoch,
                 node: Some(id.clone()),
                 records: None,
                 stored: false,
+                kept: 0,
+                cut: None,
             });
             let dropped = (pod.logs.len() > LOGS_MAX).then(|| pod.logs.remove(0));
             (pod.epoch, dropped)
         });
         let Some((epoch, dropped)) = placed else { return };
+        job.particular.remove(&index);
         node.pods.insert(uid.pod(index), epoch);
         node.held = None;
         self.counters.placements += 1;
@@ -211,14 +239,35 @@ impl Controller {
                 end(job, id.index, was.last.as_deref().cloned().unwrap_or(ending));
             }
             Cause::Eviction => {
-                if was.goal != Goal::Stop {
+                let failed_restore = was.from.filter(|_| is_failed_restore(ending.reason.as_deref()));
+                let moved = matches!(was.leaving, Some(Leaving::Migrate { .. } | Leaving::Drain))
+                    && ending.reason.as_deref() == Some(VACATED);
+                let evicted = match was.leaving {
+                    Some(Leaving::Suspend | Leaving::Restore) => false,
+                    Some(_) => true,
+                    // A restore that failed is told and counted by itself.
+                    None => was.goal != Goal::Stop && failed_restore.is_none(),
+                };
+                if evicted {
                     job.run.evictions += 1;
                     self.counters.evictions += 1;
                     self.dirty.runs.insert(id.uid.clone());
                 }
+                if moved {
+                    job.run.migrations += 1;
+                    self.counters.migrations += 1;
+                    self.dirty.runs.insert(id.uid.clone());
+                }
+                let why = ending.message.clone();
                 job.change(id.index, |pod| {
+                    if let Some(Leaving::Migrate { to }) = &was.leaving {
+                        pod.saved.target = Some(to.clone());
+                    }
                     pod.state = PodState::Waiting { until: None, last: Some(Box::new(ending)) };
                 });
+                if let Some(from) = failed_restore {
+                    self.restore_failed(id, &was.node, from, why.as_deref());
+                }
             }
         }
     }
@@ -329,6 +378,7 @@ impl Controller {
         job.published = None;
         job.active_since = None;
         job.asleep.clear();
+        job.particular.clear();
         let still: Vec<u32> = job.pods().keys().filter(|i| !job.placed().contains(i)).copied().collect();
         self.stop_pods(uid);
         for index in still {

@@ -30,6 +30,14 @@ impl Reason {
     }
 }
 
+impl Reason {
+    /// What a checkpoint needs and the node has not, said whole.
+    pub fn of_checkpoint(text: String) -> Self {
+        Self { text, verb: CANNOT, object: "go on from its checkpoint".to_owned() }
+    }
+}
+
+const CANNOT: (&str, &str) = ("cannot", "cannot");
 const NEEDS: (&str, &str) = ("needs", "need");
 const LACKS: (&str, &str) = ("lacks", "lack");
 const IS: (&str, &str) = ("is", "are");

@@ -2,6 +2,7 @@
 
 pub mod cel;
 pub mod explain;
+mod particular;
 pub mod problem;
 pub mod solve;
 
@@ -34,6 +35,9 @@ pub(super) struct Scheduler {
     queue: BTreeSet<(Reverse<i32>, u64, JobUid)>,
     /// Something changed since the last pass.
     pub wanted: bool,
+    /// The version at which particular pods were last looked at, and whether there are new ones.
+    particular_at: u64,
+    particular_wanted: bool,
 }
 
 impl Scheduler {
@@ -228,28 +232,35 @@ impl Controller {
         let ready: Vec<u32> = job.ready().take(seats.len()).collect();
         for (index, seat) in ready.into_iter().zip(seats) {
             let id = self.scheduler.nodes[seat.room].clone();
-            let Some(node) = self.cluster.nodes.get(&id) else { continue };
-            // A pod whose older epoch is still being stopped there waits for the next pass.
-            if node.record.strays.contains_key(&uid.pod(index)) {
-                continue;
+            if self.is_general(uid, index, &id) {
+                self.seat_one(now, uid, index, shape, &seat);
             }
-            let share = |i: &usize| GpuShare {
-                uuid: node.record.inventory.gpus[*i].uuid.clone(),
-                milli: shape.gpu_milli,
-            };
-            let charge = Charge {
-                cpu: berth_protocol::units::MilliCpu(shape.cpu_milli),
-                memory: berth_protocol::units::Bytes(shape.memory_bytes),
-                gpus: seat.devices.iter().map(share).collect(),
-                gpu_memory: berth_protocol::units::Bytes(shape.gpu_memory_bytes),
-            };
-            self.scheduler.rooms[seat.room].charge(shape, &seat.devices);
-            self.place(now, uid, index, id, charge);
         }
         if let Some(job) = self.cluster.jobs.get(uid)
             && job.waiting().is_empty()
         {
             self.scheduler.dequeue(uid, job);
         }
+    }
+
+    fn seat_one(&mut self, now: Now, uid: &JobUid, index: u32, shape: &Shape, seat: &Seat) {
+        let id = self.scheduler.nodes[seat.room].clone();
+        let Some(node) = self.cluster.nodes.get(&id) else { return };
+        // A pod whose older epoch is still being stopped there waits for the next pass.
+        if node.record.strays.contains_key(&uid.pod(index)) {
+            return;
+        }
+        let share = |i: &usize| GpuShare {
+            uuid: node.record.inventory.gpus[*i].uuid.clone(),
+            milli: shape.gpu_milli,
+        };
+        let charge = Charge {
+            cpu: berth_protocol::units::MilliCpu(shape.cpu_milli),
+            memory: berth_protocol::units::Bytes(shape.memory_bytes),
+            gpus: seat.devices.iter().map(share).collect(),
+            gpu_memory: berth_protocol::units::Bytes(shape.gpu_memory_bytes),
+        };
+        self.scheduler.rooms[seat.room].charge(shape, &seat.devices);
+        self.place(now, uid, index, id, charge);
     }
 }

@@ -1,0 +1,600 @@
+//! Saved pods: which there are, when one is asked for, which of them a pod goes on from, and which are let go.
+//!
+//! A checkpoint is recorded with the event that tells of it, and stays recorded, and so in the depot, as long as a pod
+//! names it. What is taken where and how is the agent's.
+
+use std::collections::BTreeSet;
+
+use berth_protocol::checkpoint::{CheckpointInfo, Needs};
+use berth_protocol::chunk::{GrantFor, GrantRequest};
+use berth_protocol::ids::{Digest, Epoch, JobName, JobUid, Namespace, NodeId, PodId};
+use berth_protocol::job::{Checkpoint as Policy, CheckpointMode, JobSpec};
+use berth_protocol::message::user::{CheckpointStatus, Rejection};
+use berth_protocol::pod::{Goal, PodPhase, RESTORE_FAILED};
+use berth_protocol::resources::Inventory;
+use berth_protocol::units::{BootMs, Millis, Timestamp};
+use serde::{Deserialize, Serialize};
+
+use super::admit::rejection;
+use super::cluster::{Job, Liveness, Pod, PodState, Timer};
+use super::{Controller, Effect, Now};
+
+/// Manifests that no pod names are let go once this old: their event may still be on its way.
+const ORPHAN_AFTER: Millis = Millis(3_600_000);
+/// A pod that is to leave and could not be saved is asked again after this long.
+const RETRY: Millis = Millis(30_000);
+/// Nodes on which a checkpoint is tried before the one before it is.
+const RESTORE_NODES_MAX: usize = 2;
+
+/// A checkpoint that the depot holds; stored.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Checkpoint {
+    pub info: CheckpointInfo,
+    pub uid: JobUid,
+    pub index: u32,
+    pub epoch: Epoch,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<NodeId>,
+    /// The job as it was then: a restore under another name makes a job of it.
+    pub spec: JobSpec,
+}
+
+/// What a pod has of checkpoints; stored with it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Saved {
+    /// The newest first: what it would go on from.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub checkpoints: Vec<Digest>,
+    /// Nodes on which the first of them could not be started.
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    pub failed_on: BTreeSet<NodeId>,
+    /// Checkpoints of the list that are tried no more.
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    pub unusable: BTreeSet<Digest>,
+    /// Where it is to go, as long as that is possible.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target: Option<NodeId>,
+    /// What went wrong last, for people.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
+}
+
+/// An earlier epoch's checkpoint, and the records of that epoch's log which it has seen.
+pub(super) type Mark = (Epoch, u64);
+
+impl Saved {
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// What the pod goes on from.
+    pub fn best(&self) -> Option<Digest> {
+        self.checkpoints.iter().find(|id| !self.unusable.contains(id)).copied()
+    }
+}
+
+/// Why a pod leaves its node, where it does by order.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub(super) enum Leaving {
+    Migrate {
+        to: NodeId,
+    },
+    Drain,
+    Suspend,
+    /// For a job that goes before it, or to make room.
+    Preempt,
+    /// Back to a checkpoint.
+    Restore,
+}
+
+impl Job {
+    fn policy(&self) -> &Policy {
+        &self.file.spec.pod.checkpoint
+    }
+}
+
+/// Why a pod cannot be saved on such a node, in words.
+fn unsavable(spec: &JobSpec, node: &Inventory) -> Option<String> {
+    let policy = &spec.pod.checkpoint;
+    let cooperative = policy.signal.is_some();
+    match policy.mode {
+        CheckpointMode::None => Some("its file says `checkpoint: {mode: none}`".to_owned()),
+        CheckpointMode::Cooperative => None,
+        CheckpointMode::Auto if cooperative => None,
+        CheckpointMode::Auto | CheckpointMode::Criu if node.criu.is_none() => {
+            Some(format!("node {} has no CRIU that works", node.hostname))
+        }
+        CheckpointMode::Auto | CheckpointMode::Criu => None,
+    }
+}
+
+/// What a checkpoint taken on `node` will need.
+fn foreseen(spec: &JobSpec, node: &Inventory, gpus: &[String]) -> Needs {
+    let cooperative = spec.pod.checkpoint.mode == CheckpointMode::Cooperative
+        || (spec.pod.checkpoint.mode == CheckpointMode::Auto && spec.pod.checkpoint.signal.is_some());
+    if cooperative {
+        return Needs { arch: node.arch.clone(), ..Needs::default() };
+    }
+    let models = node.gpus.iter().filter(|gpu| gpus.contains(&gpu.uuid)).map(|gpu| gpu.model.clone());
+    let gpus: Vec<String> = models.collect();
+    Needs {
+        arch: node.arch.clone(),
+        cpu_features: node.cpu_features.clone(),
+        kernel: Some(node.kernel.clone()),
+        criu: node.criu.clone(),
+        gpu_driver: node.gpu_driver.clone().filter(|_| !gpus.is_empty()),
+        gpus,
+    }
+}
+
+impl Controller {
+    /// The agent says that a checkpoint is in the depot.
+    pub(super) fn checkpointed(&mut self, now: Now, id: &PodId, info: CheckpointInfo) {
+        let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
+        let current = job.file.generation;
+        let Some(pod) = job.pod(id.index) else { return };
+        let (epoch, stale) = (pod.epoch, pod.generation != current);
+        let digest = info.id;
+        if stale || !info.needs.is_bounded() || pod.saved.checkpoints.contains(&digest) {
+            return;
+        }
+        let spec = job.file.spec.clone();
+        let keep = job.policy().keep.max(1) as usize;
+        let Some(assignment) = job.assignment_mut(id.index) else { return };
+        assignment.answered = assignment.answered.max(info.level);
+        if assignment.goal != Goal::Vacate {
+            assignment.phase = PodPhase::Running;
+        }
+        let node = Some(assignment.node.clone());
+        if let Some(log) = job.log_mut(id.index, epoch) {
+            log.kept = log.kept.max(info.log_records);
+        }
+        let dropped = job.change(id.index, |pod| {
+            pod.saved.trouble = None;
+            pod.saved.checkpoints.insert(0, digest);
+            pod.saved.checkpoints.split_off(keep.min(pod.saved.checkpoints.len()))
+        });
+        job.run.checkpoint = Some(CheckpointStatus {
+            id: digest,
+            at: info.at,
+            bytes: info.bytes,
+            new_bytes: info.new_bytes,
+            frozen_ms: info.frozen_ms,
+        });
+        let record = Checkpoint { info, uid: id.uid.clone(), index: id.index, epoch, node, spec };
+        self.cluster.checkpoints.insert(digest, record);
+        self.cluster.name(digest);
+        self.counters.checkpoints += 1;
+        self.dirty.checkpoints.insert(digest);
+        self.dirty.runs.insert(id.uid.clone());
+        self.dirty.pods.insert(id.clone());
+        self.dirty.status.insert(id.uid.clone());
+        self.let_go(dropped.into_iter().flatten());
+        self.arm_interval(now, &id.uid);
+    }
+
+    pub(super) fn checkpoint_failed(&mut self, now: Now, id: &PodId, level: u64, why: String) {
+        let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
+        let name = job.file.spec.name.pod(id.index);
+        let Some(assignment) = job.assignment_mut(id.index) else { return };
+        assignment.answered = assignment.answered.max(level);
+        assignment.phase = PodPhase::Running;
+        let mut trouble = format!("the last checkpoint of pod {name} failed: {why}");
+        let mut again = false;
+        match (&assignment.goal, &assignment.leaving) {
+            (Goal::Vacate, Some(Leaving::Migrate { to })) => {
+                trouble = format!("{trouble}; so it stays here instead of going to {to}");
+                (assignment.goal, assignment.leaving) = (Goal::Run, None);
+                self.dirty.desired.insert(assignment.node.clone());
+            }
+            (Goal::Vacate, _) => again = true,
+            _ => {}
+        }
+        let node = assignment.node.clone();
+        job.change(id.index, |pod| pod.saved.trouble = Some(trouble));
+        self.counters.checkpoint_failures += 1;
+        self.dirty.pods.insert(id.clone());
+        self.dirty.status.insert(id.uid.clone());
+        if again {
+            self.timers.arm(Timer::Leave(node), now.boot.plus(RETRY));
+        }
+        self.arm_interval(now, &id.uid);
+    }
+
+    /// Asks anew for the checkpoints without which the node's pods cannot leave.
+    pub(super) fn ask_leaving(&mut self, node: &NodeId) {
+        let Some(held) = self.cluster.nodes.get(node) else { return };
+        for pod in held.pods.keys().cloned().collect::<Vec<_>>() {
+            let Some(job) = self.cluster.jobs.get_mut(&pod.uid) else { continue };
+            if let Some(assignment) = job.assignment(pod.index)
+                && assignment.goal == Goal::Vacate
+                && assignment.asked == assignment.answered
+                && job.pod(pod.index).is_some_and(|pod| pod.saved.trouble.is_some())
+            {
+                self.ask_checkpoint(&pod);
+            }
+        }
+    }
+
+    /// Orders a checkpoint of a placed pod, unless one is under way.
+    pub(super) fn ask_checkpoint(&mut self, id: &PodId) {
+        let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
+        let Some(assignment) = job.assignment_mut(id.index) else { return };
+        if assignment.asked > assignment.answered {
+            return;
+        }
+        assignment.asked = assignment.answered + 1;
+        self.dirty.desired.insert(assignment.node.clone());
+        self.dirty.pods.insert(id.clone());
+        self.dirty.status.insert(id.uid.clone());
+    }
+
+    /// Has a placed pod saved and stopped; where it cannot be saved it is stopped alone, and goes on from its last
+    /// checkpoint.
+    pub(super) fn vacate(&mut self, id: &PodId, why: Leaving) {
+        let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
+        let current = job.file.generation;
+        let Some(pod) = job.pod(id.index) else { return };
+        let PodState::Placed(placed) = &pod.state else { return };
+        if placed.goal == Goal::Stop {
+            return;
+        }
+        let runs = matches!(placed.phase, PodPhase::Running | PodPhase::Checkpointing | PodPhase::Paused);
+        let savable = self
+            .cluster
+            .nodes
+            .get(&placed.node)
+            .is_some_and(|node| unsavable(&job.file.spec, &node.record.inventory).is_none());
+        // What has not begun has nothing to save.
+        let saves = runs && savable && pod.generation == current;
+        let already = placed.goal == Goal::Vacate && saves;
+        let node = placed.node.clone();
+        if let Some(assignment) = job.assignment_mut(id.index) {
+            assignment.goal = if saves { Goal::Vacate } else { Goal::Stop };
+            assignment.leaving = Some(why);
+        }
+        self.dirty.desired.insert(node);
+        self.dirty.pods.insert(id.clone());
+        self.dirty.status.insert(id.uid.clone());
+        if saves && !already {
+            // One that is under way was asked of a pod that runs on: its work after it would be lost.
+            if let Some(assignment) =
+                self.cluster.jobs.get_mut(&id.uid).and_then(|j| j.assignment_mut(id.index))
+            {
+                assignment.asked += 1;
+            }
+        }
+    }
+
+    /// A pod of a job lets its checkpoints go.
+    pub(super) fn let_go(&mut self, checkpoints: impl IntoIterator<Item = Digest>) {
+        for id in checkpoints {
+            if self.cluster.unname(&id) {
+                self.cluster.checkpoints.remove(&id);
+                self.dirty.checkpoints.insert(id);
+                self.effect(Effect::DeleteCheckpoint(id));
+            }
+        }
+    }
+
+    /// What the depot holds that nothing names goes, unless it is so young that its event may be on its way.
+    pub(super) fn depot_listed(&mut self, now: Now, manifests: Vec<(Digest, Timestamp)>) {
+        for (id, at) in manifests {
+            if !self.cluster.checkpoints.contains_key(&id) && now.wall.since(at) >= ORPHAN_AFTER {
+                self.effect(Effect::DeleteCheckpoint(id));
+            }
+        }
+    }
+
+    /// Where the depot is, if this node may save or load this pod.
+    pub fn grant(&self, node: &NodeId, asked: &GrantRequest) -> Option<String> {
+        let held = self.cluster.nodes.get(node)?.pods.get(&asked.pod)?;
+        let assignment = self.cluster.jobs.get(&asked.pod.uid)?.assignment(asked.pod.index)?;
+        let may = match asked.what {
+            GrantFor::Save => true,
+            GrantFor::Load { checkpoint } => assignment.from == Some(checkpoint),
+        };
+        (may && *held == asked.epoch).then(|| self.config.depot_url.clone())
+    }
+
+    /// The checkpoint could not be started there: another node, then the one before, then from the start.
+    pub(super) fn restore_failed(&mut self, id: &PodId, node: &NodeId, from: Digest, why: Option<&str>) {
+        self.counters.restore_failures += 1;
+        let others: Vec<NodeId> = self.cluster.nodes.keys().filter(|other| *other != node).cloned().collect();
+        let elsewhere = others.iter().any(|other| {
+            self.unfit_for(&from, other).is_empty()
+                && self
+                    .cluster
+                    .nodes
+                    .get(other)
+                    .is_some_and(|n| n.liveness == Liveness::Online && !n.record.cordoned)
+        });
+        let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
+        job.change(id.index, |pod| {
+            let saved = &mut pod.saved;
+            saved.failed_on.insert(node.clone());
+            saved.target = None;
+            let why = why.unwrap_or("no reason was given");
+            let short = &from.hex()[..12];
+            let failed = format!("checkpoint {short} could not be started on {node}: {why}");
+            if elsewhere && saved.failed_on.len() < RESTORE_NODES_MAX {
+                saved.trouble = Some(format!("{failed}; it is tried on another node"));
+                return;
+            }
+            saved.failed_on.clear();
+            saved.unusable.insert(from);
+            saved.trouble = Some(match saved.best() {
+                Some(best) => format!("{failed}; checkpoint {} before it is tried", &best.hex()[..12]),
+                None => format!("{failed}; the pod begins from the start"),
+            });
+        });
+        self.dirty.pods.insert(id.clone());
+    }
+
+    /// What a node lacks to go on from a checkpoint, in words.
+    pub(super) fn unfit_for(&self, checkpoint: &Digest, node: &NodeId) -> Vec<String> {
+        match (self.cluster.checkpoints.get(checkpoint), self.cluster.nodes.get(node)) {
+            (Some(found), Some(node)) => found.info.needs.lacking(&node.record.inventory),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Why this very pod may not go to a node on which pods of its job may; empty: it may.
+    pub(super) fn against(&self, uid: &JobUid, index: u32, node: &NodeId) -> Vec<String> {
+        let Some(pod) = self.cluster.jobs.get(uid).and_then(|job| job.pod(index)) else { return Vec::new() };
+        let mut against = match pod.saved.best() {
+            Some(best) => self.unfit_for(&best, node),
+            None => Vec::new(),
+        };
+        if pod.saved.failed_on.contains(node) {
+            against.push("its checkpoint could not be started there".to_owned());
+        }
+        if let Some(target) = pod.saved.target.as_ref().filter(|target| *target != node) {
+            against.push(format!("it is on its way to {target}"));
+        }
+        against
+    }
+
+    /// What a pod would go on from now; and, where that is a checkpoint of its own, how far its log stood.
+    pub(super) fn departure(&self, uid: &JobUid, index: u32) -> (Option<Digest>, Option<Mark>) {
+        let pod = self.cluster.jobs.get(uid).and_then(|job| job.pod(index));
+        let Some(best) = pod.and_then(|pod| pod.saved.best()) else { return (None, None) };
+        let found = self.cluster.checkpoints.get(&best);
+        let own = found.filter(|found| found.uid == *uid && found.index == index);
+        (Some(best), own.map(|found| (found.epoch, found.info.log_records)))
+    }
+
+    /// Orders the checkpoints that are due by the job's interval, and sees to the next.
+    pub(super) fn arm_interval(&mut self, now: Now, uid: &JobUid) {
+        let Some(job) = self.cluster.jobs.get(uid) else { return };
+        let Some(interval) = job.policy().interval else { return };
+        if job.run.verdict.is_some() || job.run.suspended || job.policy().mode == CheckpointMode::None {
+            return;
+        }
+        let mut due = Vec::new();
+        let mut next: Option<BootMs> = None;
+        for index in job.placed() {
+            let (Some(assignment), Some(pod)) = (job.assignment(*index), job.pod(*index)) else { continue };
+            let Some(started) = assignment.started_at.filter(|_| assignment.phase == PodPhase::Running)
+            else {
+                continue;
+            };
+            let taken = pod.saved.checkpoints.first().and_then(|id| self.cluster.checkpoints.get(id));
+            let last = taken.map_or(started, |found| found.info.at.max(started));
+            let gone = now.wall.since(last);
+            let idle = assignment.asked == assignment.answered && assignment.goal == Goal::Run;
+            let wait = match interval.saturating_sub(gone) {
+                Millis(0) if idle => {
+                    due.push(uid.pod(*index));
+                    interval
+                }
+                Millis(0) => RETRY,
+                left => left,
+            };
+            let at = now.boot.plus(wait);
+            next = Some(next.map_or(at, |next| next.min(at)));
+        }
+        if let Some(next) = next {
+            self.timers.arm(Timer::Checkpoints(uid.clone()), next);
+        }
+        for pod in due {
+            self.ask_checkpoint(&pod);
+        }
+    }
+
+    /// The command `checkpoint`.
+    pub(super) fn command_checkpoint(&mut self, uid: &JobUid) -> Result<(), Rejection> {
+        let Some(job) = self.cluster.jobs.get(uid) else { return Ok(()) };
+        let running: Vec<u32> = job
+            .placed()
+            .iter()
+            .filter(|i| {
+                job.assignment(**i)
+                    .is_some_and(|a| matches!(a.phase, PodPhase::Running | PodPhase::Checkpointing))
+            })
+            .copied()
+            .collect();
+        if running.is_empty() {
+            return Err(rejection("NotRunning", "no pod of the job runs: there is nothing to save"));
+        }
+        for index in &running {
+            if let Some(why) = self.cannot_save(uid, *index) {
+                return Err(rejection("CannotCheckpoint", why));
+            }
+        }
+        for index in running {
+            self.ask_checkpoint(&uid.pod(index));
+        }
+        Ok(())
+    }
+
+    fn cannot_save(&self, uid: &JobUid, index: u32) -> Option<String> {
+        let job = self.cluster.jobs.get(uid)?;
+        let node = self.cluster.nodes.get(&job.assignment(index)?.node)?;
+        let why = unsavable(&job.file.spec, &node.record.inventory)?;
+        Some(format!("pod {} cannot be checkpointed: {why}", job.file.spec.name.pod(index)))
+    }
+
+    /// The command `migrate`: refused before anything is stopped, where it could not end well.
+    pub(super) fn command_migrate(&mut self, uid: &JobUid, to: Option<NodeId>) -> Result<(), Rejection> {
+        let Some(to) = to else {
+            return Err(rejection("InvalidCommand", "migrate wants a `node` to go to"));
+        };
+        self.survey(uid);
+        let Some(target) = self.cluster.nodes.get(&to) else {
+            return Err(rejection("NoSuchNode", format!("there is no node {to}")));
+        };
+        let Some(job) = self.cluster.jobs.get(uid) else { return Ok(()) };
+        let mut movers = Vec::new();
+        let mut against: Vec<String> = self.verdict_on(uid, &to);
+        for index in job.placed() {
+            let Some(assignment) = job.assignment(*index) else { continue };
+            if assignment.node == to || assignment.goal == Goal::Stop {
+                continue;
+            }
+            if let Some(why) = self.cannot_save(uid, *index) {
+                return Err(rejection("CannotCheckpoint", why));
+            }
+            let Some(source) = self.cluster.nodes.get(&assignment.node) else { continue };
+            let gpus: Vec<String> = assignment.charge.gpus.iter().map(|share| share.uuid.clone()).collect();
+            let needs = foreseen(&job.file.spec, &source.record.inventory, &gpus);
+            for lack in needs.lacking(&target.record.inventory) {
+                if !against.contains(&lack) {
+                    against.push(lack);
+                }
+            }
+            movers.push(*index);
+        }
+        if movers.is_empty() {
+            let there = job.placed().iter().any(|i| job.assignment(*i).is_some_and(|a| a.node == to));
+            return if there {
+                Ok(())
+            } else {
+                Err(rejection("NotRunning", "no pod of the job runs: there is nothing to move"))
+            };
+        }
+        if !against.is_empty() {
+            let text = format!("the job cannot go on at node {to}: {}", against.join("; "));
+            return Err(rejection("Unfit", text));
+        }
+        for index in movers {
+            self.vacate(&uid.pod(index), Leaving::Migrate { to: to.clone() });
+        }
+        Ok(())
+    }
+
+    /// The command `restore`: a new job of that name, or the job's own pod set back.
+    pub(super) fn command_restore(
+        &mut self,
+        now: Now,
+        (namespace, name): (&Namespace, &JobName),
+        known: Option<JobUid>,
+        checkpoint: Option<Digest>,
+        node: Option<NodeId>,
+    ) -> Result<JobUid, Rejection> {
+        let Some(id) = checkpoint else {
+            return Err(rejection("InvalidCommand", "restore wants a `checkpoint`"));
+        };
+        let found = self.cluster.checkpoints.get(&id).filter(|found| found.spec.namespace == *namespace);
+        let Some(found) = found.cloned() else {
+            return Err(rejection(
+                "NoSuchCheckpoint",
+                format!("there is no checkpoint {id} in namespace {namespace}"),
+            ));
+        };
+        if let Some(node) = &node {
+            let lacks = match self.cluster.nodes.contains_key(node) {
+                true => self.unfit_for(&id, node),
+                false => return Err(rejection("NoSuchNode", format!("there is no node {node}"))),
+            };
+            if !lacks.is_empty() {
+                return Err(rejection("Unfit", format!("node {node} cannot start it: {}", lacks.join("; "))));
+            }
+        }
+        match known {
+            None => Ok(self.fork(now, name, &found, id, node)),
+            Some(uid) if uid == found.uid => {
+                let ended = self.cluster.jobs.get(&uid).is_none_or(|job| job.run.verdict.is_some());
+                if ended {
+                    let text = format!("job {name} has ended: restore the checkpoint under another name");
+                    return Err(rejection("JobFinished", text));
+                }
+                self.set_back(now, &uid, found.index, id, node);
+                Ok(uid)
+            }
+            Some(_) => {
+                let text = format!("there is a job {name} already, and the checkpoint is not of it");
+                Err(rejection("NameTaken", text))
+            }
+        }
+    }
+
+    /// A job of its own, that begins with the checkpoint.
+    fn fork(
+        &mut self,
+        now: Now,
+        name: &JobName,
+        found: &Checkpoint,
+        id: Digest,
+        node: Option<NodeId>,
+    ) -> JobUid {
+        let mut spec = found.spec.clone();
+        spec.name = name.clone();
+        spec.pod.job = name.clone();
+        (spec.parallelism, spec.completions, spec.suspend, spec.gang) = (1, 1, false, false);
+        let template = super::records::template_digest(&spec.pod);
+        let written = Digest::of(format!("restored {id}").as_bytes());
+        self.forget_rejection(&spec.namespace.clone(), name, false);
+        let uid = self.new_job(now, spec, written, template);
+        self.cluster.name(id);
+        if let Some(job) = self.cluster.jobs.get_mut(&uid) {
+            let mut pod = Pod::waiting(job.file.generation, Epoch(0));
+            pod.saved.checkpoints.push(id);
+            pod.saved.target = node;
+            job.put(0, pod);
+            self.dirty.pods.insert(uid.pod(0));
+        }
+        self.reconcile(now, &uid);
+        uid
+    }
+
+    /// Stops a pod, to go on from an earlier checkpoint of its.
+    fn set_back(&mut self, now: Now, uid: &JobUid, index: u32, id: Digest, node: Option<NodeId>) {
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
+        job.change(index, |pod| {
+            pod.saved.checkpoints.retain(|other| *other != id);
+            pod.saved.checkpoints.insert(0, id);
+            pod.saved.unusable.remove(&id);
+            pod.saved.failed_on.clear();
+            pod.saved.target = node;
+        });
+        if let Some(assignment) = job.assignment_mut(index) {
+            (assignment.goal, assignment.leaving) = (Goal::Stop, Some(Leaving::Restore));
+            self.dirty.desired.insert(assignment.node.clone());
+        }
+        self.dirty.pods.insert(uid.pod(index));
+        self.dirty.status.insert(uid.clone());
+        self.reconcile(now, uid);
+    }
+}
+
+/// What of a pod's log will be said again by the run that goes on from the mark.
+pub(super) fn cut_logs(pod: &mut Pod, mark: Option<Mark>) {
+    let Some((epoch, records)) = mark else { return };
+    for log in &mut pod.logs {
+        let said = match log.epoch.cmp(&epoch) {
+            std::cmp::Ordering::Less => continue,
+            std::cmp::Ordering::Equal => records,
+            std::cmp::Ordering::Greater => 0,
+        };
+        log.cut = Some(log.cut.map_or(said, |cut| cut.min(said)));
+    }
+}
+
+/// Whether an end by eviction was a restore that did not come off.
+pub(super) fn is_failed_restore(reason: Option<&str>) -> bool {
+    reason == Some(RESTORE_FAILED)
+}
