@@ -242,6 +242,8 @@ impl Daemon {
                     let _ = tidied.try_send(Event::DepotListed(held));
                 });
             }
+            Effect::Note(note) if note.is_warning() => tracing::warn!("{note}"),
+            Effect::Note(note) => tracing::info!("{note}"),
         }
     }
 

@@ -8,10 +8,11 @@ mod drain;
 mod expiry;
 mod lifecycle;
 mod nodes;
+mod notes;
 mod query;
 mod records;
 mod saved;
-mod schedule;
+pub mod schedule;
 mod status;
 pub mod token;
 mod wire;
@@ -30,6 +31,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use self::cluster::{Cluster, Timer, Timers};
+pub use self::notes::Note;
 use self::schedule::Scheduler;
 
 /// The time at which an event is stepped: civil time for records, CLOCK_BOOTTIME for everything that waits.
@@ -67,6 +69,8 @@ pub enum Effect {
     DeleteCheckpoint(Digest),
     /// Answered by `DepotListed`; then what nothing names may go.
     TidyDepot,
+    /// For the operator's log.
+    Note(Note),
 }
 
 /// A change of the store: `None` deletes.
@@ -274,7 +278,8 @@ impl Controller {
             }
             Topic::QueryRequest { client } => {
                 self.count("query");
-                self.read(&topic, payload).map(|request| self.query(now, client, request))
+                let read = self.read(&topic, payload).map(|request| self.query(now, client, request));
+                read.inspect_err(|error| self.query_unread(client, payload, error))
             }
             Topic::Node { node, kind: NodeTopic::Hello } => {
                 self.count("hello");
@@ -325,6 +330,10 @@ impl Controller {
 
     fn effect(&mut self, effect: Effect) {
         self.dirty.step.effects.push(effect);
+    }
+
+    fn note(&mut self, note: Note) {
+        self.effect(Effect::Note(note));
     }
 
     fn bus_up(&mut self, now: Now) {

@@ -206,7 +206,7 @@ impl Controller {
     pub(super) fn node_status(&self, id: &NodeId) -> Option<NodeStatus> {
         let node = self.cluster.nodes.get(id)?;
         let has = &node.record.inventory;
-        let free = &self.scheduler.rooms[self.scheduler.room(id)?];
+        let free = &self.scheduler.engine.rooms()[self.scheduler.room(id)?];
         let gpus_free: u64 = free.devices.iter().map(|device| u64::from(device.milli)).sum();
         let capacity =
             Amounts { cpu_milli: has.cpu, memory_bytes: has.memory, gpu_milli: has.gpus.len() as u64 * 1000 };
@@ -320,9 +320,18 @@ impl Controller {
                 (Liveness::Online, false) => None,
             });
             let refusals = job.rules.as_ref().map_or(&[][..], |rules| rules.refusals(room));
-            (room, explain::reasons(&self.scheduler.rooms[room], &shape, refusals, closed, &job.file.spec))
+            (
+                room,
+                explain::reasons(
+                    &self.scheduler.engine.rooms()[room],
+                    &shape,
+                    refusals,
+                    closed,
+                    &job.file.spec,
+                ),
+            )
         };
-        (0..self.scheduler.rooms.len()).map(verdict).collect()
+        (0..self.scheduler.engine.rooms().len()).map(verdict).collect()
     }
 }
 

@@ -1,9 +1,15 @@
 //! Which waiting pod goes where: keeps the rooms and the queue, states the problem, and applies what `solve` answers.
 
 pub mod cel;
+mod cutting;
+pub mod engine;
 pub mod explain;
+mod index;
 mod particular;
+pub mod policy;
+pub mod prices;
 pub mod problem;
+mod simplex;
 pub mod solve;
 
 use std::cmp::Reverse;
@@ -14,8 +20,9 @@ use berth_protocol::limits::PODS_PER_NODE_MAX;
 use berth_protocol::resources::{GpuShare, Inventory, Resources};
 
 use self::cel::Rules;
-use self::problem::{Ask, Device, Problem, Room, Seat, Shape, Zoning};
-use super::cluster::{Charge, Job, Liveness, Node};
+use self::engine::Engine;
+use self::problem::{Ask, Device, Placement, Room, Seat, Shape, Size, Zoning};
+use super::cluster::{Charge, Cluster, Job, Liveness, Node};
 use super::{Controller, Now};
 
 /// Jobs whose pods are placed together.
@@ -24,7 +31,7 @@ const ASKS_MAX: usize = 256;
 /// The rooms in their stable order, and who waits for them.
 #[derive(Default)]
 pub(super) struct Scheduler {
-    pub rooms: Vec<Room>,
+    pub engine: Engine,
     pub nodes: Vec<NodeId>,
     index: BTreeMap<NodeId, usize>,
     /// Names of device models, by number.
@@ -76,27 +83,27 @@ impl Scheduler {
             open,
             cpu_milli: has.cpu.0,
             memory_bytes: has.memory.0,
+            disk_bytes: has.disk.0,
             slots: PODS_PER_NODE_MAX.saturating_sub(node.record.strays.len()),
             devices: devices.collect(),
+            size: Size { cpu_milli: has.cpu.0, memory_bytes: has.memory.0 },
         };
         for charge in charges {
             take(&mut room, has, charge);
         }
-        match self.index.get(id) {
-            Some(index) => self.rooms[*index] = room,
-            None => {
-                self.index.insert(id.clone(), self.rooms.len());
-                self.nodes.push(id.clone());
-                self.rooms.push(room);
-            }
+        let index = *self.index.entry(id.clone()).or_insert(self.nodes.len());
+        if index == self.nodes.len() {
+            self.nodes.push(id.clone());
         }
+        self.engine.refresh(index, room);
         self.version += 1;
         self.wanted = true;
     }
 
     /// A pod has left the node.
     pub fn release(&mut self, id: &NodeId, has: &Inventory, charge: &Charge) {
-        let Some(room) = self.index.get(id).map(|index| &mut self.rooms[*index]) else { return };
+        let Some(index) = self.index.get(id).copied() else { return };
+        let mut room = self.engine.rooms()[index].clone();
         room.slots += 1;
         room.cpu_milli = (room.cpu_milli + charge.cpu.0).min(has.cpu.0);
         room.memory_bytes = (room.memory_bytes + charge.memory.0).min(has.memory.0);
@@ -106,8 +113,30 @@ impl Scheduler {
             device.milli = (device.milli + share.milli).min(1000);
             device.memory_bytes = (device.memory_bytes + charge.gpu_memory.0).min(has.gpus[i].memory.0);
         }
+        self.engine.refresh(index, room);
         self.version += 1;
         self.wanted = true;
+    }
+
+    /// What the job asks for now; its rules have been brought up to date.
+    fn ask<'a>(&self, cluster: &'a Cluster, uid: &JobUid) -> Option<Ask<'a>> {
+        let job = cluster.jobs.get(uid)?;
+        let rules = job.rules.as_ref()?;
+        let mut zoned = BTreeMap::new();
+        if rules.zoning != Zoning::Free {
+            let rooms = job.placed().iter().filter_map(|i| self.room(&job.assignment(*i)?.node));
+            for room in rooms {
+                *zoned.entry(rules.sites()[room].zone).or_default() += 1;
+            }
+        }
+        Some(Ask {
+            shape: self.shape(&job.file.spec.pod.resources()),
+            pods: job.ready().count(),
+            gang: job.file.spec.gang,
+            zoning: rules.zoning,
+            sites: rules.sites(),
+            zoned,
+        })
     }
 
     pub fn shape(&self, wants: &Resources) -> Shape {
@@ -119,6 +148,7 @@ impl Scheduler {
         Shape {
             cpu_milli: wants.cpu.0,
             memory_bytes: wants.memory.0,
+            disk_bytes: 0,
             gpus: gpu.map_or(0, |gpu| gpu.count as usize),
             gpu_milli: gpu.map_or(0, |gpu| gpu.milli),
             gpu_memory_bytes: gpu.and_then(|gpu| gpu.memory).map_or(0, |memory| memory.0),
@@ -170,13 +200,13 @@ impl Controller {
             for uid in &batch {
                 self.survey(uid);
             }
-            let asks: Vec<Ask<'_>> = batch.iter().filter_map(|uid| self.ask(uid)).collect();
+            let asks: Vec<Ask<'_>> =
+                batch.iter().filter_map(|uid| self.scheduler.ask(&self.cluster, uid)).collect();
             if asks.len() != batch.len() {
                 continue;
             }
-            let problem = Problem { rooms: &self.scheduler.rooms, asks };
-            let placement = solve::solve(&problem, &Vec::new());
-            let shapes: Vec<(Shape, usize)> = problem.asks.into_iter().map(|a| (a.shape, a.pods)).collect();
+            let placement = solve::solve(&mut self.scheduler.engine, &asks, &Placement::new());
+            let shapes: Vec<(Shape, usize)> = asks.into_iter().map(|ask| (ask.shape, ask.pods)).collect();
             for ((uid, (shape, pods)), seats) in batch.iter().zip(shapes).zip(placement) {
                 let refused = seats.len() < pods;
                 self.seat(now, uid, &shape, seats);
@@ -207,33 +237,14 @@ impl Controller {
         job.rules = Some(rules);
     }
 
-    fn ask(&self, uid: &JobUid) -> Option<Ask<'_>> {
-        let job = self.cluster.jobs.get(uid)?;
-        let rules = job.rules.as_ref()?;
-        let mut zoned = BTreeMap::new();
-        if rules.zoning != Zoning::Free {
-            let rooms = job.placed().iter().filter_map(|i| self.scheduler.room(&job.assignment(*i)?.node));
-            for room in rooms {
-                *zoned.entry(rules.sites()[room].zone).or_default() += 1;
-            }
-        }
-        Some(Ask {
-            shape: self.scheduler.shape(&job.file.spec.pod.resources()),
-            pods: job.ready().count(),
-            gang: job.file.spec.gang,
-            zoning: rules.zoning,
-            sites: rules.sites(),
-            zoned,
-        })
-    }
-
     fn seat(&mut self, now: Now, uid: &JobUid, shape: &Shape, seats: Vec<Seat>) {
         let Some(job) = self.cluster.jobs.get(uid) else { return };
         let ready: Vec<u32> = job.ready().take(seats.len()).collect();
         for (index, seat) in ready.into_iter().zip(seats) {
             let id = self.scheduler.nodes[seat.room].clone();
-            if self.is_general(uid, index, &id) {
-                self.seat_one(now, uid, index, shape, &seat);
+            let seated = self.is_general(uid, index, &id) && self.seat_one(now, uid, index, shape, &seat);
+            if !seated {
+                self.scheduler.engine.release(shape, &seat);
             }
         }
         if let Some(job) = self.cluster.jobs.get(uid)
@@ -243,13 +254,11 @@ impl Controller {
         }
     }
 
-    fn seat_one(&mut self, now: Now, uid: &JobUid, index: u32, shape: &Shape, seat: &Seat) {
+    /// False: a pod whose older epoch is still being stopped there waits for the next pass.
+    fn seat_one(&mut self, now: Now, uid: &JobUid, index: u32, shape: &Shape, seat: &Seat) -> bool {
         let id = self.scheduler.nodes[seat.room].clone();
-        let Some(node) = self.cluster.nodes.get(&id) else { return };
-        // A pod whose older epoch is still being stopped there waits for the next pass.
-        if node.record.strays.contains_key(&uid.pod(index)) {
-            return;
-        }
+        let free = |node: &&Node| !node.record.strays.contains_key(&uid.pod(index));
+        let Some(node) = self.cluster.nodes.get(&id).filter(free) else { return false };
         let share = |i: &usize| GpuShare {
             uuid: node.record.inventory.gpus[*i].uuid.clone(),
             milli: shape.gpu_milli,
@@ -260,7 +269,7 @@ impl Controller {
             gpus: seat.devices.iter().map(share).collect(),
             gpu_memory: berth_protocol::units::Bytes(shape.gpu_memory_bytes),
         };
-        self.scheduler.rooms[seat.room].charge(shape, &seat.devices);
         self.place(now, uid, index, id, charge);
+        true
     }
 }

@@ -3,7 +3,6 @@
 
 use berth_protocol::ids::{JobUid, NodeId};
 
-use super::problem::Seat;
 use crate::core::{Controller, Now};
 
 /// Pods looked at in one pass.
@@ -37,12 +36,15 @@ impl Controller {
         let fits = self.verdicts(uid).into_iter().filter(|(_, reasons)| reasons.is_empty());
         let rooms: Vec<usize> = fits.map(|(room, _)| room).collect();
         let suits = |room: &usize| self.against(uid, index, &self.scheduler.nodes[*room]).is_empty();
-        let Some(room) = rooms.into_iter().find(suits) else {
-            self.dirty.status.insert(uid.clone());
-            return;
-        };
-        let Some(devices) = self.scheduler.rooms[room].fit(&shape) else { return };
-        self.seat_one(now, uid, index, &shape, &Seat { room, devices });
+        let rooms: Vec<usize> = rooms.into_iter().filter(suits).collect();
+        let seat = self.scheduler.engine.place(&shape, Some(&|room| rooms.contains(&room)));
+        match seat {
+            Some(seat) if !self.seat_one(now, uid, index, &shape, &seat) => {
+                self.scheduler.engine.release(&shape, &seat);
+            }
+            Some(_) => {}
+            None => drop(self.dirty.status.insert(uid.clone())),
+        }
     }
 
     /// A node that a pod was on its way to and that does not take it any more is forgotten.

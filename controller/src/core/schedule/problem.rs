@@ -10,9 +10,18 @@ pub struct Room {
     pub open: bool,
     pub cpu_milli: u64,
     pub memory_bytes: u64,
+    pub disk_bytes: u64,
     /// Pods that may still be named in its desired set.
     pub slots: usize,
     pub devices: Vec<Device>,
+    /// What it has when empty.
+    pub size: Size,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Size {
+    pub cpu_milli: u64,
+    pub memory_bytes: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,10 +33,11 @@ pub struct Device {
 }
 
 /// What one pod wants.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Shape {
     pub cpu_milli: u64,
     pub memory_bytes: u64,
+    pub disk_bytes: u64,
     /// Devices, each with `gpu_milli` and `gpu_memory_bytes` free.
     pub gpus: usize,
     pub gpu_milli: u32,
@@ -71,13 +81,6 @@ pub struct Ask<'a> {
     pub zoned: BTreeMap<usize, usize>,
 }
 
-/// Asks in the order in which they are served.
-#[derive(Debug, Clone)]
-pub struct Problem<'a> {
-    pub rooms: &'a [Room],
-    pub asks: Vec<Ask<'a>>,
-}
-
 /// Where a pod goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seat {
@@ -94,7 +97,8 @@ impl Room {
         let enough = self.open
             && self.slots > 0
             && self.cpu_milli >= shape.cpu_milli
-            && self.memory_bytes >= shape.memory_bytes;
+            && self.memory_bytes >= shape.memory_bytes
+            && self.disk_bytes >= shape.disk_bytes;
         if !enough {
             return None;
         }
@@ -108,9 +112,22 @@ impl Room {
         self.slots -= 1;
         self.cpu_milli -= shape.cpu_milli;
         self.memory_bytes -= shape.memory_bytes;
+        self.disk_bytes -= shape.disk_bytes;
         for device in devices {
             self.devices[*device].milli -= shape.gpu_milli;
             self.devices[*device].memory_bytes -= shape.gpu_memory_bytes;
+        }
+    }
+
+    /// Gives back what `charge` took.
+    pub fn release(&mut self, shape: &Shape, devices: &[usize]) {
+        self.slots += 1;
+        self.cpu_milli += shape.cpu_milli;
+        self.memory_bytes += shape.memory_bytes;
+        self.disk_bytes += shape.disk_bytes;
+        for device in devices {
+            self.devices[*device].milli += shape.gpu_milli;
+            self.devices[*device].memory_bytes += shape.gpu_memory_bytes;
         }
     }
 }

@@ -1,70 +1,57 @@
-//! The policy of placement: first fit over a stable order of rooms, after preference and zones. Pure arithmetic.
+//! Serves asks in their order: preference and zones first, then the engine's score. An ask that fits nowhere holds back
+//! no other.
 
-use super::problem::{Ask, Placement, Problem, Room, Seat, Zoning};
+use std::collections::BTreeMap;
 
-/// Seats for what `placed` has not seated yet; seats once given stay. An ask that fits nowhere holds back no other.
-/// `solve(p, solve(p, x)) == solve(p, x)`.
-pub fn solve(problem: &Problem<'_>, placed: &Placement) -> Placement {
-    let mut rooms = problem.rooms.to_vec();
+use super::engine::Engine;
+use super::problem::{Ask, Placement, Seat, Zoning};
+
+/// Seats for what `placed` has not seated yet; seats once given stay. The engine has the pods of `placed` in its rooms
+/// already, and those of the answer afterwards: `solve(e, asks, solve(e, asks, x)) == solve(e, asks, x)`.
+pub fn solve(engine: &mut Engine, asks: &[Ask<'_>], placed: &Placement) -> Placement {
     let mut placement = placed.clone();
-    placement.resize(problem.asks.len(), Vec::new());
-    for (ask, seats) in problem.asks.iter().zip(&placement) {
-        for seat in seats {
-            rooms[seat.room].charge(&ask.shape, &seat.devices);
-        }
-    }
-    for (ask, seats) in problem.asks.iter().zip(&mut placement) {
-        serve(ask, &mut rooms, seats);
+    placement.resize(asks.len(), Vec::new());
+    for (ask, seats) in asks.iter().zip(&mut placement) {
+        serve(ask, engine, seats);
     }
     placement
 }
 
-fn serve(ask: &Ask<'_>, rooms: &mut [Room], seats: &mut Vec<Seat>) {
+fn serve(ask: &Ask<'_>, engine: &mut Engine, seats: &mut Vec<Seat>) {
     let already = seats.len();
     let mut zoned = ask.zoned.clone();
     for seat in seats.iter() {
         *zoned.entry(ask.sites[seat.room].zone).or_default() += 1;
     }
-    // Equal pods without zones fill rooms in order: what did not fit the last one does not fit the next.
+    let everywhere = ask.sites.iter().all(|site| site.eligible);
     let plain = ask.zoning == Zoning::Free && ask.sites.iter().all(|site| site.bonus == 0);
-    let mut from = 0;
     while seats.len() < ask.pods {
-        let rank = |room: usize| {
-            let site = ask.sites[room];
-            let crowd = zoned.get(&site.zone).copied().unwrap_or(0);
-            match ask.zoning {
-                Zoning::Free => Some((-site.bonus, 0)),
-                Zoning::Spread => Some((-site.bonus, crowd)),
-                Zoning::Apart => (crowd == 0).then_some((-site.bonus, 0)),
-            }
+        let seat = match (plain, everywhere) {
+            (true, true) => engine.place(&ask.shape, None),
+            (true, false) => engine.place(&ask.shape, Some(&|room| ask.sites[room].eligible)),
+            (false, _) => engine.place_by(&ask.shape, |room| rank(ask, &zoned, room)),
         };
-        let mut open = (from..rooms.len()).filter_map(|room| {
-            let devices = ask.sites[room].eligible.then(|| rooms[room].fit(&ask.shape)).flatten()?;
-            Some((rank(room)?, Seat { room, devices }))
-        });
-        let best = if plain { open.next() } else { open.min_by_key(|(rank, seat)| (*rank, seat.room)) };
-        let Some((_, seat)) = best else { break };
-        rooms[seat.room].charge(&ask.shape, &seat.devices);
+        let Some(seat) = seat else { break };
+        engine.charge(&ask.shape, &seat);
         *zoned.entry(ask.sites[seat.room].zone).or_default() += 1;
-        if plain {
-            from = seat.room;
-        }
         seats.push(seat);
     }
     if ask.gang && seats.len() < ask.pods {
         for seat in seats.drain(already..) {
-            release(&mut rooms[seat.room], ask, &seat);
+            engine.release(&ask.shape, &seat);
         }
     }
 }
 
-fn release(room: &mut Room, ask: &Ask<'_>, seat: &Seat) {
-    room.slots += 1;
-    room.cpu_milli += ask.shape.cpu_milli;
-    room.memory_bytes += ask.shape.memory_bytes;
-    for device in &seat.devices {
-        room.devices[*device].milli += ask.shape.gpu_milli;
-        room.devices[*device].memory_bytes += ask.shape.gpu_memory_bytes;
+/// Lowest first: what the job prefers, then the emptier zone.
+fn rank(ask: &Ask<'_>, zoned: &BTreeMap<usize, usize>, room: usize) -> Option<(i64, usize)> {
+    let site = ask.sites[room];
+    let crowd = zoned.get(&site.zone).copied().unwrap_or(0);
+    match ask.zoning {
+        _ if !site.eligible => None,
+        Zoning::Free => Some((-site.bonus, 0)),
+        Zoning::Spread => Some((-site.bonus, crowd)),
+        Zoning::Apart => (crowd == 0).then_some((-site.bonus, 0)),
     }
 }
 
@@ -74,7 +61,9 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::problem::{Device, Shape, Site};
+    use super::super::policy::Policy;
+    use super::super::prices::{Demand, Prices};
+    use super::super::problem::{Device, Room, Shape, Site, Size};
     use super::*;
 
     fn device() -> impl Strategy<Value = Device> {
@@ -90,22 +79,29 @@ mod tests {
                 open,
                 cpu_milli,
                 memory_bytes,
+                disk_bytes: 8,
                 slots,
                 devices,
+                size: Size { cpu_milli: 9, memory_bytes: 9 },
             },
         )
     }
 
     fn shape() -> impl Strategy<Value = Shape> {
         let models = proptest::option::of(proptest::collection::btree_set(0..3usize, 1..3));
-        (0..4u64, 0..4u64, 0..3usize, 1..=10u32, 0..3u64, models).prop_map(
-            |(cpu_milli, memory_bytes, gpus, milli, gpu_memory_bytes, models)| Shape {
+        (0..4u64, (0..4u64, 0..3u64), 0..3usize, 1..=10u32, 0..3u64, models).prop_map(
+            |(cpu_milli, (memory_bytes, disk_bytes), gpus, milli, gpu_memory_bytes, models)| Shape {
                 cpu_milli,
                 memory_bytes,
+                disk_bytes,
                 gpus,
-                gpu_milli: milli * 100,
-                gpu_memory_bytes,
-                models: models as Option<BTreeSet<usize>>,
+                gpu_milli: match gpus {
+                    0 => 0,
+                    1 => milli * 100,
+                    _ => 1000,
+                },
+                gpu_memory_bytes: if gpus == 0 { 0 } else { gpu_memory_bytes },
+                models: models.filter(|_| gpus > 0) as Option<BTreeSet<usize>>,
             },
         )
     }
@@ -117,33 +113,57 @@ mod tests {
         (shape(), 0..6usize, any::<bool>(), 0..3u8, sites)
     }
 
-    fn check(rooms: &[Room], drafts: &[Draft]) {
-        let sites: Vec<Vec<Site>> = drafts
-            .iter()
-            .map(|draft| {
-                let site = |(eligible, bonus, zone): &(bool, i64, usize)| Site {
-                    eligible: *eligible,
-                    bonus: *bonus,
-                    zone: *zone,
-                };
-                draft.4.iter().map(site).collect()
-            })
-            .collect();
-        let asks = drafts.iter().zip(&sites).map(|((shape, pods, gang, zoning, _), sites)| Ask {
+    fn policy() -> impl Strategy<Value = Policy> {
+        prop::sample::select(vec![Policy::Bid, Policy::Fgd, Policy::BestFit, Policy::FirstFit])
+    }
+
+    fn sites(drafts: &[Draft]) -> Vec<Vec<Site>> {
+        let site = |(eligible, bonus, zone): &(bool, i64, usize)| Site {
+            eligible: *eligible,
+            bonus: *bonus,
+            zone: *zone,
+        };
+        drafts.iter().map(|draft| draft.4.iter().map(site).collect()).collect()
+    }
+
+    fn asks<'a>(drafts: &[Draft], sites: &'a [Vec<Site>], rooms: usize) -> Vec<Ask<'a>> {
+        let asks = drafts.iter().zip(sites).map(|((shape, pods, gang, zoning, _), sites)| Ask {
             shape: shape.clone(),
             pods: *pods,
             gang: *gang,
             zoning: [Zoning::Free, Zoning::Spread, Zoning::Apart][usize::from(*zoning)],
-            sites: &sites[..rooms.len()],
+            sites: &sites[..rooms],
             zoned: BTreeMap::new(),
         });
-        let problem = Problem { rooms, asks: asks.collect() };
-        let placement = solve(&problem, &Vec::new());
-        assert_eq!(solve(&problem, &placement), placement, "solving again moves nothing");
+        asks.collect()
+    }
+
+    fn engine(policy: Policy, rooms: &[Room], prices: &Prices) -> Engine {
+        let mut engine = Engine::new(policy, 7);
+        for (index, room) in rooms.iter().enumerate() {
+            engine.refresh(index, room.clone());
+        }
+        engine.adopt(prices.clone());
+        engine
+    }
+
+    fn prices(drafts: &[Draft], rooms: &[Room]) -> Prices {
+        let demand: Demand = drafts.iter().map(|draft| (draft.0.clone(), 1 + draft.1 as u64)).collect();
+        Prices::new(&demand, rooms)
+    }
+
+    fn check(policy: Policy, rooms: &[Room], drafts: &[Draft]) {
+        let (prices, sites) = (prices(drafts, rooms), sites(drafts));
+        let asks = asks(drafts, &sites, rooms.len());
+        let mut kept = engine(policy, rooms, &prices);
+        let placement = solve(&mut kept, &asks, &Vec::new());
+        assert_eq!(solve(&mut kept, &asks, &placement), placement, "solving again moves nothing");
+        let mut anew = engine(policy, rooms, &prices);
+        assert_eq!(solve(&mut anew, &asks, &Vec::new()), placement, "the same input, the same output");
 
         // Charging panics on overflow: nothing is given twice.
         let mut left = rooms.to_vec();
-        for (ask, seats) in problem.asks.iter().zip(&placement) {
+        for (ask, seats) in asks.iter().zip(&placement) {
             assert!(seats.len() <= ask.pods);
             assert!(!ask.gang || seats.is_empty() || seats.len() == ask.pods);
             let mut zones = BTreeSet::new();
@@ -159,15 +179,77 @@ mod tests {
                 left[seat.room].charge(&ask.shape, &seat.devices);
             }
         }
+        assert_eq!(kept.rooms(), left, "the engine knows what is left");
+
+        // Whoever waits though not for a gang or a zone fits nowhere.
+        for (ask, seats) in
+            asks.iter().zip(&placement).filter(|(ask, _)| !ask.gang && ask.zoning != Zoning::Apart)
+        {
+            let room = (0..rooms.len())
+                .find(|room| ask.sites[*room].eligible && left[*room].fit(&ask.shape).is_some());
+            assert!(seats.len() == ask.pods || room.is_none(), "{ask:?} waits, and fits {room:?}");
+        }
     }
 
     proptest! {
         #[test]
         fn nothing_is_overcommitted_and_solving_again_moves_nothing(
+            policy in policy(),
             rooms in proptest::collection::vec(room(), 0..=5),
             drafts in proptest::collection::vec(draft(), 0..6),
         ) {
-            check(&rooms, &drafts);
+            check(policy, &rooms, &drafts);
+        }
+
+        #[test]
+        fn scores_kept_up_to_date_are_scores_made_anew(
+            policy in policy(),
+            rooms in proptest::collection::vec(room(), 1..=5),
+            changed in proptest::collection::vec((0..5usize, room()), 0..4),
+            drafts in proptest::collection::vec(draft(), 1..6),
+        ) {
+            let (prices, sites) = (prices(&drafts, &rooms), sites(&drafts));
+            let asks = asks(&drafts, &sites, rooms.len());
+            let mut kept = engine(policy, &rooms, &prices);
+            let before = solve(&mut kept, &asks, &Vec::new());
+            // Pods leave, nodes come back otherwise: half of the seats are given back, some rooms made anew.
+            for (ask, seats) in asks.iter().zip(&before) {
+                for seat in seats.iter().step_by(2) {
+                    kept.release(&ask.shape, seat);
+                }
+            }
+            for (index, room) in changed {
+                kept.refresh(index % rooms.len(), room);
+            }
+            let mut anew = engine(policy, kept.rooms(), &prices);
+            prop_assert_eq!(solve(&mut kept, &asks, &Vec::new()), solve(&mut anew, &asks, &Vec::new()));
+        }
+
+        #[test]
+        fn more_capacity_leaves_seats_where_they_are(
+            policy in policy(),
+            rooms in proptest::collection::vec(room(), 1..=5),
+            more in proptest::collection::vec(room(), 1..3),
+            drafts in proptest::collection::vec(draft(), 1..6),
+        ) {
+            let (prices, sites) = (prices(&drafts, &rooms), sites(&drafts));
+            let mut engine = engine(policy, &rooms, &prices);
+            let before = solve(&mut engine, &asks(&drafts, &sites, rooms.len()), &Vec::new());
+            for room in more {
+                engine.refresh(engine.rooms().len(), room);
+            }
+            let wider: Vec<Vec<Site>> = sites
+                .iter()
+                .map(|sites| {
+                    let site = |room| sites.get(room).copied().unwrap_or(Site { eligible: true, bonus: 0, zone: 9 });
+                    (0..engine.rooms().len()).map(site).collect()
+                })
+                .collect();
+            let rooms = engine.rooms().len();
+            let after = solve(&mut engine, &asks(&drafts, &wider, rooms), &before);
+            for (before, after) in before.iter().zip(&after) {
+                prop_assert!(after.starts_with(before));
+            }
         }
     }
 }
