@@ -468,7 +468,7 @@ pub struct Fork {
     /// The job to copy
     pub job: JobName,
     /// How many copies
-    #[arg(short = 'n', long = "copies", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
+    #[arg(long = "copies", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub copies: u32,
     /// From this checkpoint [default: one that is taken now]
     #[arg(long, value_name = "CHECKPOINT")]
@@ -511,6 +511,19 @@ pub struct Version {
     pub client: bool,
 }
 
+/// `berth fork JOB -n 4` is about copies, though `-n` names the namespace everywhere else: where a number follows it.
+pub fn copies_for_fork(mut args: Vec<std::ffi::OsString>) -> Vec<std::ffi::OsString> {
+    let verb = args.iter().position(|arg| arg == "fork");
+    let number = |arg: &std::ffi::OsString| arg.to_str().is_some_and(|text| text.parse::<u32>().is_ok());
+    if let Some(verb) = verb
+        && let Some(at) =
+            (verb + 1..args.len()).find(|at| args[*at] == "-n" && args.get(at + 1).is_some_and(number))
+    {
+        args[at] = "--copies".into();
+    }
+    args
+}
+
 pub fn duration(text: &str) -> Result<Duration, String> {
     Millis::parse(text).map(Millis::duration).map_err(|e| e.to_string())
 }
@@ -532,6 +545,24 @@ mod tests {
             assert!(help.starts_with("Examples:"), "{}", verb.get_name());
             assert!(verb.get_about().is_some(), "{}", verb.get_name());
         }
+    }
+
+    #[test]
+    fn the_number_of_copies_is_no_namespace() {
+        for (line, copies, namespace) in [
+            ("berth fork digits -n 4", 4, None),
+            ("berth -n lab fork digits -n 4", 4, Some("lab")),
+            ("berth fork digits --copies 2 -n lab", 2, Some("lab")),
+            ("berth fork digits", 1, None),
+        ] {
+            let args = line.split(' ').map(Into::into).collect();
+            let cli = Cli::try_parse_from(copies_for_fork(args)).unwrap();
+            let Verb::Fork(fork) = cli.verb else { panic!("{line}") };
+            assert_eq!(fork.copies, copies, "{line}");
+            assert_eq!(cli.global.namespace.as_ref().map(Namespace::as_str), namespace, "{line}");
+        }
+        let other = ["berth", "-n", "4", "get", "jobs"].map(Into::into).to_vec();
+        assert_eq!(copies_for_fork(other.clone()), other);
     }
 
     #[test]

@@ -49,7 +49,7 @@ impl Usage {
 
 /// The whole program; ends the process.
 pub fn main() -> ! {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(command::copies_for_fork(std::env::args_os().collect()));
     let code = match dispatch(cli) {
         Ok(code) => code,
         Err(error) => report(&error),

@@ -278,10 +278,7 @@ impl Controller {
         let containers = job.file.spec.pod.containers.len() > 1;
         let (mut sources, mut bytes, mut last, mut next) = (Vec::new(), 0, None, None);
         for (index, log, live) in logs {
-            // All of it is said again by a later epoch.
-            if log.cut == Some(0) {
-                continue;
-            }
+            // What is cut off a later epoch says again.
             let kept = log.cut.is_some_and(|cut| cut <= log.kept);
             let at = (index, log.epoch);
             if after.is_some_and(|after| at <= after) {

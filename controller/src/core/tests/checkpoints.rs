@@ -93,7 +93,7 @@ fn what_a_move_lacks_is_said_before_anything_is_stopped() {
             "Unfit",
             "the checkpoint is of x86_64, the node is aarch64; it has no CRIU",
         ),
-        ("migrate", r#""node":"n3""#, "Unfit", "cores"),
+        ("migrate", r#""node":"n3""#, "Unfit", "needs 1 core, 0 are free"),
         ("migrate", r#""node":"n9""#, "NoSuchNode", "there is no node n9"),
         ("migrate", r#""id":"m-1""#, "InvalidCommand", "wants a `node`"),
         ("restore", r#""id":"r-1""#, "InvalidCommand", "wants a `checkpoint`"),
@@ -253,7 +253,7 @@ fn copies_and_the_way_back() {
     running(&mut world, "a");
     world.run(30_000);
     world.command_with("a", "checkpoint", r#""node":null"#);
-    world.until("it is saved", |w| w.depot.len() == 1);
+    world.until("it is saved", |w| status(w, "a").checkpoint.is_some());
     let id: Digest = *world.depot.keys().next().unwrap();
     for copy in ["b", "c"] {
         let answer = world.command_with(copy, "restore", &format!(r#""checkpoint":"{id}","id":"{copy}""#));

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
 use hyper::body::{Body, Frame, SizeHint};
-use object_store::aws::AmazonS3Builder;
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::buffered::BufWriter;
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt as _};
@@ -55,6 +55,17 @@ pub enum BucketError {
 impl Bucket {
     /// Reads `s3://BUCKET/PREFIX`; who may use it and where it is, the environment says as it does for other tools.
     pub fn parse(url: &str) -> Result<Self, BucketError> {
+        Self::with_variables(
+            url,
+            std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))),
+        )
+    }
+
+    /// The same, with the environment's variables given.
+    pub fn with_variables(
+        url: &str,
+        variables: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, BucketError> {
         let rest = url.strip_prefix("s3://").ok_or_else(|| BucketError::Url(url.to_owned()))?;
         let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
         let prefix = prefix.strip_suffix('/').unwrap_or(prefix);
@@ -64,8 +75,17 @@ impl Bucket {
         if !prefix.is_empty() && prefix.split('/').any(str::is_empty) {
             return Err(BucketError::EmptyPart(url.to_owned()));
         }
-        let plain = std::env::var("AWS_ENDPOINT_URL").is_ok_and(|endpoint| endpoint.starts_with("http://"));
-        let store = AmazonS3Builder::from_env().with_bucket_name(bucket).with_allow_http(plain).build();
+        let mut builder = AmazonS3Builder::new();
+        for (name, value) in variables {
+            let key: Option<AmazonS3ConfigKey> =
+                name.strip_prefix("AWS_").and_then(|_| name.to_ascii_lowercase().parse().ok());
+            if let Some(key) = key {
+                let plain = key == AmazonS3ConfigKey::Endpoint && value.starts_with("http://");
+                builder = builder.with_config(key, value);
+                builder = if plain { builder.with_allow_http(true) } else { builder };
+            }
+        }
+        let store = builder.with_bucket_name(bucket).build();
         let store = store.map_err(|source| BucketError::Access { url: url.to_owned(), source })?;
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
         Ok(Bucket::Objects { store: Arc::new(store), prefix })
