@@ -22,6 +22,7 @@ mod node;
 mod order;
 mod render;
 mod run;
+mod saved_words;
 mod shell;
 mod submit;
 mod table;

@@ -4,18 +4,20 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use berth_protocol::ids::{
     BootId, Digest, Epoch, Generation, HardwareId, JobName, JobUid, LedgerId, Namespace, NodeId, PodId,
-    RequestId, Run, SessionNonce, Term,
+    RequestId, SessionNonce, Term,
 };
 use berth_protocol::job::JobSpec;
 use berth_protocol::message::user::{CheckpointStatus, JobPhase};
-use berth_protocol::pod::{Goal, PodPhase};
-use berth_protocol::resources::{GpuShare, Inventory, Usage};
-use berth_protocol::units::{BootMs, Bytes, MilliCpu, Millis, Timestamp};
+use berth_protocol::pod::PodPhase;
+use berth_protocol::resources::{Inventory, Usage};
+use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use super::checkpoints::{Checkpoint, Leaving, Saved};
+use super::checkpoints::{Checkpoint, Saved};
 use super::drain::Drain;
+pub(super) use super::epoch::{Assignment, Charge, Ending, EpochLog, Output};
 use super::schedule::cel::Rules;
+pub(super) use super::timers::{Timer, Timers};
 
 #[derive(Default)]
 pub(super) struct Cluster {
@@ -148,7 +150,7 @@ pub(super) struct Pod {
     pub saved: Saved,
 }
 
-fn is_zero<T: Default + PartialEq>(n: &T) -> bool {
+pub(super) fn is_zero<T: Default + PartialEq>(n: &T) -> bool {
     *n == T::default()
 }
 
@@ -167,105 +169,6 @@ pub(super) enum PodState {
     /// Named in a node's desired set; leaves it when observed gone, or when its lease is over.
     Placed(Box<Assignment>),
     Ended(Box<Ending>),
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Assignment {
-    pub node: NodeId,
-    pub spec: Digest,
-    pub charge: Charge,
-    pub goal: Goal,
-    /// Why it is to leave, where it is.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub leaving: Option<Leaving>,
-    /// What the epoch starts from.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub from: Option<Digest>,
-    /// Levels of checkpoints within the epoch: ordered, and taken or failed.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub asked: u64,
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub answered: u64,
-    /// As the agent last said.
-    pub phase: PodPhase,
-    pub run: Run,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub started_at: Option<Timestamp>,
-    /// From the spec that was placed: the time without a grant after which the pod no longer runs; none: never.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lease: Option<Millis>,
-    pub lost_after: Millis,
-    /// The first desired set that names this epoch.
-    pub named: (Term, Generation),
-    /// Failures of the job when this epoch was placed.
-    pub failures: u64,
-    /// The last failure within this epoch.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub last: Option<Box<Ending>>,
-    /// For people, such as a pull's progress; not kept.
-    #[serde(skip)]
-    pub progress: Option<String>,
-}
-
-/// What a placed pod takes of its node.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Charge {
-    pub cpu: MilliCpu,
-    pub memory: Bytes,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub gpus: Vec<GpuShare>,
-    /// Of each of the devices.
-    #[serde(default)]
-    pub gpu_memory: Bytes,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Ending {
-    pub succeeded: bool,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub node: Option<NodeId>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub exit_code: Option<u8>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub message: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub started_at: Option<Timestamp>,
-    pub finished_at: Timestamp,
-}
-
-/// The log of one epoch.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct EpochLog {
-    pub epoch: Epoch,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub node: Option<NodeId>,
-    /// Known once the epoch has ended.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub records: Option<u64>,
-    /// In the depot.
-    #[serde(default)]
-    pub stored: bool,
-    /// Records that came into the depot with a checkpoint.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub kept: u64,
-    /// Records behind this are said again by a later epoch.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cut: Option<u64>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Output {
-    pub epoch: Epoch,
-    pub digest: Digest,
-    pub bytes: Bytes,
-    pub at: Timestamp,
 }
 
 impl Job {
@@ -509,56 +412,4 @@ pub(super) struct Session {
     pub absent_after: u64,
     /// Why grants are withheld, where they are.
     pub withheld: Option<&'static str>,
-}
-
-/// What wakes the controller.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Timer {
-    /// Silence, resends, acknowledgements.
-    Node(NodeId),
-    /// Backoffs, the deadline, the time to live.
-    Job(JobUid),
-    /// Checkpoints by the job's interval.
-    Checkpoints(JobUid),
-    /// Pods that are to leave the node and could not be saved.
-    Leave(NodeId),
-    /// A status held back.
-    Status(JobUid),
-    /// Expiry of request ids and of rejected statuses.
-    Sweep,
-    /// The next batch of statuses for a broker that came back.
-    Republish,
-}
-
-/// One moment per timer.
-#[derive(Default)]
-pub(super) struct Timers {
-    queue: BTreeSet<(BootMs, Timer)>,
-    due: BTreeMap<Timer, BootMs>,
-}
-
-impl Timers {
-    /// Wakes `timer` at `at`, or earlier where it is so armed already.
-    pub fn arm(&mut self, timer: Timer, at: BootMs) {
-        if self.due.get(&timer).is_some_and(|due| *due <= at) {
-            return;
-        }
-        if let Some(later) = self.due.insert(timer.clone(), at) {
-            self.queue.remove(&(later, timer.clone()));
-        }
-        self.queue.insert((at, timer));
-    }
-
-    pub fn next(&self) -> Option<BootMs> {
-        self.queue.first().map(|(at, _)| *at)
-    }
-
-    pub fn pop(&mut self, now: BootMs) -> Option<Timer> {
-        if self.next()? > now {
-            return None;
-        }
-        let (_, timer) = self.queue.pop_first()?;
-        self.due.remove(&timer);
-        Some(timer)
-    }
 }

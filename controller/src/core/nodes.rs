@@ -5,11 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use berth_protocol::ids::{Epoch, Generation, NodeId, PodId, Term};
 use berth_protocol::limits::{EVENTS_PER_MESSAGE_MAX, HEARTBEAT_MS, LEASE_MARGIN_MS, LOST_AFTER_MS};
-use berth_protocol::message::node::{
-    Bye, Events, Heartbeat, Hello, NodeEvent, PodChange, PodEvent, PullProgress,
-};
+use berth_protocol::message::node::{Bye, Events, Heartbeat, Hello, NodeEvent, PodChange, PodEvent};
 use berth_protocol::pod::PodPhase;
-use berth_protocol::units::{BootMs, Bytes, Millis, Timestamp};
+use berth_protocol::units::{BootMs, Millis, Timestamp};
 
 use super::cluster::{Liveness, Node, NodeRecord, Outbox, Output, Session, Timer};
 use super::lifecycle::Gone;
@@ -206,27 +204,6 @@ impl Controller {
         self.send_lease(now, id);
     }
 
-    fn note_transfers(&mut self, id: &NodeId, what: &str, pulls: &[PullProgress]) {
-        for pull in pulls {
-            let Some(node) = self.cluster.nodes.get(id) else { return };
-            if node.pods.get(&pull.pod) != Some(&pull.epoch) {
-                continue;
-            }
-            let mib = |bytes: Bytes| bytes.0 / Bytes::MIB;
-            let text = match pull.total {
-                Bytes::ZERO => format!("{what}: {} MiB so far", mib(pull.done)),
-                total => format!("{what}: {} of {} MiB", mib(pull.done), mib(total)),
-            };
-            let job = self.cluster.jobs.get_mut(&pull.pod.uid);
-            if let Some(assignment) = job.and_then(|job| job.assignment_mut(pull.pod.index))
-                && assignment.progress.as_ref() != Some(&text)
-            {
-                assignment.progress = Some(text);
-                self.dirty.status.insert(pull.pod.uid.clone());
-            }
-        }
-    }
-
     pub(super) fn bye(&mut self, now: Now, id: &NodeId, bye: Bye) {
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
         let current = node.session.as_ref().is_some_and(|session| session.nonce == bye.nonce);
@@ -346,19 +323,6 @@ impl Controller {
         self.count_active(now, &pod.uid);
         self.arm_interval(now, &pod.uid);
         self.dirty.pods.insert(pod);
-    }
-
-    fn output_stored(&mut self, id: &PodId, output: Output) {
-        let job = self.cluster.jobs.get_mut(&id.uid);
-        let current =
-            job.as_ref().and_then(|job| job.pod(id.index)).is_some_and(|pod| pod.epoch == output.epoch);
-        match job.filter(|_| current) {
-            Some(job) => {
-                job.change(id.index, |pod| pod.output = Some(output));
-                self.dirty.pods.insert(id.clone());
-            }
-            None => self.effect(super::Effect::DeleteBlob(output.digest)),
-        }
     }
 
     /// More than half of the nodes silent at once, or no bus: then it is the controller that hears nothing.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use berth_protocol::ids::{JobUid, NodeId};
 use berth_protocol::limits::STATUS_PODS_MAX;
+use berth_protocol::message::node::PullProgress;
 use berth_protocol::message::user::{
     Amounts, DrainStatus, JobPhase, JobStatus, NodeState, NodeStatus, PodStatus,
 };
@@ -69,6 +70,28 @@ impl Controller {
             started_at: job.run.started_at,
             finished_at: job.run.finished_at,
         })
+    }
+
+    /// Transfers that a heartbeat tells of show in the status of their pods.
+    pub(super) fn note_transfers(&mut self, id: &NodeId, what: &str, pulls: &[PullProgress]) {
+        for pull in pulls {
+            let Some(node) = self.cluster.nodes.get(id) else { return };
+            if node.pods.get(&pull.pod) != Some(&pull.epoch) {
+                continue;
+            }
+            let mib = |bytes: Bytes| bytes.0 / Bytes::MIB;
+            let text = match pull.total {
+                Bytes::ZERO => format!("{what}: {} MiB so far", mib(pull.done)),
+                total => format!("{what}: {} of {} MiB", mib(pull.done), mib(total)),
+            };
+            let job = self.cluster.jobs.get_mut(&pull.pod.uid);
+            if let Some(assignment) = job.and_then(|job| job.assignment_mut(pull.pod.index))
+                && assignment.progress.as_ref() != Some(&text)
+            {
+                assignment.progress = Some(text);
+                self.dirty.status.insert(pull.pod.uid.clone());
+            }
+        }
     }
 
     fn stopping(&self, job: &Job) -> String {
