@@ -14,7 +14,8 @@ use berth_protocol::pod::{Goal, PodPhase, RESTORE_FAILED};
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use super::cluster::{Job, Liveness, Pod, Timer};
+use super::cluster::{Job, Liveness, Pod};
+use super::timers::Timer;
 use super::{Controller, Effect, Now};
 
 /// Manifests that no pod names are let go once this old: their event may still be on its way.
@@ -82,8 +83,10 @@ pub(super) enum Leaving {
     },
     Drain,
     Suspend,
-    /// For a job that goes before it, or to make room.
-    Preempt,
+    /// For a job that goes before it.
+    Preempt {
+        message: String,
+    },
     /// Back to a checkpoint.
     Restore,
 }
@@ -270,7 +273,7 @@ impl Controller {
     }
 
     /// Why this very pod may not go to a node on which pods of its job may; empty: it may.
-    pub(super) fn against(&self, uid: &JobUid, index: u32, node: &NodeId) -> Vec<String> {
+    pub(super) fn bars(&self, uid: &JobUid, index: u32, node: &NodeId) -> Vec<String> {
         let Some(pod) = self.cluster.jobs.get(uid).and_then(|job| job.pod(index)) else { return Vec::new() };
         let mut against = match pod.saved.best() {
             Some(best) => self.unfit_for(&best, node),

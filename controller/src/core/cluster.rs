@@ -16,8 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::checkpoints::{Checkpoint, Saved};
 use super::drain::Drain;
 pub(super) use super::epoch::{Assignment, Charge, Ending, EpochLog, Output};
-use super::schedule::cel::Rules;
-pub(super) use super::timers::{Timer, Timers};
+use super::schedule::place::ClassId;
 
 #[derive(Default)]
 pub(super) struct Cluster {
@@ -123,9 +122,13 @@ pub(super) struct Job {
     pub active_since: Option<BootMs>,
     /// Someone follows the logs until then.
     pub followed_until: Option<BootMs>,
-    /// Compiled once it has pods to place.
-    pub rules: Option<Rules>,
-    /// The rooms' version at which its waiting pods found no node.
+    /// From when it first has pods to place until it ends.
+    pub class: Option<ClassId>,
+    /// Since when it waits without a pod of it being placed.
+    pub waits_since: Option<BootMs>,
+    /// When making room for it was last tried.
+    pub helped_at: Option<BootMs>,
+    /// The rooms' version at which a pass left pods of it without a node.
     pub refused_at: Option<u64>,
     pub published: Option<BootMs>,
     pub counted: Option<JobPhase>,
@@ -187,7 +190,9 @@ impl Job {
             asleep: BTreeMap::new(),
             active_since: None,
             followed_until: None,
-            rules: None,
+            class: None,
+            waits_since: None,
+            helped_at: None,
             refused_at: None,
             published: None,
             counted: None,

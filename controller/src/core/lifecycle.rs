@@ -8,9 +8,10 @@ use berth_protocol::pod::{Cause, Goal, Outcome, PodPhase, VACATED};
 use berth_protocol::units::{BootMs, Millis};
 
 use super::checkpoints::{Leaving, cut_logs, is_failed_restore};
-use super::cluster::{Assignment, Charge, Ending, EpochLog, Job, JobRun, Pod, PodState, Timer, Verdict};
+use super::cluster::{Assignment, Charge, Ending, EpochLog, Job, JobRun, Pod, PodState, Verdict};
 use super::expiry::EXPIRY;
 use super::retry::{backoff, failed};
+use super::timers::Timer;
 use super::{Controller, Now};
 
 /// Running time is written down this often where a deadline counts it: what a restart of the controller forgets.
@@ -57,7 +58,7 @@ impl Controller {
                 self.dirty.status.insert(uid.clone());
             }
             if job.ready().next().is_some() {
-                self.scheduler.enqueue(uid, job);
+                self.scheduler.enqueue(now, uid, job);
             }
         }
         self.count_active(now, uid);
@@ -107,7 +108,7 @@ impl Controller {
             }
         }
         job.asleep.clear();
-        job.rules = None;
+        self.scheduler.forget(job);
         job.active_since = None;
         job.particular.clear();
         job.run.finished_at = Some(now.wall);
@@ -145,6 +146,7 @@ impl Controller {
             last: None,
             progress: None,
         };
+        self.scheduler.count_in(&job.file.spec, &assignment.charge);
         let placed = job.change(index, |pod| {
             pod.epoch = pod.epoch.next();
             pod.saved.target = None;
@@ -179,10 +181,11 @@ impl Controller {
     pub(super) fn pod_gone(&mut self, now: Now, id: &PodId, gone: Gone) {
         let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
         let Some(assignment) = job.assignment(id.index).cloned() else { return };
+        self.scheduler.count_out(&job.file.spec, &assignment.charge);
         if let Some(node) = self.cluster.nodes.get_mut(&assignment.node) {
             node.pods.remove(id);
             node.held = None;
-            self.scheduler.release(&assignment.node, &node.record.inventory, &assignment.charge);
+            self.scheduler.release(&assignment.node, &node.record.inventory, id, &assignment.charge);
         }
         self.dirty.desired.insert(assignment.node.clone());
         self.dirty.pods.insert(id.clone());
@@ -240,6 +243,14 @@ impl Controller {
                 end(job, id.index, was.last.as_deref().cloned().unwrap_or(ending));
             }
             Cause::Eviction => {
+                let ending = match &was.leaving {
+                    Some(Leaving::Preempt { message }) => Ending {
+                        reason: Some("Preempted".to_owned()),
+                        message: Some(message.clone()),
+                        ..ending
+                    },
+                    _ => ending,
+                };
                 let failed_restore = was.from.filter(|_| is_failed_restore(ending.reason.as_deref()));
                 let moved = matches!(was.leaving, Some(Leaving::Migrate { .. } | Leaving::Drain))
                     && ending.reason.as_deref() == Some(VACATED);
@@ -357,8 +368,14 @@ impl Controller {
         template: Digest,
     ) -> Generation {
         let Some(job) = self.cluster.jobs.get_mut(uid) else { return Generation(0) };
-        // The queue's key holds the priority, which the new file may change.
+        // The queue and the counts go by the priority, which the new file may change.
         self.scheduler.dequeue(uid, job);
+        let charges: Vec<Charge> =
+            job.placed().iter().filter_map(|i| Some(job.assignment(*i)?.charge.clone())).collect();
+        for charge in &charges {
+            self.scheduler.count_out(&job.file.spec, charge);
+            self.scheduler.count_in(&spec, charge);
+        }
         (job.file.spec, job.file.written, job.template) = (spec, written, template);
         self.begin_anew(now, uid)
     }
@@ -375,7 +392,7 @@ impl Controller {
         let generation = job.file.generation;
         let suspended = job.file.spec.suspend;
         job.run = JobRun { suspended, epoch_floor: job.run.epoch_floor, ..JobRun::default() };
-        job.rules = None;
+        self.scheduler.forget(job);
         job.published = None;
         job.active_since = None;
         job.asleep.clear();

@@ -16,6 +16,7 @@ mod records;
 mod retry;
 mod saved;
 pub mod schedule;
+mod session;
 mod status;
 mod timers;
 pub mod token;
@@ -27,16 +28,18 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 
 use berth_protocol::codec::{self, CodecError};
-use berth_protocol::ids::{ClusterName, Digest, Epoch, JobUid, NodeId, PodId, StoreId, Term};
+use berth_protocol::ids::{ClusterName, Digest, Epoch, JobUid, Namespace, NodeId, PodId, StoreId, Term};
 use berth_protocol::limits::{REQUEST_ID_KEPT_MS, STATUS_PUBLISH_MS_MIN};
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use self::cluster::{Cluster, Timer, Timers};
+use self::cluster::Cluster;
 pub use self::notes::Note;
 use self::schedule::Scheduler;
+pub use self::schedule::quota::Allowance;
+use self::timers::{Timer, Timers};
 
 /// The time at which an event is stepped: civil time for records, CLOCK_BOOTTIME for everything that waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,6 +102,8 @@ pub struct Config {
     pub term: Term,
     /// Where agents and clients reach the depot, such as `http://127.0.0.1:7420`.
     pub depot_url: String,
+    /// Weights and quotas.
+    pub namespaces: BTreeMap<Namespace, Allowance>,
     /// Signs the depot's tokens.
     pub secret: [u8; 32],
     /// Of the generator of uids; another one at each start.
@@ -197,9 +202,9 @@ impl Controller {
         let next_seq = cluster.jobs.values().map(|job| job.file.seq + 1).max().unwrap_or(0);
         let mut controller = Self {
             random: config.seed,
+            scheduler: Scheduler::new(config.namespaces.clone()),
             config,
             cluster,
-            scheduler: Scheduler::default(),
             timers: Timers::default(),
             counters: Counters::default(),
             next_seq,
@@ -220,6 +225,7 @@ impl Controller {
             for index in job.placed() {
                 let Some(assignment) = job.assignment(*index) else { continue };
                 let (node, epoch) = (assignment.node.clone(), job.pods()[index].epoch);
+                self.scheduler.count_in(&job.file.spec, &assignment.charge);
                 if let Some(node) = self.cluster.nodes.get_mut(&node) {
                     node.pods.insert(uid.pod(*index), epoch);
                 }
@@ -244,12 +250,19 @@ impl Controller {
 
     /// Takes one event in. Never fails: what cannot be understood is refused and counted.
     pub fn step(&mut self, now: Now, event: Event) -> Step {
-        match event {
-            Event::Message { topic, payload } => self.message(now, topic, &payload),
-            Event::BusUp => self.bus_up(now),
-            Event::BusDown => self.bus_up = false,
-            Event::DepotListed(manifests) => self.depot_listed(now, manifests),
-            Event::Tick => {}
+        self.steps(now, [event])
+    }
+
+    /// Takes several events in, which have all come by now: places pods and says what changed once for all of them.
+    pub fn steps(&mut self, now: Now, events: impl IntoIterator<Item = Event>) -> Step {
+        for event in events {
+            match event {
+                Event::Message { topic, payload } => self.message(now, topic, &payload),
+                Event::BusUp => self.bus_up(now),
+                Event::BusDown => self.bus_up = false,
+                Event::DepotListed(manifests) => self.depot_listed(now, manifests),
+                Event::Tick => {}
+            }
         }
         while let Some(timer) = self.timers.pop(now.boot) {
             self.wake(now, timer);
@@ -356,6 +369,7 @@ impl Controller {
             Timer::Checkpoints(uid) => self.arm_interval(now, &uid),
             Timer::Leave(node) => self.ask_leaving(&node),
             Timer::Status(uid) => drop(self.dirty.status.insert(uid)),
+            Timer::Schedule => self.scheduler.wanted = true,
             Timer::Sweep => self.sweep(now),
             Timer::Republish => {
                 let Some(from) = self.republish.take() else { return };

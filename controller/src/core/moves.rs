@@ -48,7 +48,7 @@ fn foreseen(spec: &JobSpec, node: &Inventory, gpus: &[String]) -> Needs {
 }
 
 impl Controller {
-    /// Has a placed pod saved and stopped; where it cannot be saved it is stopped alone, and goes on from its last
+    /// The one way in which a pod leaves its node by order: saved and stopped; where it cannot be saved it is stopped alone, and goes on from its last
     /// checkpoint.
     pub(super) fn vacate(&mut self, id: &PodId, why: Leaving) {
         let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };

@@ -27,10 +27,13 @@ impl Controller {
             (None, JobPhase::Suspended) => (Some("Suspended".to_owned()), None),
             // Nobody waits for a node, or some do.
             (None, _) if job.ready().next().is_none() && job.ready_particular().next().is_some() => {
-                (Some("Unschedulable".to_owned()), Some(self.why_waiting(uid)))
+                (Some("Unschedulable".to_owned()), Some(self.why_waiting(uid).1))
             }
             (None, _) if job.ready().next().is_none() || job.refused_at.is_none() => waiting_words(job),
-            (None, _) => (Some("Unschedulable".to_owned()), Some(self.why_waiting(uid))),
+            (None, _) => {
+                let (reason, message) = self.why_waiting(uid);
+                (Some(reason), Some(message))
+            }
         };
         let job = self.cluster.jobs.get(uid)?;
         let unfinished = job.placed().iter().chain(job.waiting());
@@ -229,7 +232,7 @@ impl Controller {
     pub(super) fn node_status(&self, id: &NodeId) -> Option<NodeStatus> {
         let node = self.cluster.nodes.get(id)?;
         let has = &node.record.inventory;
-        let free = &self.scheduler.engine.rooms()[self.scheduler.room(id)?];
+        let free = &self.scheduler.rooms()[self.scheduler.room(id)?];
         let gpus_free: u64 = free.devices.iter().map(|device| u64::from(device.milli)).sum();
         let capacity =
             Amounts { cpu_milli: has.cpu, memory_bytes: has.memory, gpu_milli: has.gpus.len() as u64 * 1000 };
@@ -286,27 +289,6 @@ impl Controller {
         }
     }
 
-    /// One line on why the job's waiting pods have no node.
-    pub(super) fn why_waiting(&mut self, uid: &JobUid) -> String {
-        self.survey(uid);
-        let verdicts = self.verdicts_with_needs(uid);
-        let first: Vec<_> = verdicts.iter().filter_map(|(_, reasons)| reasons.first()).collect();
-        let summary = explain::summary(verdicts.len(), first);
-        let all_fit = verdicts.iter().any(|(_, reasons)| reasons.is_empty());
-        let Some(job) = self.cluster.jobs.get(uid).filter(|_| all_fit) else { return summary };
-        let spec = &job.file.spec;
-        if spec.gang {
-            return format!(
-                "{summary}; as a gang its {} waiting pods start together or not at all",
-                job.ready().count()
-            );
-        }
-        if spec.placement.anti_affinity.is_some() {
-            return format!("{summary}; antiAffinity keeps its pods apart");
-        }
-        summary
-    }
-
     /// As `verdicts`, with what keeps the first pod that waits for a node of its own from each.
     pub(super) fn verdicts_with_needs(&self, uid: &JobUid) -> Vec<(usize, Vec<explain::Reason>)> {
         let mut verdicts = self.verdicts(uid);
@@ -315,7 +297,7 @@ impl Controller {
             return verdicts;
         };
         for (room, reasons) in &mut verdicts {
-            let against = self.against(uid, index, &self.scheduler.nodes[*room]);
+            let against = self.bars(uid, index, &self.scheduler.nodes[*room]);
             reasons.extend(against.into_iter().map(explain::Reason::of_checkpoint));
         }
         verdicts
@@ -328,33 +310,6 @@ impl Controller {
         verdict
             .map(|(_, reasons)| reasons.into_iter().map(|reason| reason.text).collect())
             .unwrap_or_default()
-    }
-
-    /// For every node every reason against one more pod of the job.
-    pub(super) fn verdicts(&self, uid: &JobUid) -> Vec<(usize, Vec<explain::Reason>)> {
-        let Some(job) = self.cluster.jobs.get(uid) else { return Vec::new() };
-        let shape = self.scheduler.shape(&job.file.spec.pod.resources());
-        let verdict = |room: usize| {
-            let node = self.cluster.nodes.get(&self.scheduler.nodes[room]);
-            let closed = node.and_then(|node| match (node.liveness, node.record.cordoned) {
-                (Liveness::Lost, _) => Some("offline"),
-                (Liveness::Silent, _) => Some("silent"),
-                (Liveness::Online, true) => Some("cordoned"),
-                (Liveness::Online, false) => None,
-            });
-            let refusals = job.rules.as_ref().map_or(&[][..], |rules| rules.refusals(room));
-            (
-                room,
-                explain::reasons(
-                    &self.scheduler.engine.rooms()[room],
-                    &shape,
-                    refusals,
-                    closed,
-                    &job.file.spec,
-                ),
-            )
-        };
-        (0..self.scheduler.engine.rooms().len()).map(verdict).collect()
     }
 }
 
@@ -370,7 +325,7 @@ fn leaving_words(assignment: &Assignment) -> Option<(&'static str, String)> {
         Leaving::Migrate { to } => ("Migrating", format!("{first}, to go on at {to}")),
         Leaving::Drain => ("Draining", format!("{first}: its node is being drained")),
         Leaving::Suspend => ("Suspending", format!("{first}: the job is suspended")),
-        Leaving::Preempt => ("Preempted", format!("{first}, to make room")),
+        Leaving::Preempt { message } => ("Preempted", message.clone()),
         Leaving::Restore => ("Restoring", format!("{first}, to go on from a checkpoint")),
     })
 }

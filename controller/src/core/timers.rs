@@ -18,6 +18,8 @@ pub(super) enum Timer {
     Leave(NodeId),
     /// A status held back.
     Status(JobUid),
+    /// The next look at who waits.
+    Schedule,
     /// Expiry of request ids and of rejected statuses.
     Sweep,
     /// The next batch of statuses for a broker that came back.

@@ -138,6 +138,7 @@ impl TestDaemon {
             depot_url: None,
             depot: None,
             checkpoint_quota: None,
+            namespaces: std::collections::BTreeMap::new(),
             network: None,
         };
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();

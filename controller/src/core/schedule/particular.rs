@@ -3,6 +3,7 @@
 
 use berth_protocol::ids::{JobUid, NodeId};
 
+use super::problem::Seat;
 use crate::core::{Controller, Now};
 
 /// Pods looked at in one pass.
@@ -35,15 +36,18 @@ impl Controller {
         let shape = self.scheduler.shape(&job.file.spec.pod.resources());
         let fits = self.verdicts(uid).into_iter().filter(|(_, reasons)| reasons.is_empty());
         let rooms: Vec<usize> = fits.map(|(room, _)| room).collect();
-        let suits = |room: &usize| self.against(uid, index, &self.scheduler.nodes[*room]).is_empty();
+        let suits = |room: &usize| self.bars(uid, index, &self.scheduler.nodes[*room]).is_empty();
         let rooms: Vec<usize> = rooms.into_iter().filter(suits).collect();
-        let seat = self.scheduler.engine.place(&shape, Some(&|room| rooms.contains(&room)));
-        match seat {
-            Some(seat) if !self.seat_one(now, uid, index, &shape, &seat) => {
-                self.scheduler.engine.release(&shape, &seat);
-            }
-            Some(_) => {}
-            None => drop(self.dirty.status.insert(uid.clone())),
+        let Some((room, devices)) =
+            rooms.iter().find_map(|i| Some((*i, self.scheduler.rooms()[*i].fit(&shape)?)))
+        else {
+            self.dirty.status.insert(uid.clone());
+            return;
+        };
+        let seat = Seat { room, devices };
+        self.scheduler.charge(&shape, &seat);
+        if !self.seat_one(now, uid, index, &shape, &seat) {
+            self.scheduler.uncharge(&shape, &seat);
         }
     }
 
@@ -72,7 +76,7 @@ impl Controller {
 
     /// Whether the pod may go there as any of its job may; where it may not it is seated by itself.
     pub(in crate::core) fn is_general(&mut self, uid: &JobUid, index: u32, node: &NodeId) -> bool {
-        if self.against(uid, index, node).is_empty() {
+        if self.bars(uid, index, node).is_empty() {
             return true;
         }
         if let Some(job) = self.cluster.jobs.get_mut(uid) {

@@ -3,4 +3,5 @@
 mod chaos;
 mod checkpoints;
 mod scenarios;
+mod scheduling;
 mod world;
