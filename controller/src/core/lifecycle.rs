@@ -80,15 +80,6 @@ impl Controller {
         }
     }
 
-    /// Has the pods saved and stopped: resumed, they go on from there.
-    fn suspend_pods(&mut self, uid: &JobUid) {
-        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
-        self.scheduler.dequeue(uid, job);
-        for index in job.placed().clone() {
-            self.vacate(&uid.pod(index), Leaving::Suspend);
-        }
-    }
-
     fn finish_if_over(&mut self, now: Now, uid: &JobUid) {
         let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
         if job.run.verdict.is_none() || !job.placed().is_empty() {
@@ -422,16 +413,6 @@ impl Controller {
         let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
         if job.run.verdict.is_none() {
             job.run.verdict = Some(verdict);
-            self.dirty.runs.insert(uid.clone());
-            self.dirty.status.insert(uid.clone());
-            self.reconcile(now, uid);
-        }
-    }
-
-    pub(super) fn suspend(&mut self, now: Now, uid: &JobUid, suspended: bool) {
-        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
-        if job.run.suspended != suspended {
-            job.run.suspended = suspended;
             self.dirty.runs.insert(uid.clone());
             self.dirty.status.insert(uid.clone());
             self.reconcile(now, uid);

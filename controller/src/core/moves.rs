@@ -259,4 +259,23 @@ impl Controller {
         self.dirty.status.insert(uid.clone());
         self.reconcile(now, uid);
     }
+
+    pub(super) fn suspend(&mut self, now: Now, uid: &JobUid, suspended: bool) {
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
+        if job.run.suspended != suspended {
+            job.run.suspended = suspended;
+            self.dirty.runs.insert(uid.clone());
+            self.dirty.status.insert(uid.clone());
+            self.reconcile(now, uid);
+        }
+    }
+
+    /// Has the pods saved and stopped: resumed, they go on from there.
+    pub(super) fn suspend_pods(&mut self, uid: &JobUid) {
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
+        self.scheduler.dequeue(uid, job);
+        for index in job.placed().clone() {
+            self.vacate(&uid.pod(index), Leaving::Suspend);
+        }
+    }
 }
