@@ -5,6 +5,7 @@ mod cutting;
 pub mod engine;
 pub mod explain;
 mod index;
+pub mod moves;
 pub mod policy;
 pub mod prices;
 pub mod problem;
