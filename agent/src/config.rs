@@ -64,6 +64,16 @@ struct Settings {
     )]
     #[serde(rename = "allow-host-path")]
     host_paths: Option<Vec<PathBuf>>,
+    /// A directory whose files may be images (`oci:/…`, `docker-archive:/…`) [default: none, with --dev all]; may be
+    /// repeated
+    #[arg(
+        long = "allow-image-path",
+        env = "BERTH_ALLOW_IMAGE_PATH",
+        value_name = "DIR",
+        value_delimiter = ','
+    )]
+    #[serde(rename = "allow-image-path")]
+    image_paths: Option<Vec<PathBuf>>,
     /// A capability that jobs may have beyond the default set, as `NET_ADMIN`; may be repeated
     #[arg(
         long = "allow-capability",
@@ -106,6 +116,9 @@ struct Settings {
     /// Log of one pod at most; the oldest part goes first [default: 16Mi]
     #[arg(long, env = "BERTH_LOG_MAX", value_name = "SIZE")]
     log_max: Option<String>,
+    /// All that a pod may write outside its volumes, on the node's disk [default: no bound]
+    #[arg(long, env = "BERTH_SCRATCH_MAX", value_name = "SIZE")]
+    scratch_max: Option<String>,
     /// For one person's machine and for tests: loopback only, no identity, host images allowed
     #[arg(
         long,
@@ -129,6 +142,8 @@ pub struct Config {
     pub taints: BTreeSet<String>,
     pub host_image: bool,
     pub host_paths: Vec<PathBuf>,
+    /// `None`: all.
+    pub image_paths: Option<Vec<PathBuf>>,
     pub capabilities: BTreeSet<String>,
     pub criu: Option<PathBuf>,
     pub capacity: Amounts,
@@ -137,6 +152,8 @@ pub struct Config {
     pub insecure: Vec<String>,
     pub registry_auth: Option<PathBuf>,
     pub log_bytes_max: Bytes,
+    /// Zero: no bound.
+    pub scratch_bytes_max: Bytes,
 }
 
 /// `true`, `false` or a text, in a file.
@@ -267,6 +284,7 @@ impl Config {
             taints,
             host_image: pick!(allow_host_image).unwrap_or(dev.is_some()),
             host_paths: pick!(host_paths).unwrap_or_default(),
+            image_paths: pick!(image_paths).or((dev.is_none()).then(Vec::new)),
             capabilities: pick!(capabilities).unwrap_or_default().into_iter().collect(),
             criu: pick!(criu),
             capacity: Amounts::parse(&pick!(capacity).unwrap_or_default()).context("--capacity")?,
@@ -275,6 +293,9 @@ impl Config {
             insecure: pick!(insecure).unwrap_or_default(),
             registry_auth: pick!(registry_auth),
             log_bytes_max: Bytes::parse(&log_max).context("--log-max")?,
+            scratch_bytes_max: pick!(scratch_max)
+                .map_or(Ok(Bytes::ZERO), |size| Bytes::parse(&size))
+                .context("--scratch-max")?,
         })
     }
 }

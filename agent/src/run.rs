@@ -424,7 +424,7 @@ impl Agency {
             network,
             cgroup_parent: self.cgroup_parent(),
             log_bytes_max: self.config.log_bytes_max,
-            scratch_bytes_max: Bytes(0),
+            scratch_bytes_max: self.config.scratch_bytes_max,
             template,
         };
         self.shims.launch(&key, &task).map_err(|error| error.to_string())?;

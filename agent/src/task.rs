@@ -48,7 +48,7 @@ pub struct Task {
     pub cgroup_parent: PathBuf,
     /// The log's size at most; older segments go first.
     pub log_bytes_max: Bytes,
-    /// Writable layers together, where the file system can tell.
+    /// Writable layers together; zero: no bound.
     pub scratch_bytes_max: Bytes,
 }
 
@@ -72,6 +72,7 @@ pub struct ImageProcess {
     pub env: Vec<String>,
     pub working_dir: Option<String>,
     pub user: Option<String>,
+    pub stop_signal: Option<String>,
 }
 
 /// One device that the pod may use; no other of its kind is visible.

@@ -42,6 +42,7 @@ fn busybox(dir: &std::path::Path) -> Root {
         env: vec!["FROM=image".to_owned()],
         working_dir: Some("/work/here".to_owned()),
         user: Some("ada".to_owned()),
+        stop_signal: Some("SIGUSR1".to_owned()),
     };
     Root::Image { layers: vec![lower, upper], config }
 }
@@ -349,6 +350,35 @@ fn volumes_and_the_workspace() {
     pod.task.template.volumes = vec![volume("/data", VolumeSource::Host("/nonesuch".to_owned()), false)];
     pod.task.volumes = vec![Some("/nonesuch".into())];
     assert_eq!(pod.run().outcome.reason.as_deref(), Some("VolumeMissing"));
+    pod.assert_clean();
+}
+
+#[test]
+fn what_grows_beyond_its_bound_ends_the_pod() {
+    use berth_protocol::job::{Volume, VolumeSource};
+    let mut pod = Pod::new("head -c 90M /dev/zero > /scratch/x; sleep 1000");
+    let source = VolumeSource::Scratch(Bytes(80 << 20));
+    pod.task.template.volumes = vec![Volume { mount: "/scratch".to_owned(), source, read_only: false }];
+    pod.task.template.grace = Millis(0);
+    pod.task.volumes = vec![None];
+    let outcome = pod.run().outcome;
+    assert_eq!(outcome.reason.as_deref(), Some("ScratchFull"), "{outcome:?}");
+    assert_eq!(outcome.cause, Cause::Failure);
+    pod.assert_clean();
+}
+
+#[test]
+fn an_image_is_stopped_by_the_signal_that_it_names() {
+    let tmp = tempfile::tempdir().unwrap();
+    let script = "trap 'echo told; exit 0' USR1; echo ready; while :; do sleep 0.01; done";
+    let mut pod = image_pod(&tmp, &[script]);
+    pod.main().command = vec!["sh".to_owned(), "-c".to_owned()];
+    let mut agent = pod.start();
+    wait_for("the trap", || pod.output().contains("ready"));
+    agent.order(&Order::Stop { grace: Millis(60_000) });
+    agent.exited();
+    pod.wait();
+    assert!(pod.output().contains("told"), "{}", pod.output());
     pod.assert_clean();
 }
 

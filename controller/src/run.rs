@@ -189,6 +189,8 @@ impl Daemon {
             }
             Effect::DeleteLog { pod, epoch } => self.delete(Item::Log { pod, epoch }),
             Effect::DeleteBlob(digest) => self.delete(Item::Blob(digest)),
+            Effect::Note(note) if note.is_warning() => tracing::warn!("{note}"),
+            Effect::Note(note) => tracing::info!("{note}"),
         }
     }
 

@@ -219,7 +219,12 @@ mod tests {
         type Case = (fn(&mut Needs), &'static str);
         let cases: [Case; 8] = [
             (|n| n.arch = "aarch64".to_owned(), "the checkpoint is of aarch64, the node is x86_64"),
-            (|n| drop(n.cpu_features.insert("amx_tile".to_owned())), "its processor lacks amx_tile"),
+            (
+                |n| {
+                    let _ = n.cpu_features.insert("amx_tile".to_owned());
+                },
+                "its processor lacks amx_tile",
+            ),
             (
                 |n| n.cpu_features.extend(["a", "b", "c", "d", "e"].map(str::to_owned)),
                 "its processor lacks a, b, c and 2 features more",

@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use berth_protocol::ids::Digest;
 use berth_protocol::job::{PodTemplate, Volume, VolumeSource, Workspace};
@@ -23,6 +24,8 @@ use crate::task::{ImageProcess, Root};
 
 /// Images not used by any pod go, oldest first, while more of the disk than this is taken.
 const DISK_PERCENT_MAX: u8 = 85;
+/// A named volume outlives its job's record (`ttlSecondsAfterFinished`), so that the job may be submitted again.
+const VOLUME_UNUSED_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 /// What a workspace may unpack to, against archives made to fill a disk.
 const WORKSPACE_BYTES_MAX: u64 = 2 << 30;
 const WORKSPACE_UNPACK_MAX: Duration = Duration::from_secs(300);
@@ -34,6 +37,8 @@ pub struct Preparer {
     capabilities: BTreeSet<String>,
     /// Canonical directories below which jobs may mount.
     host_paths: Vec<PathBuf>,
+    /// And those whose files may be images; `None`: all.
+    image_paths: Option<Vec<PathBuf>>,
 }
 
 fn unready(reason: &str, message: String, retriable: bool) -> Unready {
@@ -54,17 +59,20 @@ impl Preparer {
             auth_file: config.registry_auth.clone(),
         };
         let store = StoreConfig { registry, ..StoreConfig::default() };
-        let canonical = |path: &PathBuf| {
-            fs::canonicalize(path)
-                .inspect_err(|error| tracing::warn!("--allow-host-path {}: {error}", path.display()))
-                .ok()
+        let canonical = |flag: &str, paths: &[PathBuf]| -> Vec<PathBuf> {
+            let real = |path: &PathBuf| {
+                let real = fs::canonicalize(path);
+                real.inspect_err(|error| tracing::warn!("{flag} {}: {error}", path.display())).ok()
+            };
+            paths.iter().filter_map(real).collect()
         };
         Ok(Self {
             images: ImageStore::open(&config.data_dir.join("images"), store)?,
             data_dir: config.data_dir.clone(),
             host_image: config.host_image,
             capabilities: config.capabilities.clone(),
-            host_paths: config.host_paths.iter().filter_map(canonical).collect(),
+            host_paths: canonical("--allow-host-path", &config.host_paths),
+            image_paths: config.image_paths.as_deref().map(|paths| canonical("--allow-image-path", paths)),
         })
     }
 
@@ -125,6 +133,7 @@ impl Preparer {
             };
         }
         let reference = ImageRef::parse(image)?;
+        self.permit_path(&reference)?;
         let record = match self.images.lookup(&reference)? {
             Some(record) if !reference.floats() => record,
             _ => {
@@ -138,6 +147,22 @@ impl Preparer {
         Ok(self.image_root(record))
     }
 
+    /// Images that are files of this node: only below the directories that its configuration shares.
+    fn permit_path(&self, reference: &ImageRef) -> Result<(), Unready> {
+        let (ImageRef::Layout { path, .. } | ImageRef::Archive { path }) = reference else { return Ok(()) };
+        let Some(allowed) = &self.image_paths else { return Ok(()) };
+        // What is not there says so itself, when it is read.
+        let real = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+        if allowed.iter().any(|dir| real.starts_with(dir)) {
+            return Ok(());
+        }
+        let message = format!(
+            "this node reads no images from {}; its agent would with --allow-image-path",
+            path.display()
+        );
+        Err(unready("ImageForbidden", message, false))
+    }
+
     fn image_root(&self, record: ImageRecord) -> Root {
         let layers = record.layers.iter().map(|layer| self.images.layer_dir(layer)).collect();
         let text = |text: String| (!text.is_empty()).then_some(text);
@@ -147,6 +172,7 @@ impl Preparer {
             env: record.config.env,
             working_dir: text(record.config.working_dir),
             user: text(record.config.user),
+            stop_signal: record.config.stop_signal,
         };
         Root::Image { layers, config }
     }
@@ -175,7 +201,7 @@ impl Preparer {
             VolumeSource::Named(name) => {
                 let (namespace, job) = (template.namespace.as_str(), template.job.as_str());
                 let dir = self.data_dir.join("volumes").join(namespace).join(job).join(name.as_str());
-                fs::create_dir_all(&dir).map_err(|error| {
+                make_named(&dir).map_err(|error| {
                     unready("VolumeFailed", format!("cannot make {}: {error}", dir.display()), true)
                 })?;
                 Ok(Some(dir))
@@ -232,9 +258,11 @@ impl Preparer {
     /// Removes images above the disk's watermark, and workspaces, that none of these templates name.
     pub async fn collect<'a>(&self, templates: impl Iterator<Item = &'a PodTemplate>) {
         let mut workspaces = BTreeSet::new();
+        let mut jobs = BTreeSet::new();
         let mut layers = BTreeSet::new();
         for template in templates {
             workspaces.extend(template.workspace.as_ref().map(|workspace| workspace.digest));
+            jobs.insert((template.namespace.to_string(), template.job.to_string()));
             for container in &template.containers {
                 let Ok(reference) = ImageRef::parse(&container.image) else { continue };
                 if let Ok(Some(record)) = self.images.lookup(&reference) {
@@ -252,13 +280,51 @@ impl Preparer {
                 let _ = fs::remove_dir_all(entry.path());
             }
         }
+        self.collect_volumes(&jobs);
     }
+
+    /// Removes the named volumes of jobs that had no pod here for long.
+    fn collect_volumes(&self, jobs: &BTreeSet<(String, String)>) {
+        for namespace in subdirectories(&self.data_dir.join("volumes")) {
+            for job in subdirectories(&namespace) {
+                let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                let volumes = subdirectories(&job);
+                if jobs.contains(&(name(&namespace), name(&job)))
+                    || !volumes.iter().all(|volume| is_older(volume, VOLUME_UNUSED_MAX))
+                {
+                    continue;
+                }
+                tracing::info!("removing {}: no pod of the job was here for 30 days", job.display());
+                if let Err(error) = fs::remove_dir_all(&job) {
+                    tracing::warn!("cannot remove {}: {error}", job.display());
+                }
+            }
+        }
+    }
+}
+
+/// A named volume: for any user of the container, as scratch is; its time says when a pod last asked for it.
+fn make_named(dir: &Path) -> io::Result<()> {
+    if !dir.is_dir() {
+        fs::create_dir_all(dir)?;
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o1777))?;
+    }
+    File::open(dir)?.set_modified(SystemTime::now())
+}
+
+fn subdirectories(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(|path| path.is_dir() && !path.is_symlink()).collect()
 }
 
 /// Untouched for an hour: nobody is about to use it.
 fn is_old(path: &Path) -> bool {
+    is_older(path, Duration::from_secs(3600))
+}
+
+fn is_older(path: &Path, than: Duration) -> bool {
     let modified = fs::metadata(path).and_then(|meta| meta.modified()).ok();
-    modified.and_then(|at| at.elapsed().ok()).is_some_and(|age| age > Duration::from_secs(3600))
+    modified.and_then(|at| at.elapsed().ok()).is_some_and(|age| age > than)
 }
 
 /// `berth-agent unpack ARCHIVE DIR`: reads a workspace in a process of its own, since its bytes are somebody's.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use berth_protocol::ids::ContainerName;
 use berth_protocol::limits::HUMAN_MESSAGE_BYTES_MAX;
+use berth_protocol::units::Bytes;
 
 use super::cgroup::CgroupError;
 
@@ -40,6 +41,8 @@ pub enum ShimError {
         "a layer of the image is not at {path}; it may have been removed by hand: the image must be pulled again"
     )]
     LayerMissing { path: PathBuf },
+    #[error("{what} has grown beyond {max}; ask for more, or write less")]
+    ScratchFull { what: String, max: Bytes },
     #[error("device {device}: {message}")]
     Device { device: String, message: String },
     #[error("cannot {what} {path}: {source}")]
@@ -78,6 +81,7 @@ impl ShimError {
             ShimError::VolumeMissing { .. } => "VolumeMissing",
             ShimError::LayerMissing { .. } => "ImageMissing",
             ShimError::Device { .. } => "DeviceUnavailable",
+            ShimError::ScratchFull { .. } => "ScratchFull",
             _ if self.disk_full() => "DiskFull",
             ShimError::Create { .. } | ShimError::Io { .. } | ShimError::Namespace(_) => {
                 "ContainerCreateFailed"

@@ -18,6 +18,7 @@ pub mod netlink;
 mod network;
 mod process;
 mod pump;
+mod quota;
 pub mod rootfs;
 mod seccomp;
 mod spec;

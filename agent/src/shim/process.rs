@@ -4,8 +4,9 @@
 use std::collections::BTreeMap;
 
 use berth_protocol::job::ContainerSpec;
+use nix::sys::signal::Signal;
 
-use crate::task::ImageProcess;
+use crate::task::{ImageProcess, Root};
 
 const PATH_DEFAULT: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Lines of a user database beyond this are not looked at.
@@ -19,6 +20,17 @@ pub fn args(spec: &ContainerSpec, image: &ImageProcess) -> Vec<String> {
         (true, true) => (&image.entrypoint, &image.cmd),
     };
     head.iter().chain(tail).cloned().collect()
+}
+
+/// What the image wants to be stopped by (`SIGQUIT`, `QUIT` or `3`); SIGTERM where it names nothing that is one.
+pub fn stop_signal(root: &Root) -> Signal {
+    let Root::Image { config: ImageProcess { stop_signal: Some(word), .. }, .. } = root else {
+        return Signal::SIGTERM;
+    };
+    let by_number = word.parse::<i32>().ok().and_then(|number| Signal::try_from(number).ok());
+    let upper = word.to_ascii_uppercase();
+    let name = if upper.starts_with("SIG") { upper } else { format!("SIG{upper}") };
+    by_number.or_else(|| name.parse().ok()).unwrap_or(Signal::SIGTERM)
 }
 
 /// Later ones win: berth's own, the image's, the devices', the job's.
@@ -112,6 +124,21 @@ mod tests {
 
     const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nada:x:1000:1000:,,,:/home/ada:/bin/sh\nbad line\n";
     const GROUP: &str = "root:x:0:\nada:x:1000:\naudio:x:29:ada,bob\nvideo:x:44:bob\n";
+
+    #[test]
+    fn images_say_by_what_they_are_stopped() {
+        let signal = |word: Option<&str>| {
+            let config = ImageProcess { stop_signal: word.map(str::to_owned), ..ImageProcess::default() };
+            stop_signal(&Root::Image { layers: Vec::new(), config })
+        };
+        for word in ["SIGQUIT", "quit", "3"] {
+            assert_eq!(signal(Some(word)), Signal::SIGQUIT, "{word}");
+        }
+        for word in [None, Some("SIGRTMIN+3"), Some("nonsense"), Some("99")] {
+            assert_eq!(signal(word), Signal::SIGTERM, "{word:?}");
+        }
+        assert_eq!(stop_signal(&Root::Host), Signal::SIGTERM);
+    }
 
     #[test]
     fn users() {

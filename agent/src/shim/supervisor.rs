@@ -19,7 +19,9 @@ use super::exit::{self, Facts};
 use super::init::Init;
 use super::lease::{EndedBy, Goal, Policy};
 use super::log::Writer;
+use super::process;
 use super::pump::drain_rest;
+use super::quota::Meter;
 use super::rootfs::{self, Home};
 use super::sys::{self, Alarm};
 use crate::task::{Exit, Order, Report, Task, file};
@@ -38,6 +40,7 @@ pub struct Supervisor {
     containers: Vec<Container>,
     cgroup: Option<Cgroup>,
     init: Option<Init>,
+    meter: Meter,
     phase: Phase,
     /// The freezer was asked, and perhaps has answered.
     freeze: Option<Freeze>,
@@ -76,6 +79,7 @@ impl Supervisor {
             containers: Vec::new(),
             cgroup: None,
             init: None,
+            meter: Meter::new(&task, dir, sys::boot_now()),
             phase: Phase::Created,
             freeze: None,
             stop_signal_sent: false,
@@ -183,7 +187,13 @@ impl Supervisor {
 
     fn reap(&mut self) {
         while let Some((pid, code)) = super::reap() {
-            let Some(container) = self.containers.iter_mut().find(|c| c.pid == pid) else { continue };
+            let Some(container) = self.containers.iter_mut().find(|c| c.pid == pid) else {
+                if let Some(error) = self.meter.ended(pid, code) {
+                    self.error.get_or_insert(error);
+                    self.policy.stop(EndedBy::Container, self.task.template.grace, sys::boot_now());
+                }
+                continue;
+            };
             let oom_killed = code != 0 && container.cgroup.oom_kills() > 0;
             let exit = container::Exit { code, oom_killed };
             container.exit = Some(exit);
@@ -211,7 +221,7 @@ impl Supervisor {
             Goal::Freeze { confirm_by, fenced } => recheck = self.keep_frozen(now, confirm_by, fenced),
             Goal::Stop { .. } => {
                 if !std::mem::replace(&mut self.stop_signal_sent, true) {
-                    self.signal(Signal::SIGTERM);
+                    self.ask_to_stop();
                 }
                 self.thaw();
             }
@@ -220,7 +230,8 @@ impl Supervisor {
                 recheck = Some(now.plus(Millis(RECHECK_MS)));
             }
         }
-        let next = self.policy.next_change(now).into_iter().chain(recheck).min();
+        self.meter.turn(now);
+        let next = self.policy.next_change(now).into_iter().chain(recheck).chain(self.meter.due()).min();
         self.alarm.set(next)
     }
 
@@ -274,10 +285,13 @@ impl Supervisor {
         Some(now.plus(Millis(RECHECK_MS)))
     }
 
-    fn signal(&self, signal: Signal) {
-        for container in self.containers.iter().filter(|c| c.exit.is_none()) {
-            // Not yet reaped, so the number is still its own.
-            let _ = kill(container.pid, signal);
+    /// By SIGTERM, or the signal that the container's image names.
+    fn ask_to_stop(&self) {
+        for (container, root) in self.containers.iter().zip(&self.task.roots) {
+            if container.exit.is_none() {
+                // Not yet reaped, so the number is still its own.
+                let _ = kill(container.pid, process::stop_signal(root));
+            }
         }
     }
 

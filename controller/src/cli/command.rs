@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use berth_protocol::ids::{ClusterName, JobName, Namespace, NodeId, PodName};
+use berth_protocol::ids::{ClusterName, ContainerName, JobName, Namespace, NodeId, PodName};
 use berth_protocol::units::Millis;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
@@ -315,6 +315,9 @@ pub struct Logs {
     /// One of the two alone
     #[arg(long, value_parser = ["stdout", "stderr"], value_name = "stdout|stderr")]
     pub stream: Option<String>,
+    /// One container of the pods alone
+    #[arg(short, long, value_name = "NAME")]
+    pub container: Option<ContainerName>,
 }
 
 /// `JOB` or `JOB/POD`.

@@ -66,6 +66,9 @@ pub struct Follow<'a> {
     asked: Option<(RequestId, Instant)>,
     ask_at: Instant,
     gap: Duration,
+    /// The pages of the controller's list that have come, and what to ask for the next by.
+    pages: Vec<LogSource>,
+    next_page: Option<String>,
     /// The controller has listed the job's logs, and when.
     listed: Option<Instant>,
     /// Nothing more will come, says the controller.
@@ -108,6 +111,8 @@ impl<'a> Follow<'a> {
             asked: None,
             ask_at: now,
             gap: GAP_MIN,
+            pages: Vec::new(),
+            next_page: None,
             listed: None,
             finished: false,
             ended_at: None,
@@ -132,14 +137,15 @@ impl<'a> Follow<'a> {
 
     pub fn question(namespace: &Namespace, job: &JobName, until: Until) -> Query {
         let follow = until == Until::Ended;
-        Query::Logs { namespace: namespace.clone(), job: job.clone(), follow, from: Vec::new() }
+        Query::Logs { namespace: namespace.clone(), job: job.clone(), follow, from: Vec::new(), after: None }
     }
 
     /// The same again, without what was read already.
     fn question_anew(&self) -> Query {
         let mut question = Self::question(&self.target.namespace, &self.target.job, self.until);
-        if let Query::Logs { from, .. } = &mut question {
+        if let Query::Logs { from, after, .. } = &mut question {
             *from = self.order.positions();
+            *after = self.next_page.clone();
         }
         question
     }
@@ -265,6 +271,8 @@ impl<'a> Follow<'a> {
             News::Reconnected => {
                 self.ask_at = Instant::now();
                 self.asked = None;
+                self.pages.clear();
+                self.next_page = None;
                 Ok(())
             }
         }
@@ -339,9 +347,17 @@ impl<'a> Follow<'a> {
 
     /// The controller's list of the job's logs.
     fn list(&mut self, sources: LogSources) -> anyhow::Result<()> {
-        let LogSources { sources, finished, many, depot } = sources;
-        let sources: Vec<LogSource> = sources.into_iter().filter(|source| self.wants(&source.pod)).collect();
+        let LogSources { sources, finished, many, containers, depot, next } = sources;
+        let wanted: Vec<LogSource> = sources.into_iter().filter(|source| self.wants(&source.pod)).collect();
+        self.pages.extend(wanted);
+        self.next_page = next;
+        if self.next_page.is_some() {
+            self.ask_at = Instant::now();
+            return Ok(());
+        }
+        let sources = std::mem::take(&mut self.pages);
         self.printer.names |= many && self.target.pod.is_none();
+        self.printer.containers |= containers;
         let mut epochs: BTreeMap<&PodName, Vec<(Epoch, Option<u64>)>> = BTreeMap::new();
         for source in &sources {
             epochs.entry(&source.pod).or_default().push((source.epoch, source.records));

@@ -46,9 +46,10 @@ pub fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
 pub fn check(settings: &Settings, path: &Path, payload: Vec<u8>) -> anyhow::Result<JobFile> {
     let file = if path.as_os_str() == "-" { "standard input".to_owned() } else { path.display().to_string() };
     let written = Written::peek(&payload);
-    let job = match written.name.or_else(|| name_from(path)) {
-        Some(job) => job,
-        None => return Err(Usage::new(format!("{file} names no job: add `name: …` to it")).into()),
+    let Some(job) = written.name.or_else(|| name_from(path)) else {
+        // Whatever else is wrong is told with it.
+        let errors = parse(&payload, None).err().unwrap_or_default();
+        return Err(Usage::new(render_errors(&file, &payload, &errors)).into());
     };
     let namespace = match (settings.namespace_given, written.namespace) {
         (false, Some(namespace)) => namespace,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 
-use berth_protocol::ids::{Generation, PodName};
+use berth_protocol::ids::{ContainerName, Generation, PodName};
 use berth_protocol::log::Stream;
 use berth_protocol::topic::filter;
 
@@ -19,7 +19,7 @@ const LINE_BYTES_MAX: usize = 64 * 1024;
 pub async fn logs(settings: &Settings, args: Logs) -> anyhow::Result<u8> {
     let filters = filter::job(&settings.cluster, &settings.namespace, &args.target.job);
     let mut session = Session::open(settings, filters[1..].to_vec()).await?;
-    let only =
+    let stream =
         args.stream.as_deref().map(|word| if word == "stdout" { Stream::Stdout } else { Stream::Stderr });
     let target = Target {
         namespace: settings.namespace.clone(),
@@ -28,25 +28,41 @@ pub async fn logs(settings: &Settings, args: Logs) -> anyhow::Result<u8> {
         generation: Generation(0),
     };
     let until = if args.follow { Until::Ended } else { Until::Quiet };
-    let printer = Printer::new(args.timestamps, only);
+    let printer = Printer::new(args.timestamps, Only { stream, container: args.container });
     Follow::new(&mut session, target, until, printer).run().await?;
     session.close().await;
     Ok(0)
+}
+
+/// Which records are shown; `None`: all.
+#[derive(Debug, Clone, Default)]
+pub struct Only {
+    pub stream: Option<Stream>,
+    pub container: Option<ContainerName>,
+}
+
+impl Only {
+    fn shows(&self, line: &Line) -> bool {
+        self.stream.is_none_or(|stream| stream == line.stream)
+            && self.container.as_ref().is_none_or(|container| *container == line.container)
+    }
 }
 
 /// Writes records: as they are, or line by line where something stands before each line.
 pub struct Printer {
     /// Lines carry their pod's name.
     pub names: bool,
+    /// And their container's.
+    pub containers: bool,
     timestamps: bool,
-    only: Option<Stream>,
+    only: Only,
     /// Lines whose end has not come yet.
-    begun: BTreeMap<(PodName, bool), Vec<u8>>,
+    begun: BTreeMap<(PodName, ContainerName, bool), Vec<u8>>,
 }
 
 impl Printer {
-    pub fn new(timestamps: bool, only: Option<Stream>) -> Self {
-        Self { names: false, timestamps, only, begun: BTreeMap::new() }
+    pub fn new(timestamps: bool, only: Only) -> Self {
+        Self { names: false, containers: false, timestamps, only, begun: BTreeMap::new() }
     }
 
     /// To the process' own streams.
@@ -60,7 +76,7 @@ impl Printer {
     }
 
     fn write(&mut self, lines: &[Line], out: &mut dyn Write, err: &mut dyn Write) -> io::Result<()> {
-        for line in lines.iter().filter(|line| self.only.is_none_or(|only| only == line.stream)) {
+        for line in lines.iter().filter(|line| self.only.shows(line)) {
             let error = line.stream == Stream::Stderr;
             if !self.names && !self.timestamps {
                 if error {
@@ -72,7 +88,8 @@ impl Printer {
                 }
                 continue;
             }
-            let mut text = self.begun.remove(&(line.pod.clone(), error)).unwrap_or_default();
+            let key = (line.pod.clone(), line.container.clone(), error);
+            let mut text = self.begun.remove(&key).unwrap_or_default();
             if text.is_empty() {
                 text.extend(self.prefix(line).into_bytes());
             }
@@ -92,7 +109,7 @@ impl Printer {
                 whole.append(&mut text);
             }
             if line.bytes.is_empty() || !text.is_empty() {
-                self.begun.insert((line.pod.clone(), error), text);
+                self.begun.insert(key, text);
             }
             if error {
                 out.flush()?;
@@ -107,7 +124,7 @@ impl Printer {
     /// Shows lines that were begun and will not be ended.
     pub fn finish(&mut self) -> io::Result<()> {
         let (mut out, mut err) = (io::stdout().lock(), io::stderr().lock());
-        for ((_, error), mut text) in std::mem::take(&mut self.begun) {
+        for ((_, _, error), mut text) in std::mem::take(&mut self.begun) {
             text.push(b'\n');
             if error { err.write_all(&text)? } else { out.write_all(&text)? }
         }
@@ -116,7 +133,11 @@ impl Printer {
 
     fn prefix(&self, line: &Line) -> String {
         let time = if self.timestamps { format!("{} ", line.at) } else { String::new() };
-        let name = if self.names { format!("{} | ", line.pod) } else { String::new() };
+        let name = match (self.names, self.containers) {
+            (true, true) => format!("{} {} | ", line.pod, line.container),
+            (true, false) => format!("{} | ", line.pod),
+            (false, _) => String::new(),
+        };
         time + &name
     }
 }
@@ -124,7 +145,7 @@ impl Printer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use berth_protocol::ids::{ContainerName, Epoch};
+    use berth_protocol::ids::Epoch;
     use berth_protocol::units::Timestamp;
 
     fn line(pod: &str, stream: Stream, text: &str) -> Line {
@@ -153,8 +174,15 @@ mod tests {
             line("j-0", Stream::Stderr, "x\n"),
             line("j-0", Stream::Stdout, "c\n"),
         ];
-        assert_eq!(written(Printer::new(false, None), false, &lines), ("a\nbc\n".into(), "x\n".into()));
-        let only = written(Printer::new(false, Some(Stream::Stderr)), false, &lines);
+        assert_eq!(
+            written(Printer::new(false, Only::default()), false, &lines),
+            ("a\nbc\n".into(), "x\n".into())
+        );
+        let only = written(
+            Printer::new(false, Only { stream: Some(Stream::Stderr), container: None }),
+            false,
+            &lines,
+        );
         assert_eq!(only, (String::new(), "x\n".into()));
     }
 
@@ -166,8 +194,13 @@ mod tests {
             line("j-0", Stream::Stdout, "half\nnext\n"),
         ];
         let want = "j-1 | two\nj-1 | three\nj-0 | one half\nj-0 | next\n";
-        assert_eq!(written(Printer::new(false, None), true, &lines), (want.into(), String::new()));
-        let timed = written(Printer::new(true, None), false, &lines[1..2]).0;
+        assert_eq!(written(Printer::new(false, Only::default()), true, &lines), (want.into(), String::new()));
+        let mut named = Printer::new(false, Only::default());
+        named.containers = true;
+        assert_eq!(written(named, true, &lines[1..2]).0, "j-1 main | two\nj-1 main | three\n");
+        let other = Only { stream: None, container: Some(ContainerName::parse("side").unwrap()) };
+        assert_eq!(written(Printer::new(false, other), true, &lines).0, "");
+        let timed = written(Printer::new(true, Only::default()), false, &lines[1..2]).0;
         assert_eq!(timed, "1970-01-01T00:00:00.000Z two\n1970-01-01T00:00:00.000Z three\n");
     }
 }

@@ -16,7 +16,7 @@ use super::config::Settings;
 use super::connect::{Session, random};
 use super::follow::{Follow, Left, Target, Until};
 use super::jobfile::JobFile;
-use super::logs::Printer;
+use super::logs::{Only, Printer};
 use super::{Usage, exit, submit, wait, workspace};
 
 /// Where the directory goes in an image that is not the node's own file system.
@@ -73,7 +73,7 @@ pub async fn run(settings: &Settings, args: Run) -> anyhow::Result<u8> {
     };
 
     let target = Target { namespace: namespace.clone(), job: job.clone(), pod: None, generation };
-    let follow = Follow::new(&mut session, target, Until::Ended, Printer::new(false, None));
+    let follow = Follow::new(&mut session, target, Until::Ended, Printer::new(false, Only::default()));
     let seen = match follow.asked(asked).cancel_on_interrupt()?.run().await {
         Ok(seen) => seen.filter(|seen| seen.status.phase.is_final()),
         Err(error) if error.is::<Left>() => {

@@ -6,6 +6,7 @@ mod cluster;
 mod expiry;
 mod lifecycle;
 mod nodes;
+mod notes;
 mod query;
 mod records;
 pub mod schedule;
@@ -27,6 +28,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use self::cluster::{Cluster, Timer, Timers};
+pub use self::notes::Note;
 use self::schedule::Scheduler;
 
 /// The time at which an event is stepped: civil time for records, CLOCK_BOOTTIME for everything that waits.
@@ -58,6 +60,8 @@ pub enum Effect {
     DeleteLog { pod: PodId, epoch: Epoch },
     /// Of the depot, if it is there.
     DeleteBlob(Digest),
+    /// For the operator's log.
+    Note(Note),
 }
 
 /// A change of the store: `None` deletes.
@@ -253,7 +257,8 @@ impl Controller {
             }
             Topic::QueryRequest { client } => {
                 self.count("query");
-                self.read(&topic, payload).map(|request| self.query(now, client, request))
+                let read = self.read(&topic, payload).map(|request| self.query(now, client, request));
+                read.inspect_err(|error| self.query_unread(client, payload, error))
             }
             Topic::Node { node, kind: NodeTopic::Hello } => {
                 self.count("hello");
@@ -304,6 +309,10 @@ impl Controller {
 
     fn effect(&mut self, effect: Effect) {
         self.dirty.step.effects.push(effect);
+    }
+
+    fn note(&mut self, note: Note) {
+        self.effect(Effect::Note(note));
     }
 
     fn bus_up(&mut self, now: Now) {

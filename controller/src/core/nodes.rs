@@ -13,6 +13,7 @@ use berth_protocol::units::{BootMs, Bytes, Millis, Timestamp};
 
 use super::cluster::{Liveness, Node, NodeRecord, Outbox, Output, Session, Timer};
 use super::lifecycle::Gone;
+use super::notes::Note;
 use super::{Controller, Now};
 
 /// Two heartbeats and some slack for their way.
@@ -137,6 +138,7 @@ impl Controller {
         node.heard = now.boot;
         if node.liveness != Liveness::Online {
             node.liveness = Liveness::Online;
+            self.note(Note::NodeOnline(id.clone()));
             self.dirty.states.insert(id.clone());
             self.touch_pods(id);
             self.refresh_room(id);
@@ -356,6 +358,8 @@ impl Controller {
         }
         if self.blind != blind {
             self.blind = blind;
+            let nodes = self.cluster.nodes.values().filter(|node| node.liveness != Liveness::Lost).count();
+            self.note(if blind { Note::Blind { silent, nodes } } else { Note::Sighted });
             let silent = self.cluster.nodes.iter().filter(|(_, node)| node.liveness == Liveness::Silent);
             self.dirty.states.extend(silent.map(|(id, _)| id.clone()));
         }
@@ -416,6 +420,8 @@ impl Controller {
         let quiet = now.boot.since(node.heard);
         if node.liveness == Liveness::Online && quiet >= SILENT_AFTER {
             node.liveness = Liveness::Silent;
+            let note = Note::NodeSilent { node: id.clone(), pods: node.pods.len() };
+            self.note(note);
             self.dirty.states.insert(id.clone());
             self.refresh_room(id);
             self.judge_blindness(now);
@@ -426,6 +432,9 @@ impl Controller {
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
         if node.liveness == Liveness::Silent && quiet >= LOST_AFTER {
             node.liveness = Liveness::Lost;
+            let quiet = Millis(quiet.0 / 1000 * 1000);
+            let note = Note::NodeLost { node: id.clone(), quiet, pods: node.pods.len() };
+            self.note(note);
             self.dirty.states.insert(id.clone());
             self.touch_pods(id);
         }

@@ -1,6 +1,7 @@
 //! Answers to what the CLI asks; changes nothing but who follows a log.
 
-use berth_protocol::ids::{ClientId, JobName, JobUid, Namespace, NodeId, PodName};
+use berth_protocol::codec::CodecError;
+use berth_protocol::ids::{ClientId, Epoch, JobName, JobUid, Namespace, NodeId, PodName, RequestId};
 use berth_protocol::job;
 use berth_protocol::limits::{FOLLOW_MS, MESSAGE_BYTES_MAX, QUERY_PAGE_ROWS_MAX};
 use berth_protocol::message::node::DepotAccess;
@@ -21,6 +22,8 @@ use super::{Controller, Now};
 const TOKEN_LIFE: Millis = Millis(600_000);
 /// What a page's rows may take, so that the reply around them fits a message.
 const ROWS_BYTES_MAX: usize = MESSAGE_BYTES_MAX - 2 * 1024;
+/// What stands around the sources of logs: the depot's address and token.
+const LOGS_FRAME_BYTES: usize = 4 * 1024;
 
 type Answer = Result<Value, QueryError>;
 
@@ -66,6 +69,22 @@ impl Controller {
         self.publish(topic, &reply, false);
     }
 
+    /// A question that cannot be read is answered too, where its id can.
+    pub(super) fn query_unread(&mut self, client: &ClientId, payload: &[u8], error: &CodecError) {
+        #[derive(serde::Deserialize)]
+        struct Asked {
+            id: RequestId,
+        }
+        if payload.len() > MESSAGE_BYTES_MAX {
+            return;
+        }
+        if let Ok(Asked { id }) = serde_json::from_slice(payload) {
+            let error = Some(QueryError { code: "Malformed".to_owned(), message: error.to_string() });
+            let reply = QueryReply { id, result: None, error };
+            self.publish(Topic::QueryReply { client: client.clone() }, &reply, false);
+        }
+    }
+
     fn find(&self, namespace: &Namespace, name: &JobName) -> Result<JobUid, QueryError> {
         let uid = self.cluster.names.get(&(namespace.clone(), name.clone()));
         let live = uid.filter(|uid| self.cluster.jobs.get(uid).is_some_and(|job| !job.run.expired));
@@ -101,7 +120,9 @@ impl Controller {
                 value(&status.ok_or_else(|| not_found(format!("there is no node {node}")))?)
             }
             Query::Explain { namespace, job } => self.explain(namespace, job),
-            Query::Logs { namespace, job, follow, from } => self.logs(now, &namespace, &job, follow, &from),
+            Query::Logs { namespace, job, follow, from, after } => {
+                self.logs(now, &namespace, &job, follow, &from, after.as_deref())
+            }
             Query::Outputs { namespace, job } => {
                 let (_, found) = self.job_at(&namespace, &job)?;
                 page(found.pods().iter().filter_map(|(index, pod)| {
@@ -221,7 +242,10 @@ impl Controller {
         name: &JobName,
         follow: bool,
         from: &[LogPosition],
+        after: Option<&str>,
     ) -> Answer {
+        let after = after.and_then(|text| text.split_once('/'));
+        let after = after.and_then(|(index, epoch)| Some((index.parse().ok()?, Epoch(epoch.parse().ok()?))));
         let depot = self.depot(now, namespace.clone());
         let uid = self.find(namespace, name)?;
         let Some(job) = self.cluster.jobs.get_mut(&uid) else {
@@ -238,22 +262,36 @@ impl Controller {
         let finished =
             job.is_finished() && logs.iter().all(|(_, log, _)| log.stored || log.records.is_none());
         let many = job.file.spec.completions > 1;
-        let mut sources = Vec::new();
+        let containers = job.file.spec.pod.containers.len() > 1;
+        let (mut sources, mut bytes, mut last, mut next) = (Vec::new(), 0, None, None);
         for (index, log, live) in logs {
+            let at = (index, log.epoch);
+            if after.is_some_and(|after| at <= after) {
+                continue;
+            }
+            let source = LogSource {
+                pod: name.pod(index),
+                epoch: log.epoch,
+                records: log.records,
+                stored: log.stored.then(|| format!("/v1/logs/{uid}/{index}/{}", log.epoch)),
+                node: log.node.clone(),
+            };
+            bytes += value(&source)?.to_string().len() + 1;
+            if let Some((index, epoch)) = last
+                && bytes > ROWS_BYTES_MAX - LOGS_FRAME_BYTES
+            {
+                next = Some(format!("{index}/{epoch}"));
+                break;
+            }
+            last = Some(at);
             if let Some(node) = log.node.as_ref().filter(|_| !log.stored) {
                 let read = |at: &&LogPosition| at.pod.index == index && at.epoch == log.epoch;
                 let seq = from.iter().find(read).map_or(1, |at| at.seq);
                 self.request_log(node, uid.pod(index), log.epoch, seq, follow && live);
             }
-            sources.push(LogSource {
-                pod: name.pod(index),
-                epoch: log.epoch,
-                records: log.records,
-                stored: log.stored.then(|| format!("/v1/logs/{uid}/{index}/{}", log.epoch)),
-                node: log.node,
-            });
+            sources.push(source);
         }
-        value(&LogSources { sources, finished, many, depot })
+        value(&LogSources { sources, finished, many, containers, depot, next })
     }
 
     /// A pod placed while its job's logs are followed is asked for its log as soon as its node is told of it.

@@ -39,6 +39,9 @@ pub enum Query {
         follow: bool,
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         from: Vec<LogPosition>,
+        /// The `next` of the page before.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<String>,
     },
     /// `Page<OutputRow>`
     Outputs { namespace: Namespace, job: JobName },
@@ -148,7 +151,13 @@ pub struct LogSources {
     pub finished: bool,
     /// More than one pod: lines want a prefix.
     pub many: bool,
+    /// More than one container a pod: the prefix names it too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub containers: bool,
     pub depot: DepotAccess,
+    /// There are more sources: what to ask for them by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

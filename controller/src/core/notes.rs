@@ -1,0 +1,55 @@
+//! What an operator reads in the controller's log: what became of nodes, one line each. `io` writes them once the
+//! step that made them is durable.
+
+use std::fmt;
+
+use berth_protocol::ids::NodeId;
+use berth_protocol::units::Millis;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Note {
+    NodeOnline(NodeId),
+    NodeSilent {
+        node: NodeId,
+        pods: usize,
+    },
+    NodeLost {
+        node: NodeId,
+        quiet: Millis,
+        pods: usize,
+    },
+    /// More than half of the nodes fell silent at once, or the bus did.
+    Blind {
+        silent: usize,
+        nodes: usize,
+    },
+    Sighted,
+}
+
+impl Note {
+    /// Does someone have to look?
+    pub fn is_warning(&self) -> bool {
+        matches!(self, Self::NodeSilent { .. } | Self::NodeLost { .. } | Self::Blind { .. })
+    }
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NodeOnline(node) => write!(f, "node {node} is online"),
+            Self::NodeSilent { node, pods } => write!(f, "node {node} is silent; {pods} pods are on it"),
+            Self::NodeLost { node, quiet, pods } => {
+                write!(
+                    f,
+                    "node {node} is lost, silent for {quiet}; {pods} pods go elsewhere once their leases are over"
+                )
+            }
+            Self::Blind { silent, nodes } => write!(
+                f,
+                "{silent} of {nodes} nodes fell silent at once, or the broker did: taken for a fault of this side; no \
+                 pod is replaced until they are heard"
+            ),
+            Self::Sighted => write!(f, "nodes are heard again; each has the whole time anew"),
+        }
+    }
+}
