@@ -258,3 +258,113 @@ fn undo(engine: &mut Engine, step: &Move) {
     engine.charge(&step.shape, &step.from);
     engine.release(&step.shape, &step.to);
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::policy::Policy;
+    use super::super::problem::{Device, Size};
+    use super::*;
+
+    struct ByRoom(Vec<Vec<Tenant>>);
+
+    impl Tenants for ByRoom {
+        fn of(&self, room: usize) -> &[Tenant] {
+            &self.0[room]
+        }
+    }
+
+    fn room(cpu: u64, devices: usize) -> Room {
+        Room {
+            open: true,
+            cpu_milli: cpu,
+            memory_bytes: 100,
+            disk_bytes: 100,
+            slots: 16,
+            devices: vec![Device { usable: true, model: 0, milli: 1000, memory_bytes: 10 }; devices],
+            size: Size { cpu_milli: cpu, memory_bytes: 100 },
+        }
+    }
+
+    fn shape(cpu: u64, gpus: usize, tenths: u32) -> Shape {
+        let gpu_milli = [0, tenths * 100, 1000][gpus.min(2)];
+        Shape { cpu_milli: cpu, memory_bytes: 1, gpus, gpu_milli, ..Shape::default() }
+    }
+
+    /// A fleet, filled up by pods in their order.
+    fn fill(rooms: &[(u64, usize)], pods: &[(u64, usize, u32, bool)]) -> (Engine, ByRoom) {
+        let mut engine = Engine::new(Policy::FirstFit, 0);
+        for (index, (cpu, devices)) in rooms.iter().enumerate() {
+            engine.refresh(index, room(*cpu, *devices));
+        }
+        let mut tenants = ByRoom(vec![Vec::new(); rooms.len()]);
+        for (pod, (cpu, gpus, tenths, movable)) in pods.iter().enumerate() {
+            let shape = shape(*cpu, *gpus, *tenths);
+            let Some(seat) = engine.place(&shape, None) else { continue };
+            engine.charge(&shape, &seat);
+            let devices = seat.devices.clone();
+            tenants.0[seat.room].push(Tenant { pod, shape, devices, movable: *movable, work: *cpu });
+        }
+        (engine, tenants)
+    }
+
+    /// Takes the steps with both seats held in between; rooms panic where that is too much.
+    fn execute(rooms: &mut [Room], moves: &[Move]) {
+        for step in moves {
+            let room = &mut rooms[step.to.room];
+            assert!(room.open && room.slots > 0 && room.cpu_milli >= step.shape.cpu_milli);
+            assert!(step.to.devices.iter().all(|device| room.devices[*device].fits(&step.shape)));
+            room.charge(&step.shape, &step.to.devices);
+            rooms[step.from.room].release(&step.shape, &step.from.devices);
+        }
+    }
+
+    #[test]
+    fn the_pod_with_least_work_moves() {
+        let (mut engine, mut tenants) = fill(&[(8, 1), (8, 1)], &[]);
+        for (index, (cpu, tenths)) in [(3, 5), (2, 4)].into_iter().enumerate() {
+            let (shape, seat) = (shape(cpu, 1, tenths), Seat { room: index, devices: vec![0] });
+            engine.charge(&shape, &seat);
+            let devices = seat.devices;
+            tenants.0[index].push(Tenant { pod: index, shape, devices, movable: true, work: cpu });
+        }
+        let whole = shape(1, 1, 10);
+        assert_eq!(engine.place(&whole, None), None);
+        assert_eq!(plan(&mut engine, &tenants, &whole, &|_| true, 0), None);
+        let plan = plan(&mut engine, &tenants, &whole, &|_| true, 1).expect("one move frees a device");
+        assert_eq!(plan.seat, Seat { room: 1, devices: vec![0] });
+        assert_eq!((plan.moves[0].pod, plan.moves[0].to.room), (1, 0));
+    }
+
+    proptest! {
+        #[test]
+        fn plans_have_room_at_every_step_and_change_nothing(
+            rooms in proptest::collection::vec((1..12u64, 0..4usize), 1..6),
+            pods in proptest::collection::vec((0..4u64, 0..3usize, 1..10u32, prop::bool::weighted(0.8)), 0..30),
+            wanted in (0..8u64, 0..4usize, 1..=10u32),
+            moves_max in 0..9usize,
+        ) {
+            let (mut engine, tenants) = fill(&rooms, &pods);
+            let before = engine.rooms().to_vec();
+            let wanted = shape(wanted.0, wanted.1, wanted.2);
+            let fits = engine.place(&wanted, None).is_some();
+            if !fits && let Some(plan) = plan(&mut engine, &tenants, &wanted, &|_| true, moves_max) {
+                prop_assert!(!plan.moves.is_empty() && plan.moves.len() <= moves_max);
+                for step in &plan.moves {
+                    let tenant = tenants.of(step.from.room).iter().find(|tenant| tenant.pod == step.pod);
+                    prop_assert!(tenant.is_some_and(|tenant| tenant.movable && tenant.devices == step.from.devices));
+                }
+                let mut rooms = before.clone();
+                execute(&mut rooms, &plan.moves);
+                prop_assert!(rooms[plan.seat.room].fit(&wanted).is_some());
+                rooms[plan.seat.room].charge(&wanted, &plan.seat.devices);
+            }
+            prop_assert_eq!(engine.rooms(), &before[..]);
+            let moves = defrag(&mut engine, &tenants, moves_max);
+            prop_assert!(moves.len() <= moves_max);
+            execute(&mut before.clone(), &moves);
+            prop_assert_eq!(engine.rooms(), &before[..]);
+        }
+    }
+}
