@@ -1,12 +1,15 @@
 //! What the controller was told at its start: flags, the environment, a TOML file, in this order of precedence.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use berth_protocol::ids::ClusterName;
+use berth_protocol::ids::{ClusterName, Namespace};
+use berth_protocol::units::{Bytes, MilliCpu};
 use clap::Parser;
 use serde::Deserialize;
 
+use crate::core::Allowance;
 use crate::io::bus::{BrokerUrl, BrokerUrlError};
 
 const DEFAULT_DATA_DIR: &str = "/var/lib/berth/controller";
@@ -26,6 +29,8 @@ pub enum ConfigError {
     Broker(#[from] BrokerUrlError),
     #[error("--cluster: {0}")]
     Cluster(#[from] berth_protocol::ids::IdError),
+    #[error("[namespace.{0}] {1}: {2}")]
+    Namespace(String, String, String),
     #[error("`{0}` is not a network: write ADDRESS/BITS, such as 10.0.0.0/8")]
     Network(String),
     #[error("this version cannot tell yet who a client is: start it with --dev, for this machine alone")]
@@ -85,6 +90,8 @@ pub struct Config {
     pub listen_http: SocketAddr,
     /// Where agents and clients reach the depot; `None`: where `listen_http` says.
     pub depot_url: Option<String>,
+    /// Weights and quotas.
+    pub namespaces: BTreeMap<Namespace, Allowance>,
     /// The test network that `--dev=CIDR` names, beside loopback.
     pub network: Option<Cidr>,
 }
@@ -135,9 +142,49 @@ struct Settings {
     #[arg(long, value_name = "CIDR", env = "BERTH_DEV", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     #[serde(deserialize_with = "flag_or_text")]
     dev: Option<String>,
+    /// `[namespace.NAME]` tables, in the file alone.
+    #[arg(skip)]
+    namespace: BTreeMap<String, NamespaceTable>,
 }
 
-const KEYS: [&str; 7] = ["data-dir", "cluster", "broker", "listen-mqtt", "listen-http", "depot-url", "dev"];
+/// A namespace's weight and quotas, as in `[namespace.lab]`.
+#[derive(Debug, Default, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+struct NamespaceTable {
+    weight: Option<u32>,
+    /// Cores, as in job files.
+    cpu: Option<String>,
+    memory: Option<String>,
+    gpus: Option<String>,
+    pods: Option<u64>,
+}
+
+impl NamespaceTable {
+    fn resolve(self, name: &str) -> Result<(Namespace, Allowance), ConfigError> {
+        let bad = |key: &str, why: String| ConfigError::Namespace(name.to_owned(), key.to_owned(), why);
+        let cores = |key: &str, text: Option<String>| {
+            let parsed = text.map(|text| MilliCpu::parse(&text)).transpose();
+            parsed.map_err(|error| bad(key, error.to_string()))
+        };
+        let memory = self.memory.map(|text| Bytes::parse(&text)).transpose();
+        let allowance = Allowance {
+            weight: self.weight.unwrap_or(1),
+            cpu: cores("cpu", self.cpu)?,
+            memory: memory.map_err(|error| bad("memory", error.to_string()))?,
+            // Written as cores are: 4, 0.5 or 500m.
+            gpu_milli: cores("gpus", self.gpus)?.map(|gpus| gpus.0),
+            pods: self.pods,
+        };
+        if allowance.weight == 0 {
+            return Err(bad("weight", "is 0, at least 1 is due".to_owned()));
+        }
+        let namespace = Namespace::parse(name).map_err(|error| bad("name", error.to_string()))?;
+        Ok((namespace, allowance))
+    }
+}
+
+const KEYS: [&str; 8] =
+    ["data-dir", "cluster", "broker", "listen-mqtt", "listen-http", "depot-url", "dev", "namespace"];
 
 /// `dev = true` in the file, as well as `dev = "10.0.0.0/8"`.
 fn flag_or_text<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
@@ -177,6 +224,7 @@ impl Settings {
             listen_http: self.listen_http.or(other.listen_http),
             depot_url: self.depot_url.or(other.depot_url),
             dev: self.dev.or(other.dev),
+            namespace: if self.namespace.is_empty() { other.namespace } else { self.namespace },
         }
     }
 }
@@ -201,6 +249,11 @@ impl Config {
             listen_mqtt: settings.listen_mqtt.unwrap_or(DEFAULT_LISTEN_MQTT),
             listen_http: settings.listen_http.unwrap_or(DEFAULT_LISTEN_HTTP),
             depot_url: settings.depot_url,
+            namespaces: settings
+                .namespace
+                .into_iter()
+                .map(|(name, table)| table.resolve(&name))
+                .collect::<Result<_, _>>()?,
             network,
         };
         config.refuse_exposure("--listen-http", config.listen_http)?;
@@ -244,6 +297,20 @@ mod tests {
     }
 
     #[test]
+    fn namespaces_have_weights_and_quotas() {
+        let file = "dev = true\n[namespace.lab]\nweight = 3\ncpu = \"16\"\nmemory = \"64Gi\"\ngpus = \"0.5\"\npods = 9";
+        let config = resolve(&[], file).unwrap();
+        let lab = Allowance {
+            weight: 3,
+            cpu: Some(MilliCpu(16_000)),
+            memory: Some(Bytes(64 * Bytes::GIB)),
+            gpu_milli: Some(500),
+            pods: Some(9),
+        };
+        assert_eq!(config.namespaces, BTreeMap::from([(Namespace::parse("lab").unwrap(), lab)]));
+    }
+
+    #[test]
     fn what_is_wrong_is_said() {
         for (flags, file, message) in [
             (
@@ -256,6 +323,8 @@ mod tests {
             (&["--dev", "--cluster=A"], "", "--cluster: cluster `A` may hold only"),
             (&["--dev", "--broker=mqtts://b"], "", "asks for TLS"),
             (&["--dev", "--broker=b"], "", "write mqtt://HOST:PORT"),
+            (&[], "dev = true\n[namespace.lab]\ncpu = \"many\"", "[namespace.lab] cpu: "),
+            (&[], "dev = true\n[namespace.lab]\nweight = 0", "[namespace.lab] weight: is 0"),
             (&["--dev=10.0.0.0"], "", "write ADDRESS/BITS"),
             (&["--dev=10.0.0.0/33"], "", "write ADDRESS/BITS"),
             (&["--dev", "--listen-mqtt=0.0.0.0:1883"], "", "not on loopback"),

@@ -79,6 +79,7 @@ impl Daemon {
                 store: store.id().clone(),
                 term,
                 depot_url: config.depot_url.clone().unwrap_or_else(|| format!("http://{http_address}")),
+                namespaces: config.namespaces.clone(),
                 secret,
                 seed: u64::from_ne_bytes(random::bytes()?),
             },
@@ -163,12 +164,8 @@ impl Daemon {
     async fn step(&mut self, events: impl IntoIterator<Item = Event>) -> Result<(), RunError> {
         // Of several writes to a key the last one counts.
         let mut writes = BTreeMap::new();
-        let mut effects = Vec::new();
-        for event in events {
-            let step = self.controller.step(clock::now(), event);
-            writes.extend(step.writes.into_iter().map(|Write { key, value }| (key, value)));
-            effects.extend(step.effects);
-        }
+        let step = self.controller.steps(clock::now(), events);
+        writes.extend(step.writes.into_iter().map(|Write { key, value }| (key, value)));
         if !writes.is_empty() {
             let ops = writes.into_iter().map(|(key, value)| match value {
                 Some(value) => Op::Put { key, value },
@@ -176,7 +173,7 @@ impl Daemon {
             });
             self.store.txn(vec![Compare::Term(self.term)], ops.collect()).await?;
         }
-        for effect in effects {
+        for effect in step.effects {
             self.release(effect).await;
         }
         Ok(())

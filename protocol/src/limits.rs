@@ -39,6 +39,8 @@ pub const JOB_LIST_MAX: usize = 64;
 pub const ARGS_MAX: usize = 1024;
 /// A CEL expression.
 pub const CEL_BYTES_MAX: usize = 1024;
+/// Steps that evaluating it on one node may take.
+pub const CEL_STEPS_MAX: u64 = 4_000;
 /// Labels and taints of a node.
 pub const LABELS_PER_NODE_MAX: usize = 64;
 pub const LABEL_BYTES_MAX: usize = 253;

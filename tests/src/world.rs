@@ -298,6 +298,7 @@ impl World {
                     store: StoreId::parse("sim-store").expect("a token"),
                     term: Term(self.term),
                     depot_url: "http://127.0.0.1:1".into(),
+                    namespaces: std::collections::BTreeMap::new(),
                     secret: [7; 32],
                     seed: self.rng.u64(..),
                 };

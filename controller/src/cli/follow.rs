@@ -14,12 +14,13 @@ use berth_protocol::log::{LogMessage, RecordError, read_record};
 use berth_protocol::message::query::{LogSource, LogSources, Query};
 use berth_protocol::message::user::{Answer, Command, JobCommand, Verdict};
 use berth_protocol::topic::{JobTopic, Topic};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep_until};
 
 use super::connect::{Message, News, RESEND_MIN, Refused, Session, result};
 use super::depot::Depot;
 use super::get;
+use super::interrupts::{Interrupts, interrupted};
 use super::logs::Printer;
 use super::order::{Line, Order};
 use super::wait::{self, Seen};
@@ -79,15 +80,6 @@ pub struct Follow<'a> {
     /// The last record came, or the last epoch was closed.
     moved_at: Instant,
     interrupts: Option<Interrupts>,
-}
-
-/// What Ctrl-C does while a job is in the foreground.
-struct Interrupts {
-    int: Signal,
-    term: Signal,
-    /// Came once: the job is being cancelled by this command, to be sent again then.
-    cancel: Option<(JobCommand, Instant)>,
-    answered: bool,
 }
 
 /// Left by a second Ctrl-C; the job is still being cancelled.
@@ -501,13 +493,3 @@ impl<'a> Follow<'a> {
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write the output")]
 struct Unshown;
-
-async fn interrupted(interrupts: &mut Option<Interrupts>) {
-    match interrupts {
-        Some(Interrupts { int, term, .. }) => tokio::select! {
-            _ = int.recv() => {}
-            _ = term.recv() => {}
-        },
-        None => std::future::pending().await,
-    }
-}

@@ -15,6 +15,7 @@ mod follow;
 mod get;
 #[cfg(test)]
 mod golden;
+mod interrupts;
 mod jobfile;
 mod logs;
 mod order;

@@ -1,5 +1,6 @@
 //! What the protocol's records look like in tables. Pure: the time is an argument.
 
+use berth_protocol::ids::NodeId;
 use berth_protocol::message::query::{Explanation, OutputRow, PodRow};
 use berth_protocol::message::user::{JobPhase, JobStatus, NodeState, NodeStatus};
 use berth_protocol::pod::PodPhase;
@@ -155,7 +156,30 @@ pub fn explanation(explained: &Explanation) -> (String, Table) {
             verdict.reasons.join("; ").into(),
         ]);
     }
-    (format!("job {}/{}: {}\n", explained.namespace, explained.job, explained.summary), table)
+    let mut head = format!("job {}/{}: {}\n", explained.namespace, explained.job, explained.summary);
+    if explained.waiting > 0 && explained.ahead > 0 {
+        let jobs = if explained.ahead == 1 { "job is" } else { "jobs are" };
+        head.push_str(&format!("  turn: {} {jobs} served before it\n", explained.ahead));
+    }
+    if let Some(nearest) = &explained.nearest {
+        head.push_str(&format!("  nearest: {} {}\n", nearest.node, nearest.reasons.join("; ")));
+    }
+    if let Some(freeing) = &explained.freeing {
+        let nodes: Vec<&str> = freeing.nodes.iter().map(NodeId::as_str).collect();
+        let amount = match freeing.gpu_milli {
+            0 => format!("{} cores", freeing.cpu_milli),
+            milli => format!("{} GPUs, {} cores", MilliCpu(milli), freeing.cpu_milli),
+        };
+        let pods = freeing.pods.join(", ");
+        head.push_str(&format!(
+            "  to free: it would start on {} if {pods} ended ({amount})\n",
+            nodes.join(", ")
+        ));
+    }
+    for seat in &explained.seats {
+        head.push_str(&format!("  {} is on {}: {}\n", seat.pod, seat.node, seat.why.join("; ")));
+    }
+    (head, table)
 }
 
 fn headers(view: View, narrow: &[&'static str], wide: &[&'static str]) -> Vec<&'static str> {

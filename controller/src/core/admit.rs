@@ -10,7 +10,7 @@ use berth_protocol::topic::{JobTopic, Topic};
 use berth_protocol::units::{Millis, Timestamp};
 
 use super::cluster::{Job, JobFile, JobRun};
-use super::schedule::cel::Rules;
+use super::schedule::rulebook;
 use super::{Controller, Effect, Now, records};
 
 /// Ids remembered; beyond, the oldest are forgotten before their time.
@@ -66,8 +66,15 @@ impl Controller {
         {
             return Ok(job.file.generation);
         }
-        // Compiled here to be refused here; the rules themselves are made anew when the job is placed.
-        Rules::compile(&parsed.spec.placement).map_err(invalid)?;
+        let bad = rulebook::check(&parsed.spec.placement);
+        if !bad.is_empty() {
+            let file = String::from_utf8_lossy(payload);
+            let error = |bad: rulebook::BadCondition| {
+                let place = job::place(payload, &bad.field);
+                bad.in_file(&file, place)
+            };
+            return Err(invalid(bad.into_iter().map(error).collect()));
+        }
         let template = records::template_json(&parsed.spec.pod);
         if template.len() > SPEC_BYTES_MAX {
             let text = format!(

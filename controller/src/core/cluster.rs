@@ -13,7 +13,7 @@ use berth_protocol::resources::{GpuShare, Inventory, Usage};
 use berth_protocol::units::{BootMs, Bytes, MilliCpu, Millis, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use super::schedule::cel::Rules;
+use super::schedule::place::ClassId;
 
 #[derive(Default)]
 pub(super) struct Cluster {
@@ -93,9 +93,13 @@ pub(super) struct Job {
     pub active_since: Option<BootMs>,
     /// Someone follows the logs until then.
     pub followed_until: Option<BootMs>,
-    /// Compiled once it has pods to place.
-    pub rules: Option<Rules>,
-    /// The rooms' version at which its waiting pods found no node.
+    /// From when it first has pods to place until it ends.
+    pub class: Option<ClassId>,
+    /// Since when it waits without a pod of it being placed.
+    pub waits_since: Option<BootMs>,
+    /// When making room for it was last tried.
+    pub helped_at: Option<BootMs>,
+    /// The rooms' version at which a pass left pods of it without a node.
     pub refused_at: Option<u64>,
     pub published: Option<BootMs>,
     pub counted: Option<JobPhase>,
@@ -157,6 +161,9 @@ pub(super) struct Assignment {
     pub lost_after: Millis,
     /// The first desired set that names this epoch.
     pub named: (Term, Generation),
+    /// Why berth has it leave its node, where it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leaving: Option<Box<Leaving>>,
     /// Failures of the job when this epoch was placed.
     pub failures: u64,
     /// The last failure within this epoch.
@@ -165,6 +172,16 @@ pub(super) struct Assignment {
     /// For people, such as a pull's progress; not kept.
     #[serde(skip)]
     pub progress: Option<String>,
+}
+
+/// Why a pod has to leave.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Leaving {
+    pub reason: String,
+    pub message: String,
+    /// To a better place: counted as a migration, not as an eviction.
+    pub moves: bool,
 }
 
 /// What a placed pod takes of its node.
@@ -236,7 +253,9 @@ impl Job {
             asleep: BTreeMap::new(),
             active_since: None,
             followed_until: None,
-            rules: None,
+            class: None,
+            waits_since: None,
+            helped_at: None,
             refused_at: None,
             published: None,
             counted: None,
@@ -448,52 +467,4 @@ pub(super) struct Session {
     pub absent_after: u64,
     /// Why grants are withheld, where they are.
     pub withheld: Option<&'static str>,
-}
-
-/// What wakes the controller.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Timer {
-    /// Silence, resends, acknowledgements.
-    Node(NodeId),
-    /// Backoffs, the deadline, the time to live.
-    Job(JobUid),
-    /// A status held back.
-    Status(JobUid),
-    /// Expiry of request ids and of rejected statuses.
-    Sweep,
-    /// The next batch of statuses for a broker that came back.
-    Republish,
-}
-
-/// One moment per timer.
-#[derive(Default)]
-pub(super) struct Timers {
-    queue: BTreeSet<(BootMs, Timer)>,
-    due: BTreeMap<Timer, BootMs>,
-}
-
-impl Timers {
-    /// Wakes `timer` at `at`, or earlier where it is so armed already.
-    pub fn arm(&mut self, timer: Timer, at: BootMs) {
-        if self.due.get(&timer).is_some_and(|due| *due <= at) {
-            return;
-        }
-        if let Some(later) = self.due.insert(timer.clone(), at) {
-            self.queue.remove(&(later, timer.clone()));
-        }
-        self.queue.insert((at, timer));
-    }
-
-    pub fn next(&self) -> Option<BootMs> {
-        self.queue.first().map(|(at, _)| *at)
-    }
-
-    pub fn pop(&mut self, now: BootMs) -> Option<Timer> {
-        if self.next()? > now {
-            return None;
-        }
-        let (_, timer) = self.queue.pop_first()?;
-        self.due.remove(&timer);
-        Some(timer)
-    }
 }

@@ -4,7 +4,8 @@ use berth_protocol::ids::{Epoch, JobUid, PodId};
 use berth_protocol::topic::{JobTopic, Topic};
 use berth_protocol::units::Millis;
 
-use super::cluster::{EpochLog, Pod, Timer};
+use super::cluster::{EpochLog, Pod};
+use super::timers::Timer;
 use super::{Controller, Effect, Now};
 
 /// Between clearing an expired job's status and forgetting the job.

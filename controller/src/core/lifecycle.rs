@@ -7,8 +7,9 @@ use berth_protocol::message::user::JobPhase;
 use berth_protocol::pod::{Cause, Goal, Outcome, PodPhase};
 use berth_protocol::units::{BootMs, Millis};
 
-use super::cluster::{Assignment, Charge, Ending, EpochLog, Job, JobRun, Pod, PodState, Timer, Verdict};
+use super::cluster::{Assignment, Charge, Ending, EpochLog, Job, JobRun, Pod, PodState, Verdict};
 use super::expiry::EXPIRY;
+use super::timers::Timer;
 use super::{Controller, Now};
 
 /// Running time is written down this often where a deadline counts it: what a restart of the controller forgets.
@@ -53,7 +54,7 @@ impl Controller {
                 self.dirty.status.insert(uid.clone());
             }
             if job.ready().next().is_some() {
-                self.scheduler.enqueue(uid, job);
+                self.scheduler.enqueue(now, uid, job);
             }
         }
         self.count_active(now, uid);
@@ -91,7 +92,7 @@ impl Controller {
             }
         }
         job.asleep.clear();
-        job.rules = None;
+        self.scheduler.forget(job);
         job.active_since = None;
         job.run.finished_at = Some(now.wall);
         self.timers.arm(Timer::Job(uid.clone()), now.boot.plus(job.file.spec.ttl));
@@ -117,10 +118,12 @@ impl Controller {
             lease: spec.on_disconnect.lease(spec.grace),
             lost_after: spec.on_disconnect.lost_after,
             named: (self.config.term, node.generation.next()),
+            leaving: None,
             failures,
             last: None,
             progress: None,
         };
+        self.scheduler.count_in(&job.file.spec, &assignment.charge);
         let placed = job.change(index, |pod| {
             pod.epoch = pod.epoch.next();
             pod.state = PodState::Placed(Box::new(assignment));
@@ -150,10 +153,11 @@ impl Controller {
     pub(super) fn pod_gone(&mut self, now: Now, id: &PodId, gone: Gone) {
         let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
         let Some(assignment) = job.assignment(id.index).cloned() else { return };
+        self.scheduler.count_out(&job.file.spec, &assignment.charge);
         if let Some(node) = self.cluster.nodes.get_mut(&assignment.node) {
             node.pods.remove(id);
             node.held = None;
-            self.scheduler.release(&assignment.node, &node.record.inventory, &assignment.charge);
+            self.scheduler.release(&assignment.node, &node.record.inventory, id, &assignment.charge);
         }
         self.dirty.desired.insert(assignment.node.clone());
         self.dirty.pods.insert(id.clone());
@@ -211,7 +215,19 @@ impl Controller {
                 end(job, id.index, was.last.as_deref().cloned().unwrap_or(ending));
             }
             Cause::Eviction => {
-                if was.goal != Goal::Stop {
+                let ending = match &was.leaving {
+                    Some(why) => Ending {
+                        reason: Some(why.reason.clone()),
+                        message: Some(why.message.clone()),
+                        ..ending
+                    },
+                    None => ending,
+                };
+                if was.leaving.as_ref().is_some_and(|why| why.moves) {
+                    job.run.migrations += 1;
+                    self.counters.migrations += 1;
+                    self.dirty.runs.insert(id.uid.clone());
+                } else if was.goal != Goal::Stop || was.leaving.is_some() {
                     job.run.evictions += 1;
                     self.counters.evictions += 1;
                     self.dirty.runs.insert(id.uid.clone());
@@ -307,8 +323,14 @@ impl Controller {
         template: Digest,
     ) -> Generation {
         let Some(job) = self.cluster.jobs.get_mut(uid) else { return Generation(0) };
-        // The queue's key holds the priority, which the new file may change.
+        // The queue and the counts go by the priority, which the new file may change.
         self.scheduler.dequeue(uid, job);
+        let charges: Vec<Charge> =
+            job.placed().iter().filter_map(|i| Some(job.assignment(*i)?.charge.clone())).collect();
+        for charge in &charges {
+            self.scheduler.count_out(&job.file.spec, charge);
+            self.scheduler.count_in(&spec, charge);
+        }
         (job.file.spec, job.file.written, job.template) = (spec, written, template);
         self.begin_anew(now, uid)
     }
@@ -325,7 +347,7 @@ impl Controller {
         let generation = job.file.generation;
         let suspended = job.file.spec.suspend;
         job.run = JobRun { suspended, epoch_floor: job.run.epoch_floor, ..JobRun::default() };
-        job.rules = None;
+        self.scheduler.forget(job);
         job.published = None;
         job.active_since = None;
         job.asleep.clear();

@@ -10,7 +10,9 @@ mod notes;
 mod query;
 mod records;
 pub mod schedule;
+mod session;
 mod status;
+mod timers;
 pub mod token;
 mod wire;
 
@@ -20,16 +22,18 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 
 use berth_protocol::codec::{self, CodecError};
-use berth_protocol::ids::{ClusterName, Digest, Epoch, JobUid, NodeId, PodId, StoreId, Term};
+use berth_protocol::ids::{ClusterName, Digest, Epoch, JobUid, Namespace, NodeId, PodId, StoreId, Term};
 use berth_protocol::limits::{REQUEST_ID_KEPT_MS, STATUS_PUBLISH_MS_MIN};
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use self::cluster::{Cluster, Timer, Timers};
+use self::cluster::Cluster;
 pub use self::notes::Note;
 use self::schedule::Scheduler;
+pub use self::schedule::quota::Allowance;
+use self::timers::{Timer, Timers};
 
 /// The time at which an event is stepped: civil time for records, CLOCK_BOOTTIME for everything that waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,6 +90,8 @@ pub struct Config {
     pub term: Term,
     /// Where agents and clients reach the depot, such as `http://127.0.0.1:7420`.
     pub depot_url: String,
+    /// Weights and quotas.
+    pub namespaces: BTreeMap<Namespace, Allowance>,
     /// Signs the depot's tokens.
     pub secret: [u8; 32],
     /// Of the generator of uids; another one at each start.
@@ -118,6 +124,8 @@ pub struct Counters {
     pub placements: u64,
     pub evictions: u64,
     pub failures: u64,
+    /// Pods moved to a better place.
+    pub migrations: u64,
     /// Silence is held to be the controller's own blindness.
     pub blind: bool,
 }
@@ -176,9 +184,9 @@ impl Controller {
         let next_seq = cluster.jobs.values().map(|job| job.file.seq + 1).max().unwrap_or(0);
         let mut controller = Self {
             random: config.seed,
+            scheduler: Scheduler::new(config.namespaces.clone()),
             config,
             cluster,
-            scheduler: Scheduler::default(),
             timers: Timers::default(),
             counters: Counters::default(),
             next_seq,
@@ -199,6 +207,7 @@ impl Controller {
             for index in job.placed() {
                 let Some(assignment) = job.assignment(*index) else { continue };
                 let (node, epoch) = (assignment.node.clone(), job.pods()[index].epoch);
+                self.scheduler.count_in(&job.file.spec, &assignment.charge);
                 if let Some(node) = self.cluster.nodes.get_mut(&node) {
                     node.pods.insert(uid.pod(*index), epoch);
                 }
@@ -221,11 +230,18 @@ impl Controller {
 
     /// Takes one event in. Never fails: what cannot be understood is refused and counted.
     pub fn step(&mut self, now: Now, event: Event) -> Step {
-        match event {
-            Event::Message { topic, payload } => self.message(now, topic, &payload),
-            Event::BusUp => self.bus_up(now),
-            Event::BusDown => self.bus_up = false,
-            Event::Tick => {}
+        self.steps(now, [event])
+    }
+
+    /// Takes several events in, which have all come by now: places pods and says what changed once for all of them.
+    pub fn steps(&mut self, now: Now, events: impl IntoIterator<Item = Event>) -> Step {
+        for event in events {
+            match event {
+                Event::Message { topic, payload } => self.message(now, topic, &payload),
+                Event::BusUp => self.bus_up(now),
+                Event::BusDown => self.bus_up = false,
+                Event::Tick => {}
+            }
         }
         while let Some(timer) = self.timers.pop(now.boot) {
             self.wake(now, timer);
@@ -329,6 +345,7 @@ impl Controller {
             Timer::Node(node) => self.wake_node(now, &node),
             Timer::Job(uid) => self.wake_job(now, &uid),
             Timer::Status(uid) => drop(self.dirty.status.insert(uid)),
+            Timer::Schedule => self.scheduler.wanted = true,
             Timer::Sweep => self.sweep(now),
             Timer::Republish => {
                 let Some(from) = self.republish.take() else { return };

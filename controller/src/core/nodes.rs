@@ -11,9 +11,11 @@ use berth_protocol::message::node::{
 use berth_protocol::pod::PodPhase;
 use berth_protocol::units::{BootMs, Bytes, Millis, Timestamp};
 
-use super::cluster::{Liveness, Node, NodeRecord, Outbox, Output, Session, Timer};
+use super::cluster::{Liveness, Node, NodeRecord, Outbox, Output, Session};
 use super::lifecycle::Gone;
 use super::notes::Note;
+use super::session::{refusal, why_withheld};
+use super::timers::Timer;
 use super::{Controller, Now};
 
 /// Two heartbeats and some slack for their way.
@@ -24,8 +26,6 @@ const MARGIN: Millis = Millis(LEASE_MARGIN_MS);
 const BLIND_NODES_MIN: usize = 3;
 /// Acknowledgements of events wait this long for others to join them.
 const ACK_PAUSE: Millis = Millis(200);
-/// A clock may drift by one part in this many before it counts as having stopped.
-const DRIFT_PARTS: u64 = 1_000;
 const STATE_PAUSE: Millis = Millis(30_000);
 
 /// A node of which the store knows and this controller has heard nothing yet. It may hold a grant of the controller's
@@ -470,41 +470,4 @@ impl Controller {
             node.pods.keys().filter_map(|pod| Some(&jobs.get(&pod.uid)?.assignment(pod.index)?.charge));
         self.scheduler.refresh(id, node, charges);
     }
-}
-
-/// Why a known node's hello is not taken.
-fn refusal(node: &Node, hello: &Hello) -> Option<&'static str> {
-    if node.record.hardware != hello.hardware {
-        // A name that another machine took: only once nothing of the first can run.
-        return (!node.pods.is_empty()).then_some("other-hardware");
-    }
-    let same_ledger = node.outbox.as_ref().is_some_and(|outbox| outbox.ledger == hello.ledger);
-    if !same_ledger {
-        return None;
-    }
-    if hello.session < node.record.session {
-        return Some("stale-hello");
-    }
-    if hello.session == node.record.session && hello.nonce != node.record.nonce {
-        return Some("cloned-node");
-    }
-    // Repeated by an agent that no lease has reached yet; once a heartbeat came, an older scan says nothing new.
-    let heard = node.session.as_ref().is_some_and(|session| session.nonce == hello.nonce && session.seq > 0);
-    heard.then_some("stale-hello")
-}
-
-/// Why a session gets no grant for a heartbeat (fencing, rules 9 and 10).
-fn why_withheld(session: &mut Session, beat: &Heartbeat, now: Now) -> Option<&'static str> {
-    if beat.last_grant > session.confirmed.0 {
-        session.confirmed = (beat.last_grant, now.boot);
-    } else if now.boot.since(session.confirmed.1) >= LOST_AFTER {
-        return Some("no lease has reached it: the way from the controller to it is broken");
-    }
-    let offset = i128::from(now.boot.0) - i128::from(beat.boot_ms.0);
-    let least = session
-        .offset
-        .map_or(offset, |(least, at)| offset.min(least + i128::from(now.boot.since(at).0 / DRIFT_PARTS)));
-    session.offset = Some((least, now.boot));
-    let lag = offset - least;
-    (lag > i128::from(MARGIN.0 / 2)).then_some("its clock stood still, or its heartbeats are delayed")
 }

@@ -1,13 +1,13 @@
 //! Answers to what the CLI asks; changes nothing but who follows a log.
 
 use berth_protocol::codec::CodecError;
-use berth_protocol::ids::{ClientId, Epoch, JobName, JobUid, Namespace, NodeId, PodName, RequestId};
+use berth_protocol::ids::{ClientId, Epoch, JobName, JobUid, Namespace, RequestId};
 use berth_protocol::job;
 use berth_protocol::limits::{FOLLOW_MS, MESSAGE_BYTES_MAX, QUERY_PAGE_ROWS_MAX};
 use berth_protocol::message::node::DepotAccess;
 use berth_protocol::message::query::{
-    ControllerVersion, Explanation, JobDetail, LogPosition, LogSource, LogSources, NodeVerdict, OutputRow,
-    Page, PodRow, Query, QueryError, QueryReply, QueryRequest,
+    ControllerVersion, JobDetail, LogPosition, LogSource, LogSources, OutputRow, Page, PodRow, Query,
+    QueryError, QueryReply, QueryRequest,
 };
 use berth_protocol::topic::Topic;
 use berth_protocol::units::Millis;
@@ -210,29 +210,16 @@ impl Controller {
 
     fn explain(&mut self, namespace: Namespace, name: JobName) -> Answer {
         let uid = self.find(&namespace, &name)?;
-        self.survey(&uid);
-        let status = self.job_status(&uid).ok_or_else(|| not_found(format!("there is no job {name}")))?;
-        let (_, job) = self.job_at(&namespace, &name)?;
-        let pods_on = |node: &NodeId| -> Vec<PodName> {
-            let here = |i: &&u32| job.assignment(**i).is_some_and(|assignment| assignment.node == *node);
-            job.placed().iter().filter(here).take(QUERY_PAGE_ROWS_MAX).map(|i| name.pod(*i)).collect()
-        };
-        let verdicts = self.verdicts(&uid);
-        let fit = verdicts.iter().filter(|(_, reasons)| reasons.is_empty()).count();
-        let summary = match (&status.message, job.waiting().len()) {
-            (Some(message), _) => message.clone(),
-            (None, 0) => format!("no pod waits; one more would fit {fit} of {} nodes", verdicts.len()),
-            (None, n) => format!("{n} pods wait; one more fits {fit} of {} nodes", verdicts.len()),
-        };
-        let nodes = verdicts.into_iter().map(|(room, reasons)| {
-            let node = self.scheduler.nodes[room].clone();
-            let pods = pods_on(&node);
-            let fits = reasons.is_empty();
-            NodeVerdict { node, fits, reasons: reasons.into_iter().map(|reason| reason.text).collect(), pods }
-        });
+        let explained = self.explanation(&uid);
+        let mut explained = explained.ok_or_else(|| not_found(format!("there is no job {name}")))?;
         // The reply is one message: on a large fleet the first nodes stand for the rest.
-        let nodes = nodes.take(QUERY_PAGE_ROWS_MAX).collect();
-        value(&Explanation { namespace, job: name, summary, nodes })
+        while serde_json::to_vec(&explained).is_ok_and(|bytes| bytes.len() > ROWS_BYTES_MAX)
+            && (!explained.nodes.is_empty() || !explained.seats.is_empty())
+        {
+            explained.nodes.truncate(explained.nodes.len() / 2);
+            explained.seats.truncate(explained.seats.len() / 2);
+        }
+        value(&explained)
     }
 
     fn logs(

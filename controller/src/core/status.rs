@@ -10,7 +10,6 @@ use berth_protocol::topic::Topic;
 use berth_protocol::units::{Bytes, MilliCpu};
 
 use super::cluster::{Job, Liveness, Node, PodState};
-use super::schedule::explain;
 use super::{Controller, Now};
 
 impl Controller {
@@ -23,7 +22,10 @@ impl Controller {
             (None, JobPhase::Suspended) => (Some("Suspended".to_owned()), None),
             // Nobody waits for a node, or some do.
             (None, _) if job.ready().next().is_none() || job.refused_at.is_none() => waiting_words(job),
-            (None, _) => (Some("Unschedulable".to_owned()), Some(self.why_waiting(uid))),
+            (None, _) => {
+                let (reason, message) = self.why_waiting(uid);
+                (Some(reason), Some(message))
+            }
         };
         let job = self.cluster.jobs.get(uid)?;
         let unfinished = job.placed().iter().chain(job.waiting());
@@ -108,7 +110,9 @@ impl Controller {
                 status.node = Some(assignment.node.clone());
                 status.phase = if lost { PodPhase::Lost } else { assignment.phase };
                 status.started_at = assignment.started_at;
-                if assignment.goal == Goal::Stop {
+                if let Some(why) = &assignment.leaving {
+                    (status.reason, status.message) = (Some(why.reason.clone()), Some(why.message.clone()));
+                } else if assignment.goal == Goal::Stop {
                     status.reason = Some("Stopping".to_owned());
                 } else if let Some(last) =
                     assignment.last.as_ref().filter(|_| assignment.phase != PodPhase::Running)
@@ -193,7 +197,7 @@ impl Controller {
     pub(super) fn node_status(&self, id: &NodeId) -> Option<NodeStatus> {
         let node = self.cluster.nodes.get(id)?;
         let has = &node.record.inventory;
-        let free = &self.scheduler.engine.rooms()[self.scheduler.room(id)?];
+        let free = &self.scheduler.rooms()[self.scheduler.room(id)?];
         let gpus_free: u64 = free.devices.iter().map(|device| u64::from(device.milli)).sum();
         let capacity =
             Amounts { cpu_milli: has.cpu, memory_bytes: has.memory, gpu_milli: has.gpus.len() as u64 * 1000 };
@@ -241,54 +245,6 @@ impl Controller {
             }
             Liveness::Online => None,
         }
-    }
-
-    /// One line on why the job's waiting pods have no node.
-    pub(super) fn why_waiting(&mut self, uid: &JobUid) -> String {
-        self.survey(uid);
-        let verdicts = self.verdicts(uid);
-        let first: Vec<_> = verdicts.iter().filter_map(|(_, reasons)| reasons.first()).collect();
-        let summary = explain::summary(verdicts.len(), first);
-        let all_fit = verdicts.iter().any(|(_, reasons)| reasons.is_empty());
-        let Some(job) = self.cluster.jobs.get(uid).filter(|_| all_fit) else { return summary };
-        let spec = &job.file.spec;
-        if spec.gang {
-            return format!(
-                "{summary}; as a gang its {} waiting pods start together or not at all",
-                job.ready().count()
-            );
-        }
-        if spec.placement.anti_affinity.is_some() {
-            return format!("{summary}; antiAffinity keeps its pods apart");
-        }
-        summary
-    }
-
-    /// For every node every reason against one more pod of the job.
-    pub(super) fn verdicts(&self, uid: &JobUid) -> Vec<(usize, Vec<explain::Reason>)> {
-        let Some(job) = self.cluster.jobs.get(uid) else { return Vec::new() };
-        let shape = self.scheduler.shape(&job.file.spec.pod.resources());
-        let verdict = |room: usize| {
-            let node = self.cluster.nodes.get(&self.scheduler.nodes[room]);
-            let closed = node.and_then(|node| match (node.liveness, node.record.cordoned) {
-                (Liveness::Lost, _) => Some("offline"),
-                (Liveness::Silent, _) => Some("silent"),
-                (Liveness::Online, true) => Some("cordoned"),
-                (Liveness::Online, false) => None,
-            });
-            let refusals = job.rules.as_ref().map_or(&[][..], |rules| rules.refusals(room));
-            (
-                room,
-                explain::reasons(
-                    &self.scheduler.engine.rooms()[room],
-                    &shape,
-                    refusals,
-                    closed,
-                    &job.file.spec,
-                ),
-            )
-        };
-        (0..self.scheduler.engine.rooms().len()).map(verdict).collect()
     }
 }
 

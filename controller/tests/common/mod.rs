@@ -136,6 +136,7 @@ impl TestDaemon {
             listen_mqtt: ([127, 0, 0, 1], 0).into(),
             listen_http: ([127, 0, 0, 1], 0).into(),
             depot_url: None,
+            namespaces: std::collections::BTreeMap::new(),
             network: None,
         };
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();

@@ -21,7 +21,7 @@ mod yaml;
 mod tests;
 
 pub use json_schema::json_schema;
-pub use parse::{ParsedJob, parse, render};
+pub use parse::{ParsedJob, parse, place, render};
 pub use report::show_errors;
 
 use std::collections::{BTreeMap, BTreeSet};

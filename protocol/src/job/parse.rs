@@ -44,6 +44,14 @@ fn attempt(payload: &[u8], topic: Option<(&Namespace, &JobName)>, report: &mut R
     }
 }
 
+/// Line and column, from 1, where the value of the field `path` begins in a job file.
+pub fn place(payload: &[u8], path: &str) -> Option<(u32, u32)> {
+    let mut report = Report::default();
+    let tree = document::read(payload, &mut report)?;
+    let _ = read::root(&tree, schema::JOB, &mut report);
+    report.place_of(path).map(|mark| (mark.line, mark.column))
+}
+
 /// The job file of `job`, in full: `parse` of it yields the same job.
 pub fn render(job: &JobSpec) -> Value {
     match serde_json::to_value(File::from(job)) {

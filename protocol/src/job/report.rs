@@ -33,6 +33,10 @@ impl Report {
         self.places.insert(path.to_owned(), mark);
     }
 
+    pub fn place_of(&self, path: &str) -> Option<Mark> {
+        self.places.get(path).copied()
+    }
+
     pub fn is_written(&self, path: &str) -> bool {
         self.places.contains_key(path)
     }

@@ -7,7 +7,7 @@ use crate::checkpoint::{CheckpointInfo, CheckpointKind};
 use crate::ids::{Digest, Epoch, JobName, Namespace, NodeId, PodName, RequestId};
 use crate::message::node::DepotAccess;
 use crate::message::user::{JobStatus, PodStatus};
-use crate::units::{Bytes, Millis, Timestamp, rfc3339};
+use crate::units::{Bytes, MilliCpu, Millis, Timestamp, rfc3339};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -126,7 +126,61 @@ pub struct Explanation {
     pub job: JobName,
     /// One line for a person.
     pub summary: String,
+    /// A CamelCase word, where pods wait: `Unschedulable`, `QuotaExceeded`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Pods without a node.
+    #[serde(default)]
+    pub waiting: u32,
+    /// Jobs that are served before it.
+    #[serde(default)]
+    pub ahead: u32,
+    /// Every reason against a node, and of how many it holds; the most frequent first.
+    #[serde(default)]
+    pub counts: Vec<ReasonCount>,
+    /// Where the least stands against one more pod, if no node fits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nearest: Option<NodeVerdict>,
+    /// The least that would have to end for the next pod, or the whole gang, to start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub freeing: Option<Freeing>,
+    /// Where room is held for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub held: Vec<NodeId>,
+    /// Where its pods are, and why there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub seats: Vec<PodSeat>,
+    /// The first nodes, at most `QUERY_PAGE_ROWS_MAX`.
     pub nodes: Vec<NodeVerdict>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ReasonCount {
+    /// Without the node's own figures: `need 4 cores`.
+    pub reason: String,
+    pub nodes: u32,
+}
+
+/// Pods whose end would make room, on which nodes, and what they take together.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Freeing {
+    pub nodes: Vec<NodeId>,
+    /// As `namespace/pod`.
+    pub pods: Vec<String>,
+    pub cpu_milli: MilliCpu,
+    pub memory_bytes: Bytes,
+    pub gpu_milli: u64,
+}
+
+/// What spoke for a pod's node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodSeat {
+    pub pod: PodName,
+    pub node: NodeId,
+    pub why: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-/// One measured number. Smaller is better, for all of them.
+/// One measured number.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Figure {
     pub name: String,
@@ -14,20 +14,27 @@ pub struct Figure {
     pub unit: &'static str,
     /// The bound, in the same unit.
     pub asked: Option<f64>,
+    /// Larger is better; otherwise smaller.
+    pub more: bool,
 }
 
 impl Figure {
     pub fn asked(name: &str, value: f64, unit: &'static str, asked: f64) -> Self {
-        Self { name: name.to_owned(), value, unit, asked: Some(asked) }
+        Self { name: name.to_owned(), value, unit, asked: Some(asked), more: false }
+    }
+
+    /// Where larger is better.
+    pub fn at_least(name: &str, value: f64, unit: &'static str, asked: f64) -> Self {
+        Self { more: true, ..Self::asked(name, value, unit, asked) }
     }
 
     /// For comparison only.
     pub fn peer(name: &str, value: f64, unit: &'static str) -> Self {
-        Self { name: name.to_owned(), value, unit, asked: None }
+        Self { name: name.to_owned(), value, unit, asked: None, more: false }
     }
 
     pub fn is_missed(&self) -> bool {
-        self.asked.is_some_and(|asked| self.value > asked)
+        self.asked.is_some_and(|asked| if self.more { self.value < asked } else { self.value > asked })
     }
 }
 

@@ -2,6 +2,7 @@
 //! directory, seen as a user sees it. Compares with nothing but what is measured in the same run.
 
 pub mod figures;
+pub mod flood;
 pub mod footprint;
 pub mod latency;
 pub mod process;

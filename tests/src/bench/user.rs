@@ -81,6 +81,15 @@ impl User {
         Ok(self.client.publish(format!("{PREFIX}/{job}/command"), QoS::AtLeastOnce, false, command)?)
     }
 
+    /// The next status of any job, if one comes in time.
+    pub fn hear(&mut self, limit: Duration) -> Result<Option<Status>> {
+        match self.statuses.recv_timeout(limit) {
+            Ok(status) => Ok(Some(status)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => bail!("the broker has gone"),
+        }
+    }
+
     /// The next status of any job.
     pub fn next(&mut self, limit: Duration) -> Result<Status> {
         match self.statuses.recv_timeout(limit) {

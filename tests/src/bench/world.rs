@@ -95,6 +95,10 @@ impl World {
         format!("mqtt://127.0.0.1:{}", self.port)
     }
 
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }

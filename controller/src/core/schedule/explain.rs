@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use berth_protocol::job::JobSpec;
 use berth_protocol::units::{Bytes, MilliCpu};
 
-use super::cel::Refusal;
 use super::problem::{Room, Shape};
+use super::rulebook::Refusal;
 
 /// One reason against one node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +28,33 @@ impl Reason {
         };
         Self { text, verb, object }
     }
+}
+
+impl Reason {
+    /// As counted over nodes: without the node's own figures.
+    pub fn counted(&self) -> String {
+        format!("{} {}", self.verb.1, self.object)
+    }
+
+    /// How far from fitting, roughly: what is short may come free, what is closed may open, what is refused stays.
+    pub fn distance(&self) -> u8 {
+        match self.verb {
+            NEEDS => 0,
+            IS => 1,
+            HAS => 2,
+            _ => 3,
+        }
+    }
+}
+
+/// Another pod of the job is in the node's zone.
+pub fn apart() -> Reason {
+    Reason::new(HAS, "a pod of the job", "and antiAffinity keeps them apart")
+}
+
+/// Its room is held.
+pub fn held(by: Option<String>) -> Reason {
+    Reason::new(IS, "held for another job", by.map(|by| format!("which is {by}")).unwrap_or_default())
 }
 
 const NEEDS: (&str, &str) = ("needs", "need");

@@ -1,58 +1,159 @@
 //! Which waiting pod goes where: keeps the rooms and the queue, states the problem, and applies what `solve` answers.
 
-pub mod cel;
 mod cutting;
 pub mod engine;
 pub mod explain;
+mod free_up;
+pub mod hold;
 mod index;
 pub mod moves;
+pub mod place;
 pub mod policy;
 pub mod prices;
 pub mod problem;
+mod queue;
+pub mod quota;
+pub mod rulebook;
 mod simplex;
 pub mod solve;
+#[cfg(test)]
+mod tests;
+pub mod turn;
+mod typed;
+mod why;
 
-use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
-use berth_protocol::ids::{JobUid, NodeId};
+use berth_protocol::ids::{JobUid, Namespace, NodeId, PodId};
+use berth_protocol::job::{JobSpec, Volume, VolumeSource};
 use berth_protocol::limits::PODS_PER_NODE_MAX;
-use berth_protocol::resources::{GpuShare, Inventory, Resources};
+use berth_protocol::resources::{Inventory, Resources};
 
-use self::cel::Rules;
 use self::engine::Engine;
-use self::problem::{Ask, Device, Placement, Room, Seat, Shape, Size, Zoning};
-use super::cluster::{Charge, Cluster, Job, Liveness, Node};
+use self::hold::Holds;
+use self::place::Classes;
+use self::problem::{Device, Room, Seat, Shape, Size};
+use self::queue::{Line, Queue, Ticket};
+use self::quota::{Allowance, Ledger, Sum};
+use self::rulebook::{BookId, Rulebooks};
+use super::cluster::{Charge, Job, Liveness, Node};
 use super::{Controller, Now};
 
-/// Jobs whose pods are placed together.
-const ASKS_MAX: usize = 256;
+/// Passes that one event may lead to: room that is no longer held may be another's at once.
+const PASSES_MAX: usize = 4;
 
 /// The rooms in their stable order, and who waits for them.
 #[derive(Default)]
 pub(super) struct Scheduler {
-    pub engine: Engine,
+    engine: Engine,
+    /// Its rooms, empty.
+    empty: Vec<Room>,
     pub nodes: Vec<NodeId>,
     index: BTreeMap<NodeId, usize>,
+    pub books: Rulebooks,
+    pub classes: Classes,
+    pub ledger: Ledger,
+    pub holds: Holds,
+    pub queue: Queue,
+    /// Jobs that joined the queue since the last pass.
+    fresh: Vec<JobUid>,
+    /// Placed pods by priority.
+    running: BTreeMap<i32, usize>,
+    /// By room, the version of its node's inventory.
+    versions: Vec<u64>,
+    /// Counts changes of inventories.
+    inventories: u64,
+    /// Counts changes of what rooms are when empty.
+    layout: u64,
     /// Names of device models, by number.
     models: Vec<String>,
     /// Counts what may let a pod fit that did not: room freed, a node changed.
     pub version: u64,
-    /// Jobs with waiting pods: priority, then order of submission.
-    queue: BTreeSet<(Reverse<i32>, u64, JobUid)>,
     /// Something changed since the last pass.
     pub wanted: bool,
 }
 
 impl Scheduler {
-    pub fn enqueue(&mut self, uid: &JobUid, job: &mut Job) {
+    pub fn new(allowances: BTreeMap<Namespace, Allowance>) -> Self {
+        Self { ledger: Ledger::new(allowances), ..Self::default() }
+    }
+
+    /// The job has pods that are ready for a node.
+    pub fn enqueue(&mut self, now: Now, uid: &JobUid, job: &mut Job) {
+        let Some(class) = self.classify(job) else {
+            job.refused_at = Some(self.version);
+            return;
+        };
+        let since = *job.waits_since.get_or_insert(now.boot);
+        let spec = &job.file.spec;
+        let named = |volume: &Volume| matches!(volume.source, VolumeSource::Named(_));
+        let own = spec.placement.anti_affinity.is_some() || spec.pod.volumes.iter().any(named);
+        let gang = spec.gang.then(|| job.ready().count());
+        let line = Line { class, gang, own: own.then(|| uid.clone()) };
+        let ticket = Ticket {
+            priority: spec.priority,
+            namespace: spec.namespace.clone(),
+            line,
+            seq: job.file.seq,
+            since,
+        };
+        if self.queue.ticket(uid) == Some(&ticket) {
+            return;
+        }
         job.refused_at = None;
-        self.queue.insert((Reverse(job.file.spec.priority), job.file.seq, uid.clone()));
+        self.queue.insert(uid, ticket);
+        self.fresh.push(uid.clone());
         self.wanted = true;
     }
 
-    pub fn dequeue(&mut self, uid: &JobUid, job: &Job) {
-        self.queue.remove(&(Reverse(job.file.spec.priority), job.file.seq, uid.clone()));
+    /// The job has no pods ready for a node.
+    pub fn dequeue(&mut self, uid: &JobUid, job: &mut Job) {
+        self.queue.remove(uid);
+        self.drop_hold(uid);
+        job.waits_since = None;
+        job.refused_at = None;
+    }
+
+    pub fn drop_hold(&mut self, uid: &JobUid) {
+        if self.holds.drop(uid) {
+            self.version += 1;
+            self.wanted = true;
+        }
+    }
+
+    pub fn next_in_turn(&self, version: u64) -> Option<(JobUid, bool)> {
+        self.queue.next(version, |namespace| self.ledger.share(namespace))
+    }
+
+    pub fn rooms(&self) -> &[Room] {
+        self.engine.rooms()
+    }
+
+    pub fn charge(&mut self, shape: &Shape, seat: &Seat) {
+        self.engine.charge(shape, seat);
+    }
+
+    pub fn uncharge(&mut self, shape: &Shape, seat: &Seat) {
+        self.engine.release(shape, seat);
+    }
+
+    /// Counts a placed pod in.
+    pub fn count_in(&mut self, spec: &JobSpec, charge: &Charge) {
+        self.ledger.take(&spec.namespace, Sum::of_charge(charge));
+        *self.running.entry(spec.priority).or_default() += 1;
+    }
+
+    pub fn count_out(&mut self, spec: &JobSpec, charge: &Charge) {
+        self.ledger.give_back(&spec.namespace, Sum::of_charge(charge));
+        if let Some(pods) = self.running.get_mut(&spec.priority) {
+            *pods = pods.saturating_sub(1);
+        }
+        self.running.retain(|_, pods| *pods > 0);
+    }
+
+    /// The lowest priority of a placed pod.
+    pub fn lowest_running(&self) -> Option<i32> {
+        self.running.keys().next().copied()
     }
 
     pub fn room(&self, node: &NodeId) -> Option<usize> {
@@ -85,55 +186,45 @@ impl Scheduler {
             devices: devices.collect(),
             size: Size { cpu_milli: has.cpu.0, memory_bytes: has.memory.0 },
         };
+        let empty = room.clone();
         for charge in charges {
             take(&mut room, has, charge);
         }
-        let index = *self.index.entry(id.clone()).or_insert(self.nodes.len());
-        if index == self.nodes.len() {
-            self.nodes.push(id.clone());
+        let size = |room: &Room| if room.open { Sum::of_room(room) } else { Sum::default() };
+        match self.index.get(id).copied() {
+            Some(index) => {
+                self.ledger.resize(size(&self.empty[index]), size(&empty));
+                self.empty[index] = empty;
+                self.engine.refresh(index, room);
+                if std::mem::replace(&mut self.versions[index], node.version) != node.version {
+                    self.inventories += 1;
+                }
+                self.holds.drop_room(index);
+            }
+            None => {
+                self.index.insert(id.clone(), self.nodes.len());
+                self.engine.refresh(self.nodes.len(), room);
+                self.nodes.push(id.clone());
+                self.ledger.resize(Sum::default(), size(&empty));
+                self.empty.push(empty);
+                self.versions.push(node.version);
+                self.inventories += 1;
+            }
         }
-        self.engine.refresh(index, room);
+        self.layout += 1;
         self.version += 1;
         self.wanted = true;
     }
 
     /// A pod has left the node.
-    pub fn release(&mut self, id: &NodeId, has: &Inventory, charge: &Charge) {
+    pub fn release(&mut self, id: &NodeId, has: &Inventory, pod: &PodId, charge: &Charge) {
         let Some(index) = self.index.get(id).copied() else { return };
         let mut room = self.engine.rooms()[index].clone();
-        room.slots += 1;
-        room.cpu_milli = (room.cpu_milli + charge.cpu.0).min(has.cpu.0);
-        room.memory_bytes = (room.memory_bytes + charge.memory.0).min(has.memory.0);
-        for share in &charge.gpus {
-            let Some(i) = has.gpus.iter().position(|gpu| gpu.uuid == share.uuid) else { continue };
-            let device = &mut room.devices[i];
-            device.milli = (device.milli + share.milli).min(1000);
-            device.memory_bytes = (device.memory_bytes + charge.gpu_memory.0).min(has.gpus[i].memory.0);
-        }
+        give(&mut room, has, charge);
         self.engine.refresh(index, room);
+        self.holds.left(index, pod, |spare| give(spare, has, charge));
         self.version += 1;
         self.wanted = true;
-    }
-
-    /// What the job asks for now; its rules have been brought up to date.
-    fn ask<'a>(&self, cluster: &'a Cluster, uid: &JobUid) -> Option<Ask<'a>> {
-        let job = cluster.jobs.get(uid)?;
-        let rules = job.rules.as_ref()?;
-        let mut zoned = BTreeMap::new();
-        if rules.zoning != Zoning::Free {
-            let rooms = job.placed().iter().filter_map(|i| self.room(&job.assignment(*i)?.node));
-            for room in rooms {
-                *zoned.entry(rules.sites()[room].zone).or_default() += 1;
-            }
-        }
-        Some(Ask {
-            shape: self.shape(&job.file.spec.pod.resources()),
-            pods: job.ready().count(),
-            gang: job.file.spec.gang,
-            zoning: rules.zoning,
-            sites: rules.sites(),
-            zoned,
-        })
     }
 
     pub fn shape(&self, wants: &Resources) -> Shape {
@@ -166,6 +257,19 @@ fn take(room: &mut Room, has: &Inventory, charge: &Charge) {
     }
 }
 
+/// Gives back what `take` took; no more than there is.
+fn give(room: &mut Room, has: &Inventory, charge: &Charge) {
+    room.slots += 1;
+    room.cpu_milli = (room.cpu_milli + charge.cpu.0).min(has.cpu.0);
+    room.memory_bytes = (room.memory_bytes + charge.memory.0).min(has.memory.0);
+    for share in &charge.gpus {
+        let Some(i) = has.gpus.iter().position(|gpu| gpu.uuid == share.uuid) else { continue };
+        let device = &mut room.devices[i];
+        device.milli = (device.milli + share.milli).min(1000);
+        device.memory_bytes = (device.memory_bytes + charge.gpu_memory.0).min(has.gpus[i].memory.0);
+    }
+}
+
 /// `A100` names an `NVIDIA A100-SXM4-80GB`: each of its words is one of the model's.
 pub(super) fn model_matches(wanted: &str, model: &str) -> bool {
     let words = |text: &str| -> BTreeSet<String> {
@@ -176,91 +280,36 @@ pub(super) fn model_matches(wanted: &str, model: &str) -> bool {
 }
 
 impl Controller {
-    /// Places what can be placed, each job by its turn.
+    /// Places what can be placed.
     pub(super) fn schedule(&mut self, now: Now) {
-        if !std::mem::take(&mut self.scheduler.wanted) {
-            return;
-        }
-        let queue: Vec<JobUid> = self.scheduler.queue.iter().map(|(_, _, uid)| uid.clone()).collect();
-        let version = self.scheduler.version;
-        let mut waiting = queue.into_iter().filter(|uid| {
-            self.cluster
-                .jobs
-                .get(uid)
-                .is_some_and(|job| job.refused_at != Some(version) && job.ready().next().is_some())
-        });
-        let batches: Vec<Vec<JobUid>> =
-            std::iter::from_fn(|| Some(waiting.by_ref().take(ASKS_MAX).collect::<Vec<_>>()))
-                .take_while(|batch| !batch.is_empty())
-                .collect();
-        for batch in batches {
-            for uid in &batch {
-                self.survey(uid);
+        for _ in 0..PASSES_MAX {
+            if !std::mem::take(&mut self.scheduler.wanted) {
+                return;
             }
-            let asks: Vec<Ask<'_>> =
-                batch.iter().filter_map(|uid| self.scheduler.ask(&self.cluster, uid)).collect();
-            if asks.len() != batch.len() {
-                continue;
-            }
-            let placement = solve::solve(&mut self.scheduler.engine, &asks, &Placement::new());
-            let shapes: Vec<(Shape, usize)> = asks.into_iter().map(|ask| (ask.shape, ask.pods)).collect();
-            for ((uid, (shape, pods)), seats) in batch.iter().zip(shapes).zip(placement) {
-                let refused = seats.len() < pods;
-                self.seat(now, uid, &shape, seats);
-                if refused && let Some(job) = self.cluster.jobs.get_mut(uid) {
-                    job.refused_at = Some(version);
-                    self.dirty.status.insert(uid.clone());
-                }
-            }
+            self.pass(now);
         }
     }
 
-    /// Brings the job's rules up to date with every node.
+    /// Brings a rulebook up to date with every node.
+    pub(super) fn survey_book(&mut self, id: BookId) {
+        let Scheduler { books, nodes, inventories, .. } = &mut self.scheduler;
+        let Some(book) = books.get_mut(id).filter(|book| !book.is_current(*inventories, nodes.len())) else {
+            return;
+        };
+        for (room, id) in nodes.iter().enumerate() {
+            if let Some(node) = self.cluster.nodes.get(id) {
+                book.ask(room, node.version, id, &node.record.inventory);
+            }
+        }
+        book.all_asked(*inventories);
+    }
+
+    /// Brings the job's rulebook up to date with every node.
     pub(super) fn survey(&mut self, uid: &JobUid) {
         let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
-        // Compiled at the submit; a job stored by a version that knew more conditions fits nowhere.
-        let mut rules = match job.rules.take() {
-            Some(rules) => rules,
-            None => match Rules::compile(&job.file.spec.placement) {
-                Ok(rules) => rules,
-                Err(_) => return,
-            },
-        };
-        for (room, id) in self.scheduler.nodes.iter().enumerate() {
-            if let Some(node) = self.cluster.nodes.get(id) {
-                rules.ask(room, node.version, id, &node.record.inventory, &job.file.spec);
-            }
-        }
-        job.rules = Some(rules);
-    }
-
-    fn seat(&mut self, now: Now, uid: &JobUid, shape: &Shape, seats: Vec<Seat>) {
-        let Some(job) = self.cluster.jobs.get(uid) else { return };
-        let ready: Vec<u32> = job.ready().take(seats.len()).collect();
-        for (index, seat) in ready.into_iter().zip(seats) {
-            let id = self.scheduler.nodes[seat.room].clone();
-            // A pod whose older epoch is still being stopped there waits for the next pass.
-            let free = |node: &&Node| !node.record.strays.contains_key(&uid.pod(index));
-            let Some(node) = self.cluster.nodes.get(&id).filter(free) else {
-                self.scheduler.engine.release(shape, &seat);
-                continue;
-            };
-            let share = |i: &usize| GpuShare {
-                uuid: node.record.inventory.gpus[*i].uuid.clone(),
-                milli: shape.gpu_milli,
-            };
-            let charge = Charge {
-                cpu: berth_protocol::units::MilliCpu(shape.cpu_milli),
-                memory: berth_protocol::units::Bytes(shape.memory_bytes),
-                gpus: seat.devices.iter().map(share).collect(),
-                gpu_memory: berth_protocol::units::Bytes(shape.gpu_memory_bytes),
-            };
-            self.place(now, uid, index, id, charge);
-        }
-        if let Some(job) = self.cluster.jobs.get(uid)
-            && job.waiting().is_empty()
-        {
-            self.scheduler.dequeue(uid, job);
+        let class = self.scheduler.classify(job).and_then(|id| self.scheduler.classes.get(id));
+        if let Some(book) = class.map(place::Class::book) {
+            self.survey_book(book);
         }
     }
 }

@@ -2,4 +2,5 @@
 
 mod chaos;
 mod scenarios;
+mod scheduling;
 mod world;

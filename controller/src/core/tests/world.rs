@@ -236,6 +236,7 @@ fn config(term: u64) -> Config {
         store: StoreId::parse("store-1").unwrap(),
         term: Term(term),
         depot_url: "http://127.0.0.1:7420".to_owned(),
+        namespaces: BTreeMap::new(),
         secret: [7; 32],
         seed: 42 + term,
     }
