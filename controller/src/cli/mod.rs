@@ -1,6 +1,6 @@
 //! The command-line client `berth`: speaks MQTT with the controller and HTTP with its depot, and nothing else.
 //!
-//! It knows the protocol and none of the daemon's parts. Everything that decides (exit codes, the order of log
+//! It knows the protocol and none of the daemon's parts, but for the scheduler that it simulates. Everything that decides (exit codes, the order of log
 //! records, tables, archives' contents) is apart from what talks, so that it can be tested without a broker.
 
 mod act;
@@ -22,6 +22,7 @@ mod order;
 mod render;
 mod run;
 mod shell;
+mod simulate;
 mod submit;
 mod table;
 mod wait;
@@ -81,6 +82,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
             Verb::Resume(args) => act::command(&settings, act::RESUME, args).await,
             Verb::Restart(args) => act::command(&settings, act::RESTART, args).await,
             Verb::Explain(args) => act::explain(&settings, args).await,
+            Verb::Simulate(args) => simulate::simulate(&settings, args).await,
             Verb::Version(args) => act::version(&settings, args).await,
             Verb::Schema | Verb::Completion { .. } | Verb::Man { .. } => Ok(0),
         }
