@@ -116,6 +116,9 @@ struct Settings {
     /// Log of one pod at most; the oldest part goes first [default: 16Mi]
     #[arg(long, env = "BERTH_LOG_MAX", value_name = "SIZE")]
     log_max: Option<String>,
+    /// Bytes a second that checkpoints may take of the network, as `100Mi` [default: no bound]
+    #[arg(long, env = "BERTH_CHECKPOINT_RATE", value_name = "SIZE")]
+    checkpoint_rate: Option<String>,
     /// All that a pod may write outside its volumes, on the node's disk [default: no bound]
     #[arg(long, env = "BERTH_SCRATCH_MAX", value_name = "SIZE")]
     scratch_max: Option<String>,
@@ -152,6 +155,8 @@ pub struct Config {
     pub insecure: Vec<String>,
     pub registry_auth: Option<PathBuf>,
     pub log_bytes_max: Bytes,
+    /// Zero: no bound.
+    pub checkpoint_rate: Bytes,
     /// Zero: no bound.
     pub scratch_bytes_max: Bytes,
 }
@@ -293,6 +298,10 @@ impl Config {
             insecure: pick!(insecure).unwrap_or_default(),
             registry_auth: pick!(registry_auth),
             log_bytes_max: Bytes::parse(&log_max).context("--log-max")?,
+            checkpoint_rate: match pick!(checkpoint_rate) {
+                Some(rate) => Bytes::parse(&rate).context("--checkpoint-rate")?,
+                None => Bytes::ZERO,
+            },
             scratch_bytes_max: pick!(scratch_max)
                 .map_or(Ok(Bytes::ZERO), |size| Bytes::parse(&size))
                 .context("--scratch-max")?,

@@ -1,5 +1,7 @@
 //! The agent's loop: event → core → records on disk → actions. Everything else in `io` only feeds or serves it.
 
+mod stores;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -7,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use berth_protocol::codec::{self, CodecError};
-use berth_protocol::ids::{IdError, LedgerId, SessionNonce};
+use berth_protocol::ids::{Digest, IdError, LedgerId, SessionNonce};
 use berth_protocol::job::PodTemplate;
 use berth_protocol::message::node::{DepotAccess, HeldPod, NodeRequest, Request, SpecMessage};
 use berth_protocol::topic::{NodeTopic, Topic};
@@ -24,9 +26,10 @@ use crate::io::journal::{Journal, JournalError};
 use crate::io::logs::Followers;
 use crate::io::network::{self, Bridge};
 use crate::io::prepare::Preparer;
-use crate::io::probe::{Probe, ProbeConfig, criu};
+use crate::io::probe::criu::{self, Criu};
+use crate::io::probe::{Probe, ProbeConfig};
 use crate::io::shims::Shims;
-use crate::io::{clock, depot, logs, notify, outputs};
+use crate::io::{checkpoint, clock, notify};
 use crate::shim;
 use crate::task::{Order, Report, Task};
 
@@ -68,6 +71,7 @@ struct Agency {
     preparing: BTreeMap<PodKey, JoinHandle<()>>,
     bridge: Option<Bridge>,
     depot: Option<DepotAccess>,
+    criu: Option<Criu>,
     followers: Followers,
     events: mpsc::UnboundedSender<Event>,
     /// Messages refused since the start, by kind; each kind is logged once.
@@ -78,7 +82,7 @@ struct Agency {
 enum Input {
     Event(Event),
     Logs(NodeRequest),
-    Criu(Option<String>),
+    Criu(Option<Criu>),
 }
 
 impl Input {
@@ -132,6 +136,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         preparing: BTreeMap::new(),
         bridge,
         depot: None,
+        criu: None,
         followers: Followers::default(),
         events,
         refused: BTreeMap::new(),
@@ -236,8 +241,9 @@ impl Agency {
                     self.follow(request);
                     continue;
                 }
-                Input::Criu(version) => {
-                    self.probe.set_criu(version);
+                Input::Criu(criu) => {
+                    self.probe.set_criu(criu.as_ref().map(|criu| criu.version.clone()));
+                    self.criu = criu;
                     Event::Inventory(Box::new(self.probe.inventory().clone()))
                 }
             };
@@ -250,8 +256,8 @@ impl Agency {
                 match action {
                     // The ledger names nothing of what this makes, so it need not wait for the disk; and what is ready
                     // at once, as host images are, shares one sync with the orders.
-                    Action::Prepare { key, template } => {
-                        let ready = self.prepare(key, template);
+                    Action::Prepare { key, template, from } => {
+                        let ready = self.prepare(key, template, from);
                         inputs.extend(ready.map(Input::Event));
                     }
                     action => actions.push(action),
@@ -312,6 +318,8 @@ impl Agency {
         let templates: Vec<PodTemplate> = self.core.specs().cloned().collect();
         let preparer = self.preparer.clone();
         tokio::spawn(async move { preparer.collect(templates.iter()).await });
+        let pods = &self.core.ledger().pods;
+        checkpoint::collect(&self.checkpoints_kept(), |pod| pods.keys().any(|key| key.pod == *pod));
     }
 
     async fn perform(&mut self, actions: Vec<Action>) {
@@ -330,8 +338,8 @@ impl Agency {
                     self.bus.publish(&self.topic(NodeTopic::Heartbeat), &*heartbeat);
                 }
                 Action::Events(events) => drop(self.bus.publish(&self.topic(NodeTopic::Event), &events)),
-                Action::Prepare { key, template } => {
-                    let ready = self.prepare(key, template);
+                Action::Prepare { key, template, from } => {
+                    let ready = self.prepare(key, template, from);
                     ready.into_iter().for_each(|event| drop(self.events.send(event)));
                 }
                 Action::CancelPrepare { key } => {
@@ -345,6 +353,9 @@ impl Agency {
                 Action::Kill { key, run } => self.shims.kill(&key, run),
                 Action::StoreLog { key } => self.store_log(key),
                 Action::StoreOutputs { key } => self.store_outputs(key),
+                Action::StoreCheckpoint { key, run, spec, saved } => {
+                    self.store_checkpoint(key, run, spec, *saved);
+                }
                 Action::Drop { key } => self.shims.drop_pod(&key),
                 Action::Depot(access) => self.depot = Some(access),
                 Action::Warn(text) => tracing::warn!("{text}"),
@@ -353,11 +364,16 @@ impl Agency {
     }
 
     /// Begins to prepare a pod, and returns the result where nothing has to be waited for.
-    fn prepare(&mut self, key: PodKey, template: Box<PodTemplate>) -> Option<Event> {
+    fn prepare(&mut self, key: PodKey, template: Box<PodTemplate>, from: Option<Digest>) -> Option<Event> {
         let (preparer, events, depot) = (self.preparer.clone(), self.events.clone(), self.depot.clone());
-        let name = key.clone();
+        let (name, dir) = (key.clone(), self.shims.pod_dir(&key));
         let mut work = Box::pin(async move {
-            let result = preparer.prepare(&name, &template, depot.as_ref(), &events).await;
+            let mut result = preparer.prepare(&name, &template, depot.as_ref(), &events).await;
+            if let (Ok(_), Some(from)) = (&result, from)
+                && let Err(unready) = preparer.bring(&name, from, &template, &dir, depot.as_ref()).await
+            {
+                result = Err(unready);
+            }
             Event::Prepared { key: name, result }
         });
         if let Some(event) = work.as_mut().now_or_never() {
@@ -403,7 +419,7 @@ impl Agency {
     }
 
     fn try_launch(&mut self, launch: Launch) -> Result<(), String> {
-        let Launch { key, run, template, prepared, gpus, slot } = launch;
+        let Launch { key, run, template, prepared, gpus, slot, restore } = launch;
         let network = match (&self.bridge, slot) {
             (Some(bridge), Some(index)) => {
                 let index = u8::try_from(index).unwrap_or(u8::MAX);
@@ -424,6 +440,8 @@ impl Agency {
             network,
             cgroup_parent: self.cgroup_parent(),
             log_bytes_max: self.config.log_bytes_max,
+            criu: self.criu.as_ref().map(|criu| criu.path.clone()),
+            restore,
             scratch_bytes_max: self.config.scratch_bytes_max,
             template,
         };
@@ -433,42 +451,14 @@ impl Agency {
         }
         Ok(())
     }
-
-    fn store_log(&self, key: PodKey) {
-        let (events, access) = (self.events.clone(), self.depot.clone());
-        let dir = self.shims.pod_dir(&key);
-        tokio::spawn(async move {
-            let put = async {
-                let access = access.as_ref().ok_or(depot::DepotError::NoAccess)?;
-                depot::put_log(access, &key.pod, key.epoch, logs::segments(&dir).await).await
-            };
-            let stored = put.await;
-            if let Err(error) = &stored {
-                tracing::debug!("log of pod {key} is not in the depot yet: {error}");
-            }
-            let _ = events.send(Event::LogStored { key, stored: stored.is_ok() });
-        });
-    }
-
-    fn store_outputs(&self, key: PodKey) {
-        let (events, access) = (self.events.clone(), self.depot.clone());
-        let dir = self.shims.pod_dir(&key);
-        tokio::spawn(async move {
-            let result = outputs::store(access.as_ref(), &dir).await;
-            if let Err(error) = &result {
-                tracing::warn!("outputs of pod {key} are not in the depot yet: {error}");
-            }
-            let _ = events.send(Event::OutputsStored { key, result });
-        });
-    }
 }
 
-/// The version of a CRIU that works; looked for beside everything else, since its own check takes a while.
-async fn find_criu(configured: Option<PathBuf>) -> Option<String> {
+/// A CRIU that works; looked for beside everything else, since its own check takes a while.
+async fn find_criu(configured: Option<PathBuf>) -> Option<Criu> {
     let program = std::env::current_exe().ok();
     let path = std::env::var("PATH").unwrap_or_default();
     match criu::find(&criu::candidates(configured.as_deref(), program.as_deref(), &path)).await {
-        Ok(criu) => Some(criu.version),
+        Ok(criu) => Some(criu),
         Err(error) => {
             tracing::info!("no transparent checkpoints on this node: {error}");
             None

@@ -10,7 +10,9 @@
 //! | `exit-{run}.json` | shim, durably, before anyone is told | [`Exit`]; nothing of the run is alive |
 //! | `outputs.tar.gz` | shim, before the exit file | what the template's `outputs` name, where any was there |
 //! | `log/` | shim | the epoch's log, all runs of it, in segments named by their first record's seq |
-//! | `upper/ work/ rootfs/ …` | shim | a container's file system while it lives |
+//! | `root/{container}/…` | shim | a container's file system while it lives |
+//! | `checkpoints/{level}/` | shim | a checkpoint, whole once it has this name: [`Saved`] in `saved.json`, and each container's part |
+//! | `restore/` | agent | the checkpoint to begin from, laid out likewise |
 //!
 //! A shim serves one run. It makes the containers, waits for [`Order::Start`], and ends when the run has ended.
 //! Agents come and go on the socket; a shim without one goes on to its deadline.
@@ -18,10 +20,11 @@
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
+use berth_protocol::checkpoint::CheckpointKind;
 use berth_protocol::ids::{ContainerName, Epoch, NodeId, PodId, Run};
 use berth_protocol::job::PodTemplate;
 use berth_protocol::pod::Outcome;
-use berth_protocol::units::{BootMs, Bytes, Millis};
+use berth_protocol::units::{BootMs, Bytes, Millis, Timestamp};
 use serde::{Deserialize, Serialize};
 
 /// All that a shim needs to know to run a pod once.
@@ -50,6 +53,12 @@ pub struct Task {
     pub log_bytes_max: Bytes,
     /// Writable layers together; zero: no bound.
     pub scratch_bytes_max: Bytes,
+    /// A CRIU that works here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub criu: Option<PathBuf>,
+    /// Begin from the checkpoint in the pod's `restore/`, every byte of which was verified.
+    #[serde(default)]
+    pub restore: bool,
 }
 
 /// Where a container's root file system comes from.
@@ -126,6 +135,13 @@ pub enum Order {
     Follow {
         follow: bool,
     },
+    /// Take a checkpoint; with `hold` the pod stands still afterwards, until it is stopped or released.
+    Save {
+        level: u64,
+        hold: bool,
+    },
+    /// Ends a hold: the pod goes on.
+    Release,
 }
 
 /// Until when a pod may run unrenewed, on CLOCK_BOOTTIME; what happens then is in the template's `on_disconnect`.
@@ -147,7 +163,7 @@ pub enum Report {
     },
     Running {
         run: Run,
-        started_at: berth_protocol::units::Timestamp,
+        started_at: Timestamp,
     },
     /// Frozen and confirmed by the kernel.
     Paused {
@@ -162,6 +178,47 @@ pub enum Report {
     Log {
         seq: u64,
     },
+    /// The start was granted; the programs are being brought back from their checkpoint.
+    Restoring {
+        run: Run,
+    },
+    /// The checkpoint of this level is on disk, in `checkpoints/{level}/`.
+    Saved {
+        run: Run,
+        saved: Saved,
+    },
+    /// It could not be taken; the pod goes on as before.
+    SaveFailed {
+        run: Run,
+        level: u64,
+        why: String,
+    },
+}
+
+/// A checkpoint as its shim made it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Saved {
+    pub level: u64,
+    pub at: Timestamp,
+    pub kind: CheckpointKind,
+    /// From the order to the programs' going on, or to the end of the saving where they are held.
+    pub frozen_ms: u64,
+    /// Records of the epoch's log when the programs stood.
+    pub log_records: u64,
+    /// In the template's order.
+    pub containers: Vec<SavedContainer>,
+}
+
+/// What a restore must know of a container's images and cannot ask of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SavedContainer {
+    pub name: ContainerName,
+    /// Standard output and error, as CRIU names them; none that the program had closed.
+    pub pipes: Vec<Option<String>>,
+    /// Mounts that come from outside the container, by where they were.
+    pub mounts: Vec<String>,
 }
 
 /// How a run ended; once this file is there, nothing of the run is alive.
@@ -190,6 +247,13 @@ pub mod file {
     pub const LOG_DIR: &str = "log";
     /// What the template's `outputs` name, archived at the end of the last run that had them.
     pub const OUTPUTS: &str = "outputs.tar.gz";
+
+    /// Checkpoints taken here, a directory each, named by its level.
+    pub const CHECKPOINTS_DIR: &str = "checkpoints";
+    /// The checkpoint that the next run begins from.
+    pub const RESTORE_DIR: &str = "restore";
+    /// Within a checkpoint: what the shim says of it.
+    pub const SAVED: &str = "saved.json";
 
     pub fn exit(run: berth_protocol::ids::Run) -> String {
         format!("exit-{run}.json")

@@ -204,7 +204,7 @@ impl Node {
             let later = |ms, event| Out::Later { ms, event };
             match action {
                 Action::Hello(_) | Action::Heartbeat(_) | Action::Events(_) => out.push(Out::Send(action)),
-                Action::Prepare { key, template } => {
+                Action::Prepare { key, template, .. } => {
                     let prepared = Prepared {
                         roots: vec![Root::Host; template.containers.len()],
                         volumes: Vec::new(),
@@ -229,6 +229,14 @@ impl Node {
                     let report = Report::Created { run: launch.run };
                     out.push(later(10, Event::Shim { key: launch.key, report }));
                 }
+                // Its nodes have no CRIU.
+                Action::Order { key, order: Order::Save { level, .. } } => {
+                    if let Some(run) = self.shims.get(&key).map(|shim| shim.run) {
+                        let why = "no CRIU".to_owned();
+                        let report = Report::SaveFailed { run, level, why };
+                        out.push(later(5, Event::Shim { key, report }));
+                    }
+                }
                 Action::Order { key, order } => {
                     if let Some(shim) = self.shims.get_mut(&key) {
                         shim.order(now.boot, order);
@@ -252,7 +260,11 @@ impl Node {
                 Action::StoreOutputs { key } => {
                     out.push(later(5, Event::OutputsStored { key, result: Ok(None) }));
                 }
-                Action::CancelPrepare { .. } | Action::Drop { .. } | Action::Depot(_) | Action::Warn(_) => {}
+                Action::CancelPrepare { .. }
+                | Action::Drop { .. }
+                | Action::Depot(_)
+                | Action::StoreCheckpoint { .. }
+                | Action::Warn(_) => {}
             }
         }
         out
@@ -280,7 +292,7 @@ impl Shim {
                 let at = now.plus(Millis(grace.0 / 2));
                 self.kill_at = Some(self.kill_at.map_or(at, |kill_at| kill_at.min(at)));
             }
-            Order::Follow { .. } => {}
+            Order::Follow { .. } | Order::Save { .. } | Order::Release => {}
         }
     }
 

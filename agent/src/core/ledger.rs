@@ -11,6 +11,8 @@ use berth_protocol::pod::Outcome;
 use berth_protocol::units::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::task::Saved;
+
 /// One placement of a pod: the unit that an agent holds.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PodKey {
@@ -119,8 +121,35 @@ pub struct PodEntry {
     /// The pod's place on the node's bridge.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slot: Option<u16>,
+    #[serde(default)]
+    pub checkpoints: Checkpoints,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<Ended>,
+}
+
+/// How far the pod's checkpoints came.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Checkpoints {
+    /// The highest level begun; none at or below it is tried again.
+    pub tried: u64,
+    /// The shim was told to take it.
+    pub saving: bool,
+    /// The shim holds the pod still once it is taken.
+    pub hold: bool,
+    /// On this node's disk, and not yet in the depot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub saved: Option<Saved>,
+    /// The last one in the depot: its level, and the number of the event that told it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stored: Option<(u64, u64)>,
+}
+
+impl Checkpoints {
+    /// Of the run before nothing more is to come.
+    pub fn new_run(&mut self) {
+        (self.saving, self.hold, self.saved) = (false, false, None);
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,6 +174,7 @@ impl PodEntry {
             retry_at: None,
             failures: 0,
             slot: None,
+            checkpoints: Checkpoints::default(),
             ended: None,
         }
     }

@@ -3,9 +3,11 @@
 //! Records are changes of the ledger; the loop has them on disk before it performs the actions beside them. All
 //! state that a restart may lose (what shims report, which pulls run) is rebuilt by asking, never remembered.
 
+pub mod checkpoints;
 pub mod grants;
 pub mod ledger;
 mod pods;
+mod restart;
 mod settle;
 #[cfg(test)]
 mod tests;
@@ -13,6 +15,7 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
+use berth_protocol::checkpoint::CheckpointInfo;
 use berth_protocol::ids::{BootId, Digest, Generation, HardwareId, LedgerId, Run, SessionNonce, StoreId};
 use berth_protocol::job::PodTemplate;
 use berth_protocol::limits;
@@ -24,7 +27,8 @@ use berth_protocol::pod::Goal;
 use berth_protocol::resources::{GpuShare, Inventory, Usage};
 use berth_protocol::units::{BootMs, Bytes, Millis, Timestamp};
 
-use crate::task::{Exit, Order, Report, Root};
+use crate::task::{Exit, Order, Report, Root, Saved};
+use checkpoints::NotStored;
 use grants::Grants;
 use ledger::{Judgement, Ledger, PodKey, Record};
 use pods::Live;
@@ -75,6 +79,17 @@ pub enum Event {
         key: PodKey,
         result: Result<Option<(Digest, Bytes)>, String>,
     },
+    /// A checkpoint is on its way: bytes sent, and in all.
+    Storing {
+        key: PodKey,
+        done: Bytes,
+        total: Bytes,
+    },
+    CheckpointStored {
+        key: PodKey,
+        level: u64,
+        result: Result<Box<CheckpointInfo>, NotStored>,
+    },
     Inventory(Box<Inventory>),
     Tick,
 }
@@ -106,6 +121,8 @@ pub enum Action {
     Prepare {
         key: PodKey,
         template: Box<PodTemplate>,
+        /// The checkpoint to begin from, to be brought here as well.
+        from: Option<Digest>,
     },
     CancelPrepare {
         key: PodKey,
@@ -131,6 +148,13 @@ pub enum Action {
     StoreOutputs {
         key: PodKey,
     },
+    /// Send what the shim has saved to the depot.
+    StoreCheckpoint {
+        key: PodKey,
+        run: Run,
+        spec: Digest,
+        saved: Box<Saved>,
+    },
     /// Nobody needs the pod's directory any more.
     Drop {
         key: PodKey,
@@ -148,6 +172,8 @@ pub struct Launch {
     pub prepared: Prepared,
     pub gpus: Vec<GpuShare>,
     pub slot: Option<u16>,
+    /// From the checkpoint that was brought here.
+    pub restore: bool,
 }
 
 /// What follows from an event: first the records, durably, then the actions, in order.
@@ -255,6 +281,15 @@ impl Agent {
             Event::Gone { key, exit, why } => self.gone(now, &key, exit, why),
             Event::LogStored { key, stored } => self.log_stored(now, &key, stored),
             Event::OutputsStored { key, result } => self.outputs_stored(now, &key, result),
+            Event::Storing { key, done, total } => {
+                self.live
+                    .get_mut(&key)
+                    .into_iter()
+                    .for_each(|live| live.checkpoint.progress = Some((done, total)));
+            }
+            Event::CheckpointStored { key, level, result } => {
+                self.checkpoint_stored(now, &key, level, result);
+            }
         }
         self.send_events(now);
         std::mem::take(&mut self.out)
@@ -367,6 +402,10 @@ impl Agent {
             let (done, total) = live.pull?;
             Some(PullProgress { pod: key.pod.clone(), epoch: key.epoch, done, total })
         });
+        let saves = self.live.iter().filter_map(|(key, live)| {
+            let (done, total) = live.checkpoint.progress?;
+            Some(PullProgress { pod: key.pod.clone(), epoch: key.epoch, done, total })
+        });
         let heartbeat = Heartbeat {
             nonce: self.nonce.clone(),
             seq,
@@ -377,7 +416,7 @@ impl Agent {
             held,
             usage: Usage::default(),
             pulls: pulls.collect(),
-            saves: Vec::new(),
+            saves: saves.collect(),
             restores: Vec::new(),
         };
         self.act(Action::Heartbeat(Box::new(heartbeat)));
@@ -395,6 +434,7 @@ impl Agent {
             self.act(Action::Depot(depot));
             for live in self.live.values_mut() {
                 live.store_at = None;
+                live.checkpoint.retry_now();
             }
         }
         let Some(grown) = self.grants.receive(&self.nonce, &lease) else { return };
@@ -409,6 +449,7 @@ impl Agent {
             self.reconcile(now, key);
         }
         if acks {
+            self.reconcile_leaving(now);
             self.reconcile_ended(now);
         }
         if !self.grants.is_unanswered() {

@@ -1,13 +1,15 @@
 //! One pod on its node: from the order to its end. `reconcile` compares what is wanted with what is there and takes
 //! the next step, however often it is asked.
 
-use berth_protocol::ids::{Digest, Run};
-use berth_protocol::job::{DisconnectAction, PodTemplate, Restart, RestartPolicy};
+use berth_protocol::ids::Run;
+use berth_protocol::job::{DisconnectAction, PodTemplate};
 use berth_protocol::message::node::PodChange;
-use berth_protocol::pod::{Cause, Goal, Outcome};
+use berth_protocol::pod::{Cause, Goal, Outcome, RESTORE_FAILED};
 use berth_protocol::units::{BootMs, Bytes, Millis};
 
+use super::checkpoints::{self, Leaving, Storing};
 use super::ledger::{Ended, PodEntry, PodKey, Record};
+use super::restart::{Next, after_run, doubled};
 use super::{Action, Agent, Launch, Now, Prepared, Unready};
 use crate::task::{Exit, Lease, Order, Report};
 
@@ -28,6 +30,7 @@ pub(super) struct Live {
     pub(super) storing: bool,
     pub(super) store_failures: u32,
     pub(super) store_at: Option<BootMs>,
+    pub(super) checkpoint: Storing,
 }
 
 #[derive(Debug, Default)]
@@ -60,48 +63,6 @@ const PREP_RETRY_MS: u64 = 2_000;
 /// Beyond the end of a lease that the shim keeps itself, the agent ends the pod.
 const SHIM_SLACK: Millis = Millis::from_secs(1);
 
-/// `base_ms` doubled that many times, at most `max_ms`.
-pub(super) fn doubled(base_ms: u64, times: u32, max_ms: u64) -> Millis {
-    Millis(base_ms.saturating_mul(1 << times.min(32)).min(max_ms))
-}
-
-/// The pause before the run after `failures` failures in a row: doubling from `retry_min` to `retry_max`, less up
-/// to a tenth that the pod's name decides, so that a crowd does not come back at once.
-fn backoff(restart: &Restart, key: &PodKey, failures: u32) -> Millis {
-    let whole = doubled(restart.retry_min.0, failures.saturating_sub(1), restart.retry_max.0);
-    let digest = Digest::of(format!("{key}/{failures}").as_bytes()).hex();
-    let share = u64::from_str_radix(&digest[..4], 16).unwrap_or(0);
-    whole.saturating_sub(Millis(whole.0 / 10 * share / 0xffff))
-}
-
-/// What follows the end of a run.
-enum Next {
-    Retry(Millis),
-    End,
-}
-
-fn after_run(template: &PodTemplate, key: &PodKey, entry: &PodEntry, outcome: &Outcome) -> Next {
-    let restart = &template.restart;
-    if entry.desired.goal != Goal::Run {
-        return Next::End;
-    }
-    match (outcome.cause, restart.policy) {
-        (Cause::Eviction, _) | (_, RestartPolicy::Never) | (Cause::Success, RestartPolicy::OnFailure) => {
-            Next::End
-        }
-        (Cause::Success, RestartPolicy::Always) => Next::Retry(backoff(restart, key, 1)),
-        (Cause::Failure, RestartPolicy::OnFailure | RestartPolicy::Always) => {
-            let failures = entry.failures + 1;
-            let all = entry.desired.failures + u64::from(failures);
-            if all > u64::from(restart.backoff_limit) {
-                Next::End
-            } else {
-                Next::Retry(backoff(restart, key, failures))
-            }
-        }
-    }
-}
-
 impl Agent {
     /// At the agent's start: what the ledger says may live is looked for before anything else is decided.
     pub(super) fn adopt(&mut self, now: Now, key: &PodKey) {
@@ -128,7 +89,7 @@ impl Agent {
             return live.store_at.filter(|_| !live.storing);
         }
         let end = matches!(live.shim, Shim::Running).then(|| self.lease_end(key, entry)).flatten();
-        [live.prep_at, live.retry_at, end].into_iter().flatten().min()
+        [live.prep_at, live.retry_at, end, live.checkpoint.wake()].into_iter().flatten().min()
     }
 
     fn template(&self, entry: &PodEntry) -> Option<&PodTemplate> {
@@ -193,6 +154,10 @@ impl Agent {
         match entry.desired.goal {
             Goal::Run => Wanted::Run,
             Goal::Pause => Wanted::Pause,
+            Goal::Vacate if entry.may_be_alive() => match self.leaving(entry) {
+                Leaving::NotYet => Wanted::Run,
+                leaving => Wanted::Stop { at_once: leaving == (Leaving::Now { at_once: true }) },
+            },
             Goal::Stop | Goal::Vacate => Wanted::Stop { at_once: false },
         }
     }
@@ -218,6 +183,7 @@ impl Agent {
             return;
         };
         let lease = self.lease_of(now, key, template);
+        let vacates = entry.desired.goal == Goal::Vacate;
         let grace =
             if matches!(wanted, Wanted::Stop { at_once: true }) { Millis::ZERO } else { template.grace };
         let live = self.live.entry(key.clone()).or_default();
@@ -227,6 +193,11 @@ impl Agent {
             (Shim::None, Wanted::Stop { .. }) => return self.stopped_before_start(now, key),
             (Shim::None, Wanted::Pause | Wanted::Quarantine) => return,
             (_, Wanted::Stop { .. }) if !live.stop_sent => {
+                live.stop_sent = true;
+                Order::Stop { grace }
+            }
+            // Not begun, it has nothing to be saved.
+            (Shim::Launched | Shim::Created, Wanted::Run) if vacates && !live.stop_sent => {
                 live.stop_sent = true;
                 Order::Stop { grace }
             }
@@ -242,9 +213,19 @@ impl Agent {
                 live.pause_sent = false;
                 Order::Pause { pause: false }
             }
+            (Shim::Running | Shim::Paused, Wanted::Run) => return self.checkpoints(now, key, vacates),
             _ => return,
         };
         self.act(Action::Order { key: key.clone(), order });
+    }
+
+    /// What a pod that runs as it should has to do with checkpoints.
+    fn checkpoints(&mut self, now: Now, key: &PodKey, vacates: bool) {
+        self.store_checkpoint(now, key);
+        let released = !vacates && self.release(key);
+        if !released && self.live.get(key).is_some_and(|live| live.shim == Shim::Running) {
+            self.checkpoint(now, key);
+        }
     }
 
     /// Towards the next run: prepare, then launch.
@@ -261,7 +242,8 @@ impl Agent {
             Prep::No if due(live.prep_at) => {
                 live.prep = Prep::Busy;
                 live.prep_at = None;
-                self.act(Action::Prepare { key: key.clone(), template: Box::new(template) });
+                let from = entry.desired.from.filter(|_| entry.run == Run::default());
+                self.act(Action::Prepare { key: key.clone(), template: Box::new(template), from });
             }
             Prep::Ready(prepared) if due(live.retry_at) => {
                 let prepared = prepared.clone();
@@ -269,9 +251,11 @@ impl Agent {
                 live.retry_at = None;
                 (live.stop_sent, live.pause_sent) = (false, false);
                 let mut entry = entry.clone();
+                let restore = entry.desired.from.is_some() && entry.run == Run::default();
                 entry.run = entry.run.next();
                 entry.run_over = false;
                 entry.retry_at = None;
+                entry.checkpoints.new_run();
                 if template.network == berth_protocol::job::Network::Bridge && entry.slot.is_none() {
                     entry.slot = Some(self.ledger.free_slot());
                 }
@@ -282,6 +266,7 @@ impl Agent {
                     prepared,
                     gpus: entry.desired.gpus.clone(),
                     slot: entry.slot,
+                    restore,
                 };
                 self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
                 self.pod_event(now, key, launch.run, PodChange::Starting);
@@ -337,9 +322,11 @@ impl Agent {
                 self.warn(format!("pod {key}: {}: {}; trying again", unready.reason, unready.message));
             }
             Err(unready) => {
+                // Another checkpoint, or node, may serve.
+                let evicted = unready.reason == RESTORE_FAILED;
                 let outcome = Outcome {
                     exit_code: None,
-                    cause: Cause::Failure,
+                    cause: if evicted { Cause::Eviction } else { Cause::Failure },
                     reason: Some(unready.reason),
                     message: Some(unready.message),
                     started_at: None,
@@ -362,8 +349,20 @@ impl Agent {
             Report::Running { run, .. } => (run, Shim::Running),
             Report::Paused { run, .. } => (run, Shim::Paused),
             Report::Exited { exit } => return self.run_over(now, key, exit),
-            Report::Log { .. } => return,
+            Report::Saved { run, saved } if run == current => return self.saved(now, key, saved),
+            Report::SaveFailed { run, level, why } if run == current => {
+                return self.save_failed(now, key, level, why);
+            }
+            Report::Restoring { run } if run == current => {
+                self.pod_event(now, key, run, PodChange::Restoring);
+                return;
+            }
+            Report::Log { .. }
+            | Report::Restoring { .. }
+            | Report::Saved { .. }
+            | Report::SaveFailed { .. } => return,
         };
+        let held = self.is_held(key);
         let Some(live) = self.live.get_mut(key).filter(|live| run == current && live.shim != Shim::Dying)
         else {
             return;
@@ -372,8 +371,10 @@ impl Agent {
         if before == Shim::Unknown {
             // The shim was found again: it may not have heard the last grant or order.
             self.renewed(key);
+            self.ask_saving(key);
         } else if before != shim {
             match shim {
+                Shim::Paused if held => {}
                 Shim::Running => drop(self.pod_event(now, key, run, PodChange::Running)),
                 Shim::Paused => drop(self.pod_event(now, key, run, PodChange::Paused)),
                 _ => {}
@@ -411,6 +412,8 @@ impl Agent {
         if exit.run != entry.run || !entry.may_be_alive() {
             return;
         }
+        let mut exit = exit;
+        checkpoints::name_end(entry, &mut exit.outcome);
         let Some(template) = self.template(entry) else { return self.end(now, key, exit.outcome) };
         match after_run(template, key, entry, &exit.outcome) {
             Next::End => self.end(now, key, exit.outcome),

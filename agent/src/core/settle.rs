@@ -5,7 +5,8 @@ use berth_protocol::message::node::PodChange;
 use berth_protocol::units::Bytes;
 
 use super::ledger::{Ended, PodKey, Record};
-use super::pods::{Live, doubled};
+use super::pods::Live;
+use super::restart::doubled;
 use super::{Action, Agent, Now};
 
 const STORE_RETRY_MS: u64 = 5_000;

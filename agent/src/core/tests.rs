@@ -1,16 +1,20 @@
 //! Orders and happenings in, what the agent does about them out.
 
+use berth_protocol::checkpoint::{CheckpointInfo, CheckpointKind};
 use berth_protocol::ids::{Epoch, Generation, JobUid, StoreId, Term};
 use berth_protocol::job::{Network, RestartPolicy};
 use berth_protocol::message::node::Covers;
-use berth_protocol::pod::{Cause, Goal, Outcome};
+use berth_protocol::pod::{Cause, Goal, Outcome, VACATED};
 use berth_protocol::resources::CgroupVersion;
 
+use super::checkpoints::NotStored;
 use super::*;
-use crate::task::Root;
+use crate::task::{Root, Saved};
 
 /// An agent with the world around it played by hand.
 struct Bench {
+    /// The checkpoint level of the next orders.
+    level: u64,
     agent: Agent,
     disk: Ledger,
     now: Now,
@@ -88,7 +92,7 @@ impl Bench {
         };
         let now = Now { wall: Timestamp(1_000_000), boot: BootMs(1_000_000) };
         let (agent, step) = Agent::start(disk.clone(), identity, inventory(), now);
-        let mut bench = Self { agent, disk, now, generation: 0, heartbeat: None };
+        let mut bench = Self { agent, disk, now, generation: 0, level: 0, heartbeat: None };
         bench.take(step);
         bench.event(Event::BusUp);
         bench
@@ -114,6 +118,7 @@ impl Bench {
                             let what = match event.change {
                                 PodChange::Ended { outcome } => format!("ended {:?}", outcome.cause),
                                 PodChange::Retrying { .. } => "retrying".into(),
+                                PodChange::Checkpointed { info } => format!("checkpointed {}", info.level),
                                 other => format!("{other:?}").to_lowercase(),
                             };
                             lines.push(format!("tell {}.{} {what}", event.pod, event.epoch));
@@ -130,11 +135,16 @@ impl Bench {
                     Order::Pause { pause } => format!("pause {key} {pause}"),
                     Order::Stop { grace } => format!("stop {key} {grace}"),
                     Order::Follow { .. } => format!("follow {key}"),
+                    Order::Save { level, hold } => format!("save {key} {level} {hold}"),
+                    Order::Release => format!("release {key}"),
                 },
                 Action::Adopt { key, .. } => format!("adopt {key}"),
                 Action::Kill { key, .. } => format!("kill {key}"),
                 Action::StoreLog { key } => format!("store log {key}"),
                 Action::StoreOutputs { key } => format!("store outputs {key}"),
+                Action::StoreCheckpoint { key, saved, .. } => {
+                    format!("store checkpoint {key} {}", saved.level)
+                }
                 Action::Drop { key } => format!("drop {key}"),
                 Action::Depot(_) => "depot".into(),
                 Action::Warn(text) => format!("warn {text}"),
@@ -167,7 +177,7 @@ impl Bench {
             epoch: key.epoch,
             spec: digest(template),
             goal: *goal,
-            checkpoint: 0,
+            checkpoint: self.level,
             from: None,
             gpus: Vec::new(),
             failures: 0,
@@ -365,4 +375,90 @@ fn a_ledger_survives_its_snapshot() {
     let mut again = Ledger::default();
     bench.disk.snapshot().iter().for_each(|record| again.apply(record));
     assert_eq!(again, bench.disk);
+}
+
+fn saved(level: u64) -> Report {
+    let saved = Saved {
+        level,
+        at: Timestamp(0),
+        kind: CheckpointKind::Criu,
+        frozen_ms: 1,
+        log_records: 0,
+        containers: vec![],
+    };
+    Report::Saved { run: Run(1), saved }
+}
+
+fn stored(level: u64) -> Event {
+    let info = CheckpointInfo {
+        id: Digest::of(b"manifest"),
+        level,
+        at: Timestamp(0),
+        kind: CheckpointKind::Criu,
+        bytes: Bytes(1),
+        new_bytes: Bytes(1),
+        frozen_ms: 1,
+        log_records: 0,
+        needs: Default::default(),
+    };
+    Event::CheckpointStored { key: key(0, 1), level, result: Ok(Box::new(info)) }
+}
+
+#[test]
+fn a_level_is_taken_once_and_what_failed_is_said() {
+    let template = template(RestartPolicy::Never);
+    let mut bench = Bench::running(&template);
+    bench.level = 1;
+    let orders = [(key(0, 1), Goal::Run, &template)];
+    let begun = ["save u-0.1 1 false", "tell u-0.1 checkpointing { level: 1 }"];
+    assert_eq!(bench.desired(&orders), begun);
+    assert_eq!(bench.desired(&orders), [] as [&str; 0], "the same level");
+    assert_eq!(bench.report(&key(0, 1), saved(1)), ["store checkpoint u-0.1 1"]);
+    let not_yet = Err(NotStored { why: "out of reach".to_owned(), retriable: true });
+    bench.event(Event::CheckpointStored { key: key(0, 1), level: 1, result: not_yet });
+    assert!(bench.wait(1_000).contains(&"store checkpoint u-0.1 1".to_owned()), "tried again");
+    assert_eq!(bench.event(stored(1)), ["tell u-0.1 checkpointed 1"]);
+    bench.level = 2;
+    bench.desired(&orders);
+    let failed = Report::SaveFailed { run: Run(1), level: 2, why: "no".to_owned() };
+    let said = bench.report(&key(0, 1), failed);
+    assert!(said.iter().any(|line| line.starts_with("tell u-0.1 checkpointfailed")), "{said:?}");
+    assert_eq!(bench.desired(&orders), [] as [&str; 0], "a level that failed is not tried again");
+}
+
+#[test]
+fn a_pod_that_leaves_stands_until_its_checkpoint_is_recorded() {
+    let template = template(RestartPolicy::Never);
+    let mut bench = Bench::running(&template);
+    bench.level = 1;
+    let begun = ["save u-0.1 1 true", "tell u-0.1 checkpointing { level: 1 }"];
+    assert_eq!(bench.desired(&[(key(0, 1), Goal::Vacate, &template)]), begun);
+    bench.report(&key(0, 1), saved(1));
+    assert_eq!(bench.report(&key(0, 1), Report::Paused { run: Run(1), fenced: false }), [] as [&str; 0]);
+    assert_eq!(bench.event(stored(1)), ["tell u-0.1 checkpointed 1"], "not yet acknowledged");
+    let lines = bench.grant();
+    assert!(lines.contains(&"stop u-0.1 0s".to_owned()), "{lines:?}");
+    bench.exited(&key(0, 1), 1, Cause::Eviction, 137);
+    let reason = bench.disk.pods[&key(0, 1)].ended.as_ref().unwrap().outcome.reason.clone();
+    assert_eq!(reason.as_deref(), Some(VACATED));
+}
+
+#[test]
+fn a_pod_that_stays_after_all_is_let_go() {
+    let template = template(RestartPolicy::Never);
+    let mut bench = Bench::running(&template);
+    bench.level = 1;
+    bench.desired(&[(key(0, 1), Goal::Vacate, &template)]);
+    bench.report(&key(0, 1), saved(1));
+    bench.report(&key(0, 1), Report::Paused { run: Run(1), fenced: false });
+    let lines = bench.desired(&[(key(0, 1), Goal::Run, &template)]);
+    assert!(lines.contains(&"release u-0.1".to_owned()), "{lines:?}");
+    // One that could not be saved runs on where it is.
+    let mut bench = Bench::running(&template);
+    bench.level = 1;
+    bench.desired(&[(key(0, 1), Goal::Vacate, &template)]);
+    let failed = Report::SaveFailed { run: Run(1), level: 1, why: "no".to_owned() };
+    let lines = bench.report(&key(0, 1), failed);
+    assert!(lines.contains(&"release u-0.1".to_owned()), "{lines:?}");
+    assert!(!bench.wait(10_000).iter().any(|line| line.starts_with("stop")));
 }

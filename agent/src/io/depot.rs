@@ -6,12 +6,13 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use berth_protocol::chunk::GrantRequest;
 use berth_protocol::ids::{Digest, Epoch, PodId};
 use berth_protocol::message::node::DepotAccess;
 use bytes::{Bytes, BytesMut};
 use futures_util::stream;
 use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, StreamBody};
+use http_body_util::{BodyExt, Limited, StreamBody};
 use hyper::body::Frame;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
@@ -22,6 +23,7 @@ use tokio::time::timeout;
 /// A whole exchange; a depot that stalls for longer is asked again later.
 const EXCHANGE_MAX: Duration = Duration::from_secs(600);
 const CHUNK_BYTES: usize = 64 * 1024;
+const GRANT_BYTES_MAX: usize = 16 * 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub enum DepotError {
@@ -39,6 +41,8 @@ pub enum DepotError {
     Refused(StatusCode),
     #[error("cannot read or write {path}: {source}")]
     File { path: String, source: io::Error },
+    #[error("the depot's answer is no grant")]
+    Grant,
     #[error("the depot sent something else than {0}")]
     Digest(Digest),
 }
@@ -83,6 +87,16 @@ pub async fn put_file(
     let path = format!("/v1/blobs/{}", digest.hex());
     exchange(access, Method::PUT, &path, files_body(vec![file])).await.map(drop)?;
     Ok(Some((digest, berth_protocol::units::Bytes(bytes))))
+}
+
+/// Exchanges the node's token for one that is good for one pod's saving or loading alone.
+pub async fn grant(access: Option<&DepotAccess>, request: &GrantRequest) -> Result<DepotAccess, DepotError> {
+    let access = access.ok_or(DepotError::NoAccess)?;
+    let json = serde_json::to_vec(request).map_err(|_| DepotError::Grant)?;
+    let body = StreamBody::new(stream::once(async { Ok(Frame::data(Bytes::from(json))) })).boxed_unsync();
+    let answer = exchange(access, Method::POST, "/v1/grants", body).await?;
+    let answer = Limited::new(answer, GRANT_BYTES_MAX).collect().await.map_err(|_| DepotError::Grant)?;
+    serde_json::from_slice(&answer.to_bytes()).map_err(|_| DepotError::Grant)
 }
 
 /// Fetches a blob into `to`, which is left only if every byte is as the digest says.

@@ -1,6 +1,7 @@
 //! The agent's hands: broker, disk, shims, images, probes, depot. Performs what `core` decides and decides nothing.
 
 pub mod bus;
+pub mod checkpoint;
 pub mod clock;
 pub mod depot;
 pub mod image;

@@ -8,22 +8,27 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::time::{Duration, SystemTime};
 
+use berth_protocol::chunk::{GrantFor, GrantRequest};
 use berth_protocol::ids::Digest;
 use berth_protocol::job::{PodTemplate, Volume, VolumeSource, Workspace};
 use berth_protocol::message::node::DepotAccess;
+use berth_protocol::pod::RESTORE_FAILED;
 use berth_protocol::units::Bytes;
 use tokio::process::Command;
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::checkpoint;
 use super::depot;
 use super::image::{ImageError, ImageRecord, ImageRef, ImageStore, RegistryConfig, StoreConfig};
 use crate::config::Config;
 use crate::core::ledger::PodKey;
 use crate::core::{Event, Prepared, Unready};
-use crate::task::{ImageProcess, Root};
+use crate::task::{ImageProcess, Root, file};
 
 /// Images not used by any pod go, oldest first, while more of the disk than this is taken.
 const DISK_PERCENT_MAX: u8 = 85;
+/// Checkpoints that this node has sent, by the digest of their manifest: a restore here fetches nothing.
+pub const CHECKPOINTS_KEPT_DIR: &str = "checkpoints";
 /// A named volume outlives its job's record (`ttlSecondsAfterFinished`), so that the job may be submitted again.
 const VOLUME_UNUSED_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 /// What a workspace may unpack to, against archives made to fill a disk.
@@ -37,6 +42,8 @@ pub struct Preparer {
     capabilities: BTreeSet<String>,
     /// Canonical directories below which jobs may mount.
     host_paths: Vec<PathBuf>,
+    /// Of checkpoints, bytes a second; zero: no bound.
+    rate: u64,
     /// And those whose files may be images; `None`: all.
     image_paths: Option<Vec<PathBuf>>,
 }
@@ -71,9 +78,51 @@ impl Preparer {
             data_dir: config.data_dir.clone(),
             host_image: config.host_image,
             capabilities: config.capabilities.clone(),
+            rate: config.checkpoint_rate.0,
             host_paths: canonical("--allow-host-path", &config.host_paths),
             image_paths: config.image_paths.as_deref().map(|paths| canonical("--allow-image-path", paths)),
         })
+    }
+
+    /// Brings the checkpoint that a pod is to begin from here, verified; `dir` is the pod's.
+    pub async fn bring(
+        &self,
+        key: &PodKey,
+        checkpoint: Digest,
+        template: &PodTemplate,
+        dir: &Path,
+        depot: Option<&DepotAccess>,
+    ) -> Result<(), Unready> {
+        let failed = |message: String, retriable| unready(RESTORE_FAILED, message, retriable);
+        let what = GrantFor::Load { checkpoint };
+        let request = GrantRequest { pod: key.pod.clone(), epoch: key.epoch, what };
+        let access = depot::grant(depot, &request).await;
+        let access = access.map_err(|error| failed(format!("cannot fetch the checkpoint: {error}"), true))?;
+        fs::create_dir_all(dir)
+            .map_err(|error| failed(format!("cannot make {}: {error}", dir.display()), true))?;
+        let order = checkpoint::Order::Fetch(Box::new(checkpoint::Fetch {
+            access,
+            checkpoint,
+            dir: dir.join(file::RESTORE_DIR),
+            cache: self.data_dir.join(CHECKPOINTS_KEPT_DIR),
+            template: template.clone(),
+            images: self.image_digests(template),
+            rate: self.rate,
+        }));
+        match checkpoint::run(&order, |_, _| {}).await {
+            checkpoint::Said::Fetched => Ok(()),
+            checkpoint::Said::Failed { why, retriable } => Err(failed(why, retriable)),
+            other => Err(failed(format!("fetching the checkpoint was answered with {other:?}"), true)),
+        }
+    }
+
+    /// The digests of a template's images, where they have one and are here.
+    pub fn image_digests(&self, template: &PodTemplate) -> Vec<Option<Digest>> {
+        let digest = |image: &str| {
+            let record = self.images.lookup(&ImageRef::parse(image).ok()?).ok()??;
+            Digest::parse(&record.manifest_digest.to_string()).ok()
+        };
+        template.containers.iter().map(|container| digest(&container.image)).collect()
     }
 
     /// Brings everything here; progress of pulls goes to `events`.

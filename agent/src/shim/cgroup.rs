@@ -165,7 +165,26 @@ impl Cgroup {
             })?;
         }
         if self.is_v2() {
-            self.hand_memory_down();
+            self.hand_controllers_down();
+        }
+        Ok(())
+    }
+
+    /// A new v1 group allows no processor and no memory node, and takes no process: it gets those of the one above.
+    pub fn fill_cpuset(&self) -> Result<(), CgroupError> {
+        let Layout::V1(roots) = &self.layout else { return Ok(()) };
+        let Ok(mut dir) = Layout::root(roots, "cpuset") else { return Ok(()) };
+        for part in &self.path {
+            let above = dir.clone();
+            dir.push(part);
+            for file in ["cpuset.cpus", "cpuset.mems"] {
+                let path = dir.join(file);
+                let failed = |source| CgroupError::Io { action: "fill", path: path.clone(), source };
+                if fs::read_to_string(&path).map_err(failed)?.trim().is_empty() {
+                    let value = fs::read_to_string(above.join(file)).map_err(failed)?;
+                    fs::write(&path, value.trim()).map_err(failed)?;
+                }
+            }
         }
         Ok(())
     }
@@ -189,10 +208,12 @@ impl Cgroup {
 
     /// On v2 a group has a controller's files once all above it hand the controller down. libcontainer sees to that,
     /// and to what cannot be had, but only after the group was asked what it has.
-    fn hand_memory_down(&self) {
+    fn hand_controllers_down(&self) {
         let mut dir = PathBuf::from(MOUNT);
         for part in &self.path {
-            let _ = fs::write(dir.join("cgroup.subtree_control"), "+memory");
+            for controller in ["+memory", "+cpu", "+pids", "+cpuset", "+io"] {
+                let _ = fs::write(dir.join("cgroup.subtree_control"), controller);
+            }
             dir.push(part);
         }
     }

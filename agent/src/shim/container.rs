@@ -128,6 +128,19 @@ impl Container {
         Ok(made)
     }
 
+    /// One that CRIU has brought back, running.
+    pub fn revived(
+        name: ContainerName,
+        pid: Pid,
+        pidfd: OwnedFd,
+        cgroup: Cgroup,
+        pumps: [Pump; 2],
+        cpu_max: MilliCpu,
+    ) -> Self {
+        let (command, path, notify) = (String::new(), String::new(), PathBuf::new());
+        Self { name, pid, pidfd, cgroup, pumps, exit: None, command, path, fault: None, notify, cpu_max }
+    }
+
     /// Lets the program begin, and its CPU limit with it: making the container is berth's work, and with a limit of a
     /// tenth of a core it would use up the program's first 100 ms.
     pub fn start(&self) -> Result<(), ShimError> {
@@ -271,6 +284,9 @@ impl Executor for Program {
             let _ = unsafe { sigaction(signal, &default) };
         }
         let _ = SigSet::empty().thread_set_mask();
+        // What its processes leave behind stays within its tree, as if it were a process 1: a checkpoint is of a tree.
+        // SAFETY: no pointers.
+        unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) };
         if let Err(e) = seccomp::install(&self.filter) {
             self.report(Fault::Seccomp, e.raw_os_error().unwrap_or(0));
             return Err(ExecutorError::Other(e.to_string()));

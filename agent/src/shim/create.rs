@@ -8,6 +8,8 @@ use berth_protocol::job::ContainerSpec;
 use serde_json::json;
 
 use super::cgroup::Cgroup;
+use super::checkpoint::Parts;
+use super::checkpoint::restore::{self, Revival};
 use super::container::{self, Container};
 use super::devices;
 use super::error::ShimError;
@@ -23,6 +25,8 @@ use crate::task::{ImageProcess, Root, Task};
 pub struct Made {
     pub init: Init,
     pub containers: Vec<Container>,
+    /// Containers that are to come back from a checkpoint instead.
+    pub revivals: Vec<Revival>,
 }
 
 /// On an error the caller takes away what was made: the shim's mounts end with it, `end` removes the rest.
@@ -35,6 +39,7 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
     network::write_files(task, dir).map_err(ShimError::io("write below", dir.join("etc")))?;
     write_pod_file(task, dir).map_err(ShimError::io("write below", dir.join("berth")))?;
     rootfs::prepare_volumes(task, dir)?;
+    let saved = task.restore.then(|| restore::open(task, dir)).transpose()?;
     let state = dir.join("state");
     clear(&state).map_err(ShimError::io("clear", &state))?;
     let pod = Pod {
@@ -46,25 +51,45 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
         swap: cgroup.accounts_swap(),
         nofile_hard: nofile_hard(),
     };
-    let mut containers = Vec::new();
-    for (container, root) in task.template.containers.iter().zip(&task.roots) {
-        containers.push(create_container(&pod, container, root, &state, cgroup)?);
+    let (mut containers, mut revivals) = (Vec::new(), Vec::new());
+    for (index, (spec, root)) in task.template.containers.iter().zip(&task.roots).enumerate() {
+        let own = cgroup.child(spec.name.as_str());
+        let described = describe(&pod, spec, root, &own)?;
+        match &saved {
+            Some(saved) => {
+                let container = &saved.containers[index];
+                revivals.push(Revival::prepare(&pod, spec, container, &described.oci, own)?);
+            }
+            None => containers.push(Container::create(container::Plan {
+                name: &spec.name,
+                home: &Home::new(dir, &spec.name),
+                state: &state,
+                cgroup: own,
+                command: &described.command,
+                env: &described.env,
+                filter: seccomp::filter(&spec::capabilities(spec)),
+                cpu_max: spec.limits.cpu,
+            })?),
+        }
     }
-    Ok(Made { init, containers })
+    Ok(Made { init, containers, revivals })
 }
 
-fn create_container(
-    pod: &Pod,
-    spec: &ContainerSpec,
-    root: &Root,
-    state: &Path,
-    cgroup: &Cgroup,
-) -> Result<Container, ShimError> {
+/// A container whose file system is there and whose configuration is written.
+struct Described {
+    command: String,
+    env: Vec<String>,
+    oci: serde_json::Value,
+}
+
+fn describe(pod: &Pod, spec: &ContainerSpec, root: &Root, own: &Cgroup) -> Result<Described, ShimError> {
     let home = Home::new(pod.dir, &spec.name);
     super::make_private_dir(home.dir()).map_err(ShimError::io("make", home.dir()))?;
-    rootfs::mount_root(root, &home)?;
+    let parts = pod.task.restore.then(|| Parts::to_restore(pod.dir));
+    rootfs::mount_root(root, &home, parts.as_ref().map(|parts| parts.upper(&spec.name)).as_deref())?;
     if let Some(workspace) = &pod.task.workspace {
-        rootfs::mount_workspace(workspace, &home)?;
+        let written = parts.as_ref().map(|parts| parts.workspace(&spec.name));
+        rootfs::mount_workspace(workspace, &home, written.as_deref())?;
     }
     let none = ImageProcess::default();
     let image = match root {
@@ -96,7 +121,6 @@ fn create_container(
         devices: granted.nodes,
         device_files: granted.files,
     };
-    let own = cgroup.child(spec.name.as_str());
     if !own.is_v2() {
         own.create()?;
         rootfs::mount_cgroups(&own.dirs(), &home)?;
@@ -104,18 +128,7 @@ fn create_container(
     let oci = devices::inject(&pod.task.devices, spec::oci(pod, &container, &own.absolute()))?;
     let config = home.dir().join("config.json");
     fs::write(&config, oci.to_string()).map_err(ShimError::io("write", &config))?;
-    let filter = seccomp::filter(&spec::capabilities(spec));
-    let name = &spec.name;
-    Container::create(container::Plan {
-        name,
-        home: &home,
-        state,
-        cgroup: own,
-        command: &command,
-        env: &env,
-        filter,
-        cpu_max: spec.limits.cpu,
-    })
+    Ok(Described { command, env, oci })
 }
 
 /// What a program may want to know about itself and its environment cannot say, since it may change: in every

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use berth_protocol::ids::ContainerName;
 use berth_protocol::limits::HUMAN_MESSAGE_BYTES_MAX;
+use berth_protocol::pod::RESTORE_FAILED;
 use berth_protocol::units::Bytes;
 
 use super::cgroup::CgroupError;
@@ -27,6 +28,10 @@ pub enum ShimError {
         "container {container}: the seccomp filter is refused: {source}; the kernel needs CONFIG_SECCOMP_FILTER"
     )]
     Seccomp { container: ContainerName, source: io::Error },
+    #[error("container {container} cannot be brought back from its checkpoint: {message}")]
+    Restore { container: ContainerName, message: String },
+    #[error("the checkpoint cannot be read: {0}")]
+    Checkpoint(io::Error),
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     #[error(
@@ -81,6 +86,7 @@ impl ShimError {
             ShimError::VolumeMissing { .. } => "VolumeMissing",
             ShimError::LayerMissing { .. } => "ImageMissing",
             ShimError::Device { .. } => "DeviceUnavailable",
+            ShimError::Restore { .. } | ShimError::Checkpoint(_) => RESTORE_FAILED,
             ShimError::ScratchFull { .. } => "ScratchFull",
             _ if self.disk_full() => "DiskFull",
             ShimError::Create { .. } | ShimError::Io { .. } | ShimError::Namespace(_) => {

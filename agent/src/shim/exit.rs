@@ -4,7 +4,7 @@ use std::io;
 use std::path::Path;
 
 use berth_protocol::ids::{ContainerName, Run};
-use berth_protocol::pod::{Cause, Outcome};
+use berth_protocol::pod::{Cause, Outcome, RESTORE_FAILED};
 use berth_protocol::units::Timestamp;
 
 use super::error::ShimError;
@@ -52,7 +52,10 @@ pub fn exit(facts: &Facts) -> Exit {
     };
     match (facts.error, facts.ended_by, failed) {
         (Some(error), ..) => {
-            say(Cause::Failure, error.reason(), error.message());
+            // Not the program's doing: another checkpoint, or node, may serve.
+            let evicted = error.reason() == RESTORE_FAILED;
+            let cause = if evicted { Cause::Eviction } else { Cause::Failure };
+            say(cause, error.reason(), error.message());
             outcome.exit_code = error.exit_code();
         }
         (None, Some(EndedBy::Order), _) => {

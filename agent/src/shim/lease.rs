@@ -42,13 +42,23 @@ pub struct Policy {
     grace: Millis,
     lease: Option<Lease>,
     paused: bool,
+    /// Saved, and to stand still until the checkpoint is safe.
+    held: bool,
     end: Option<(EndedBy, BootMs)>,
     killed: bool,
 }
 
 impl Policy {
     pub fn new(on_disconnect: &OnDisconnect, grace: Millis) -> Self {
-        Self { action: on_disconnect.action, grace, lease: None, paused: false, end: None, killed: false }
+        Self {
+            action: on_disconnect.action,
+            grace,
+            lease: None,
+            paused: false,
+            held: false,
+            end: None,
+            killed: false,
+        }
     }
 
     /// A start or a renewal; the first one starts.
@@ -58,6 +68,10 @@ impl Policy {
 
     pub fn pause(&mut self, paused: bool) {
         self.paused = paused;
+    }
+
+    pub fn hold(&mut self, held: bool) {
+        self.held = held;
     }
 
     /// Ends the pod; a later call may only shorten the grace.
@@ -91,7 +105,7 @@ impl Policy {
         let fenced = expired.filter(|_| self.action == DisconnectAction::Pause);
         match self.end {
             // Signals would not reach a frozen pod, and past its deadline it may not run for its grace.
-            Some(_) if self.killed || fenced.is_some() => Goal::Kill,
+            Some(_) if self.killed || fenced.is_some() || self.held => Goal::Kill,
             Some((_, kill_at)) if kill_at <= now => Goal::Kill,
             Some((_, kill_at)) => Goal::Stop { kill_at },
             None => match fenced {
@@ -99,7 +113,7 @@ impl Policy {
                     let confirm_by = Some(deadline.plus(Millis(FREEZE_CONFIRM_MS)));
                     Goal::Freeze { confirm_by, fenced: true }
                 }
-                None if self.paused => Goal::Freeze { confirm_by: None, fenced: false },
+                None if self.paused || self.held => Goal::Freeze { confirm_by: None, fenced: false },
                 None => Goal::Run,
             },
         }
@@ -191,6 +205,21 @@ mod tests {
         p.stop(EndedBy::Order, Millis(0), BootMs(20));
         assert_eq!(p.goal(BootMs(20)), Goal::Kill);
         assert_eq!(p.ended_by(), Some(EndedBy::Container));
+    }
+
+    #[test]
+    fn what_is_held_stands_and_does_not_run_for_its_grace() {
+        let mut p = policy(DisconnectAction::Pause);
+        p.grant(until(100));
+        p.hold(true);
+        assert_eq!(p.goal(BootMs(1)), Goal::Freeze { confirm_by: None, fenced: false });
+        assert_eq!(p.goal(BootMs(100)), FENCED);
+        p.hold(false);
+        p.grant(until(1000));
+        assert_eq!(p.goal(BootMs(101)), Goal::Run);
+        p.hold(true);
+        p.stop(EndedBy::Order, Millis(300), BootMs(101));
+        assert_eq!(p.goal(BootMs(102)), Goal::Kill);
     }
 
     #[test]

@@ -4,7 +4,9 @@
 //! `clean_up`, `scan`, the log's reader and `rootfs::mount_result` are the daemon's side of it: they work on what a
 //! shim, dead or alive, leaves in directories and control groups.
 
+pub mod capabilities;
 pub mod cgroup;
+pub mod checkpoint;
 mod container;
 pub mod control;
 mod create;
@@ -174,7 +176,7 @@ fn pod_cgroup(task: &Task) -> Result<Cgroup, CgroupError> {
 
 /// Removes a run's files; with `keep_written` not what containers have written, for outputs are in there.
 fn clear(dir: &Path, keep_written: bool) -> Result<(), CleanUpError> {
-    let mut names = vec!["state", "berth", "etc", "netns", file::SOCKET];
+    let mut names = vec!["state", "berth", "etc", "netns", file::SOCKET, file::RESTORE_DIR];
     if !keep_written {
         names.extend(["root", "volumes"]);
     }

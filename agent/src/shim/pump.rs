@@ -25,6 +25,11 @@ impl Pump {
         Self { pipe: Some(pipe), stream, carry: Vec::new() }
     }
 
+    /// Of a stream that the program has closed.
+    pub fn closed(stream: Stream) -> Self {
+        Self { pipe: None, stream, carry: Vec::new() }
+    }
+
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.pipe.as_ref().map(AsFd::as_fd)
     }

@@ -14,6 +14,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::Mode;
 
+use super::checkpoint::archive;
 use super::error::ShimError;
 use super::sys;
 use crate::task::{Root, Task};
@@ -85,15 +86,17 @@ fn layers(root: &Root, home: &Home) -> Result<Vec<PathBuf>, ShimError> {
     })
 }
 
-/// Mounts the container's root at `Home::rootfs`, empty of what an earlier run wrote.
-pub fn mount_root(root: &Root, home: &Home) -> Result<(), ShimError> {
-    overlay(&layers(root, home)?, &home.upper(), &home.dir().join("work"), &home.rootfs())
+/// Mounts the container's root at `Home::rootfs`: empty of what an earlier run wrote, or with what a checkpoint's
+/// archive says was written.
+pub fn mount_root(root: &Root, home: &Home, written: Option<&Path>) -> Result<(), ShimError> {
+    overlay(&layers(root, home)?, &home.upper(), &home.dir().join("work"), &home.rootfs(), written)
 }
 
 /// Mounts a writable view of the workspace at `Home::workspace`.
-pub fn mount_workspace(workspace: &Path, home: &Home) -> Result<(), ShimError> {
+pub fn mount_workspace(workspace: &Path, home: &Home, written: Option<&Path>) -> Result<(), ShimError> {
     let layers = [workspace.to_owned()];
-    overlay(&layers, &home.workspace_upper(), &home.dir().join("workspace-work"), &home.workspace())
+    let work = home.dir().join("workspace-work");
+    overlay(&layers, &home.workspace_upper(), &work, &home.workspace(), written)
 }
 
 /// Puts the container's own groups of each v1 hierarchy together at `Home::cgroups`, read-only.
@@ -137,7 +140,13 @@ pub fn unmount(at: &Path) -> io::Result<()> {
     }
 }
 
-fn overlay(layers: &[PathBuf], upper: &Path, work: &Path, at: &Path) -> Result<(), ShimError> {
+fn overlay(
+    layers: &[PathBuf],
+    upper: &Path,
+    work: &Path,
+    at: &Path,
+    written: Option<&Path>,
+) -> Result<(), ShimError> {
     for fresh in [upper, work] {
         match fs::remove_dir_all(fresh) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(ShimError::io("clear", fresh)(e)),
@@ -151,6 +160,9 @@ fn overlay(layers: &[PathBuf], upper: &Path, work: &Path, at: &Path) -> Result<(
         fs::set_permissions(upper, mode).map_err(ShimError::io("set the mode of", upper))?;
         std::os::unix::fs::chown(upper, Some(owner(&top).0), Some(owner(&top).1))
             .map_err(ShimError::io("set the owner of", upper))?;
+    }
+    if let Some(archive) = written {
+        archive::unpack(archive, upper).map_err(ShimError::io("bring back what was written in", upper))?;
     }
     // What a run has written counts for nothing after a crash, so it need not be synced. Linux 5.10 and later.
     let mounted = match mount_overlay(layers, upper, work, at, MsFlags::empty(), ",volatile") {
@@ -232,6 +244,10 @@ pub struct Inside(OwnedFd);
 impl Inside {
     pub fn open(rootfs: &Path) -> Result<Self, ShimError> {
         open_path(rootfs).map(Self).map_err(ShimError::io("open", rootfs))
+    }
+
+    pub fn fd(&self) -> &OwnedFd {
+        &self.0
     }
 
     /// The text of a file; empty where it is not there.

@@ -1,6 +1,9 @@
 //! The shim's loop: waits for orders, output, deadlines and ends, and makes the pod do what the policy says. All
 //! waiting is in one poll; what happened is always asked of the kernel, never inferred from a signal.
 
+mod restoring;
+mod saving;
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -25,6 +28,8 @@ use super::quota::Meter;
 use super::rootfs::{self, Home};
 use super::sys::{self, Alarm};
 use crate::task::{Exit, Order, Report, Task, file};
+use restoring::Restoring;
+use saving::Saving;
 
 /// How soon an unconfirmed freeze and an undead process are looked at again.
 const RECHECK_MS: u64 = 5;
@@ -38,6 +43,10 @@ pub struct Supervisor {
     log: Writer,
     policy: Policy,
     containers: Vec<Container>,
+    restoring: Restoring,
+    saving: Option<Saving>,
+    /// How the last saving ended.
+    last_save: Option<Report>,
     cgroup: Option<Cgroup>,
     init: Option<Init>,
     meter: Meter,
@@ -77,6 +86,9 @@ impl Supervisor {
             alarm: Alarm::new()?,
             policy,
             containers: Vec::new(),
+            restoring: Restoring::default(),
+            saving: None,
+            last_save: None,
             cgroup: None,
             init: None,
             meter: Meter::new(&task, dir, sys::boot_now()),
@@ -98,7 +110,7 @@ impl Supervisor {
                 super::protect_from_oom();
                 sys::trim_memory();
                 self.server.send(&Report::Created { run: self.task.run });
-                while self.containers.iter().any(|container| container.exit.is_none()) {
+                while !self.restoring.is_over() || self.containers.iter().any(|c| c.exit.is_none()) {
                     self.turn()?;
                 }
             }
@@ -110,8 +122,9 @@ impl Supervisor {
     fn create(&mut self) -> Result<(), ShimError> {
         let cgroup = super::pod_cgroup(&self.task)?;
         let cgroup = self.cgroup.insert(cgroup);
-        let Made { init, containers } = create::create(&self.task, &self.dir, cgroup)?;
+        let Made { init, containers, revivals } = create::create(&self.task, &self.dir, cgroup)?;
         (self.init, self.containers) = (Some(init), containers);
+        self.restoring.waiting = revivals.into();
         Ok(())
     }
 
@@ -130,7 +143,9 @@ impl Supervisor {
             self.server.send_to_followers(&Report::Log { seq: self.log.last_seq() });
         }
         self.notice_begun();
+        self.hear_restoring();
         self.reap();
+        self.hear_saving();
         self.act()
     }
 
@@ -145,6 +160,8 @@ impl Supervisor {
                 fds.extend(container.beginning().map(|fd| sys::want(&fd, libc::POLLIN)));
             }
         }
+        let criu = self.saving.iter().flat_map(Saving::fds).chain(self.restoring.fd());
+        fds.extend(criu.map(|fd| sys::want(&fd, libc::POLLIN)));
         sys::poll(&mut fds, None)?;
         Ok(())
     }
@@ -158,6 +175,8 @@ impl Supervisor {
             Order::Renew { .. } => {}
             Order::Pause { pause } => self.policy.pause(pause),
             Order::Stop { grace } => self.policy.stop(EndedBy::Order, grace, now),
+            Order::Save { level, hold } => self.save(level, hold),
+            Order::Release => self.policy.hold(false),
             // Seen to by the server.
             Order::Follow { .. } => {}
         }
@@ -174,6 +193,9 @@ impl Supervisor {
 
     fn notice_begun(&mut self) {
         let Phase::Started(at) = self.phase else { return };
+        if self.task.restore {
+            return;
+        }
         for container in &mut self.containers {
             if let Some(Err(error)) = container.begun() {
                 self.error.get_or_insert(error);
@@ -188,6 +210,8 @@ impl Supervisor {
     fn reap(&mut self) {
         while let Some((pid, code)) = super::reap() {
             let Some(container) = self.containers.iter_mut().find(|c| c.pid == pid) else {
+                self.saving.iter_mut().for_each(|saving| saving.ended(pid, code));
+                self.restoring.ended(pid, code);
                 if let Some(error) = self.meter.ended(pid, code) {
                     self.error.get_or_insert(error);
                     self.policy.stop(EndedBy::Container, self.task.template.grace, sys::boot_now());
@@ -213,6 +237,18 @@ impl Supervisor {
         let now = sys::boot_now();
         let mut recheck = None;
         match self.policy.goal(now) {
+            // Tasks that a dump holds stand still already; a deadline comes before it.
+            Goal::Run | Goal::Freeze { fenced: false, .. } if self.saving.is_some() => {
+                let give_up_at = self.saving.as_ref().map(Saving::give_up_at).filter(|at| *at > now);
+                if give_up_at.is_none() {
+                    self.abort_saving("it took too long");
+                }
+                let next = self.policy.next_change(now).into_iter().chain(give_up_at).min();
+                return self.alarm.set(next);
+            }
+            _ => self.abort_saving("the pod was fenced, or is to end"),
+        }
+        match self.policy.goal(now) {
             Goal::Wait => {}
             Goal::Run if self.phase == Phase::Created => self.start(),
             Goal::Run => self.thaw(),
@@ -237,6 +273,9 @@ impl Supervisor {
 
     fn start(&mut self) {
         self.phase = Phase::Started(sys::now());
+        if self.task.restore {
+            return self.start_restoring();
+        }
         for container in &self.containers {
             if let Err(error) = container.start() {
                 self.error.get_or_insert(error);
@@ -313,6 +352,7 @@ impl Supervisor {
             Phase::Started(_) => Vec::new(),
             Phase::Running(started_at) => vec![Report::Running { run, started_at }],
         };
+        reports.extend(self.last_save.clone());
         if let Some(Freeze { confirmed: true, fenced }) = self.freeze {
             reports.push(Report::Paused { run, fenced });
         }

@@ -61,6 +61,11 @@ pub fn pidfd(pid: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
+/// Has the process of this handle not ended?
+pub fn is_alive(pidfd: &OwnedFd) -> bool {
+    poll(&mut [want(pidfd, libc::POLLIN)], Some(0)).is_ok_and(|ready| ready == 0)
+}
+
 /// One entry of a poll: the descriptor and what it is asked.
 pub fn want(fd: &impl AsFd, events: i16) -> libc::pollfd {
     libc::pollfd { fd: fd.as_fd().as_raw_fd(), events, revents: 0 }

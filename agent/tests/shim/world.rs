@@ -38,7 +38,7 @@ pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
 pub struct Pod {
     pub task: Task,
     pub dir: PathBuf,
-    _tmp: tempfile::TempDir,
+    _tmp: std::rc::Rc<tempfile::TempDir>,
     shim: Option<Child>,
 }
 
@@ -105,11 +105,22 @@ impl Pod {
             cgroup_parent: PathBuf::from(format!("berth-test-{}", std::process::id())),
             log_bytes_max: Bytes(16 << 20),
             scratch_bytes_max: Bytes(1 << 30),
+            criu: None,
+            restore: false,
         };
         let tmp = tempfile::tempdir().unwrap();
         let dir = tmp.path().join("agent/pods").join(format!("{}.1", task.pod));
         fs::create_dir_all(&dir).unwrap();
-        Self { task, dir, _tmp: tmp, shim: None }
+        Self { task, dir, _tmp: std::rc::Rc::new(tmp), shim: None }
+    }
+
+    /// The pod's next placement, in a directory beside this one's.
+    pub fn next_epoch(&self) -> Self {
+        let mut task = self.task.clone();
+        task.epoch = Epoch(task.epoch.0 + 1);
+        let dir = self.dir.with_file_name(format!("{}.{}", task.pod, task.epoch));
+        fs::create_dir_all(&dir).unwrap();
+        Self { task, dir, _tmp: self._tmp.clone(), shim: None }
     }
 
     pub fn main(&mut self) -> &mut ContainerSpec {
@@ -198,7 +209,7 @@ impl Pod {
     }
 
     pub fn cgroups(&self) -> Vec<PathBuf> {
-        let name = format!("{}.1", self.task.pod);
+        let name = format!("{}.{}", self.task.pod, self.task.epoch);
         let at = |root: PathBuf| root.join(&self.task.cgroup_parent).join(&name);
         let roots = fs::read_dir("/sys/fs/cgroup").unwrap().flatten().map(|e| e.path());
         roots.chain([PathBuf::from("/sys/fs/cgroup")]).map(at).filter(|path| path.exists()).collect()

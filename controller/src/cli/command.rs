@@ -10,6 +10,7 @@ use serde::Deserialize;
 
 use super::connect::BrokerUrl;
 pub use super::saved_words::{Checkpoint, Drain, Fork, Migrate, NodeNames, Restore, copies_for_fork};
+use super::simulate::command::Simulate;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -202,6 +203,16 @@ node takes no new pods until `berth uncordon`.")]
     /// Tell for each node why a job's pods are there, or why they do not fit
     #[command(after_help = "Examples:\n  berth explain digits")]
     Explain(JobArg),
+    /// Try the scheduler on fleets and pods from files, without running anything
+    #[command(after_help = "Examples:
+  berth simulate --nodes nodes.csv --pods pods.csv
+  berth simulate --nodes live --pods pods.csv --seed 1..3 --plot fill.svg
+  berth simulate --nodes nodes.csv --pods pods.csv --churn 0.96 --moves 8 -o json
+
+Percentages are means over the arrivals at which 100 or 130 % of the fleet's
+GPUs (of its cores, where it has none) were asked for. With -o json: an object a
+line, one for each seed, and the means last.")]
+    Simulate(Simulate),
     /// Print the JSON Schema of the job file
     #[command(after_help = "Examples:\n  berth schema > job.schema.json")]
     Schema,

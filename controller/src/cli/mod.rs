@@ -1,6 +1,6 @@
 //! The command-line client `berth`: speaks MQTT with the controller and HTTP with its depot, and nothing else.
 //!
-//! It knows the protocol and none of the daemon's parts. Everything that decides (exit codes, the order of log
+//! It knows the protocol and none of the daemon's parts, but for the scheduler that it simulates. Everything that decides (exit codes, the order of log
 //! records, tables, archives' contents) is apart from what talks, so that it can be tested without a broker.
 
 mod act;
@@ -25,6 +25,7 @@ mod render;
 mod run;
 mod saved_words;
 mod shell;
+mod simulate;
 mod submit;
 mod table;
 mod wait;
@@ -91,6 +92,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
             Verb::Cordon(args) => node::cordon(&settings, args, true).await,
             Verb::Uncordon(args) => node::cordon(&settings, args, false).await,
             Verb::Explain(args) => act::explain(&settings, args).await,
+            Verb::Simulate(args) => simulate::simulate(&settings, args).await,
             Verb::Version(args) => act::version(&settings, args).await,
             Verb::Schema | Verb::Completion { .. } | Verb::Man { .. } => Ok(0),
         }

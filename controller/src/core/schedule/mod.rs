@@ -6,6 +6,7 @@ pub mod explain;
 mod free_up;
 pub mod hold;
 mod index;
+pub mod moves;
 mod particular;
 pub mod place;
 pub mod policy;

@@ -1,0 +1,177 @@
+//! A checkpoint out of the depot: what this node has of it already is linked, the rest fetched; every byte is verified
+//! before it gets the name by which a shim would use it.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt};
+use std::path::{Path, PathBuf};
+
+use berth_protocol::chunk::{ChunkId, FRAME_HEADER_BYTES, Frame, write_ids};
+use berth_protocol::ids::Digest;
+use berth_protocol::limits::{CHUNK_BYTES_MAX, CHUNKS_FETCHED_MAX, MANIFEST_BYTES_MAX};
+use berth_protocol::manifest::{Manifest, Piece, SavedFile};
+use hyper::Method;
+
+use super::http::Client;
+use super::store::{MANIFEST, WORKSPACE};
+use super::{Fetch, Said, TransferError, chunks, say, verify};
+use crate::shim::checkpoint::Parts;
+use crate::task::file;
+
+/// Where a chunk goes.
+#[derive(Debug, Clone)]
+struct Place {
+    path: PathBuf,
+    offset: u64,
+}
+
+pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
+    let mut client = Client::new(&order.access, order.rate);
+    let cached = order.cache.join(order.checkpoint.hex());
+    let manifest = manifest(&mut client, &order.checkpoint, &cached).await?;
+    is_of(&manifest, order)?;
+    let half = order.dir.with_extension("half");
+    let wrong = |e| TransferError::io(format!("cannot write below {}", half.display()))(e);
+    let files = places(&manifest, &order.template.volumes, &Parts::new(half.clone()))?;
+    let mut wanted: BTreeMap<ChunkId, Vec<Place>> = BTreeMap::new();
+    let mut lengths: BTreeMap<ChunkId, u32> = BTreeMap::new();
+    for (path, saved) in &files {
+        // What an earlier try or an earlier checkpoint of this node has left counts, if it is right.
+        let earlier = path.strip_prefix(&half).map(|name| cached.join(name));
+        if chunks::is_same(path, saved) || earlier.is_ok_and(|earlier| take_over(&earlier, path, saved)) {
+            continue;
+        }
+        make_room(path, saved).map_err(wrong)?;
+        let mut offset = 0;
+        for piece in &saved.pieces {
+            if let Piece::Chunk { id, bytes } = piece {
+                wanted.entry(*id).or_default().push(Place { path: path.clone(), offset });
+                lengths.insert(*id, *bytes);
+            }
+            offset += piece.bytes();
+        }
+    }
+    let total: u64 = lengths.values().map(|bytes| u64::from(*bytes)).sum();
+    let mut done = 0;
+    let ids: Vec<ChunkId> = wanted.keys().copied().collect();
+    let path = format!("/v1/checkpoints/{}/chunks", order.checkpoint.hex());
+    for asked in ids.chunks(CHUNKS_FETCHED_MAX / 4) {
+        let bound = asked.len() * (CHUNK_BYTES_MAX + FRAME_HEADER_BYTES);
+        let answer = client.ask(Method::POST, &path, write_ids(asked), bound).await?;
+        let mut rest = &answer[..];
+        for id in asked {
+            let content = Frame::read(rest).ok().and_then(|(frame, length)| {
+                rest = &rest[length..];
+                chunks::read_frame(&frame).filter(|_| frame.id == *id)
+            });
+            let broken = || TransferError::Unfit(format!("the depot's chunk {id} is not what its name says"));
+            let content = content.ok_or_else(broken)?;
+            done += content.len() as u64;
+            for place in &wanted[id] {
+                let file = File::options().write(true).open(&place.path).map_err(wrong)?;
+                file.write_all_at(&content, place.offset).map_err(wrong)?;
+            }
+        }
+        say(&Said::Progress { done, total });
+    }
+    // Verified chunk by chunk as they came; once more as files, since those are what criu reads.
+    if let Some((path, _)) = files.iter().find(|(path, saved)| !chunks::is_same(path, saved)) {
+        return Err(TransferError::Unfit(format!("{} is not what the manifest says", path.display())));
+    }
+    let parts = Parts::new(half.clone());
+    for container in &order.template.containers {
+        if parts.images(&container.name).is_dir() {
+            verify::verify(&parts.images(&container.name), container)?;
+        }
+    }
+    if order.dir.exists() {
+        fs::remove_dir_all(&order.dir).map_err(wrong)?;
+    }
+    fs::rename(&half, &order.dir).map_err(wrong)
+}
+
+async fn manifest(client: &mut Client<'_>, id: &Digest, cached: &Path) -> Result<Manifest, TransferError> {
+    if let Ok(bytes) = fs::read(cached.join(MANIFEST))
+        && let Ok(manifest) = Manifest::parse(id, &bytes)
+    {
+        return Ok(manifest);
+    }
+    let path = format!("/v1/checkpoints/{}", id.hex());
+    let bytes = client.ask(Method::GET, &path, Vec::new(), MANIFEST_BYTES_MAX).await?;
+    Manifest::parse(id, &bytes).map_err(|e| TransferError::Unfit(format!("the checkpoint is refused: {e}")))
+}
+
+/// The checkpoint must be of the very pod that is to come: nothing in it says what may be mounted or who may run.
+fn is_of(manifest: &Manifest, order: &Fetch) -> Result<(), TransferError> {
+    let (theirs, ours) = (&manifest.template, &order.template);
+    let names = manifest.containers.iter().map(|container| &container.name);
+    let same = theirs.containers == ours.containers
+        && theirs.volumes == ours.volumes
+        && theirs.network == ours.network
+        && theirs.workspace == ours.workspace
+        && names.eq(ours.containers.iter().map(|container| &container.name));
+    let images = manifest.containers.iter().map(|container| container.image).zip(&order.images);
+    if let Some((theirs, ours)) = images.filter_map(|(a, b)| Some((a?, (*b)?))).find(|(a, b)| a != b) {
+        let why =
+            format!("the checkpoint is refused: it is of image {theirs}, and here the tag means {ours}");
+        return Err(TransferError::Unfit(why));
+    }
+    if same {
+        return Ok(());
+    }
+    Err(TransferError::Unfit(
+        "the checkpoint is refused: it is of another job than this, or of an older form of it".into(),
+    ))
+}
+
+/// Every file of the manifest, and where it goes.
+fn places<'a>(
+    manifest: &'a Manifest,
+    volumes: &[berth_protocol::job::Volume],
+    parts: &Parts,
+) -> Result<Vec<(PathBuf, &'a SavedFile)>, TransferError> {
+    let mut all = Vec::new();
+    for container in &manifest.containers {
+        for file in &container.dump {
+            let path = match file.name.as_str() {
+                WORKSPACE => parts.workspace(&container.name),
+                file::SAVED => parts.saved(),
+                name => parts.images(&container.name).join(name),
+            };
+            all.push((path, file));
+        }
+        all.extend(container.layer.iter().map(|layer| (parts.upper(&container.name), layer)));
+    }
+    for volume in &manifest.volumes {
+        let index = volumes.iter().position(|own| own.mount == volume.mount);
+        let index = index.ok_or_else(|| TransferError::Unfit(format!("no volume is at {}", volume.mount)))?;
+        all.push((parts.volume(index), &volume.archive));
+    }
+    Ok(all)
+}
+
+/// Links `earlier` to `path` if it is what it should be.
+fn take_over(earlier: &Path, path: &Path, saved: &SavedFile) -> bool {
+    let linked = || -> io::Result<()> {
+        make_parent(path)?;
+        let _ = fs::remove_file(path);
+        fs::hard_link(earlier, path)
+    };
+    chunks::is_same(earlier, saved) && linked().is_ok()
+}
+
+fn make_parent(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(parent) => fs::DirBuilder::new().recursive(true).mode(0o700).create(parent),
+        None => Ok(()),
+    }
+}
+
+/// A file of the right length, all zeros.
+fn make_room(path: &Path, saved: &SavedFile) -> io::Result<()> {
+    make_parent(path)?;
+    // Never written through a link to an earlier one.
+    let _ = fs::remove_file(path);
+    File::create(path)?.set_len(saved.bytes)
+}

@@ -1,0 +1,235 @@
+//! Checkpoints on their way to the depot and back, in child processes of the agent: `berth-agent checkpoint
+//! store|fetch`. A child reads its `Order` as JSON from standard input and writes `Said` lines to standard output; it
+//! holds a token good for this one transfer alone.
+
+mod chunks;
+mod fetch;
+mod http;
+mod pages;
+mod store;
+mod verify;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::{ExitCode, Stdio};
+use std::time::Duration;
+
+use berth_protocol::checkpoint::{CheckpointInfo, Needs};
+use berth_protocol::ids::{Digest, Epoch, NodeId, PodId, Run};
+use berth_protocol::job::PodTemplate;
+use berth_protocol::message::node::DepotAccess;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::process::Command;
+
+use crate::core::checkpoints::NotStored;
+use crate::task::Saved;
+
+/// A pod that has left may come back.
+const KEPT_MIN: Duration = Duration::from_secs(3600);
+
+/// What a child is to do.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Order {
+    Store(Box<Store>),
+    Fetch(Box<Fetch>),
+}
+
+/// Send a checkpoint of this node's to the depot.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Store {
+    pub access: DepotAccess,
+    /// The checkpoint's directory, as the shim left it.
+    pub dir: PathBuf,
+    pub saved: Saved,
+    pub node: NodeId,
+    pub pod: PodId,
+    pub epoch: Epoch,
+    pub run: Run,
+    pub spec: Digest,
+    pub template: PodTemplate,
+    /// Of each container's image, where it has one.
+    pub images: Vec<Option<Digest>>,
+    pub needs: Needs,
+    pub versions: BTreeMap<String, String>,
+    /// Bytes a second at most; zero: as fast as it goes.
+    pub rate: u64,
+}
+
+/// Bring a checkpoint here.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Fetch {
+    pub access: DepotAccess,
+    pub checkpoint: Digest,
+    /// Where it is to be once it is whole and verified.
+    pub dir: PathBuf,
+    /// A directory of earlier checkpoints; what of them fits is taken instead of being fetched.
+    pub cache: PathBuf,
+    /// What the pod is to be now: the checkpoint must be of this.
+    pub template: PodTemplate,
+    /// Of each container's image as it is here, where it has one.
+    pub images: Vec<Option<Digest>>,
+    pub rate: u64,
+}
+
+/// What a child says.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Said {
+    Progress { done: u64, total: u64 },
+    Stored(Box<CheckpointInfo>),
+    Fetched,
+    Failed { why: String, retriable: bool },
+}
+
+/// Why a transfer came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum TransferError {
+    #[error("the depot: {0}")]
+    Depot(#[from] http::HttpError),
+    #[error("{what}: {source}")]
+    Io { what: String, source: io::Error },
+    #[error("{0}")]
+    Unfit(String),
+}
+
+impl TransferError {
+    fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| TransferError::Io { what, source }
+    }
+
+    fn retriable(&self) -> bool {
+        match self {
+            TransferError::Depot(error) => error.retriable(),
+            TransferError::Io { source, .. } => source.kind() != io::ErrorKind::NotFound,
+            TransferError::Unfit(_) => false,
+        }
+    }
+}
+
+/// The file in a kept checkpoint that says whose it is.
+const POD: &str = "pod";
+
+/// Keeps a checkpoint that is in the depot for a restore on this very node, in place of the pod's one before.
+pub fn keep(dir: &Path, id: &Digest, pod: &PodId, cache: &Path) -> io::Result<()> {
+    fs::create_dir_all(cache)?;
+    for entry in fs::read_dir(cache)? {
+        let other = entry?.path();
+        if fs::read_to_string(other.join(POD)).is_ok_and(|text| text == pod.to_string()) {
+            fs::remove_dir_all(other)?;
+        }
+    }
+    fs::write(dir.join(POD), pod.to_string())?;
+    fs::rename(dir, cache.join(id.hex()))
+}
+
+/// Removes kept checkpoints of pods that nobody names any more.
+pub fn collect(cache: &Path, wanted: impl Fn(&PodId) -> bool) {
+    for entry in fs::read_dir(cache).into_iter().flatten().flatten() {
+        let pod = fs::read_to_string(entry.path().join(POD)).ok().and_then(|text| PodId::parse(&text).ok());
+        let old = entry.metadata().and_then(|meta| meta.modified()).ok().and_then(|at| at.elapsed().ok());
+        if old.is_some_and(|age| age > KEPT_MIN) && !pod.is_some_and(|pod| wanted(&pod)) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+fn say(said: &Said) {
+    // Whoever ordered it may have gone; then nobody listens.
+    if let Ok(line) = serde_json::to_string(said) {
+        let mut out = io::stdout().lock();
+        let _ = writeln!(out, "{line}");
+        let _ = out.flush();
+    }
+}
+
+/// `berth-agent checkpoint`: one transfer.
+pub fn worker_main() -> ExitCode {
+    // With the agent it ends.
+    // SAFETY: no pointers.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    let order: Order = match serde_json::from_reader(io::stdin().lock()) {
+        Ok(order) => order,
+        Err(error) => {
+            eprintln!("berth-agent checkpoint: no order on standard input: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("berth-agent checkpoint: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let done = runtime.block_on(async {
+        match order {
+            Order::Store(order) => store::store(&order).await.map(|info| Said::Stored(Box::new(info))),
+            Order::Fetch(order) => fetch::fetch(&order).await.map(|()| Said::Fetched),
+        }
+    });
+    match done {
+        Ok(said) => {
+            say(&said);
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            say(&Said::Failed { why: error.to_string(), retriable: error.retriable() });
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs a child on `order`, passing its progress on; returns its last word.
+pub async fn run(order: &Order, mut progress: impl FnMut(u64, u64)) -> Said {
+    let failed = |why: String| Said::Failed { why, retriable: true };
+    let Ok(order) = serde_json::to_vec(order) else { return failed("the order has no form".to_owned()) };
+    let spawned = Command::new("/proc/self/exe")
+        .arg0("berth-agent")
+        .arg("checkpoint")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn();
+    let mut child = match spawned {
+        Ok(child) => child,
+        Err(error) => return failed(format!("cannot start a process to carry it: {error}")),
+    };
+    if let Some(mut stdin) = child.stdin.take() {
+        let _ = stdin.write_all(&order).await;
+    }
+    let mut last = None;
+    if let Some(stdout) = child.stdout.take() {
+        let mut lines = BufReader::new(stdout).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            match serde_json::from_str(&line) {
+                Ok(Said::Progress { done, total }) => progress(done, total),
+                Ok(said) => last = Some(said),
+                Err(_) => {}
+            }
+        }
+    }
+    let status = child.wait().await;
+    last.unwrap_or_else(|| {
+        let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
+        failed(format!("the process that carried it ended without a word ({status})"))
+    })
+}
+
+impl From<Said> for Result<Box<CheckpointInfo>, NotStored> {
+    fn from(said: Said) -> Self {
+        match said {
+            Said::Stored(info) => Ok(info),
+            Said::Failed { why, retriable } => Err(NotStored { why, retriable }),
+            Said::Progress { .. } | Said::Fetched => {
+                Err(NotStored { why: "it was answered with something else".to_owned(), retriable: true })
+            }
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! What leaves the node for the depot: logs, outputs, checkpoints, each in a task of its own that ends with an event.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use berth_protocol::checkpoint::Needs;
+use berth_protocol::chunk::{GrantFor, GrantRequest};
+use berth_protocol::ids::{Digest, Run};
+use berth_protocol::units::Bytes;
+
+use super::Agency;
+use crate::core::Event;
+use crate::core::checkpoints::NotStored;
+use crate::core::ledger::PodKey;
+use crate::io::checkpoint::{self, Order, Said, Store};
+use crate::io::prepare::CHECKPOINTS_KEPT_DIR;
+use crate::io::{depot, logs, outputs};
+use crate::task::{Saved, file};
+
+impl Agency {
+    pub(super) fn store_log(&self, key: PodKey) {
+        let (events, access) = (self.events.clone(), self.depot.clone());
+        let dir = self.shims.pod_dir(&key);
+        tokio::spawn(async move {
+            let put = async {
+                let access = access.as_ref().ok_or(depot::DepotError::NoAccess)?;
+                depot::put_log(access, &key.pod, key.epoch, logs::segments(&dir).await).await
+            };
+            let stored = put.await;
+            if let Err(error) = &stored {
+                tracing::debug!("log of pod {key} is not in the depot yet: {error}");
+            }
+            let _ = events.send(Event::LogStored { key, stored: stored.is_ok() });
+        });
+    }
+
+    pub(super) fn store_outputs(&self, key: PodKey) {
+        let (events, access) = (self.events.clone(), self.depot.clone());
+        let dir = self.shims.pod_dir(&key);
+        tokio::spawn(async move {
+            let result = outputs::store(access.as_ref(), &dir).await;
+            if let Err(error) = &result {
+                tracing::warn!("outputs of pod {key} are not in the depot yet: {error}");
+            }
+            let _ = events.send(Event::OutputsStored { key, result });
+        });
+    }
+
+    pub(super) fn checkpoints_kept(&self) -> PathBuf {
+        self.config.data_dir.join(CHECKPOINTS_KEPT_DIR)
+    }
+
+    pub(super) fn store_checkpoint(&self, key: PodKey, run: Run, spec: Digest, saved: Saved) {
+        let Some(template) = self.core.ledger().specs.get(&spec).cloned() else { return };
+        let (events, depot, cache) = (self.events.clone(), self.depot.clone(), self.checkpoints_kept());
+        let level = saved.level;
+        let dir = self.shims.pod_dir(&key).join(file::CHECKPOINTS_DIR).join(level.to_string());
+        let (images, inventory) = (self.preparer.image_digests(&template), self.probe.inventory());
+        let needs = Needs {
+            arch: inventory.arch.clone(),
+            cpu_features: inventory.cpu_features.clone(),
+            kernel: Some(inventory.kernel.clone()),
+            criu: inventory.criu.clone(),
+            gpus: Vec::new(),
+            gpu_driver: None,
+        };
+        let mut versions = BTreeMap::from([
+            ("agent".to_owned(), inventory.agent_version.clone()),
+            ("kernel".to_owned(), inventory.kernel.clone()),
+        ]);
+        versions.extend(inventory.criu.clone().map(|version| ("criu".to_owned(), version)));
+        let (node, rate) = (self.config.node.clone(), self.config.checkpoint_rate.0);
+        tokio::spawn(async move {
+            let request = GrantRequest { pod: key.pod.clone(), epoch: key.epoch, what: GrantFor::Save };
+            let said = match depot::grant(depot.as_ref(), &request).await {
+                Err(error) => Said::Failed { why: error.to_string(), retriable: true },
+                Ok(access) => {
+                    let (pod, epoch) = (key.pod.clone(), key.epoch);
+                    let order = Order::Store(Box::new(Store {
+                        access,
+                        dir: dir.clone(),
+                        saved,
+                        node,
+                        pod,
+                        epoch,
+                        run,
+                        spec,
+                        template,
+                        images,
+                        needs,
+                        versions,
+                        rate,
+                    }));
+                    let progress = |done, total| {
+                        let (done, total) = (Bytes(done), Bytes(total));
+                        let _ = events.send(Event::Storing { key: key.clone(), done, total });
+                    };
+                    checkpoint::run(&order, progress).await
+                }
+            };
+            let result: Result<Box<_>, NotStored> = said.into();
+            if let Ok(info) = &result
+                && let Err(error) = checkpoint::keep(&dir, &info.id, &key.pod, &cache)
+            {
+                tracing::warn!("the checkpoint of pod {key} is in the depot, and not kept here: {error}");
+            }
+            let _ = events.send(Event::CheckpointStored { key, level, result });
+        });
+    }
+}

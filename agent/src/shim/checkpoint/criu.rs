@@ -1,0 +1,186 @@
+//! One `criu swrk`: a process that does one dump or restore and tells its stages over a socket. Never waits; the
+//! supervisor's loop polls.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
+use nix::unistd::Pid;
+
+use super::super::sys;
+use super::rpc::{self, Call, Options, Response};
+
+/// Numbers that criu finds descriptors at: beyond what a shim has open itself.
+const SOCKET_FD: RawFd = 900;
+pub const INHERITED_FD: RawFd = 901;
+const RESPONSE_BYTES_MAX: usize = 64 << 10;
+const END_MS_MAX: i32 = 5_000;
+/// Of criu's log, in a failure's message.
+const ERRORS_MAX: usize = 3;
+const ERROR_BYTES_MAX: usize = 300;
+
+/// What criu says.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Word {
+    /// A stage is reached; criu waits for `answer`.
+    Stage(String),
+    /// All done; of a restore the root task.
+    Done(Option<i32>),
+    Failed(String),
+}
+
+pub struct Criu {
+    pid: Pid,
+    pidfd: OwnedFd,
+    socket: OwnedFd,
+    /// criu opens it as this process's descriptor.
+    _images: File,
+    log: PathBuf,
+    over: bool,
+}
+
+/// Where criu itself runs, and with it what it restores.
+pub struct Place {
+    /// The host's time namespace: this process's children would enter the pod's.
+    pub time: Option<File>,
+    /// Directories of the control groups to enter, and then to see as root; empty: stays where the shim is.
+    pub cgroups: Vec<PathBuf>,
+}
+
+impl Criu {
+    /// Starts criu on `images`; `options` are what is asked of it beyond that and its log's name. `inherited` are to
+    /// be at `INHERITED_FD` and the numbers after it.
+    pub fn start(
+        program: &Path,
+        call: Call,
+        images: &Path,
+        mut options: Options,
+        inherited: &[BorrowedFd],
+        place: Place,
+    ) -> io::Result<Self> {
+        let name = if call == Call::Dump { "dump.log" } else { "restore.log" };
+        let dir = File::open(images)?;
+        options.images_dir(dir.as_raw_fd()).log(name).notify();
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (socket, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+        let mut fds = vec![(theirs.as_raw_fd(), SOCKET_FD)];
+        fds.extend(inherited.iter().map(AsRawFd::as_raw_fd).zip(INHERITED_FD..));
+        let mut command = Command::new(program);
+        command.arg("swrk").arg(SOCKET_FD.to_string());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let Place { time, cgroups } = place;
+        let prepare = move || -> io::Result<()> {
+            for dir in &cgroups {
+                File::options().write(true).open(dir.join("cgroup.procs"))?.write_all(b"0")?;
+            }
+            if !cgroups.is_empty() {
+                nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWCGROUP)?;
+            }
+            if let Some(time) = &time {
+                // SAFETY: no pointers.
+                if unsafe { libc::setns(time.as_raw_fd(), libc::CLONE_NEWTIME) } != 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            for (from, to) in &fds {
+                // SAFETY: no pointers; the numbers are beyond all that is open.
+                if unsafe { libc::dup2(*from, *to) } < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        };
+        // SAFETY: the process has one thread, so the child may do what it likes between fork and exec.
+        let child = unsafe { command.pre_exec(prepare) }.spawn()?;
+        let criu = Self {
+            pidfd: sys::pidfd(child.id() as i32)?,
+            pid: Pid::from_raw(child.id() as i32),
+            socket,
+            _images: dir,
+            log: images.join(name),
+            over: false,
+        };
+        criu.send(&rpc::request(call, &options.0))?;
+        Ok(criu)
+    }
+
+    fn send(&self, message: &rpc::Message) -> io::Result<()> {
+        send(self.socket.as_raw_fd(), message.as_bytes(), MsgFlags::MSG_NOSIGNAL)?;
+        Ok(())
+    }
+
+    /// Lets criu go on from a stage, or give up there.
+    pub fn answer(&self, go_on: bool) {
+        // One that has gone away says so by `hear`.
+        let _ = self.send(&rpc::notified(go_on));
+    }
+
+    /// What was said since; `None`: nothing.
+    pub fn hear(&mut self) -> Option<Word> {
+        if self.over {
+            return None;
+        }
+        let mut buffer = vec![0; RESPONSE_BYTES_MAX];
+        let word = match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+            Err(nix::Error::EAGAIN | nix::Error::EINTR) => return None,
+            Ok(length) if length > 0 => match Response::read(&buffer[..length]) {
+                Some(response) if !response.success => Word::Failed(self.why(&response.message)),
+                Some(Response { stage: Some(stage), .. }) => return Some(Word::Stage(stage)),
+                Some(response) => Word::Done(response.pid),
+                None => Word::Failed(self.why("it said what is no response")),
+            },
+            _ => Word::Failed(self.why("it ended without an answer")),
+        };
+        self.over = true;
+        Some(word)
+    }
+
+    /// The last errors of its log; the response names the first, which often is a harmless one.
+    fn why(&self, else_said: &str) -> String {
+        let log = std::fs::read(&self.log).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let errors: Vec<&str> = log.lines().filter(|line| line.contains("Error")).collect();
+        let last = &errors[errors.len().saturating_sub(ERRORS_MAX)..];
+        let bounded = |line: &&str| {
+            // `(00.012345) Error (criu/file.c:12): what`
+            let text = line.split_once("): ").map_or(*line, |(_, text)| text);
+            text.chars().take(ERROR_BYTES_MAX).collect::<String>()
+        };
+        match last {
+            [] if else_said.is_empty() => "criu failed and says nothing".to_owned(),
+            [] => format!("criu: {else_said}"),
+            _ => format!("criu: {}", last.iter().map(bounded).collect::<Vec<_>>().join("; ")),
+        }
+    }
+
+    /// Waits until the process has ended, as it does at once when it has said `Done`: it is in the control groups of
+    /// what it has restored.
+    pub fn wait_for_end(&self) {
+        let _ = sys::poll(&mut [sys::want(&self.pidfd, libc::POLLIN)], Some(END_MS_MAX));
+    }
+
+    /// Ends it by force. Of a dump, the tasks go on.
+    pub fn kill(&mut self) {
+        if !self.over {
+            self.over = true;
+            let _ = kill(self.pid, Signal::SIGKILL);
+        }
+    }
+}
+
+impl AsFd for Criu {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Drop for Criu {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

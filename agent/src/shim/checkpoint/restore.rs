@@ -1,0 +1,191 @@
+//! Brings one container back: everything that CRIU is to find there, made anew from the pod's specification, and what
+//! CRIU is told. Of the checkpoint come the images, the written files and names, nothing else.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use berth_protocol::ids::ContainerName;
+use berth_protocol::job::ContainerSpec;
+use berth_protocol::log::Stream;
+use berth_protocol::units::MilliCpu;
+use libcgroups::common::{CgroupConfig, CgroupManager, ControllerOpt, create_cgroup_manager};
+use libcontainer::oci_spec::runtime::LinuxResources;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::unistd::{Pid, pipe2};
+use serde_json::Value;
+
+use super::super::cgroup::Cgroup;
+use super::super::container::Container;
+use super::super::error::ShimError;
+use super::super::init::Init;
+use super::super::pump::Pump;
+use super::super::rootfs::{self, Home};
+use super::super::spec::Pod;
+use super::super::sys;
+use super::criu::{Criu, INHERITED_FD, Place};
+use super::dump::{self, NETWORK, NOTHING, PIDS};
+use super::rpc::{Call, Options};
+use super::{Parts, archive};
+use crate::task::{Saved, SavedContainer, Task};
+
+/// Reads what the shim that saved has said, and brings the scratch volumes' files back.
+pub fn open(task: &Task, dir: &Path) -> Result<Saved, ShimError> {
+    let parts = Parts::to_restore(dir);
+    let read = || -> io::Result<Saved> { Ok(serde_json::from_slice(&fs::read(parts.saved())?)?) };
+    let saved = read().map_err(ShimError::Checkpoint)?;
+    let names = saved.containers.iter().map(|container| &container.name);
+    if !names.eq(task.template.containers.iter().map(|container| &container.name)) {
+        let other = io::Error::other("its containers are not the job's");
+        return Err(ShimError::Checkpoint(other));
+    }
+    for index in 0..task.template.volumes.len() {
+        if task.volumes.get(index).is_some_and(Option::is_none) {
+            let at = rootfs::volume_dir(dir, index);
+            archive::unpack(&parts.volume(index), &at)
+                .map_err(ShimError::io("bring back what was written in", at))?;
+        }
+    }
+    Ok(saved)
+}
+
+/// A container that waits to be brought back.
+pub struct Revival {
+    pub name: ContainerName,
+    images: PathBuf,
+    cgroup: Cgroup,
+    options: Options,
+    pumps: [Pump; 2],
+    /// What the images know by name, in the order of the numbers that `options` gives it.
+    inherited: Vec<OwnedFd>,
+    cpu_max: MilliCpu,
+}
+
+impl Revival {
+    pub fn prepare(
+        pod: &Pod,
+        spec: &ContainerSpec,
+        saved: &SavedContainer,
+        oci: &Value,
+        cgroup: Cgroup,
+    ) -> Result<Self, ShimError> {
+        let failed =
+            |e: io::Error| ShimError::Restore { container: spec.name.clone(), message: e.to_string() };
+        let home = Home::new(pod.dir, &spec.name);
+        let mut options = Options::default();
+        options.root(home.rootfs().as_os_str().as_bytes()).sibling().evasive_devices();
+        options.ignore_cgroups().file_locks().link_remap().orphan_pts_master().no_network_lock();
+        dump::tcp(&mut options, pod.task);
+        for name in &saved.mounts {
+            let source = source(oci, name).map_err(failed)?;
+            options.external_mount(name, source.as_os_str().as_bytes());
+        }
+        options.external_mount(NOTHING, NOTHING.as_bytes());
+        let mut inherited: Vec<OwnedFd> = Vec::new();
+        let mut inherit = |key: &str, fd: OwnedFd| {
+            let number = INHERITED_FD + inherited.len() as i32;
+            inherited.push(fd);
+            options.inherit(key, number);
+        };
+        let namespace = |path: &Path| File::open(path).map(OwnedFd::from).map_err(failed);
+        inherit(PIDS, namespace(&pod.namespaces.join("pid"))?);
+        if let Some(network) = &pod.network {
+            inherit(NETWORK, namespace(network)?);
+        }
+        let mut pump = |index: usize, stream| -> Result<Pump, ShimError> {
+            let Some(Some(name)) = saved.pipes.get(index) else { return Ok(Pump::closed(stream)) };
+            let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(e.into()))?;
+            fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| failed(e.into()))?;
+            inherit(name, write);
+            Ok(Pump::new(read, stream))
+        };
+        let pumps = [pump(0, Stream::Stdout)?, pump(1, Stream::Stderr)?];
+        limit(&cgroup, oci)
+            .map_err(|message| ShimError::Restore { container: spec.name.clone(), message })?;
+        let images = Parts::to_restore(pod.dir).images(&spec.name);
+        let (name, cpu_max) = (spec.name.clone(), spec.limits.cpu);
+        Ok(Self { name, images, cgroup, options, pumps, inherited, cpu_max })
+    }
+
+    /// Starts criu; a pod's later containers share the first one's namespaces.
+    pub fn start(&self, program: &Path, first: Option<Pid>) -> io::Result<Criu> {
+        let mut options = self.options.clone();
+        if let Some(first) = first {
+            for kind in
+                ["ipc", "uts", "time"].iter().filter(|kind| Path::new("/proc/self/ns").join(kind).exists())
+            {
+                options.join(kind, &format!("/proc/{first}/ns/{kind}"));
+            }
+        }
+        let inherited: Vec<_> = self.inherited.iter().map(AsFd::as_fd).collect();
+        let place = Place { time: host_time(), cgroups: self.cgroup.dirs() };
+        Criu::start(program, Call::Restore, &self.images, options, &inherited, place)
+    }
+
+    /// criu says that it is back: look whether that is so.
+    pub fn finish(self, pid: Pid, init: &Init, own_network: bool) -> Result<Container, ShimError> {
+        let failed = |message: String| ShimError::Restore { container: self.name.clone(), message };
+        let pidfd = match sys::pidfd(pid.as_raw()) {
+            Ok(pidfd) => pidfd,
+            // It has ended already, and was reaped: any descriptor that becomes readable does.
+            Err(_) => {
+                let (read, _) = pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(e.to_string()))?;
+                return Ok(Container::revived(self.name, pid, read, self.cgroup, self.pumps, self.cpu_max));
+            }
+        };
+        let same = |kind: &str| {
+            let of = |pid: Pid| fs::read_link(format!("/proc/{pid}/ns/{kind}")).ok();
+            of(pid).is_none_or(|namespace| Some(namespace) == of(init.pid))
+        };
+        let shared = if own_network { &["pid", "net"][..] } else { &["pid"] };
+        if let Some(kind) = shared.iter().find(|kind| !same(kind)) {
+            return Err(failed(format!("it came back in another {kind} namespace than the pod's")));
+        }
+        if self.cgroup.processes().is_ok_and(|all| !all.contains(&pid)) && sys::is_alive(&pidfd) {
+            return Err(failed("it came back outside its control group".to_owned()));
+        }
+        self.cgroup.limit_cpu(self.cpu_max)?;
+        Ok(Container::revived(self.name, pid, pidfd, self.cgroup, self.pumps, self.cpu_max))
+    }
+}
+
+/// The host's time namespace, where the kernel has them: this process's children enter the pod's.
+pub fn host_time() -> Option<File> {
+    File::open("/proc/self/ns/time").ok()
+}
+
+/// What the configuration binds at `name`, or at a part of it.
+fn source(oci: &Value, name: &str) -> io::Result<PathBuf> {
+    let mounts = oci["mounts"].as_array().into_iter().flatten().filter(|mount| mount["type"] == "bind");
+    let found = mounts
+        .filter_map(|mount| Some((mount["destination"].as_str()?, mount["source"].as_str()?)))
+        .filter_map(|(at, from)| Some((at, from, Path::new(name).strip_prefix(at).ok()?)))
+        .max_by_key(|(at, ..)| at.len());
+    let Some((_, from, rest)) = found else {
+        return Err(io::Error::other(format!("it has a mount at {name}, which the job does not")));
+    };
+    // Joining nothing would ask for a directory.
+    let whole = Path::new(from);
+    fs::canonicalize(if rest.as_os_str().is_empty() { whole.to_owned() } else { whole.join(rest) })
+        .map_err(|e| io::Error::other(format!("what was mounted at {name} is not here: {e}")))
+}
+
+/// Makes the container's groups with its limits, for criu to enter.
+fn limit(cgroup: &Cgroup, oci: &Value) -> Result<(), String> {
+    let resources: LinuxResources =
+        serde_json::from_value(oci["linux"]["resources"].clone()).map_err(|e| e.to_string())?;
+    cgroup.create().map_err(|e| e.to_string())?;
+    cgroup.fill_cpuset().map_err(|e| e.to_string())?;
+    let config =
+        CgroupConfig { cgroup_path: cgroup.absolute(), systemd_cgroup: false, container_name: String::new() };
+    let options = ControllerOpt {
+        resources: &resources,
+        disable_oom_killer: false,
+        oom_score_adj: None,
+        freezer_state: None,
+    };
+    let manager = create_cgroup_manager(config).map_err(|e| e.to_string())?;
+    manager.apply(&options).map_err(|e| format!("cannot set its limits: {e}"))
+}
