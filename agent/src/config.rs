@@ -15,7 +15,8 @@ const EXAMPLES: &str = "Examples:
   berth-agent --config /etc/berth/agent.toml                 as the service does
   berth-agent --dev --node a2 --data-dir /tmp/a2 --capacity cpu=2,memory=4Gi
                                                              a second agent beside the first, with a part of the machine
-  berth-agent --broker mqtt://10.0.0.5:1883 --label rack=r7 --taint spot";
+  berth-agent --broker mqtt://10.0.0.5:1883 --label rack=r7 --taint spot
+  berth-agent doctor --dev                                   what this machine lacks, and how to get it";
 
 /// The node daemon of berth: runs containers as the controller directs.
 #[derive(Parser, Debug)]

@@ -23,13 +23,21 @@ fn main() -> ExitCode {
         }
         _ => {}
     }
-    let config = match Config::from_args(Args::parse()) {
+    // The one subcommand for people takes the daemon's flags behind it.
+    let doctor = first.as_deref() == Some(OsStr::new("doctor"));
+    let args = Args::parse_from(
+        std::env::args_os().enumerate().filter(|(n, _)| !doctor || *n != 1).map(|(_, arg)| arg),
+    );
+    let config = match Config::from_args(args) {
         Ok(config) => config,
         Err(error) => {
             eprintln!("berth-agent: {error:#}");
             return ExitCode::from(2);
         }
     };
+    if doctor {
+        return io::doctor::main(&config);
+    }
     logging::init();
     match serve(config) {
         Ok(()) => ExitCode::SUCCESS,

@@ -4,6 +4,7 @@ pub mod bus;
 pub mod checkpoint;
 pub mod clock;
 pub mod depot;
+pub mod doctor;
 pub mod image;
 pub mod journal;
 pub mod logs;

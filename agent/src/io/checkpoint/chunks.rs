@@ -116,10 +116,12 @@ mod tests {
             std::fs::write(&path, &other).unwrap();
             assert!(!is_same(&path, &saved), "{at}");
         }
-        for at in 41..length {
+        // Some of zstd's bits mean nothing: what is read is the chunk or refused, never something else.
+        for at in 0..length {
             let mut other = frames.clone();
             other[at] ^= 1;
-            assert_eq!(Frame::read(&other).ok().and_then(|(frame, _)| read_frame(&frame)), None, "{at}");
+            let read = Frame::read(&other).ok().and_then(|(frame, _)| read_frame(&frame));
+            assert!(read.is_none_or(|content| ChunkId::of(&content) == id), "{at}");
         }
     }
 }

@@ -295,7 +295,7 @@ mod tests {
         let mut options = Options::default();
         options.images_dir(5).pid(300).log("dump.log").inherit("pipe:[7]", 900);
         let bytes = request(Call::Dump, &options.0);
-        let expect = b"\x08\x01\x12\x23\x08\x05\x10\xac\x02\x48\x02\x52\x08dump.log\
+        let expect = b"\x08\x01\x12\x21\x08\x05\x10\xac\x02\x48\x02\x52\x08dump.log\
             \xda\x01\x0d\x0a\x08pipe:[7]\x10\x84\x07";
         assert_eq!(bytes.as_bytes(), &expect[..]);
     }

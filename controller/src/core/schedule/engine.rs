@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::index::{BLOCK, Row};
-use super::policy::{Cell, Class, Policy, Sigmoid, Verdict, fragments};
+use super::policy::{Cell, Class, Policy, Sigmoid, Verdict, fragments, value};
 use super::prices::{Demand, Prices};
 use super::problem::{Room, Seat, Shape};
 
@@ -78,6 +78,11 @@ impl Engine {
 
     pub fn rooms(&self) -> &[Room] {
         &self.rooms
+    }
+
+    /// Fragments of a room, in the prices' fine unit.
+    pub fn fragments(&self, room: usize) -> i64 {
+        self.cells[self.slots[room] as usize].fragments
     }
 
     /// Makes a room what it is now; `index` is a known one's or the next.
@@ -159,6 +164,7 @@ impl Engine {
             memory_bytes: room.memory_bytes,
             disk_bytes: room.disk_bytes,
             fragments: 0,
+            value: 0,
             stamp: self.forgotten + self.changes.len() as u64,
             room: index as u32,
             slots: if room.open { room.slots.min(usize::from(u16::MAX)) as u16 } else { 0 },
@@ -168,6 +174,7 @@ impl Engine {
             devices_per_core: (room.devices.len() as u64 * 1_000_000 / (cores * 1000)) as u32,
         };
         cell.fragments = fragments(&self.prices, &cell, remainders);
+        cell.value = value(&self.prices, &cell, remainders);
         self.cells[slot] = cell;
         if self.changes.len() >= 2 * self.cells.len() + 4096 {
             let half = self.changes.len() / 2;
@@ -187,6 +194,7 @@ impl Engine {
         for slot in 0..self.cells.len() {
             let remainders = &self.remainders[slot * self.stride..(slot + 1) * self.stride];
             self.cells[slot].fragments = fragments(&self.prices, &self.cells[slot], remainders);
+            self.cells[slot].value = value(&self.prices, &self.cells[slot], remainders);
         }
     }
 
@@ -223,6 +231,13 @@ impl Engine {
             slot = self.any(class, shape, allowed)?;
         }
         Some(self.seat(class, shape, slot))
+    }
+
+    /// A seat in that very room.
+    pub fn place_in(&mut self, shape: &Shape, room: usize) -> Option<Seat> {
+        self.rooms[room].fit(shape)?;
+        let class = self.known(shape);
+        Some(self.seat(class, shape, self.slots[room] as usize))
     }
 
     /// The best seat by `rank` first, the lowest, and by score then; without a rank a room is out of the question.
@@ -320,13 +335,7 @@ impl Engine {
 
     /// The class of a shape, its scores up to date.
     fn class(&mut self, shape: &Shape) -> usize {
-        // Models are a matter of segments, unless some room mixes them.
-        let known = if self.mixed || shape.models.is_none() {
-            self.known.get(shape).copied()
-        } else {
-            self.known.get(&Shape { models: None, ..shape.clone() }).copied()
-        };
-        let index = known.unwrap_or_else(|| self.learn(shape));
+        let index = self.known(shape);
         self.asked += 1;
         let (class, mut row) = (self.classes[index].0.clone(), std::mem::take(&mut self.classes[index].1));
         row.used = self.asked;
@@ -348,6 +357,16 @@ impl Engine {
         row.stale = false;
         self.classes[index].1 = row;
         index
+    }
+
+    fn known(&mut self, shape: &Shape) -> usize {
+        // Models are a matter of segments, unless some room mixes them.
+        let known = if self.mixed || shape.models.is_none() {
+            self.known.get(shape).copied()
+        } else {
+            self.known.get(&Shape { models: None, ..shape.clone() }).copied()
+        };
+        known.unwrap_or_else(|| self.learn(shape))
     }
 
     fn learn(&mut self, shape: &Shape) -> usize {

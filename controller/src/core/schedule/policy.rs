@@ -5,8 +5,8 @@ use super::prices::{FINE, Prices};
 use super::problem::Shape;
 
 /// The weights of "bid", for every fleet the same.
-const SLIVER: i64 = 5;
-const SCARCITY_PERMILLE: i64 = 200;
+const SLIVER: i64 = 8;
+const SCARCITY_PERMILLE: i64 = 500;
 const SPARED_CPU_PERMILLE: i64 = 100;
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -18,6 +18,8 @@ pub enum Policy {
     Fgd,
     /// Least left over, CPU and devices alike.
     BestFit,
+    /// Free amounts that point where the pod's do (Grandl et al., Multi-Resource Packing, SIGCOMM 2014).
+    DotProduct,
     /// The first that fits.
     FirstFit,
     /// Any that fits.
@@ -32,6 +34,8 @@ pub struct Cell {
     pub disk_bytes: u64,
     /// Fragments now, in fine units.
     pub fragments: i64,
+    /// Best value of what its devices have left, in thousandths of a device.
+    pub value: i64,
     /// Of the log of changes.
     pub stamp: u64,
     pub room: u32,
@@ -93,6 +97,12 @@ pub fn fragments(prices: &Prices, cell: &Cell, remainders: &[u16]) -> i64 {
     (i64::from(cell.devices_milli) << FINE) - usable - view.together(usize::from(cell.whole))
 }
 
+/// Best value of what a room's devices have left, for pods that its free CPU can bear.
+pub fn value(prices: &Prices, cell: &Cell, remainders: &[u16]) -> i64 {
+    let view = prices.of(usize::from(cell.model), prices.cpu_rank(cell.cpu_milli));
+    remainders.iter().map(|r| view.value(usize::from(*r))).sum()
+}
+
 impl Policy {
     /// Scores a seat in a room that has CPU, memory, disk and a slot for it; `fitting` are the devices that would do.
     pub fn judge(
@@ -118,6 +128,14 @@ impl Policy {
                 let full = 100_i64 - (50 * cpu / 128_000 + 50 * left / 8_000) as i64;
                 Verdict { score: full.clamp(0, 100) as u8 + 1, device: least() }
             }
+            Self::DotProduct => {
+                // Fractions of the same yardstick, in thousandths; the artefact takes the smallest product.
+                let cpu = cell.cpu_milli * class.shape.cpu_milli / (128 * 128_000);
+                let taken = class.shape.gpus as u64 * u64::from(class.shape.gpu_milli);
+                let devices = u64::from(cell.devices_milli) * taken / (8 * 8_000);
+                let apart = 100_i64 - ((cpu + devices) / 20) as i64;
+                Verdict { score: apart.clamp(0, 100) as u8 + 1, device: least() }
+            }
             Self::Fgd | Self::Bid => {
                 let (gradient, device) = self.gradient(prices, class, cell, remainders, fitting);
                 Verdict { score: sigmoid.of(gradient), device }
@@ -135,27 +153,34 @@ impl Policy {
     ) -> (i64, usize) {
         let shape = &class.shape;
         let model = usize::from(cell.model);
-        let view = prices.of(model, prices.cpu_rank(cell.cpu_milli - shape.cpu_milli));
+        let rank = prices.cpu_rank(cell.cpu_milli - shape.cpu_milli);
+        let (view, whole) = (prices.of(model, rank), usize::from(cell.whole));
         let usable: i64 = remainders.iter().map(|r| view.usable(usize::from(*r))).sum();
-        let whole = usize::from(cell.whole);
-        let bid = self == Self::Bid;
         let taken = shape.gpus as i64 * i64::from(shape.gpu_milli);
-        // What is lost whichever device it gets.
-        let mut cost = cell.fragments;
-        if bid && shape.gpus == 0 {
-            let spared = shape.cpu_milli as i64 * i64::from(cell.devices_per_core);
-            cost -= (spared << FINE) * SPARED_CPU_PERMILLE / 1_000_000;
-        } else if bid {
-            cost -= ((prices.scarcity(model) * taken) << FINE) * SCARCITY_PERMILLE / 1_000_000;
-        }
         let left = (i64::from(cell.devices_milli) - taken) << FINE;
+        // What is lost whichever device the pod gets; what it may lose besides is negative from here on.
+        let mut gain = cell.fragments - left;
+        let bid = self == Self::Bid && !remainders.is_empty();
+        let value: i64 = if bid { remainders.iter().map(|r| view.value(usize::from(*r))).sum() } else { 0 };
+        if bid {
+            let scarce = prices.scarcity(model) * taken * SCARCITY_PERMILLE / 1_000;
+            let spared = match shape.gpus {
+                0 => shape.cpu_milli as i64 * i64::from(cell.devices_per_core) * SPARED_CPU_PERMILLE / 1_000,
+                _ => 0,
+            };
+            gain -= ((scarce + spared) << FINE) / 1_000;
+            gain += (SLIVER * (value + class.worth - cell.value)) << FINE;
+        }
         if shape.gpus == 0 {
-            return (cost - (left - usable - view.together(whole)), 0);
+            return (gain + usable + view.together(whole), 0);
         }
         let milli = shape.gpu_milli as usize;
         if milli == 1000 {
-            let usable = usable - shape.gpus as i64 * view.usable(1000);
-            return (cost - (left - usable - view.together(whole - shape.gpus)), 0);
+            let n = shape.gpus as i64;
+            if bid {
+                gain -= (SLIVER * n * view.value(1000)) << FINE;
+            }
+            return (gain + usable - n * view.usable(1000) + view.together(whole - shape.gpus), 0);
         }
         let mut best = (i64::MIN, 0);
         let mut seen = 0;
@@ -166,15 +191,13 @@ impl Policy {
                 continue;
             }
             seen = r;
-            let usable = usable - view.usable(r) + view.usable(r - milli);
-            let together = view.together(whole - usize::from(r == 1000));
-            let mut gradient = cost - (left - usable - together);
+            let mut gain = gain + usable - view.usable(r) + view.usable(r - milli);
+            gain += view.together(whole - usize::from(r == 1000));
             if bid {
-                let sliver = prices.value[r] - prices.value[r - milli] - class.worth;
-                gradient -= (SLIVER * sliver) << FINE;
+                gain -= (SLIVER * (view.value(r) - view.value(r - milli))) << FINE;
             }
-            if gradient > best.0 {
-                best = (gradient, device);
+            if gain > best.0 {
+                best = (gain, device);
             }
         }
         best

@@ -11,6 +11,9 @@ use super::problem::{Room, Shape};
 pub const FINE: u32 = 16;
 /// A whole device.
 const WHOLE: usize = 1000;
+/// Remainders are valued in steps of this many thousandths.
+const STEP: usize = 10;
+const STEPS: usize = WHOLE / STEP + 1;
 /// Shapes count until they cover this share of the pods, in percent; the rest are noise.
 const COVERED_PERCENT: u64 = 95;
 
@@ -35,8 +38,9 @@ pub struct Prices {
     share_rank: Vec<u8>,
     /// By device model; the last for models that no price knows.
     models: Vec<Table>,
-    /// Best value of a remainder, in thousandths of a device.
-    pub value: Vec<i64>,
+    /// `[cpu rank][remainder / STEP]`: the best value of a remainder among pods of at most that CPU, in thousandths of
+    /// a device.
+    value: Vec<i32>,
     /// What a pod of a share is worth, in thousandths of a device.
     worth: BTreeMap<(u64, usize), i64>,
 }
@@ -95,7 +99,8 @@ impl Prices {
         let share_rank = (0..=WHOLE).map(|r| shares.partition_point(|share| *share <= r) as u8).collect();
         let stock = stock(demand, rooms);
         let worth = cutting::worth(demand, rooms);
-        let value = value(&worth);
+        let ranks = std::iter::once(None).chain(cpus.iter().map(Some));
+        let value = ranks.flat_map(|cpu| value(&worth, cpu.copied())).collect();
         let mut prices = Self { cpus, shares, share_rank, models: Vec::new(), value, worth };
         prices.models =
             (0..=stock.len()).map(|model| prices.table(model, stock.get(model), &typical)).collect();
@@ -147,6 +152,7 @@ impl Prices {
             single: &table.single[cpu_rank * width..(cpu_rank + 1) * width],
             several: &table.several[cpu_rank * SEVERAL..(cpu_rank + 1) * SEVERAL],
             share_rank: &self.share_rank,
+            value: &self.value[cpu_rank * STEPS..(cpu_rank + 1) * STEPS],
         }
     }
 
@@ -154,8 +160,11 @@ impl Prices {
         self.models[model.min(self.models.len() - 1)].scarcity
     }
 
-    /// What a pod of `shape` is worth; only shares have prices of their own.
+    /// What a pod of `shape` is worth, in thousandths of a device; only shares have prices of their own.
     pub fn worth(&self, shape: &Shape) -> i64 {
+        if shape.gpu_milli as usize == WHOLE || shape.gpus != 1 {
+            return (WHOLE * shape.gpus) as i64;
+        }
         self.worth.get(&(shape.cpu_milli, shape.gpu_milli as usize)).copied().unwrap_or(0)
     }
 }
@@ -166,6 +175,7 @@ pub struct View<'a> {
     single: &'a [i64],
     several: &'a [i64],
     share_rank: &'a [u8],
+    value: &'a [i32],
 }
 
 impl View<'_> {
@@ -173,6 +183,12 @@ impl View<'_> {
     #[inline]
     pub fn usable(&self, remainder: usize) -> i64 {
         remainder as i64 * self.single[usize::from(self.share_rank[remainder])]
+    }
+
+    /// The best value of a remainder, in thousandths of a device.
+    #[inline]
+    pub fn value(&self, remainder: usize) -> i64 {
+        i64::from(self.value[remainder / STEP])
     }
 
     /// What pods that want several devices could use of `whole` free ones.
@@ -208,14 +224,20 @@ fn stock(demand: &Demand, rooms: &[Room]) -> Vec<Stock> {
     stock
 }
 
-/// The best knapsack of each remainder; a whole device is worth itself.
-fn value(worth: &BTreeMap<(u64, usize), i64>) -> Vec<i64> {
-    let mut value = vec![0; WHOLE + 1];
-    for r in 1..=WHOLE {
-        let with = worth.iter().filter(|((_, milli), _)| *milli > 0 && *milli <= r);
-        let with = with.map(|((_, milli), worth)| value[r - milli] + worth).max();
+/// The best knapsack of each remainder among shares of at most that CPU; a whole device is worth itself.
+fn value(worth: &BTreeMap<(u64, usize), i64>, cpu: Option<u64>) -> Vec<i32> {
+    let mut value = vec![0; STEPS];
+    let Some(cpu) = cpu else { return value };
+    let mut best: BTreeMap<usize, i64> = BTreeMap::new();
+    for ((_, milli), worth) in worth.range(..=(cpu, WHOLE)) {
+        let steps = milli.div_ceil(STEP).max(1);
+        let known = best.entry(steps).or_default();
+        *known = (*known).max(*worth);
+    }
+    for r in 1..STEPS {
+        let with = best.range(..=r).map(|(steps, worth)| value[r - steps] + *worth as i32).max();
         value[r] = value[r - 1].max(with.unwrap_or(0));
     }
-    value[WHOLE] = value[WHOLE].max(WHOLE as i64);
+    value[STEPS - 1] = value[STEPS - 1].max(WHOLE as i32);
     value
 }
