@@ -5,12 +5,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use berth_protocol::ids::{ClusterName, Namespace};
-use berth_protocol::units::{Bytes, MilliCpu};
+use berth_protocol::units::{Bytes, MilliCpu, UnitError};
 use clap::Parser;
 use serde::Deserialize;
 
 use crate::core::Allowance;
 use crate::io::bus::{BrokerUrl, BrokerUrlError};
+use crate::io::depot::{Bucket, BucketError};
 
 const DEFAULT_DATA_DIR: &str = "/var/lib/berth/controller";
 const DEFAULT_CLUSTER: &str = "default";
@@ -29,6 +30,10 @@ pub enum ConfigError {
     Broker(#[from] BrokerUrlError),
     #[error("--cluster: {0}")]
     Cluster(#[from] berth_protocol::ids::IdError),
+    #[error("--depot: {0}")]
+    Depot(#[from] BucketError),
+    #[error("--checkpoint-quota: {0}")]
+    Quota(#[from] UnitError),
     #[error("[namespace.{0}] {1}: {2}")]
     Namespace(String, String, String),
     #[error("`{0}` is not a network: write ADDRESS/BITS, such as 10.0.0.0/8")]
@@ -90,6 +95,10 @@ pub struct Config {
     pub listen_http: SocketAddr,
     /// Where agents and clients reach the depot; `None`: where `listen_http` says.
     pub depot_url: Option<String>,
+    /// The bucket that is the depot, `s3://BUCKET/PREFIX`; `None`: a directory below `data_dir`.
+    pub depot: Option<String>,
+    /// Of the checkpoints of one namespace.
+    pub checkpoint_quota: Option<Bytes>,
     /// Weights and quotas.
     pub namespaces: BTreeMap<Namespace, Allowance>,
     /// The test network that `--dev=CIDR` names, beside loopback.
@@ -138,6 +147,13 @@ struct Settings {
     /// How agents and clients reach the depot [default: http:// and the address above]
     #[arg(long, value_name = "URL", env = "BERTH_DEPOT_URL")]
     depot_url: Option<String>,
+    /// Keep logs, outputs and checkpoints in a bucket: s3://BUCKET/PREFIX; credentials and endpoint are taken from the
+    /// environment's AWS_… [default: a directory below the data directory]
+    #[arg(long, value_name = "URL", env = "BERTH_DEPOT")]
+    depot: Option<String>,
+    /// The most that the checkpoints of one namespace may take, such as 500Gi [default: no limit]
+    #[arg(long, value_name = "SIZE", env = "BERTH_CHECKPOINT_QUOTA")]
+    checkpoint_quota: Option<String>,
     /// Let everybody on loopback in without passwords; with a CIDR, a test network too
     #[arg(long, value_name = "CIDR", env = "BERTH_DEV", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     #[serde(deserialize_with = "flag_or_text")]
@@ -183,8 +199,18 @@ impl NamespaceTable {
     }
 }
 
-const KEYS: [&str; 8] =
-    ["data-dir", "cluster", "broker", "listen-mqtt", "listen-http", "depot-url", "dev", "namespace"];
+const KEYS: [&str; 10] = [
+    "data-dir",
+    "cluster",
+    "broker",
+    "listen-mqtt",
+    "listen-http",
+    "depot-url",
+    "depot",
+    "checkpoint-quota",
+    "dev",
+    "namespace",
+];
 
 /// `dev = true` in the file, as well as `dev = "10.0.0.0/8"`.
 fn flag_or_text<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
@@ -223,6 +249,8 @@ impl Settings {
             listen_mqtt: self.listen_mqtt.or(other.listen_mqtt),
             listen_http: self.listen_http.or(other.listen_http),
             depot_url: self.depot_url.or(other.depot_url),
+            depot: self.depot.or(other.depot),
+            checkpoint_quota: self.checkpoint_quota.or(other.checkpoint_quota),
             dev: self.dev.or(other.dev),
             namespace: if self.namespace.is_empty() { other.namespace } else { self.namespace },
         }
@@ -249,6 +277,8 @@ impl Config {
             listen_mqtt: settings.listen_mqtt.unwrap_or(DEFAULT_LISTEN_MQTT),
             listen_http: settings.listen_http.unwrap_or(DEFAULT_LISTEN_HTTP),
             depot_url: settings.depot_url,
+            depot: settings.depot,
+            checkpoint_quota: settings.checkpoint_quota.as_deref().map(Bytes::parse).transpose()?,
             namespaces: settings
                 .namespace
                 .into_iter()
@@ -256,6 +286,7 @@ impl Config {
                 .collect::<Result<_, _>>()?,
             network,
         };
+        config.depot.as_deref().map(Bucket::parse).transpose()?;
         config.refuse_exposure("--listen-http", config.listen_http)?;
         if config.broker == BrokerChoice::Embedded {
             config.refuse_exposure("--listen-mqtt", config.listen_mqtt)?;
@@ -323,6 +354,9 @@ mod tests {
             (&["--dev", "--cluster=A"], "", "--cluster: cluster `A` may hold only"),
             (&["--dev", "--broker=mqtts://b"], "", "asks for TLS"),
             (&["--dev", "--broker=b"], "", "write mqtt://HOST:PORT"),
+            (&["--dev", "--depot=/srv"], "", "write s3://BUCKET"),
+            (&["--dev", "--depot=s3://b//x"], "", "an empty part"),
+            (&["--dev"], "checkpoint-quota = \"much\"", "--checkpoint-quota: `much` is not a size"),
             (&[], "dev = true\n[namespace.lab]\ncpu = \"many\"", "[namespace.lab] cpu: "),
             (&[], "dev = true\n[namespace.lab]\nweight = 0", "[namespace.lab] weight: is 0"),
             (&["--dev=10.0.0.0"], "", "write ADDRESS/BITS"),

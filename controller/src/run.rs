@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use berth_protocol::ids::Term;
 use berth_protocol::topic::filter;
+use berth_protocol::units::Timestamp;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -16,7 +17,7 @@ use crate::core::{self, Controller, Effect, Event, Write};
 use crate::io::broker::{Broker, BrokerError, BrokerOptions, CONTROLLER_CLIENT_ID};
 use crate::io::bus::{BrokerUrl, Bus, BusEvent, BusEvents, BusOptions};
 use crate::io::clock;
-use crate::io::depot::{Depot, DepotError, Item};
+use crate::io::depot::{Bucket, Depot, DepotError, GRACE, Item};
 use crate::io::http::{HttpError, Inquiry, Report, Server};
 use crate::io::metrics::Refusals;
 use crate::io::random;
@@ -56,6 +57,9 @@ pub struct Daemon {
     bus: Bus,
     events: BusEvents,
     inquiries: mpsc::Receiver<Inquiry>,
+    /// What the depot holds, where it was asked.
+    listings: mpsc::Receiver<Event>,
+    tidied: mpsc::Sender<Event>,
     http: JoinHandle<()>,
     http_address: SocketAddr,
     /// Behind the bus, so that it ends after it.
@@ -68,7 +72,12 @@ impl Daemon {
         let refusals = Arc::new(Refusals::default());
         let store = Store::open(&config.data_dir)?;
         let term = store.campaign().await?;
-        let depot = Arc::new(Depot::open(config.data_dir.join("depot"))?);
+        let bucket = config.depot.as_deref().map(Bucket::parse).transpose().map_err(DepotError::from)?;
+        let quota = config.checkpoint_quota.map(|bytes| bytes.0);
+        let depot = Depot::open(config.data_dir.join("depot"), bucket, quota)?;
+        depot.survey().await?;
+        let depot = Arc::new(depot);
+        let (tidied, listings) = mpsc::channel(1);
         let (ask, inquiries) = mpsc::channel(INQUIRIES_MAX);
         let secret = *store.secret();
         let http = Server::bind(config.listen_http, depot.clone(), secret, refusals.clone(), ask).await?;
@@ -90,7 +99,20 @@ impl Daemon {
         let (bus, events) = Bus::connect(bus, refusals);
         let http = tokio::spawn(http.run());
         tracing::info!(cluster = %config.cluster, store = %store.id(), %term, http = %http_address, "started");
-        Ok(Self { controller, store, term, depot, bus, events, inquiries, http, http_address, broker })
+        Ok(Self {
+            controller,
+            store,
+            term,
+            depot,
+            bus,
+            events,
+            inquiries,
+            listings,
+            tidied,
+            http,
+            http_address,
+            broker,
+        })
     }
 
     /// Where the embedded broker listens.
@@ -127,16 +149,30 @@ impl Daemon {
                 () = &mut shutdown => return Ok(()),
                 () = beat(&mut alive) => notifier.send("WATCHDOG=1"),
                 Some(inquiry) = self.inquiries.recv() => {
-                    let counters = self.controller.counters().clone();
-                    // Whoever asked may have gone.
-                    let _ = inquiry.send(Report { bus_up: self.bus.is_up(), counters });
+                    self.answer(inquiry);
                 }
+                Some(event) = self.listings.recv() => self.step([event]).await?,
                 Some(event) = self.events.next() => self.take(event).await?,
                 () = tokio::time::sleep(wait) => {
                     if self.until_wake().is_zero() {
                         self.step([Event::Tick]).await?;
                     }
                 }
+            }
+        }
+    }
+
+    fn answer(&self, inquiry: Inquiry) {
+        // Whoever asked may have gone.
+        match inquiry {
+            Inquiry::Report(reply) => {
+                let counters = self.controller.counters().clone();
+                let (depot_bytes, depot_checkpoints) = self.depot.totals();
+                let bus_up = self.bus.is_up();
+                let _ = reply.send(Report { bus_up, counters, depot_bytes, depot_checkpoints });
+            }
+            Inquiry::Grant { node, asked, reply } => {
+                let _ = reply.send(self.controller.grant(&node, &asked));
             }
         }
     }
@@ -186,6 +222,23 @@ impl Daemon {
             }
             Effect::DeleteLog { pod, epoch } => self.delete(Item::Log { pod, epoch }),
             Effect::DeleteBlob(digest) => self.delete(Item::Blob(digest)),
+            Effect::DeleteCheckpoint(id) => {
+                let depot = self.depot.clone();
+                tokio::spawn(async move { told(depot.delete_manifest(&id).await) });
+            }
+            Effect::TidyDepot => {
+                let (depot, tidied) = (self.depot.clone(), self.tidied.clone());
+                tokio::spawn(async move {
+                    told(depot.collect(GRACE).await.map(drop));
+                    let at = |time: std::time::SystemTime| {
+                        let since = time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+                        Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+                    };
+                    let held = depot.manifests().into_iter().map(|(id, time)| (id, at(time))).collect();
+                    // One that waits already tells the same.
+                    let _ = tidied.try_send(Event::DepotListed(held));
+                });
+            }
             Effect::Note(note) if note.is_warning() => tracing::warn!("{note}"),
             Effect::Note(note) => tracing::info!("{note}"),
         }
@@ -193,11 +246,13 @@ impl Daemon {
 
     fn delete(&self, item: Item) {
         let depot = self.depot.clone();
-        tokio::task::spawn_blocking(move || {
-            if let Err(error) = depot.delete(&item) {
-                tracing::warn!("{}", chain(&error));
-            }
-        });
+        tokio::spawn(async move { told(depot.delete(&item).await) });
+    }
+}
+
+fn told(result: Result<(), DepotError>) {
+    if let Err(error) = result {
+        tracing::warn!("{}", chain(&error));
     }
 }
 

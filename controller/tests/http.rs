@@ -160,14 +160,14 @@ fn tokens_open_what_they_say() {
 #[tokio::test]
 async fn what_is_deleted_is_gone_with_its_directories() {
     let dir = tempfile::tempdir().unwrap();
-    let depot = Arc::new(Depot::open(dir.path().to_owned()).unwrap());
+    let depot = Arc::new(Depot::open(dir.path().to_owned(), None, None).unwrap());
     let log = Item::Log { pod: JobUid::parse("uid1").unwrap().pod(0), epoch: Epoch(1) };
     let blob = Item::Blob(Digest::of(b"x"));
     for (item, bytes) in [(&log, &b""[..]), (&blob, b"x")] {
         depot.put(item, 10, http_body_util::Full::new(bytes::Bytes::copy_from_slice(bytes))).await.unwrap();
         assert!(depot.get(item).await.unwrap().is_some());
-        depot.delete(item).unwrap();
-        depot.delete(item).unwrap();
+        depot.delete(item).await.unwrap();
+        depot.delete(item).await.unwrap();
         assert!(depot.get(item).await.unwrap().is_none());
     }
     for kept in ["blobs", "logs"] {

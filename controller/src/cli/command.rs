@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
 use super::connect::BrokerUrl;
+pub use super::saved_words::{Checkpoint, Drain, Fork, Migrate, NodeNames, Restore, copies_for_fork};
 use super::simulate::command::Simulate;
 
 #[derive(Debug, Parser)]
@@ -106,14 +107,14 @@ directory goes along, without what .berthignore names (the syntax of
 Exit codes: the command's own, 128 + signal, 130 cancelled, 125 where berth
 itself failed.")]
     Run(Box<Run>),
-    /// List jobs, pods, nodes or outputs
+    /// List jobs, pods, nodes, checkpoints or outputs
     #[command(after_help = "Examples:
   berth get jobs
   berth get nodes -o wide -l zone=lab
   berth get pods digits -w
   berth get jobs -A -o json")]
     Get(Get),
-    /// Tell everything about a job, a pod or a node
+    /// Tell everything about a job, a pod, a node or a checkpoint
     #[command(after_help = "Examples:
   berth describe job digits
   berth describe pod digits-0
@@ -155,6 +156,50 @@ Exit codes: the job's own (of several pods the first that failed), 128 + signal,
     /// Run jobs anew
     #[command(after_help = "Examples:\n  berth restart digits")]
     Restart(JobNames),
+    /// Save a running job; it runs on
+    #[command(after_help = "Examples:
+  berth checkpoint digits
+  berth checkpoint digits -o name      the checkpoint's digits alone
+
+Waits until the depot has it, and says how large it is and for how long the
+program stood still. `berth get checkpoints` lists what is kept.")]
+    Checkpoint(Checkpoint),
+    /// Let a job go on from a checkpoint, under its own name or another
+    #[command(after_help = "Examples:
+  berth restore 3f2a91c04d5e                     set the job back to this checkpoint
+  berth restore 3f2a91c04d5e --name second       a job of its own
+  berth restore 3f2a91c04d5e --name second --node n2
+
+The first digits will do where they name only one. What the job did outside
+after the checkpoint happens again; volumes outside it are not set back.")]
+    Restore(Restore),
+    /// Make several jobs of a running one, each going on from where it is
+    #[command(after_help = "Examples:
+  berth fork digits -n 4               digits-fork-1 to digits-fork-4
+  berth fork digits -n 2 --checkpoint 3f2a91c04d5e")]
+    Fork(Fork),
+    /// Move a running job to another node, with all its work
+    #[command(after_help = "Examples:
+  berth migrate digits --to n2
+
+Refused before anything is stopped where the job could not go on there; `berth
+explain` says what each node lacks. Ends once the move is accepted: `berth get
+pods digits -w` shows it.")]
+    Migrate(Migrate),
+    /// Save every pod of a node and let it go on elsewhere
+    #[command(after_help = "Examples:
+  berth drain n1
+  berth drain n1 --deadline 10m        what cannot be saved by then is stopped
+
+What has no room elsewhere is saved, waits, and goes on when room comes. The
+node takes no new pods until `berth uncordon`.")]
+    Drain(Drain),
+    /// Let nodes take no new pods; what runs there stays
+    #[command(after_help = "Examples:\n  berth cordon n1 n2")]
+    Cordon(NodeNames),
+    /// Let nodes take pods again; ends a drain
+    #[command(after_help = "Examples:\n  berth uncordon n1")]
+    Uncordon(NodeNames),
     /// Tell for each node why a job's pods are there, or why they do not fit
     #[command(after_help = "Examples:\n  berth explain digits")]
     Explain(JobArg),
@@ -259,7 +304,7 @@ pub struct Run {
 pub struct Get {
     /// What to list
     pub kind: Kind,
-    /// One of them; for pods also a job, for outputs the job
+    /// One of them; for pods also a job, for checkpoints and outputs the job
     pub name: Option<String>,
     /// All namespaces
     #[arg(short = 'A', long)]
@@ -280,6 +325,8 @@ pub enum Kind {
     Pods,
     #[value(alias = "node")]
     Nodes,
+    #[value(alias = "checkpoint")]
+    Checkpoints,
     #[value(alias = "output")]
     Outputs,
 }
@@ -299,6 +346,11 @@ pub enum Described {
     Pod { name: PodName },
     /// A node
     Node { name: NodeId },
+    /// A checkpoint, by its first digits, and what a node must have to go on from it
+    Checkpoint {
+        #[arg(value_name = "DIGITS")]
+        name: String,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -425,6 +477,24 @@ mod tests {
             assert!(help.starts_with("Examples:"), "{}", verb.get_name());
             assert!(verb.get_about().is_some(), "{}", verb.get_name());
         }
+    }
+
+    #[test]
+    fn the_number_of_copies_is_no_namespace() {
+        for (line, copies, namespace) in [
+            ("berth fork digits -n 4", 4, None),
+            ("berth -n lab fork digits -n 4", 4, Some("lab")),
+            ("berth fork digits --copies 2 -n lab", 2, Some("lab")),
+            ("berth fork digits", 1, None),
+        ] {
+            let args = line.split(' ').map(Into::into).collect();
+            let cli = Cli::try_parse_from(copies_for_fork(args)).unwrap();
+            let Verb::Fork(fork) = cli.verb else { panic!("{line}") };
+            assert_eq!(fork.copies, copies, "{line}");
+            assert_eq!(cli.global.namespace.as_ref().map(Namespace::as_str), namespace, "{line}");
+        }
+        let other = ["berth", "-n", "4", "get", "jobs"].map(Into::into).to_vec();
+        assert_eq!(copies_for_fork(other.clone()), other);
     }
 
     #[test]

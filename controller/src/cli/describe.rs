@@ -1,9 +1,9 @@
-//! `describe`: everything about one job, pod or node.
+//! `describe`: everything about one job, pod, node or checkpoint.
 
 use std::io::Write as _;
 
 use anyhow::Context as _;
-use berth_protocol::message::query::{JobDetail, PodRow, Query};
+use berth_protocol::message::query::{CheckpointDetail, JobDetail, PodRow, Query};
 use berth_protocol::message::user::{JobStatus, NodeStatus, PodStatus};
 use berth_protocol::units::Timestamp;
 use serde_json::Value;
@@ -23,6 +23,15 @@ pub async fn describe(settings: &Settings, args: Describe) -> anyhow::Result<u8>
         }
         Described::Node { name } => {
             (name.to_string(), session.query(Query::Node { node: name.clone() }).await?)
+        }
+        Described::Checkpoint { name } => {
+            let query = Query::Checkpoint { namespace: Some(namespace), id: name.clone() };
+            let mut value = session.query(query).await?;
+            // What opens the depot is nobody's to see.
+            if let Some(fields) = value.as_object_mut() {
+                fields.remove("depot");
+            }
+            (value["id"].as_str().unwrap_or(name).trim_start_matches("sha256:").to_owned(), value)
         }
         Described::Pod { name } => {
             let (namespace, job) = (Some(namespace), Some(name.job.clone()));
@@ -51,6 +60,7 @@ fn text(what: &Described, value: Value, now: Timestamp, colour: bool) -> anyhow:
     Ok(match what {
         Described::Job { .. } => job(&serde_json::from_value(value).context(another)?, now, colour)?,
         Described::Pod { .. } => pod(&serde_json::from_value(value).context(another)?, now, colour),
+        Described::Checkpoint { .. } => checkpoint(&serde_json::from_value(value).context(another)?, now),
         Described::Node { .. } => node(&serde_json::from_value(value).context(another)?, now, colour),
     })
 }
@@ -84,6 +94,39 @@ impl Facts {
     }
 }
 
+fn checkpoint(detail: &CheckpointDetail, now: Timestamp) -> String {
+    let (row, info) = (&detail.row, &detail.info);
+    let needs = &info.needs;
+    let mut facts = Facts(Vec::new());
+    facts
+        .add("Digest", row.id.to_string())
+        .add("Namespace", row.namespace.as_str())
+        .add("Job", row.job.as_str())
+        .add("Pod", format!("{}, epoch {}", row.pod, row.epoch))
+        .maybe("Node", row.node.as_ref())
+        .at("Taken", Some(row.at), now)
+        .add("Kind", row.kind.as_str())
+        .add("Size", format!("{}, {} of it new", render::size(row.bytes), render::size(row.new_bytes)))
+        .add("Frozen", format!("{} ms", row.frozen_ms))
+        .add("Log", format!("{} records", info.log_records))
+        .add("Kept as", row.kept.clone())
+        .add("Needs", needs.arch.clone())
+        .maybe("  kernel", needs.kernel.as_ref().map(|version| format!("{version} or later")))
+        .maybe("  CRIU", needs.criu.as_ref().map(|version| format!("{version} or later")))
+        .maybe("  driver", needs.gpu_driver.as_ref().map(|version| format!("{version} or later")))
+        .add("  GPUs", needs.gpus.join(", "));
+    if !needs.cpu_features.is_empty() {
+        facts.add("  processor", format!("{} features of the one it ran on", needs.cpu_features.len()));
+    }
+    let mut out = facts.render();
+    out.push('\n');
+    for node in &detail.nodes {
+        let verdict = if node.fits { "can go on there".to_owned() } else { node.reasons.join("; ") };
+        out.push_str(&format!("{}: {verdict}\n", node.node));
+    }
+    out
+}
+
 fn job(detail: &JobDetail, now: Timestamp, colour: bool) -> anyhow::Result<String> {
     let JobStatus { namespace, job, uid, generation, phase, reason, message, .. } = &detail.status;
     let status = &detail.status;
@@ -109,7 +152,12 @@ fn job(detail: &JobDetail, now: Timestamp, colour: bool) -> anyhow::Result<Strin
     if let Some(checkpoint) = &status.checkpoint {
         facts.add(
             "Checkpoint",
-            format!("{} of {}, {}", checkpoint.id, checkpoint.at, render::size(checkpoint.bytes)),
+            format!(
+                "{} of {}, {}",
+                render::short(&checkpoint.id),
+                checkpoint.at,
+                render::size(checkpoint.bytes)
+            ),
         );
     }
     let counts: Vec<String> =

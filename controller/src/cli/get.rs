@@ -1,4 +1,4 @@
-//! `get`: lists of jobs, pods, nodes and outputs, once or as they change.
+//! `get`: lists of jobs, pods, nodes, checkpoints and outputs, once or as they change.
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal as _, Write as _};
@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use anyhow::Context as _;
 use berth_protocol::codec;
 use berth_protocol::ids::{JobName, Namespace, NodeId, PodName};
-use berth_protocol::message::query::{OutputRow, PodRow, Query};
+use berth_protocol::message::query::{CheckpointRow, OutputRow, PodRow, Query};
 use berth_protocol::message::user::{JobStatus, NodeStatus};
 use berth_protocol::topic::{JobTopic, Topic};
 use berth_protocol::units::Timestamp;
@@ -71,7 +71,9 @@ impl Wanted {
                 wanted.pod = PodName::parse(name).ok();
             }
             (Kind::Nodes, Some(name)) => wanted.node = Some(NodeId::parse(name).map_err(usage)?),
-            (Kind::Outputs, Some(name)) => wanted.job = Some(JobName::parse(name).map_err(usage)?),
+            (Kind::Checkpoints | Kind::Outputs, Some(name)) => {
+                wanted.job = Some(JobName::parse(name).map_err(usage)?)
+            }
             (Kind::Outputs, None) => {
                 return Err(Usage::new("whose outputs? write `berth get outputs JOB`").into());
             }
@@ -82,6 +84,11 @@ impl Wanted {
                 "outputs come when a job ends: use `berth wait`, then `berth get outputs`",
             )
             .into());
+        }
+        if args.watch && args.kind == Kind::Checkpoints {
+            return Err(
+                Usage::new("checkpoints are not watched: `berth get jobs -w` shows each job's last").into()
+            );
         }
         Ok(wanted)
     }
@@ -114,6 +121,10 @@ impl Wanted {
             (Kind::Nodes, _, None) => {
                 let rows = session.pages(|after| Query::Nodes { after }).await?;
                 Ok(rows.into_iter().filter(|row| self.selector.matches(row)).collect())
+            }
+            (Kind::Checkpoints, job, _) => {
+                let of = |after| Query::Checkpoints { namespace: namespace.clone(), job: job.clone(), after };
+                session.pages(of).await
             }
             (Kind::Outputs, job, _) => {
                 let job = job.clone().context("no job named")?;
@@ -207,6 +218,7 @@ fn key(kind: Kind, row: &Value) -> String {
         Kind::Jobs => format!("{}/{}", text("namespace"), text("job")),
         Kind::Pods => format!("{}/{}", text("namespace"), text("pod")),
         Kind::Nodes => text("node"),
+        Kind::Checkpoints => text("id").trim_start_matches("sha256:").to_owned(),
         Kind::Outputs => format!("{}/{}", text("pod"), row["epoch"]),
     }
 }
@@ -268,6 +280,7 @@ impl Printer {
             Kind::Jobs => render::jobs(&typed::<JobStatus>(rows)?, view),
             Kind::Pods => render::pods(&typed::<PodRow>(rows)?, view),
             Kind::Nodes => render::nodes(&typed::<NodeStatus>(rows)?, view),
+            Kind::Checkpoints => render::checkpoints(&typed::<CheckpointRow>(rows)?, view),
             Kind::Outputs => render::outputs(&typed::<OutputRow>(rows)?, view),
         })
     }

@@ -4,6 +4,7 @@
 //! records, tables, archives' contents) is apart from what talks, so that it can be tested without a broker.
 
 mod act;
+mod checkpoint;
 mod command;
 mod config;
 mod connect;
@@ -18,9 +19,11 @@ mod golden;
 mod interrupts;
 mod jobfile;
 mod logs;
+mod node;
 mod order;
 mod render;
 mod run;
+mod saved_words;
 mod shell;
 mod simulate;
 mod submit;
@@ -49,7 +52,7 @@ impl Usage {
 
 /// The whole program; ends the process.
 pub fn main() -> ! {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(command::copies_for_fork(std::env::args_os().collect()));
     let code = match dispatch(cli) {
         Ok(code) => code,
         Err(error) => report(&error),
@@ -81,6 +84,13 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
             Verb::Suspend(args) => act::command(&settings, act::SUSPEND, args).await,
             Verb::Resume(args) => act::command(&settings, act::RESUME, args).await,
             Verb::Restart(args) => act::command(&settings, act::RESTART, args).await,
+            Verb::Checkpoint(args) => checkpoint::checkpoint(&settings, args).await,
+            Verb::Restore(args) => checkpoint::restore(&settings, args).await,
+            Verb::Fork(args) => checkpoint::fork(&settings, args).await,
+            Verb::Migrate(args) => checkpoint::migrate(&settings, args).await,
+            Verb::Drain(args) => node::drain(&settings, args).await,
+            Verb::Cordon(args) => node::cordon(&settings, args, true).await,
+            Verb::Uncordon(args) => node::cordon(&settings, args, false).await,
             Verb::Explain(args) => act::explain(&settings, args).await,
             Verb::Simulate(args) => simulate::simulate(&settings, args).await,
             Verb::Version(args) => act::version(&settings, args).await,

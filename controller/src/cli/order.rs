@@ -129,10 +129,18 @@ impl Order {
     pub fn ready(&mut self) -> Vec<Line> {
         let mut lines = Vec::new();
         for pod in self.pods.values_mut() {
+            // A later epoch, which went on from a checkpoint, says this again.
+            for log in pod.epochs.values_mut().filter(|log| log.total.is_some()) {
+                while let Some(last) = log.waiting.last_entry().filter(|last| Some(*last.key()) > log.total) {
+                    self.waiting_bytes -= last.remove().bytes.len();
+                }
+            }
             while let Some((epoch, _)) = pod.current() {
                 let Some(log) = pod.epochs.get_mut(&epoch) else { break };
                 let before = log.next;
-                while let Some(line) = log.waiting.remove(&log.next) {
+                while !log.closed()
+                    && let Some(line) = log.waiting.remove(&log.next)
+                {
                     self.waiting_bytes -= line.bytes.len();
                     log.next += 1;
                     lines.push(line);
@@ -266,6 +274,18 @@ mod tests {
         order.ended(&pod(0), Epoch(5), 1);
         assert_eq!(shown(order.ready()), [(0, 5, 1)]);
         assert!(order.complete());
+    }
+
+    #[test]
+    fn what_a_later_epoch_says_again_is_shown_once() {
+        let mut order = Order::default();
+        // Restored from a checkpoint at the second record, and once more from the same.
+        order.list(&pod(0), &[(Epoch(1), Some(2)), (Epoch(2), Some(0)), (Epoch(3), Some(1))]);
+        for (epoch, seq) in [(1, 1), (1, 3), (2, 1), (1, 2), (3, 1)] {
+            assert!(order.insert(line(0, epoch, seq)));
+        }
+        assert_eq!(shown(order.ready()), [(0, 1, 1), (0, 1, 2), (0, 3, 1)]);
+        assert!(order.complete() && !order.blocked());
     }
 
     #[test]

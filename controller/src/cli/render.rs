@@ -1,7 +1,7 @@
 //! What the protocol's records look like in tables. Pure: the time is an argument.
 
-use berth_protocol::ids::NodeId;
-use berth_protocol::message::query::{Explanation, OutputRow, PodRow};
+use berth_protocol::ids::{Digest, NodeId};
+use berth_protocol::message::query::{CheckpointRow, Explanation, OutputRow, PodRow};
 use berth_protocol::message::user::{JobPhase, JobStatus, NodeState, NodeStatus};
 use berth_protocol::pod::PodPhase;
 use berth_protocol::units::{Bytes, MilliCpu, Timestamp};
@@ -137,6 +137,41 @@ pub fn outputs(rows: &[OutputRow], view: View) -> Table {
         ];
         if view.wide {
             row.push(output.digest.to_string().into());
+        }
+        table.push(row);
+    }
+    table
+}
+
+/// The first digits, which name a checkpoint to all practical purposes.
+pub fn short(id: &Digest) -> String {
+    id.hex().chars().take(12).collect()
+}
+
+pub fn checkpoints(rows: &[CheckpointRow], view: View) -> Table {
+    let mut table = Table::new(headers(
+        view,
+        &["CHECKPOINT", "POD", "NODE", "SIZE", "NEW", "FROZEN", "AGE"],
+        &["EPOCH", "KIND", "KEPT AS"],
+    ));
+    for checkpoint in rows {
+        let mut row: Vec<Cell> = Vec::new();
+        if view.namespaces {
+            row.push(checkpoint.namespace.as_str().into());
+        }
+        row.extend([
+            short(&checkpoint.id).into(),
+            checkpoint.pod.to_string().into(),
+            checkpoint.node.as_ref().map_or(String::new(), ToString::to_string).into(),
+            size(checkpoint.bytes).into(),
+            size(checkpoint.new_bytes).into(),
+            format!("{} ms", checkpoint.frozen_ms).into(),
+            age(view.now, Some(checkpoint.at)).into(),
+        ]);
+        if view.wide {
+            row.push(checkpoint.epoch.to_string().into());
+            row.push(checkpoint.kind.as_str().into());
+            row.push(checkpoint.kept.clone().into());
         }
         table.push(row);
     }

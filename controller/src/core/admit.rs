@@ -18,7 +18,7 @@ const REQUESTS_MAX: usize = 8 * 1024;
 /// Rejected statuses out at once; beyond, a rejection is only answered.
 const REJECTED_MAX: usize = 1024;
 
-fn rejection(code: &str, message: impl Into<String>) -> Rejection {
+pub(super) fn rejection(code: &str, message: impl Into<String>) -> Rejection {
     Rejection { code: code.to_owned(), message: message.into(), errors: Vec::new() }
 }
 
@@ -92,6 +92,13 @@ impl Controller {
     }
 
     fn create_job(&mut self, now: Now, spec: JobSpec, written: Digest, template: Digest) -> Generation {
+        let uid = self.new_job(now, spec, written, template);
+        self.reconcile(now, &uid);
+        Generation(1)
+    }
+
+    /// A job that has no pods yet: they come with `reconcile`.
+    pub(super) fn new_job(&mut self, now: Now, spec: JobSpec, written: Digest, template: Digest) -> JobUid {
         let uid = self.draw_uid();
         let generation = Generation(1);
         let file = JobFile { spec, written, generation, seq: self.next_seq, submitted_at: now.wall };
@@ -101,8 +108,7 @@ impl Controller {
         self.cluster.jobs.insert(uid.clone(), Job::new(file, run, template));
         self.dirty.jobs.insert(uid.clone());
         self.dirty.runs.insert(uid.clone());
-        self.reconcile(now, &uid);
-        generation
+        uid
     }
 
     fn draw_uid(&mut self) -> JobUid {
@@ -148,6 +154,20 @@ impl Controller {
     ) -> Result<Generation, Rejection> {
         let uid = self.cluster.names.get(&(namespace.clone(), name.clone())).cloned();
         let job = uid.as_ref().and_then(|uid| self.cluster.jobs.get(uid)).filter(|job| !job.run.expired);
+        if command.command == Command::Restore {
+            let known = uid.clone().filter(|_| job.is_some());
+            let seen = command.id.as_ref().is_some_and(|id| self.cluster.requests.contains_key(id));
+            let restored = match known.clone().filter(|_| seen) {
+                Some(uid) => uid,
+                None => {
+                    self.command_restore(now, (namespace, name), known, command.checkpoint, command.node)?
+                }
+            };
+            if let Some(id) = command.id.filter(|_| !seen) {
+                self.remember_request(now, id);
+            }
+            return Ok(self.cluster.jobs.get(&restored).map_or(Generation(0), |job| job.file.generation));
+        }
         let (Some(uid), Some(job)) = (uid.clone(), job) else {
             return Err(rejection("NoSuchJob", format!("there is no job {name} in namespace {namespace}")));
         };
@@ -156,7 +176,7 @@ impl Controller {
         }
         let over = job.run.verdict.as_ref().map(|verdict| verdict.phase);
         if let Some(phase) = over
-            && matches!(command.command, Command::Cancel | Command::Suspend | Command::Resume)
+            && command.command != Command::Restart
         {
             let text = format!("job {name} has ended already: {phase:?}");
             return Err(rejection("JobFinished", text));
@@ -166,10 +186,10 @@ impl Controller {
             Command::Suspend => self.suspend(now, &uid, true),
             Command::Resume => self.suspend(now, &uid, false),
             Command::Restart => self.restart(now, &uid),
-            Command::Checkpoint | Command::Migrate | Command::Restore => {
-                let text = "this version of the controller cannot checkpoint or migrate jobs yet";
-                return Err(rejection("NotSupported", text));
-            }
+            Command::Checkpoint => self.command_checkpoint(&uid)?,
+            Command::Migrate => self.command_migrate(&uid, command.node)?,
+            // Above: its job need not be there.
+            Command::Restore => {}
         }
         if let Some(id) = command.id {
             self.remember_request(now, id);

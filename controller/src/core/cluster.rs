@@ -4,15 +4,18 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use berth_protocol::ids::{
     BootId, Digest, Epoch, Generation, HardwareId, JobName, JobUid, LedgerId, Namespace, NodeId, PodId,
-    RequestId, Run, SessionNonce, Term,
+    RequestId, SessionNonce, Term,
 };
 use berth_protocol::job::JobSpec;
-use berth_protocol::message::user::JobPhase;
-use berth_protocol::pod::{Goal, PodPhase};
-use berth_protocol::resources::{GpuShare, Inventory, Usage};
-use berth_protocol::units::{BootMs, Bytes, MilliCpu, Millis, Timestamp};
+use berth_protocol::message::user::{CheckpointStatus, JobPhase};
+use berth_protocol::pod::PodPhase;
+use berth_protocol::resources::{Inventory, Usage};
+use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use super::checkpoints::{Checkpoint, Saved};
+use super::drain::Drain;
+pub(super) use super::epoch::{Assignment, Charge, Ending, EpochLog, Output};
 use super::schedule::place::ClassId;
 
 #[derive(Default)]
@@ -20,12 +23,33 @@ pub(super) struct Cluster {
     pub jobs: BTreeMap<JobUid, Job>,
     pub names: BTreeMap<(Namespace, JobName), JobUid>,
     pub nodes: BTreeMap<NodeId, Node>,
+    pub checkpoints: BTreeMap<Digest, Checkpoint>,
+    /// How many pods name a checkpoint.
+    names_of: BTreeMap<Digest, usize>,
     /// Ids of commands that took effect, and when.
     pub requests: BTreeMap<RequestId, Timestamp>,
     /// The same, oldest first.
     pub requests_by_age: BTreeSet<(Timestamp, RequestId)>,
     /// Statuses `Rejected` out there, and until when.
     pub rejected: BTreeMap<(Namespace, JobName), Timestamp>,
+}
+
+impl Cluster {
+    /// One more pod names a checkpoint.
+    pub fn name(&mut self, checkpoint: Digest) {
+        *self.names_of.entry(checkpoint).or_default() += 1;
+    }
+
+    /// One less does; true: it was the last.
+    pub fn unname(&mut self, checkpoint: &Digest) -> bool {
+        let Some(count) = self.names_of.get_mut(checkpoint) else { return true };
+        *count -= 1;
+        let last = *count == 0;
+        if last {
+            self.names_of.remove(checkpoint);
+        }
+        last
+    }
 }
 
 /// What was accepted; stored, and rewritten only by a new generation.
@@ -56,6 +80,9 @@ pub(super) struct JobRun {
     pub failures: u32,
     pub evictions: u32,
     pub migrations: u32,
+    /// The last one taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<CheckpointStatus>,
     /// Running time so far, up to the last write.
     pub active: Millis,
     /// No pod of the job starts below: epochs of pods whose records are gone.
@@ -87,6 +114,8 @@ pub(super) struct Job {
     succeeded: u32,
     /// No pod is missing below.
     cursor: u32,
+    /// Waiting pods whose own checkpoint or target keeps them from a node that would do for the others.
+    pub particular: BTreeSet<u32>,
     /// Waiting pods that may not start before a time.
     pub asleep: BTreeMap<u32, BootMs>,
     /// Since when a pod runs, where one does and the job has a deadline.
@@ -120,10 +149,12 @@ pub(super) struct Pod {
     pub logs: Vec<EpochLog>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<Output>,
+    #[serde(default, skip_serializing_if = "Saved::is_empty")]
+    pub saved: Saved,
 }
 
-fn is_zero(n: &u32) -> bool {
-    *n == 0
+pub(super) fn is_zero<T: Default + PartialEq>(n: &T) -> bool {
+    *n == T::default()
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -143,101 +174,6 @@ pub(super) enum PodState {
     Ended(Box<Ending>),
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Assignment {
-    pub node: NodeId,
-    pub spec: Digest,
-    pub charge: Charge,
-    pub goal: Goal,
-    /// As the agent last said.
-    pub phase: PodPhase,
-    pub run: Run,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub started_at: Option<Timestamp>,
-    /// From the spec that was placed: the time without a grant after which the pod no longer runs; none: never.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lease: Option<Millis>,
-    pub lost_after: Millis,
-    /// The first desired set that names this epoch.
-    pub named: (Term, Generation),
-    /// Why berth has it leave its node, where it does.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub leaving: Option<Box<Leaving>>,
-    /// Failures of the job when this epoch was placed.
-    pub failures: u64,
-    /// The last failure within this epoch.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub last: Option<Box<Ending>>,
-    /// For people, such as a pull's progress; not kept.
-    #[serde(skip)]
-    pub progress: Option<String>,
-}
-
-/// Why a pod has to leave.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Leaving {
-    pub reason: String,
-    pub message: String,
-    /// To a better place: counted as a migration, not as an eviction.
-    pub moves: bool,
-}
-
-/// What a placed pod takes of its node.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Charge {
-    pub cpu: MilliCpu,
-    pub memory: Bytes,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub gpus: Vec<GpuShare>,
-    /// Of each of the devices.
-    #[serde(default)]
-    pub gpu_memory: Bytes,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Ending {
-    pub succeeded: bool,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub node: Option<NodeId>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub exit_code: Option<u8>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub message: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub started_at: Option<Timestamp>,
-    pub finished_at: Timestamp,
-}
-
-/// The log of one epoch.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct EpochLog {
-    pub epoch: Epoch,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub node: Option<NodeId>,
-    /// Known once the epoch has ended.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub records: Option<u64>,
-    /// In the depot.
-    #[serde(default)]
-    pub stored: bool,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Output {
-    pub epoch: Epoch,
-    pub digest: Digest,
-    pub bytes: Bytes,
-    pub at: Timestamp,
-}
-
 impl Job {
     pub fn new(file: JobFile, run: JobRun, template: Digest) -> Self {
         Self {
@@ -250,6 +186,7 @@ impl Job {
             failed: BTreeSet::new(),
             succeeded: 0,
             cursor: 0,
+            particular: BTreeSet::new(),
             asleep: BTreeMap::new(),
             active_since: None,
             followed_until: None,
@@ -340,7 +277,13 @@ impl Job {
 
     /// Waiting pods that may start now.
     pub fn ready(&self) -> impl Iterator<Item = u32> + '_ {
-        self.waiting.iter().copied().filter(|index| !self.asleep.contains_key(index))
+        let general = |index: &u32| !self.asleep.contains_key(index) && !self.particular.contains(index);
+        self.waiting.iter().copied().filter(general)
+    }
+
+    /// Those that may start now, but not everywhere.
+    pub fn ready_particular(&self) -> impl Iterator<Item = u32> + '_ {
+        self.particular.iter().copied().filter(|i| self.waiting.contains(i) && !self.asleep.contains_key(i))
     }
 
     pub fn assignment(&self, index: u32) -> Option<&Assignment> {
@@ -373,12 +316,16 @@ impl Pod {
             state: PodState::Waiting { until: None, last: None },
             logs: Vec::new(),
             output: None,
+            saved: Saved::default(),
         }
     }
 
     /// A pod that was never placed follows from its job alone.
     pub fn is_stored(&self) -> bool {
-        !matches!(self.state, PodState::Waiting { .. }) || !self.logs.is_empty() || self.restarts > 0
+        !matches!(self.state, PodState::Waiting { .. })
+            || !self.logs.is_empty()
+            || self.restarts > 0
+            || !self.saved.is_empty()
     }
 }
 
@@ -393,6 +340,9 @@ pub(super) struct NodeRecord {
     pub inventory: Inventory,
     #[serde(default)]
     pub cordoned: bool,
+    /// Being emptied, or empty: until it is uncordoned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<Drain>,
     /// Pods of known jobs that the node holds at an epoch it should not: told to stop.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub strays: BTreeMap<PodId, Epoch>,

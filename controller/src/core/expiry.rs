@@ -4,7 +4,7 @@ use berth_protocol::ids::{Epoch, JobUid, PodId};
 use berth_protocol::topic::{JobTopic, Topic};
 use berth_protocol::units::Millis;
 
-use super::cluster::{EpochLog, Pod};
+use super::cluster::{EpochLog, Output, Pod};
 use super::timers::Timer;
 use super::{Controller, Effect, Now};
 
@@ -49,11 +49,12 @@ impl Controller {
         if let Some(output) = &pod.output {
             self.effect(Effect::DeleteBlob(output.digest));
         }
+        self.let_go(pod.saved.checkpoints.clone());
     }
 
     /// A log that is not in the depot yet is deleted when it comes: nothing lists it then.
     pub(super) fn delete_log(&mut self, pod: PodId, log: &EpochLog) {
-        if log.stored {
+        if log.stored || log.kept > 0 {
             self.effect(Effect::DeleteLog { pod, epoch: log.epoch });
         }
     }
@@ -67,6 +68,20 @@ impl Controller {
                 self.dirty.pods.insert(id.clone());
             }
             None => self.effect(Effect::DeleteLog { pod: id.clone(), epoch }),
+        }
+    }
+
+    /// Outputs of an epoch are in the depot.
+    pub(super) fn output_stored(&mut self, id: &PodId, output: Output) {
+        let job = self.cluster.jobs.get_mut(&id.uid);
+        let current =
+            job.as_ref().and_then(|job| job.pod(id.index)).is_some_and(|pod| pod.epoch == output.epoch);
+        match job.filter(|_| current) {
+            Some(job) => {
+                job.change(id.index, |pod| pod.output = Some(output));
+                self.dirty.pods.insert(id.clone());
+            }
+            None => self.effect(Effect::DeleteBlob(output.digest)),
         }
     }
 }

@@ -4,11 +4,13 @@
 use berth_protocol::ids::{Digest, Generation, JobUid, NodeId, PodId, Run};
 use berth_protocol::job::{JobSpec, RestartPolicy};
 use berth_protocol::message::user::JobPhase;
-use berth_protocol::pod::{Cause, Goal, Outcome, PodPhase};
+use berth_protocol::pod::{Cause, Goal, Outcome, PodPhase, VACATED};
 use berth_protocol::units::{BootMs, Millis};
 
+use super::checkpoints::{Leaving, cut_logs, is_failed_restore};
 use super::cluster::{Assignment, Charge, Ending, EpochLog, Job, JobRun, Pod, PodState, Verdict};
 use super::expiry::EXPIRY;
+use super::retry::{backoff, failed};
 use super::timers::Timer;
 use super::{Controller, Now};
 
@@ -40,8 +42,10 @@ impl Controller {
             self.dirty.runs.insert(uid.clone());
         }
         let ends = job.run.verdict.is_some();
-        if ends || job.run.suspended {
+        if ends {
             self.stop_pods(uid);
+        } else if job.run.suspended {
+            self.suspend_pods(uid);
         } else {
             let mut changed = false;
             while job.waiting().len() + job.placed().len() < job.file.spec.parallelism as usize {
@@ -81,6 +85,7 @@ impl Controller {
         if job.run.verdict.is_none() || !job.placed().is_empty() {
             return;
         }
+        let mut released = Vec::new();
         for index in job.waiting().clone() {
             let Some(pod) = job.take(index) else { continue };
             job.run.epoch_floor = job.run.epoch_floor.max(pod.epoch);
@@ -89,12 +94,17 @@ impl Controller {
             if let PodState::Waiting { last: Some(last), .. } = &pod.state {
                 let state = PodState::Ended(last.clone());
                 job.put(index, Pod { state, ..pod });
+            } else {
+                released.extend(pod.saved.checkpoints);
             }
         }
         job.asleep.clear();
         self.scheduler.forget(job);
         job.active_since = None;
+        job.particular.clear();
         job.run.finished_at = Some(now.wall);
+        self.let_go(released);
+        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
         self.timers.arm(Timer::Job(uid.clone()), now.boot.plus(job.file.spec.ttl));
         self.dirty.runs.insert(uid.clone());
         self.dirty.status.insert(uid.clone());
@@ -102,6 +112,7 @@ impl Controller {
 
     /// Gives a waiting pod a node: the next epoch, in the transaction that names the node.
     pub(super) fn place(&mut self, now: Now, uid: &JobUid, index: u32, id: NodeId, charge: Charge) {
+        let (from, mark) = self.departure(uid, index);
         let (Some(job), Some(node)) = (self.cluster.jobs.get_mut(uid), self.cluster.nodes.get_mut(&id))
         else {
             return;
@@ -112,13 +123,16 @@ impl Controller {
             spec: job.template,
             charge,
             goal: Goal::Run,
+            leaving: None,
+            from,
+            asked: 0,
+            answered: 0,
             phase: PodPhase::Assigned,
             run: Run(0),
             started_at: None,
             lease: spec.on_disconnect.lease(spec.grace),
             lost_after: spec.on_disconnect.lost_after,
             named: (self.config.term, node.generation.next()),
-            leaving: None,
             failures,
             last: None,
             progress: None,
@@ -126,17 +140,22 @@ impl Controller {
         self.scheduler.count_in(&job.file.spec, &assignment.charge);
         let placed = job.change(index, |pod| {
             pod.epoch = pod.epoch.next();
+            pod.saved.target = None;
+            cut_logs(pod, mark);
             pod.state = PodState::Placed(Box::new(assignment));
             pod.logs.push(EpochLog {
                 epoch: pod.epoch,
                 node: Some(id.clone()),
                 records: None,
                 stored: false,
+                kept: 0,
+                cut: None,
             });
             let dropped = (pod.logs.len() > LOGS_MAX).then(|| pod.logs.remove(0));
             (pod.epoch, dropped)
         });
         let Some((epoch, dropped)) = placed else { return };
+        job.particular.remove(&index);
         node.pods.insert(uid.pod(index), epoch);
         node.held = None;
         self.counters.placements += 1;
@@ -216,25 +235,42 @@ impl Controller {
             }
             Cause::Eviction => {
                 let ending = match &was.leaving {
-                    Some(why) => Ending {
-                        reason: Some(why.reason.clone()),
-                        message: Some(why.message.clone()),
+                    Some(Leaving::Preempt { message }) => Ending {
+                        reason: Some("Preempted".to_owned()),
+                        message: Some(message.clone()),
                         ..ending
                     },
-                    None => ending,
+                    _ => ending,
                 };
-                if was.leaving.as_ref().is_some_and(|why| why.moves) {
-                    job.run.migrations += 1;
-                    self.counters.migrations += 1;
-                    self.dirty.runs.insert(id.uid.clone());
-                } else if was.goal != Goal::Stop || was.leaving.is_some() {
+                let failed_restore = was.from.filter(|_| is_failed_restore(ending.reason.as_deref()));
+                let moved = matches!(was.leaving, Some(Leaving::Migrate { .. } | Leaving::Drain))
+                    && ending.reason.as_deref() == Some(VACATED);
+                let evicted = match was.leaving {
+                    Some(Leaving::Suspend | Leaving::Restore) => false,
+                    Some(_) => true,
+                    // A restore that failed is told and counted by itself.
+                    None => was.goal != Goal::Stop && failed_restore.is_none(),
+                };
+                if evicted {
                     job.run.evictions += 1;
                     self.counters.evictions += 1;
                     self.dirty.runs.insert(id.uid.clone());
                 }
+                if moved {
+                    job.run.migrations += 1;
+                    self.counters.migrations += 1;
+                    self.dirty.runs.insert(id.uid.clone());
+                }
+                let why = ending.message.clone();
                 job.change(id.index, |pod| {
+                    if let Some(Leaving::Migrate { to }) = &was.leaving {
+                        pod.saved.target = Some(to.clone());
+                    }
                     pod.state = PodState::Waiting { until: None, last: Some(Box::new(ending)) };
                 });
+                if let Some(from) = failed_restore {
+                    self.restore_failed(id, &was.node, from, why.as_deref());
+                }
             }
         }
     }
@@ -351,6 +387,7 @@ impl Controller {
         job.published = None;
         job.active_since = None;
         job.asleep.clear();
+        job.particular.clear();
         let still: Vec<u32> = job.pods().keys().filter(|i| !job.placed().contains(i)).copied().collect();
         self.stop_pods(uid);
         for index in still {
@@ -376,16 +413,6 @@ impl Controller {
         let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
         if job.run.verdict.is_none() {
             job.run.verdict = Some(verdict);
-            self.dirty.runs.insert(uid.clone());
-            self.dirty.status.insert(uid.clone());
-            self.reconcile(now, uid);
-        }
-    }
-
-    pub(super) fn suspend(&mut self, now: Now, uid: &JobUid, suspended: bool) {
-        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
-        if job.run.suspended != suspended {
-            job.run.suspended = suspended;
             self.dirty.runs.insert(uid.clone());
             self.dirty.status.insert(uid.clone());
             self.reconcile(now, uid);
@@ -464,32 +491,4 @@ fn vanished(was: &Assignment, now: Now, reason: &str, message: String) -> Ending
         started_at: was.started_at,
         finished_at: now.wall,
     }
-}
-
-/// The verdict that a pod's failure brings.
-fn failed(spec: &JobSpec, index: u32, ending: &Ending, failures: u32) -> Verdict {
-    let pod = spec.name.pod(index);
-    let how = match (&ending.message, ending.exit_code) {
-        (Some(message), _) => format!("pod {pod} failed: {message}"),
-        (None, Some(code)) => format!("pod {pod} ended with exit code {code}"),
-        (None, None) => format!("pod {pod} failed"),
-    };
-    if spec.pod.restart.policy == RestartPolicy::Never {
-        let reason = ending.reason.clone().or_else(|| Some("PodFailed".to_owned()));
-        return Verdict { phase: JobPhase::Failed, reason, message: Some(how) };
-    }
-    let limit = spec.pod.restart.backoff_limit;
-    let message = Some(format!("{failures} failures, backoffLimit is {limit}; the last: {how}"));
-    Verdict { phase: JobPhase::Failed, reason: Some("BackoffLimitExceeded".to_owned()), message }
-}
-
-/// Exponential from `retry.min` to `retry.max`, less up to a quarter so that pods that failed together do not come back
-/// together; the same for the same pod and count.
-fn backoff(id: &PodId, spec: &JobSpec, failures: u32) -> Millis {
-    let restart = spec.pod.restart;
-    let doubled = restart.retry_min.0.saturating_mul(1 << failures.saturating_sub(1).min(32));
-    let most = doubled.min(restart.retry_max.0);
-    let hash = Digest::of(format!("{id} {failures}").as_bytes()).hex();
-    let fraction = u64::from_str_radix(&hash[..4], 16).unwrap_or(0);
-    Millis(most - most / 4 * fraction / 0xffff)
 }

@@ -2,13 +2,19 @@
 //! draws no randomness: `io` hands it events and carries out what it answers.
 
 mod admit;
+mod checkpoints;
 mod cluster;
+mod drain;
+mod epoch;
 mod expiry;
 mod lifecycle;
+mod moves;
 mod nodes;
 mod notes;
 mod query;
 mod records;
+mod retry;
+mod saved;
 pub mod schedule;
 mod session;
 mod status;
@@ -51,6 +57,8 @@ pub enum Event {
     },
     BusUp,
     BusDown,
+    /// Manifests that the depot holds, and since when.
+    DepotListed(Vec<(Digest, Timestamp)>),
     /// `next_wake` has come.
     Tick,
 }
@@ -64,6 +72,10 @@ pub enum Effect {
     DeleteLog { pod: PodId, epoch: Epoch },
     /// Of the depot, if it is there.
     DeleteBlob(Digest),
+    /// Its manifest, if it is there; its chunks as far as nothing else names them.
+    DeleteCheckpoint(Digest),
+    /// Answered by `DepotListed`; then what nothing names may go.
+    TidyDepot,
     /// For the operator's log.
     Note(Note),
 }
@@ -124,8 +136,13 @@ pub struct Counters {
     pub placements: u64,
     pub evictions: u64,
     pub failures: u64,
-    /// Pods moved to a better place.
+    /// Pods moved by way of a checkpoint.
     pub migrations: u64,
+    /// Checkpoints taken and failed; pods started from one, and those that could not be.
+    pub checkpoints: u64,
+    pub checkpoint_failures: u64,
+    pub restores: u64,
+    pub restore_failures: u64,
     /// Silence is held to be the controller's own blindness.
     pub blind: bool,
 }
@@ -156,6 +173,7 @@ struct Dirty {
     jobs: BTreeSet<JobUid>,
     runs: BTreeSet<JobUid>,
     pods: BTreeSet<PodId>,
+    checkpoints: BTreeSet<Digest>,
     nodes: BTreeSet<NodeId>,
     outboxes: BTreeSet<NodeId>,
     /// Jobs whose status changed.
@@ -217,9 +235,11 @@ impl Controller {
         for id in &ids {
             self.refresh_room(id);
             self.watch(id, now);
+            self.timers.arm(Timer::Leave(id.clone()), now.boot);
         }
         for uid in &uids {
             self.wake_sleepers(uid, now);
+            self.arm_interval(now, uid);
             self.reconcile(now, uid);
             self.dirty.status.insert(uid.clone());
         }
@@ -240,6 +260,7 @@ impl Controller {
                 Event::Message { topic, payload } => self.message(now, topic, &payload),
                 Event::BusUp => self.bus_up(now),
                 Event::BusDown => self.bus_up = false,
+                Event::DepotListed(manifests) => self.depot_listed(now, manifests),
                 Event::Tick => {}
             }
         }
@@ -247,6 +268,7 @@ impl Controller {
             self.wake(now, timer);
         }
         self.schedule(now);
+        self.schedule_particular(now);
         self.finish(now)
     }
 
@@ -344,6 +366,8 @@ impl Controller {
         match timer {
             Timer::Node(node) => self.wake_node(now, &node),
             Timer::Job(uid) => self.wake_job(now, &uid),
+            Timer::Checkpoints(uid) => self.arm_interval(now, &uid),
+            Timer::Leave(node) => self.ask_leaving(&node),
             Timer::Status(uid) => drop(self.dirty.status.insert(uid)),
             Timer::Schedule => self.scheduler.wanted = true,
             Timer::Sweep => self.sweep(now),
@@ -367,6 +391,7 @@ impl Controller {
 
     fn sweep(&mut self, now: Now) {
         self.timers.arm(Timer::Sweep, now.boot.plus(SWEEP));
+        self.effect(Effect::TidyDepot);
         while let Some((at, id)) = self.cluster.requests_by_age.first().cloned() {
             if now.wall.since(at).0 < REQUEST_ID_KEPT_MS {
                 break;
@@ -420,6 +445,9 @@ impl Controller {
         for id in &dirty.pods {
             let pod = jobs.get(&id.uid).and_then(|job| job.pod(id.index)).filter(|pod| pod.is_stored());
             write(records::pod(&id.uid, id.index), pod.map(records::bytes));
+        }
+        for id in &dirty.checkpoints {
+            write(records::checkpoint(id), self.cluster.checkpoints.get(id).map(records::bytes));
         }
         for id in &dirty.nodes {
             write(records::node(id), self.cluster.nodes.get(id).map(|node| records::bytes(&node.record)));

@@ -5,11 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use berth_protocol::ids::{Epoch, Generation, NodeId, PodId, Term};
 use berth_protocol::limits::{EVENTS_PER_MESSAGE_MAX, HEARTBEAT_MS, LEASE_MARGIN_MS, LOST_AFTER_MS};
-use berth_protocol::message::node::{
-    Bye, Events, Heartbeat, Hello, NodeEvent, PodChange, PodEvent, PullProgress,
-};
+use berth_protocol::message::node::{Bye, Events, Heartbeat, Hello, NodeEvent, PodChange, PodEvent};
 use berth_protocol::pod::PodPhase;
-use berth_protocol::units::{BootMs, Bytes, Millis, Timestamp};
+use berth_protocol::units::{BootMs, Millis, Timestamp};
 
 use super::cluster::{Liveness, Node, NodeRecord, Outbox, Output, Session};
 use super::lifecycle::Gone;
@@ -68,6 +66,7 @@ impl Controller {
             session: hello.session,
             inventory: hello.inventory.clone(),
             cordoned: false,
+            drain: None,
             strays: BTreeMap::new(),
         };
         let known = self.cluster.nodes.contains_key(id);
@@ -78,7 +77,8 @@ impl Controller {
         if node.record.inventory != record.inventory || !known {
             node.version += 1;
         }
-        node.record = NodeRecord { cordoned: node.record.cordoned && !stranger, ..record };
+        let drain = node.record.drain.take().filter(|_| !stranger);
+        node.record = NodeRecord { cordoned: node.record.cordoned && !stranger, drain, ..record };
         if !same_ledger {
             node.outbox = Some(Outbox { ledger: hello.ledger.clone(), acked: hello.events_acked });
             self.dirty.outboxes.insert(id.clone());
@@ -197,30 +197,11 @@ impl Controller {
         if !silent {
             self.heard_from(now, id);
         }
-        self.note_pulls(id, &beat.pulls);
+        self.note_transfers(id, "pulling the image", &beat.pulls);
+        self.note_transfers(id, "saving the checkpoint", &beat.saves);
+        self.note_transfers(id, "fetching the checkpoint", &beat.restores);
         self.watch(id, now);
         self.send_lease(now, id);
-    }
-
-    fn note_pulls(&mut self, id: &NodeId, pulls: &[PullProgress]) {
-        for pull in pulls {
-            let Some(node) = self.cluster.nodes.get(id) else { return };
-            if node.pods.get(&pull.pod) != Some(&pull.epoch) {
-                continue;
-            }
-            let mib = |bytes: Bytes| bytes.0 / Bytes::MIB;
-            let text = match pull.total {
-                Bytes::ZERO => format!("pulling the image: {} MiB so far", mib(pull.done)),
-                total => format!("pulling the image: {} of {} MiB", mib(pull.done), mib(total)),
-            };
-            let job = self.cluster.jobs.get_mut(&pull.pod.uid);
-            if let Some(assignment) = job.and_then(|job| job.assignment_mut(pull.pod.index))
-                && assignment.progress.as_ref() != Some(&text)
-            {
-                assignment.progress = Some(text);
-                self.dirty.status.insert(pull.pod.uid.clone());
-            }
-        }
     }
 
     pub(super) fn bye(&mut self, now: Now, id: &NodeId, bye: Bye) {
@@ -312,15 +293,19 @@ impl Controller {
         let phase = match change {
             PodChange::Pulling => PodPhase::Pulling,
             PodChange::Starting => PodPhase::Starting,
-            PodChange::Running | PodChange::CheckpointFailed { .. } => PodPhase::Running,
+            PodChange::Running => PodPhase::Running,
             PodChange::Restoring => PodPhase::Restoring,
             PodChange::Checkpointing { .. } => PodPhase::Checkpointing,
-            PodChange::Checkpointed { .. } => PodPhase::Running,
+            PodChange::Checkpointed { info } => return self.checkpointed(now, &pod, *info),
+            PodChange::CheckpointFailed { level, why } => {
+                return self.checkpoint_failed(now, &pod, level, why);
+            }
             PodChange::Paused => PodPhase::Paused,
             PodChange::Retrying { outcome, .. } => return self.pod_retrying(now, &pod, &outcome),
             PodChange::Ended { outcome } => return self.pod_gone(now, &pod, Gone::Ended(outcome)),
             PodChange::LogStored | PodChange::OutputsStored { .. } => return,
         };
+        let restored = phase == PodPhase::Running && assignment.phase == PodPhase::Restoring;
         assignment.phase = phase;
         assignment.progress = None;
         if phase == PodPhase::Running {
@@ -330,22 +315,14 @@ impl Controller {
                 self.dirty.runs.insert(pod.uid.clone());
             }
         }
+        if restored {
+            self.counters.restores += 1;
+            job.change(pod.index, |pod| pod.saved.failed_on.clear());
+        }
         self.dirty.status.insert(pod.uid.clone());
         self.count_active(now, &pod.uid);
+        self.arm_interval(now, &pod.uid);
         self.dirty.pods.insert(pod);
-    }
-
-    fn output_stored(&mut self, id: &PodId, output: Output) {
-        let job = self.cluster.jobs.get_mut(&id.uid);
-        let current =
-            job.as_ref().and_then(|job| job.pod(id.index)).is_some_and(|pod| pod.epoch == output.epoch);
-        match job.filter(|_| current) {
-            Some(job) => {
-                job.change(id.index, |pod| pod.output = Some(output));
-                self.dirty.pods.insert(id.clone());
-            }
-            None => self.effect(super::Effect::DeleteBlob(output.digest)),
-        }
     }
 
     /// More than half of the nodes silent at once, or no bus: then it is the controller that hears nothing.
@@ -396,7 +373,9 @@ impl Controller {
             .then(|| node.pods.keys().filter_map(|pod| self.replaceable(node, pod)).min())
             .flatten();
         let resend = node.resend.map(|(at, _)| at).filter(|_| node.session.is_some());
-        let mut due = [resend, node.ack].into_iter().flatten().min();
+        let drain = node.record.drain.as_ref().filter(|_| !node.pods.is_empty());
+        let drain = drain.and_then(|drain| drain.deadline).map(|at| now.boot.plus(at.since(now.wall)));
+        let mut due = [resend, node.ack, drain].into_iter().flatten().min();
         if !self.blind {
             due = [due, silence, pods].into_iter().flatten().min();
         }
@@ -410,6 +389,7 @@ impl Controller {
         if node.ack.is_some_and(|at| at <= now.boot) {
             self.send_lease(now, id);
         }
+        self.judge_drain(now, id);
         self.resend_desired(now, id);
         self.judge_silence(now, id);
         self.watch(id, now);

@@ -1,7 +1,7 @@
-//! Answers to what the CLI asks; changes nothing but who follows a log.
+//! Answers to what the CLI asks; changes nothing but who follows a log, and what nodes take.
 
 use berth_protocol::codec::CodecError;
-use berth_protocol::ids::{ClientId, Epoch, JobName, JobUid, Namespace, RequestId};
+use berth_protocol::ids::{ClientId, Epoch, JobName, JobUid, Namespace, NodeId, RequestId};
 use berth_protocol::job;
 use berth_protocol::limits::{FOLLOW_MS, MESSAGE_BYTES_MAX, QUERY_PAGE_ROWS_MAX};
 use berth_protocol::message::node::DepotAccess;
@@ -25,19 +25,19 @@ const ROWS_BYTES_MAX: usize = MESSAGE_BYTES_MAX - 2 * 1024;
 /// What stands around the sources of logs: the depot's address and token.
 const LOGS_FRAME_BYTES: usize = 4 * 1024;
 
-type Answer = Result<Value, QueryError>;
+pub(super) type Answer = Result<Value, QueryError>;
 
-fn not_found(message: String) -> QueryError {
+pub(super) fn not_found(message: String) -> QueryError {
     QueryError { code: "NotFound".to_owned(), message }
 }
 
-fn value<T: Serialize>(answer: &T) -> Answer {
+pub(super) fn value<T: Serialize>(answer: &T) -> Answer {
     serde_json::to_value(answer)
         .map_err(|error| QueryError { code: "Unavailable".to_owned(), message: error.to_string() })
 }
 
 /// Rows, each with the word that asks for what comes after it, until a page is full.
-fn page<T: Serialize>(rows: impl Iterator<Item = (String, T)>) -> Answer {
+pub(super) fn page<T: Serialize>(rows: impl Iterator<Item = (String, T)>) -> Answer {
     let (mut kept, mut bytes, mut last, mut next) = (Vec::new(), 0, None, None);
     for (key, row) in rows {
         let row = value(&row)?;
@@ -67,6 +67,11 @@ impl Controller {
             return self.publish(topic, &QueryReply { result: None, error, ..reply }, false);
         }
         self.publish(topic, &reply, false);
+    }
+
+    fn node_after(&self, there: bool, node: &NodeId) -> Answer {
+        let status = self.node_status(node).filter(|_| there);
+        value(&status.ok_or_else(|| not_found(format!("there is no node {node}")))?)
     }
 
     /// A question that cannot be read is answered too, where its id can.
@@ -139,13 +144,21 @@ impl Controller {
                 }))
             }
             Query::Depot { namespace } => value(&self.depot(now, namespace)),
-            Query::Checkpoints { .. }
-            | Query::Checkpoint { .. }
-            | Query::Cordon { .. }
-            | Query::Uncordon { .. }
-            | Query::Drain { .. } => {
-                let message = "this version of the controller cannot do that yet".to_owned();
-                Err(QueryError { code: "NotSupported".to_owned(), message })
+            Query::Checkpoints { namespace, job, after } => {
+                self.checkpoints_page(namespace.as_ref(), job.as_ref(), after.as_deref())
+            }
+            Query::Checkpoint { namespace, id } => self.checkpoint_detail(now, namespace.as_ref(), &id),
+            Query::Cordon { node } => {
+                let there = self.cordon(now, &node, true);
+                self.node_after(there, &node)
+            }
+            Query::Uncordon { node } => {
+                let there = self.cordon(now, &node, false);
+                self.node_after(there, &node)
+            }
+            Query::Drain { node, deadline } => {
+                let there = self.drain(now, &node, deadline);
+                self.node_after(there, &node)
             }
             Query::Version => value(&ControllerVersion {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -154,7 +167,7 @@ impl Controller {
         }
     }
 
-    fn depot(&self, now: Now, namespace: Namespace) -> DepotAccess {
+    pub(super) fn depot(&self, now: Now, namespace: Namespace) -> DepotAccess {
         let expires = now.wall.plus(TOKEN_LIFE);
         let token = token::mint(&self.config.secret, &Scope::Namespace(namespace), expires);
         DepotAccess { url: self.config.depot_url.clone(), token, expires }
@@ -246,12 +259,14 @@ impl Controller {
             pod.logs.iter().map(move |log| (*index, log, placed == Some(log.epoch)))
         });
         let logs: Vec<_> = logs.map(|(index, log, live)| (index, log.clone(), live)).collect();
-        let finished =
-            job.is_finished() && logs.iter().all(|(_, log, _)| log.stored || log.records.is_none());
+        let finished = job.is_finished()
+            && logs.iter().all(|(_, log, _)| log.stored || log.records.is_none() || log.cut.is_some());
         let many = job.file.spec.completions > 1;
         let containers = job.file.spec.pod.containers.len() > 1;
         let (mut sources, mut bytes, mut last, mut next) = (Vec::new(), 0, None, None);
         for (index, log, live) in logs {
+            // What is cut off a later epoch says again.
+            let kept = log.cut.is_some_and(|cut| cut <= log.kept);
             let at = (index, log.epoch);
             if after.is_some_and(|after| at <= after) {
                 continue;
@@ -259,8 +274,8 @@ impl Controller {
             let source = LogSource {
                 pod: name.pod(index),
                 epoch: log.epoch,
-                records: log.records,
-                stored: log.stored.then(|| format!("/v1/logs/{uid}/{index}/{}", log.epoch)),
+                records: log.cut.map_or(log.records, |cut| Some(log.records.map_or(cut, |all| all.min(cut)))),
+                stored: (log.stored || kept).then(|| format!("/v1/logs/{uid}/{index}/{}", log.epoch)),
                 node: log.node.clone(),
             };
             bytes += value(&source)?.to_string().len() + 1;
@@ -271,7 +286,7 @@ impl Controller {
                 break;
             }
             last = Some(at);
-            if let Some(node) = log.node.as_ref().filter(|_| !log.stored) {
+            if let Some(node) = log.node.as_ref().filter(|_| !log.stored && !kept) {
                 let read = |at: &&LogPosition| at.pod.index == index && at.epoch == log.epoch;
                 let seq = from.iter().find(read).map_or(1, |at| at.seq);
                 self.request_log(node, uid.pod(index), log.epoch, seq, follow && live);

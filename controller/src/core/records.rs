@@ -1,6 +1,7 @@
 //! What the store holds and under which keys; nothing else knows either.
 //!
 //! `job/{uid}` the file accepted, `run/{uid}` how it fares, `pod/{uid}/{index}` a pod placed at least once,
+//! `checkpoint/{digest's digits}` one that the depot holds and a pod names,
 //! `node/{node}`, `outbox/{node}`, `request/{id}` when a command took effect, `rejected/{ns}/{job}` until when its
 //! status says so. Keys sort so that a job comes before what belongs to it.
 
@@ -24,6 +25,10 @@ pub(super) fn run(uid: &JobUid) -> String {
 
 pub(super) fn pod(uid: &JobUid, index: u32) -> String {
     format!("pod/{uid}/{index}")
+}
+
+pub(super) fn checkpoint(id: &Digest) -> String {
+    format!("checkpoint/{}", id.hex())
 }
 
 pub(super) fn node(node: &NodeId) -> String {
@@ -82,6 +87,10 @@ pub(super) fn load(entries: Vec<(String, Vec<u8>)>, now: Now) -> Result<Cluster,
                 let record: NodeRecord = read(&key, &value)?;
                 cluster.nodes.insert(node, forgotten_node(record, now));
             }
+            ("checkpoint", hex) => {
+                let id = Digest::parse(&format!("sha256:{hex}")).map_err(|_| unknown())?;
+                cluster.checkpoints.insert(id, read(&key, &value)?);
+            }
             ("request", id) => {
                 let id = RequestId::parse(id).map_err(|_| unknown())?;
                 let at: Timestamp = read(&key, &value)?;
@@ -122,7 +131,9 @@ fn belonging(cluster: &mut Cluster, key: &str, value: &[u8]) -> Result<(), LoadE
         Some(index) => {
             let index = index.parse().map_err(|_| unknown())?;
             let pod: Pod = read(key, value)?;
+            let named = pod.saved.checkpoints.clone();
             job.put(index, pod);
+            named.into_iter().for_each(|id| cluster.name(id));
         }
     }
     Ok(())

@@ -4,12 +4,17 @@ use std::collections::BTreeMap;
 
 use berth_protocol::ids::{JobUid, NodeId};
 use berth_protocol::limits::STATUS_PODS_MAX;
-use berth_protocol::message::user::{Amounts, JobPhase, JobStatus, NodeState, NodeStatus, PodStatus};
+use berth_protocol::message::node::PullProgress;
+use berth_protocol::message::user::{
+    Amounts, DrainStatus, JobPhase, JobStatus, NodeState, NodeStatus, PodStatus,
+};
 use berth_protocol::pod::{Goal, PodPhase};
 use berth_protocol::topic::Topic;
 use berth_protocol::units::{Bytes, MilliCpu};
 
-use super::cluster::{Job, Liveness, Node, PodState};
+use super::checkpoints::Leaving;
+use super::cluster::{Assignment, Job, Liveness, Node, PodState};
+use super::schedule::explain;
 use super::{Controller, Now};
 
 impl Controller {
@@ -21,6 +26,9 @@ impl Controller {
             (Some(_), _) => (Some("Stopping".to_owned()), Some(self.stopping(job))),
             (None, JobPhase::Suspended) => (Some("Suspended".to_owned()), None),
             // Nobody waits for a node, or some do.
+            (None, _) if job.ready().next().is_none() && job.ready_particular().next().is_some() => {
+                (Some("Unschedulable".to_owned()), Some(self.why_waiting(uid).1))
+            }
             (None, _) if job.ready().next().is_none() || job.refused_at.is_none() => waiting_words(job),
             (None, _) => {
                 let (reason, message) = self.why_waiting(uid);
@@ -60,11 +68,33 @@ impl Controller {
             failures: job.run.failures,
             evictions: job.run.evictions,
             migrations: job.run.migrations,
-            checkpoint: None,
+            checkpoint: job.run.checkpoint.clone(),
             submitted_at: job.file.submitted_at,
             started_at: job.run.started_at,
             finished_at: job.run.finished_at,
         })
+    }
+
+    /// Transfers that a heartbeat tells of show in the status of their pods.
+    pub(super) fn note_transfers(&mut self, id: &NodeId, what: &str, pulls: &[PullProgress]) {
+        for pull in pulls {
+            let Some(node) = self.cluster.nodes.get(id) else { return };
+            if node.pods.get(&pull.pod) != Some(&pull.epoch) {
+                continue;
+            }
+            let mib = |bytes: Bytes| bytes.0 / Bytes::MIB;
+            let text = match pull.total {
+                Bytes::ZERO => format!("{what}: {} MiB so far", mib(pull.done)),
+                total => format!("{what}: {} of {} MiB", mib(pull.done), mib(total)),
+            };
+            let job = self.cluster.jobs.get_mut(&pull.pod.uid);
+            if let Some(assignment) = job.and_then(|job| job.assignment_mut(pull.pod.index))
+                && assignment.progress.as_ref() != Some(&text)
+            {
+                assignment.progress = Some(text);
+                self.dirty.status.insert(pull.pod.uid.clone());
+            }
+        }
     }
 
     fn stopping(&self, job: &Job) -> String {
@@ -103,6 +133,9 @@ impl Controller {
                     status.message.clone_from(&last.message);
                     status.exit_code = last.exit_code;
                 }
+                if let Some(trouble) = &pod.saved.trouble {
+                    status.message = Some(trouble.clone());
+                }
             }
             PodState::Placed(assignment) => {
                 let lost =
@@ -110,16 +143,18 @@ impl Controller {
                 status.node = Some(assignment.node.clone());
                 status.phase = if lost { PodPhase::Lost } else { assignment.phase };
                 status.started_at = assignment.started_at;
-                if let Some(why) = &assignment.leaving {
-                    (status.reason, status.message) = (Some(why.reason.clone()), Some(why.message.clone()));
-                } else if assignment.goal == Goal::Stop {
-                    status.reason = Some("Stopping".to_owned());
+                if let Some((reason, message)) = leaving_words(assignment) {
+                    status.reason = Some(reason.to_owned());
+                    status.message = Some(message);
                 } else if let Some(last) =
                     assignment.last.as_ref().filter(|_| assignment.phase != PodPhase::Running)
                 {
                     status.reason.clone_from(&last.reason);
                     status.exit_code = last.exit_code;
                     status.message = Some("waits for its next start after a failure".to_owned());
+                }
+                if let Some(trouble) = pod.saved.trouble.as_ref().filter(|_| status.message.is_none()) {
+                    status.message = Some(trouble.clone());
                 }
                 if let Some(progress) = &assignment.progress {
                     status.message = Some(progress.clone());
@@ -223,7 +258,11 @@ impl Controller {
             agent_version: has.agent_version.clone(),
             criu: has.criu.clone(),
             pods: u32::try_from(node.pods.len()).unwrap_or(u32::MAX),
-            drain: None,
+            drain: node.record.drain.as_ref().map(|drain| DrainStatus {
+                since: drain.since,
+                deadline: drain.deadline,
+                left: u32::try_from(node.pods.len()).unwrap_or(u32::MAX),
+            }),
             last_heartbeat_at: node.last_heartbeat_at,
         })
     }
@@ -243,9 +282,52 @@ impl Controller {
                 let pods: Vec<String> = node.unknown.iter().take(8).map(ToString::to_string).collect();
                 Some(format!("holds {} pods that the store does not know: {}", node.unknown.len(), pods.join(", ")))
             }
-            Liveness::Online => None,
+            Liveness::Online => node.record.drain.as_ref().map(|_| match node.pods.len() {
+                0 => "drained: nothing of it is left".to_owned(),
+                left => format!("draining: {left} pods are still there"),
+            }),
         }
     }
+
+    /// As `verdicts`, with what keeps the first pod that waits for a node of its own from each.
+    pub(super) fn verdicts_with_needs(&self, uid: &JobUid) -> Vec<(usize, Vec<explain::Reason>)> {
+        let mut verdicts = self.verdicts(uid);
+        let Some(job) = self.cluster.jobs.get(uid) else { return verdicts };
+        let Some(index) = job.ready_particular().next().filter(|_| job.ready().next().is_none()) else {
+            return verdicts;
+        };
+        for (room, reasons) in &mut verdicts {
+            let against = self.bars(uid, index, &self.scheduler.nodes[*room]);
+            reasons.extend(against.into_iter().map(explain::Reason::of_checkpoint));
+        }
+        verdicts
+    }
+
+    /// Every reason against one more pod of the job on this node.
+    pub(super) fn verdict_on(&self, uid: &JobUid, node: &NodeId) -> Vec<String> {
+        let room = self.scheduler.room(node);
+        let verdict = self.verdicts(uid).into_iter().find(|(index, _)| Some(*index) == room);
+        verdict
+            .map(|(_, reasons)| reasons.into_iter().map(|reason| reason.text).collect())
+            .unwrap_or_default()
+    }
+}
+
+/// What to say of a pod that is to leave its node.
+fn leaving_words(assignment: &Assignment) -> Option<(&'static str, String)> {
+    let saving = assignment.goal == Goal::Vacate;
+    if assignment.goal != Goal::Stop && !saving {
+        return None;
+    }
+    let Some(leaving) = &assignment.leaving else { return Some(("Stopping", "is being stopped".to_owned())) };
+    let first = if saving { "is being saved" } else { "is being stopped" };
+    Some(match leaving {
+        Leaving::Migrate { to } => ("Migrating", format!("{first}, to go on at {to}")),
+        Leaving::Drain => ("Draining", format!("{first}: its node is being drained")),
+        Leaving::Suspend => ("Suspending", format!("{first}: the job is suspended")),
+        Leaving::Preempt { message } => ("Preempted", message.clone()),
+        Leaving::Restore => ("Restoring", format!("{first}, to go on from a checkpoint")),
+    })
 }
 
 fn take(counts: &mut BTreeMap<&'static str, u64>, word: &'static str, n: u64) {

@@ -1,4 +1,4 @@
-//! When the controller wakes, and for what.
+//! When the controller wakes by itself: one moment for each thing that waits.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,6 +12,10 @@ pub(super) enum Timer {
     Node(NodeId),
     /// Backoffs, the deadline, the time to live.
     Job(JobUid),
+    /// Checkpoints by the job's interval.
+    Checkpoints(JobUid),
+    /// Pods that are to leave the node and could not be saved.
+    Leave(NodeId),
     /// A status held back.
     Status(JobUid),
     /// The next look at who waits.

@@ -1,10 +1,10 @@
 //! The words that open the depot's door: what they allow and until when, signed with the controller's secret. Only
 //! this module makes and reads them.
 //!
-//! A token is `{scope}~{expires}~{mac}`: scope as `node.NAME` or `ns.NAME`, expiry in milliseconds since 1970, and
+//! A token is `{scope}~{expires}~{mac}`: scope as `node.NAME`, `ns.NAME`, `save.POD.EPOCH` or `load.DIGITS`, expiry in milliseconds since 1970, and
 //! HMAC-SHA-256 (RFC 2104) over the two in hexadecimal. It is fit for an HTTP header.
 
-use berth_protocol::ids::{Namespace, NodeId};
+use berth_protocol::ids::{Digest, Epoch, Namespace, NodeId, PodId};
 use berth_protocol::units::Timestamp;
 use sha2::{Digest as _, Sha256};
 
@@ -13,8 +13,12 @@ use sha2::{Digest as _, Sha256};
 pub enum Scope {
     /// An agent: brings logs and outputs, fetches workspaces.
     Node(NodeId),
-    /// A user: brings workspaces, fetches logs and outputs.
+    /// A user: brings workspaces, fetches logs and outputs, brings and fetches checkpoints.
     Namespace(Namespace),
+    /// Whoever transfers one pod's checkpoint: chunks, and manifests of this epoch.
+    Save { pod: PodId, epoch: Epoch },
+    /// Whoever fetches one checkpoint.
+    Load { checkpoint: Digest },
 }
 
 /// Why a token opens nothing.
@@ -53,6 +57,8 @@ pub fn mint(secret: &[u8; 32], scope: &Scope, expires: Timestamp) -> String {
     let claim = match scope {
         Scope::Node(node) => format!("node.{node}~{}", expires.0),
         Scope::Namespace(namespace) => format!("ns.{namespace}~{}", expires.0),
+        Scope::Save { pod, epoch } => format!("save.{pod}.{epoch}~{}", expires.0),
+        Scope::Load { checkpoint } => format!("load.{}~{}", checkpoint.hex(), expires.0),
     };
     let mac = hex(&hmac(secret, claim.as_bytes()));
     format!("{claim}~{mac}")
@@ -67,6 +73,12 @@ pub fn verify(secret: &[u8; 32], token: &str, now: Timestamp) -> Result<Scope, T
     let scope = match kind {
         "node" => NodeId::parse(name).map(Scope::Node),
         "ns" => Namespace::parse(name).map(Scope::Namespace),
+        "load" => Digest::parse(&format!("sha256:{name}")).map(|checkpoint| Scope::Load { checkpoint }),
+        "save" => {
+            let (pod, epoch) = name.split_once('.').ok_or(TokenError::Malformed)?;
+            let epoch = Epoch(epoch.parse().map_err(|_| TokenError::Malformed)?);
+            PodId::parse(pod).map(|pod| Scope::Save { pod, epoch })
+        }
         _ => return Err(TokenError::Malformed),
     };
     let scope = scope.map_err(|_| TokenError::Malformed)?;
@@ -111,6 +123,21 @@ mod tests {
         assert_eq!(verify(&[7; 32], &other, Timestamp(999)), Err(TokenError::Forged));
         let longer = token.replace("~1000~", "~9000~");
         assert_eq!(verify(&[7; 32], &longer, Timestamp(999)), Err(TokenError::Forged));
+    }
+
+    #[test]
+    fn every_scope_is_read_as_it_was_written() {
+        let pod = PodId::parse("abc-3").unwrap();
+        let scopes = [
+            node(),
+            Scope::Namespace(Namespace::default_namespace()),
+            Scope::Save { pod, epoch: Epoch(7) },
+            Scope::Load { checkpoint: Digest::of(b"x") },
+        ];
+        for scope in scopes {
+            let token = mint(&[7; 32], &scope, Timestamp(1000));
+            assert_eq!(verify(&[7; 32], &token, Timestamp(1)), Ok(scope));
+        }
     }
 
     proptest! {

@@ -74,8 +74,8 @@ impl Controller {
                 epoch: *epoch,
                 spec: assignment.spec,
                 goal: assignment.goal,
-                checkpoint: 0,
-                from: None,
+                checkpoint: assignment.asked,
+                from: assignment.from,
                 gpus: assignment.charge.gpus.clone(),
                 failures: assignment.failures,
             })

@@ -10,7 +10,7 @@ use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
-use crate::core::Counters;
+use super::http::Report;
 
 /// The same reason is logged at most this often.
 const LOG_PERIOD: Duration = Duration::from_secs(60);
@@ -51,13 +51,14 @@ impl Refusals {
 }
 
 /// The text of `/metrics`.
-pub fn render(core: Counters, refusals: &Refusals, bus_up: bool) -> String {
+pub fn render(report: Report, refusals: &Refusals) -> String {
+    let core = &report.counters;
     let mut refused = refusals.counts();
     for (reason, count) in &core.refused {
         *refused.entry(reason).or_default() += count;
     }
     let mut registry = Registry::with_prefix("berth");
-    registry.register_collector(Box::new(Scrape { core, refused, bus_up }));
+    registry.register_collector(Box::new(Scrape { report, refused }));
     let mut text = String::new();
     // Writing to a String cannot fail.
     let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
@@ -66,14 +67,13 @@ pub fn render(core: Counters, refusals: &Refusals, bus_up: bool) -> String {
 
 #[derive(Debug)]
 struct Scrape {
-    core: Counters,
+    report: Report,
     refused: BTreeMap<&'static str, u64>,
-    bus_up: bool,
 }
 
 impl Collector for Scrape {
     fn encode(&self, mut to: DescriptorEncoder) -> fmt::Result {
-        let core = &self.core;
+        let core = &self.report.counters;
         counters(&mut to, "messages", "Messages received, by kind", "kind", &core.messages)?;
         counters(&mut to, "refused", "Messages and requests refused, by reason", "reason", &self.refused)?;
         gauges(&mut to, "jobs", "Jobs now, by phase", "phase", &core.jobs)?;
@@ -82,8 +82,15 @@ impl Collector for Scrape {
         counter(&mut to, "placements", "Pods placed since the start", core.placements)?;
         counter(&mut to, "evictions", "Pods evicted since the start", core.evictions)?;
         counter(&mut to, "failures", "Pods that failed since the start", core.failures)?;
+        counter(&mut to, "migrations", "Pods moved by way of a checkpoint since the start", core.migrations)?;
+        counter(&mut to, "checkpoints", "Checkpoints taken since the start", core.checkpoints)?;
+        counter(&mut to, "checkpoint_failures", "Checkpoints that failed", core.checkpoint_failures)?;
+        counter(&mut to, "restores", "Pods started from a checkpoint since the start", core.restores)?;
+        counter(&mut to, "restore_failures", "Starts from a checkpoint that failed", core.restore_failures)?;
+        number(&mut to, "depot_checkpoints", "Checkpoints in the depot", self.report.depot_checkpoints)?;
+        number(&mut to, "depot_chunk_bytes", "Bytes of their chunks", self.report.depot_bytes)?;
         gauge(&mut to, "blind", "1 while silence is held to be the controller's own blindness", core.blind)?;
-        gauge(&mut to, "bus_up", "1 while the broker is connected", self.bus_up)
+        gauge(&mut to, "bus_up", "1 while the broker is connected", self.report.bus_up)
     }
 }
 
@@ -96,7 +103,11 @@ fn counter(to: &mut DescriptorEncoder, name: &str, help: &str, value: u64) -> fm
 }
 
 fn gauge(to: &mut DescriptorEncoder, name: &str, help: &str, value: bool) -> fmt::Result {
-    to.encode_descriptor(name, help, None, MetricType::Gauge)?.encode_gauge(&u64::from(value))
+    number(to, name, help, u64::from(value))
+}
+
+fn number(to: &mut DescriptorEncoder, name: &str, help: &str, value: u64) -> fmt::Result {
+    to.encode_descriptor(name, help, None, MetricType::Gauge)?.encode_gauge(&value)
 }
 
 fn counters(
@@ -132,10 +143,11 @@ mod tests {
         let refusals = Refusals::default();
         refusals.refuse("acl", format_args!("a test"));
         refusals.refuse("malformed", format_args!("a test"));
-        let mut core = Counters::default();
+        let mut core = crate::core::Counters::default();
         core.refused.insert("malformed", 2);
         core.nodes.insert("online", 3);
-        let text = render(core, &refusals, true);
+        let text =
+            render(Report { bus_up: true, counters: core, depot_bytes: 5, depot_checkpoints: 2 }, &refusals);
         for line in [
             "berth_refused_total{reason=\"acl\"} 1",
             "berth_refused_total{reason=\"malformed\"} 3",

@@ -136,6 +136,8 @@ impl TestDaemon {
             listen_mqtt: ([127, 0, 0, 1], 0).into(),
             listen_http: ([127, 0, 0, 1], 0).into(),
             depot_url: None,
+            depot: None,
+            checkpoint_quota: None,
             namespaces: std::collections::BTreeMap::new(),
             network: None,
         };

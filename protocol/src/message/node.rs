@@ -247,7 +247,7 @@ pub struct DesiredPod {
     /// Of the pod's template.
     pub spec: Digest,
     pub goal: Goal,
-    /// Take a checkpoint if the last taken, or tried, is below this level. It spans the pod's epochs.
+    /// Take a checkpoint if the last taken, or tried, within this epoch is below this level.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub checkpoint: u64,
     /// The checkpoint to start the epoch's first run from: its manifest's digest.

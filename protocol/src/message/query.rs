@@ -282,5 +282,6 @@ pub struct CheckpointDetail {
     pub spec: Value,
     /// Each node, and what it lacks to start it.
     pub nodes: Vec<NodeVerdict>,
-    pub depot: DepotAccess,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub depot: Option<DepotAccess>,
 }

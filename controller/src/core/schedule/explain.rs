@@ -31,6 +31,11 @@ impl Reason {
 }
 
 impl Reason {
+    /// What a checkpoint needs and the node has not, said whole.
+    pub fn of_checkpoint(text: String) -> Self {
+        Self { text, verb: CANNOT, object: "go on from its checkpoint".to_owned() }
+    }
+
     /// As counted over nodes: without the node's own figures.
     pub fn counted(&self) -> String {
         format!("{} {}", self.verb.1, self.object)
@@ -57,6 +62,7 @@ pub fn held(by: Option<String>) -> Reason {
     Reason::new(IS, "held for another job", by.map(|by| format!("which is {by}")).unwrap_or_default())
 }
 
+const CANNOT: (&str, &str) = ("cannot", "cannot");
 const NEEDS: (&str, &str) = ("needs", "need");
 const LACKS: (&str, &str) = ("lacks", "lack");
 const IS: (&str, &str) = ("is", "are");

@@ -7,6 +7,7 @@ mod free_up;
 pub mod hold;
 mod index;
 pub mod moves;
+mod particular;
 pub mod place;
 pub mod policy;
 pub mod prices;
@@ -71,6 +72,9 @@ pub(super) struct Scheduler {
     pub version: u64,
     /// Something changed since the last pass.
     pub wanted: bool,
+    /// The version at which particular pods were last looked at, and whether there are new ones.
+    particular_at: u64,
+    particular_wanted: bool,
 }
 
 impl Scheduler {

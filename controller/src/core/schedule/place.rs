@@ -264,6 +264,33 @@ impl Controller {
         nodes.filter_map(|node| self.scheduler.room(node)).collect()
     }
 
+    /// Takes a seat that is charged; false: a pod whose older epoch is still being stopped there waits.
+    pub(super) fn seat_one(
+        &mut self,
+        now: Now,
+        uid: &JobUid,
+        index: u32,
+        shape: &Shape,
+        seat: &Seat,
+    ) -> bool {
+        let id: NodeId = self.scheduler.nodes[seat.room].clone();
+        let free = |node: &&Node| !node.record.strays.contains_key(&uid.pod(index));
+        let Some(node) = self.cluster.nodes.get(&id).filter(free) else { return false };
+        let share = |i: &usize| GpuShare {
+            uuid: node.record.inventory.gpus[*i].uuid.clone(),
+            milli: shape.gpu_milli,
+        };
+        let charge = Charge {
+            cpu: MilliCpu(shape.cpu_milli),
+            memory: Bytes(shape.memory_bytes),
+            gpus: seat.devices.iter().map(share).collect(),
+            gpu_memory: Bytes(shape.gpu_memory_bytes),
+        };
+        self.scheduler.holds.seated(uid, seat.room, shape, &seat.devices);
+        self.place(now, uid, index, id, charge);
+        true
+    }
+
     /// Takes the seats, which are charged; how many pods got one.
     fn seat(&mut self, now: Now, uid: &JobUid, shape: &Shape, seats: Vec<Seat>) -> usize {
         let Some(job) = self.cluster.jobs.get(uid) else { return 0 };
@@ -271,24 +298,14 @@ impl Controller {
         let mut placed = 0;
         for (index, seat) in ready.into_iter().zip(seats) {
             let id: NodeId = self.scheduler.nodes[seat.room].clone();
-            // A pod whose older epoch is still being stopped there waits for the next pass.
-            let free = |node: &&Node| !node.record.strays.contains_key(&uid.pod(index));
-            let Some(node) = self.cluster.nodes.get(&id).filter(free) else {
+            if !self.is_general(uid, index, &id) {
                 self.scheduler.uncharge(shape, &seat);
                 continue;
-            };
-            let share = |i: &usize| GpuShare {
-                uuid: node.record.inventory.gpus[*i].uuid.clone(),
-                milli: shape.gpu_milli,
-            };
-            let charge = Charge {
-                cpu: MilliCpu(shape.cpu_milli),
-                memory: Bytes(shape.memory_bytes),
-                gpus: seat.devices.iter().map(share).collect(),
-                gpu_memory: Bytes(shape.gpu_memory_bytes),
-            };
-            self.scheduler.holds.seated(uid, seat.room, shape, &seat.devices);
-            self.place(now, uid, index, id, charge);
+            }
+            if !self.seat_one(now, uid, index, shape, &seat) {
+                self.scheduler.uncharge(shape, &seat);
+                continue;
+            }
             placed += 1;
         }
         let Some(job) = self.cluster.jobs.get_mut(uid) else { return placed };

@@ -6,7 +6,8 @@ use berth_protocol::ids::{JobUid, PodId};
 use berth_protocol::pod::Goal;
 use berth_protocol::units::{BootMs, Millis};
 
-use super::super::cluster::{Assignment, Job, Leaving};
+use super::super::checkpoints::Leaving;
+use super::super::cluster::{Assignment, Job};
 use super::super::timers::Timer;
 use super::super::{Controller, Now};
 use super::Scheduler;
@@ -288,24 +289,12 @@ impl Controller {
             self.scheduler.holds.add(uid, Kind::Preemption, now.boot, rooms);
             for pod in &victims {
                 let message = format!("made way for job {by}, whose priority of {priority} is higher");
-                self.vacate(pod, Leaving { reason: "Preempted".to_owned(), message, moves: false });
+                self.vacate(pod, Leaving::Preempt { message });
             }
         }
         if self.scheduler.holds.get(uid).is_some() {
             self.dirty.status.insert(uid.clone());
         }
-    }
-
-    /// Has a pod leave its node: the one place where evictions and moves that berth plans are carried out. It stops,
-    /// and goes on from the start where it is placed next.
-    pub(super) fn vacate(&mut self, pod: &PodId, why: Leaving) {
-        let assignment = self.cluster.jobs.get_mut(&pod.uid).and_then(|job| job.assignment_mut(pod.index));
-        let Some(assignment) = assignment.filter(|assignment| assignment.goal == Goal::Run) else { return };
-        assignment.goal = Goal::Stop;
-        assignment.leaving = Some(Box::new(why));
-        self.dirty.pods.insert(pod.clone());
-        self.dirty.desired.insert(assignment.node.clone());
-        self.dirty.status.insert(pod.uid.clone());
     }
 }
 

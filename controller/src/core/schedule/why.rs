@@ -59,7 +59,7 @@ impl Controller {
         {
             return why.clone();
         }
-        let verdicts = self.verdicts(uid);
+        let verdicts = self.verdicts_with_needs(uid);
         let why =
             explain::summary(verdicts.len(), verdicts.iter().filter_map(|(_, reasons)| reasons.first()));
         if let Some(class) = self.scheduler.classes.get_mut(id) {
@@ -145,7 +145,7 @@ impl Controller {
     pub(in crate::core) fn explanation(&mut self, uid: &JobUid) -> Option<Explanation> {
         self.survey(uid);
         let (reason, words) = self.why_waiting(uid);
-        let verdicts = self.verdicts(uid);
+        let verdicts = self.verdicts_with_needs(uid);
         let fit = verdicts.iter().filter(|(_, reasons)| reasons.is_empty()).count();
         let mut counts: BTreeMap<String, u32> = BTreeMap::new();
         for (_, reasons) in &verdicts {

@@ -36,6 +36,9 @@ fn oracle(world: &World, seen: &mut BTreeMap<PodId, Epoch>) {
             let last = seen.entry(uid.pod(*index)).or_default();
             assert!(pod.epoch >= *last, "an epoch went back");
             *last = pod.epoch;
+            for id in &pod.saved.checkpoints {
+                assert!(world.depot.contains_key(id), "a checkpoint that a pod names was collected");
+            }
         }
     }
 }
@@ -57,6 +60,7 @@ fn reloads(world: &World) {
             assert_eq!(Some(&pod), other.pod(*index), "{uid} {index}");
         }
     }
+    assert_eq!(world.controller.cluster.checkpoints, again.checkpoints);
     for (id, node) in &world.controller.cluster.nodes {
         assert_eq!(node.record, again.nodes[id].record);
         assert_eq!(node.outbox, again.nodes[id].outbox);
@@ -78,6 +82,7 @@ fn storm(seed: u64) {
             job.pod.restart =
                 Restart { policy: RestartPolicy::OnFailure, backoff_limit: 2, ..Restart::default() };
         }
+        job.pod.checkpoint.interval = (i == 0).then_some(Millis::from_secs(5));
         job.active_deadline = (i == 1).then_some(Millis::from_secs(100_000));
         world.submit(&job);
     }
@@ -112,6 +117,23 @@ fn storm(seed: u64) {
                 world.feed(Event::BusDown);
                 world.feed(Event::BusUp);
             }
+            7..=9 => {
+                let job = format!("job{}", dice.roll(4));
+                world.order(&job, "migrate", &format!(r#""node":"{node}""#));
+            }
+            10 => world.order(&format!("job{}", dice.roll(3)), "suspend", r#""node":null"#),
+            11..=13 => world.order(&format!("job{}", dice.roll(3)), "resume", r#""node":null"#),
+            14 => world.order(&format!("job{}", dice.roll(4)), "checkpoint", r#""node":null"#),
+            15 => world.ask(&format!(r#"{{"drain":{{"node":"{node}","deadline":{}}}}}"#, dice.roll(60_000))),
+            16..=18 => world.ask(&format!(r#"{{"uncordon":{{"node":"{node}"}}}}"#)),
+            19 => {
+                let agent = world.agents.get_mut(node).unwrap();
+                agent.dumps_fail = !agent.dumps_fail;
+            }
+            20 => {
+                let agent = world.agents.get_mut(node).unwrap();
+                agent.restores_fail = !agent.restores_fail;
+            }
             _ => {}
         }
         reloads(&world);
@@ -120,7 +142,13 @@ fn storm(seed: u64) {
         oracle(&world, &mut seen);
     }
     for agent in world.agents.values_mut() {
-        agent.cut = false;
+        (agent.cut, agent.dumps_fail, agent.restores_fail) = (false, false, false);
+    }
+    for node in &nodes {
+        world.ask(&format!(r#"{{"uncordon":{{"node":"{node}"}}}}"#));
+    }
+    for i in 0..4 {
+        world.order(&format!("job{i}"), "resume", r#""node":null"#);
     }
     for i in 0..4 {
         let name = format!("job{i}");

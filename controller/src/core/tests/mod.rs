@@ -1,6 +1,7 @@
 //! The core against a model of agents: a world with a store, a bus that may lose, double and reorder, and an oracle.
 
 mod chaos;
+mod checkpoints;
 mod scenarios;
 mod scheduling;
 mod world;

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use berth_protocol::checkpoint::{CheckpointInfo, CheckpointKind, Needs};
 use berth_protocol::codec;
 use berth_protocol::ids::*;
 use berth_protocol::job::{
@@ -10,7 +11,7 @@ use berth_protocol::job::{
 use berth_protocol::limits::{DISCONNECT_AFTER_MS, HEARTBEAT_MS, HEARTBEAT_RETRY_MS};
 use berth_protocol::message::node::*;
 use berth_protocol::message::user::{Answer, JobStatus, NodeStatus};
-use berth_protocol::pod::{Cause, Goal, Outcome};
+use berth_protocol::pod::{Cause, Goal, Outcome, RESTORE_FAILED, VACATED};
 use berth_protocol::resources::{CgroupVersion, Gpu, GpuVendor, Inventory, Limits, Resources, Usage};
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
 use berth_protocol::units::{BootMs, Bytes, MilliCpu, Millis, Timestamp};
@@ -89,7 +90,7 @@ pub fn inventory(cores: u64, gpus: usize) -> Inventory {
         cpu_model: "model".to_owned(),
         cpu_features: BTreeSet::new(),
         cgroup: CgroupVersion::V2,
-        criu: None,
+        criu: Some("4.1.1".to_owned()),
         gpus: (0..gpus).map(gpu).collect(),
         gpu_driver: None,
         cuda: None,
@@ -108,6 +109,10 @@ pub enum Life {
     Running {
         until: u64,
     },
+    /// Stands still until its checkpoint's event is acknowledged; then it ends.
+    Saved {
+        event: u64,
+    },
     Over,
 }
 
@@ -118,6 +123,9 @@ pub struct Held {
     pub life: Life,
     /// Its grant counts from then.
     pub granted: u64,
+    pub from: Option<Digest>,
+    /// Of the last checkpoint taken or failed.
+    pub level: u64,
 }
 
 pub struct Agent {
@@ -140,6 +148,9 @@ pub struct Agent {
     pub events_last: u64,
     pub events_at: u64,
     pub logs_asked: Vec<(PodId, Epoch)>,
+    /// Neither saves nor restores work here.
+    pub dumps_fail: bool,
+    pub restores_fail: bool,
 }
 
 impl Agent {
@@ -158,6 +169,54 @@ impl Agent {
         let n = self.events_last;
         self.events.push_back(NumberedEvent { n, at: Timestamp(now), event: NodeEvent::Pod(event) });
         self.events_at = now;
+    }
+
+    fn evict(&mut self, now: u64, pod: &PodId, reason: &str) {
+        if let Some(held) = self.pods.get_mut(pod) {
+            held.life = Life::Over;
+        }
+        let reason = Some(reason.to_owned());
+        let outcome = Outcome { reason, ..outcome(now, Cause::Eviction, None) };
+        self.report(now, pod, PodChange::Ended { outcome });
+    }
+
+    /// Takes the checkpoint that is asked for; what of the pod's program is left goes into the depot.
+    fn save(&mut self, now: u64, pod: &PodId, level: u64, leaves: bool) -> Option<(Digest, u64)> {
+        let held = self.pods.get_mut(pod)?;
+        let Life::Running { until } = held.life else { return None };
+        if held.level >= level {
+            return None;
+        }
+        held.level = level;
+        let epoch = held.epoch;
+        if self.dumps_fail {
+            self.report(now, pod, PodChange::CheckpointFailed { level, why: "no luck".to_owned() });
+            return None;
+        }
+        let id = Digest::of(format!("{pod} {epoch} {level}").as_bytes());
+        let info = CheckpointInfo {
+            id,
+            level,
+            at: Timestamp(WALL + now),
+            kind: CheckpointKind::Criu,
+            bytes: Bytes(1000),
+            new_bytes: Bytes(100),
+            frozen_ms: 5,
+            log_records: 1,
+            needs: Needs {
+                arch: self.inventory.arch.clone(),
+                criu: self.inventory.criu.clone(),
+                cpu_features: self.inventory.cpu_features.clone(),
+                ..Needs::default()
+            },
+        };
+        self.report(now, pod, PodChange::Checkpointing { level });
+        self.report(now, pod, PodChange::Checkpointed { info: Box::new(info) });
+        let event = self.events_last;
+        if let Some(held) = self.pods.get_mut(pod).filter(|_| leaves) {
+            held.life = Life::Saved { event };
+        }
+        Some((id, until - now))
     }
 
     fn end(&mut self, now: u64, pod: &PodId, cause: Cause, code: Option<u8>) {
@@ -183,7 +242,7 @@ impl Agent {
         let ran: Vec<PodId> = self
             .pods
             .iter()
-            .filter(|(_, h)| matches!(h.life, Life::Running { .. }))
+            .filter(|(_, h)| matches!(h.life, Life::Running { .. } | Life::Saved { .. }))
             .map(|(p, _)| p.clone())
             .collect();
         for pod in ran {
@@ -222,6 +281,8 @@ pub struct World {
     pub answers: Vec<Answer>,
     pub replies: Vec<Vec<u8>>,
     pub deleted: Vec<Effect>,
+    /// Checkpoints, and what of the program is left in each.
+    pub depot: BTreeMap<Digest, u64>,
     pub network: VecDeque<(Topic, Vec<u8>)>,
     /// Every epoch ever desired of a pod, to see that they only grow.
     pub epochs: BTreeMap<PodId, Epoch>,
@@ -256,6 +317,7 @@ impl World {
             answers: Vec::new(),
             replies: Vec::new(),
             deleted: Vec::new(),
+            depot: BTreeMap::new(),
             network: VecDeque::new(),
             epochs: BTreeMap::new(),
             messages: 0,
@@ -294,6 +356,8 @@ impl World {
             events_last: 0,
             events_at: 0,
             logs_asked: Vec::new(),
+            dumps_fail: false,
+            restores_fail: false,
         };
         agent.restart();
         self.agents.insert(id.clone(), agent);
@@ -323,6 +387,7 @@ impl World {
                     }
                     self.network.push_back((topic, payload));
                 }
+                Effect::DeleteCheckpoint(id) => drop(self.depot.remove(&id)),
                 other => self.deleted.push(other),
             }
         }
@@ -336,6 +401,12 @@ impl World {
         self.answers.last().cloned().unwrap()
     }
 
+    pub fn command_with(&mut self, job: &str, command: &str, more: &str) -> Answer {
+        self.order(job, command, more);
+        self.deliver_all();
+        self.answers.last().cloned().unwrap()
+    }
+
     pub fn command(&mut self, job: &str, id: &str, command: &str) -> Answer {
         let topic =
             Topic::job(&Namespace::default_namespace(), &JobName::parse(job).unwrap(), JobTopic::Command);
@@ -343,6 +414,21 @@ impl World {
         self.feed(Event::Message { topic, payload });
         self.deliver_all();
         self.answers.last().cloned().unwrap()
+    }
+
+    /// Asks without waiting for what else is on its way.
+    pub fn ask(&mut self, query: &str) {
+        let topic = Topic::QueryRequest { client: ClientId::parse("c1").unwrap() };
+        let payload = format!(r#"{{"id":"q1","query":{query}}}"#).into_bytes();
+        self.feed(Event::Message { topic, payload });
+    }
+
+    /// Orders without waiting for what else is on its way.
+    pub fn order(&mut self, job: &str, command: &str, more: &str) {
+        let topic =
+            Topic::job(&Namespace::default_namespace(), &JobName::parse(job).unwrap(), JobTopic::Command);
+        let payload = format!(r#"{{"command":"{command}",{more}}}"#).into_bytes();
+        self.feed(Event::Message { topic, payload });
     }
 
     pub fn query(&mut self, query: &str) -> serde_json::Value {
@@ -420,14 +506,28 @@ impl World {
         }
         agent.order = (desired.term, desired.generation);
         let named: BTreeSet<&PodId> = desired.pods.iter().map(|pod| &pod.pod).collect();
-        agent.pods.retain(|pod, held| named.contains(pod) || matches!(held.life, Life::Running { .. }));
+        agent.pods.retain(|pod, held| {
+            named.contains(pod) || matches!(held.life, Life::Running { .. } | Life::Saved { .. })
+        });
         for pod in &desired.pods {
             let newer = agent.pods.get(&pod.pod).is_none_or(|held| held.epoch < pod.epoch);
             if newer && pod.goal == Goal::Run {
                 assert!(!agent.runs(&pod.pod, now), "an older epoch still runs here");
-                let held =
-                    Held { epoch: pod.epoch, run: Run(1), spec: pod.spec, life: Life::Ordered, granted: 0 };
+                let held = Held {
+                    epoch: pod.epoch,
+                    run: Run(1),
+                    spec: pod.spec,
+                    life: Life::Ordered,
+                    granted: 0,
+                    from: pod.from,
+                    level: 0,
+                };
                 agent.pods.insert(pod.pod.clone(), held);
+            }
+            let here = agent.pods.get(&pod.pod).is_some_and(|held| held.epoch == pod.epoch);
+            if here && matches!(pod.goal, Goal::Run | Goal::Vacate) {
+                let leaves = pod.goal == Goal::Vacate;
+                self.depot.extend(agent.save(now, &pod.pod, pod.checkpoint, leaves));
             }
             if pod.goal == Goal::Stop {
                 let held = agent.pods.get(&pod.pod).filter(|held| held.epoch == pod.epoch);
@@ -441,6 +541,8 @@ impl World {
                             spec: pod.spec,
                             life: Life::Over,
                             granted: 0,
+                            from: None,
+                            level: 0,
                         };
                         agent.pods.insert(pod.pod.clone(), held);
                         agent.end(now, &pod.pod, Cause::Eviction, None);
@@ -470,6 +572,11 @@ impl World {
                 agent.events.pop_front();
             }
         }
+        let saved = |held: &Held| matches!(held.life, Life::Saved { event } if event <= agent.events_acked);
+        let gone: Vec<PodId> = agent.pods.iter().filter(|(_, h)| saved(h)).map(|(p, _)| p.clone()).collect();
+        for pod in gone {
+            agent.evict(now, &pod, VACATED);
+        }
         let held: Vec<(PodId, Epoch)> = agent.held().map(|(pod, epoch)| (pod.clone(), epoch)).collect();
         let covered: Vec<(PodId, Epoch)> = match lease.covers {
             Covers::All(digest) if digest == held_digest(held.iter().map(|(p, e)| (p, *e))) => held,
@@ -481,8 +588,18 @@ impl World {
             held.granted = held.granted.max(sent);
             let program = agent.specs.get(&held.spec).copied();
             if let (Life::Ordered, Some(program)) = (&held.life, program) {
-                held.life = Life::Running { until: now + program.ms };
-                agent.report(now, &pod, PodChange::Starting);
+                let from = held.from;
+                if from.is_some() && agent.restores_fail {
+                    agent.report(now, &pod, PodChange::Restoring);
+                    agent.evict(now, &pod, RESTORE_FAILED);
+                    continue;
+                }
+                let left = from.map_or(program.ms, |id| {
+                    *self.depot.get(&id).expect("a checkpoint that a pod is to start from is in the depot")
+                });
+                held.life = Life::Running { until: now + left };
+                let begins = if from.is_some() { PodChange::Restoring } else { PodChange::Starting };
+                agent.report(now, &pod, begins);
                 agent.report(now, &pod, PodChange::Running);
             }
         }
@@ -533,12 +650,12 @@ impl World {
                     pods: agent
                         .pods
                         .iter()
-                        .filter(|(_, held)| matches!(held.life, Life::Running { .. } | Life::Ordered))
+                        .filter(|(_, held)| held.life != Life::Over)
                         .map(|(pod, held)| HeldPod {
                             pod: pod.clone(),
                             epoch: held.epoch,
                             run: held.run,
-                            alive: matches!(held.life, Life::Running { .. }),
+                            alive: matches!(held.life, Life::Running { .. } | Life::Saved { .. }),
                         })
                         .collect(),
                     inventory: agent.inventory.clone(),

@@ -1,6 +1,8 @@
 //! The controller's HTTP: `/healthz`, `/metrics`, and the depot behind its tokens. It moves bytes and checks tokens;
 //! how the controller is, it asks the loop.
 
+mod saved;
+
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
@@ -9,7 +11,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use berth_protocol::ids::{Digest, Epoch, JobUid};
+use berth_protocol::chunk::GrantRequest;
+use berth_protocol::ids::{Digest, Epoch, JobUid, NodeId};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
@@ -28,6 +31,7 @@ use crate::core::Counters;
 use crate::core::token::{self, Scope};
 
 const CONNECTIONS_MAX: usize = 256;
+const PACKS_MAX: usize = 4;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// A connection on which nothing moves for this long is closed.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
@@ -51,10 +55,22 @@ pub struct HttpError {
 pub struct Report {
     pub bus_up: bool,
     pub counters: Counters,
+    /// Of all chunks of checkpoints, and how many checkpoints there are.
+    pub depot_bytes: u64,
+    pub depot_checkpoints: u64,
 }
 
 /// A question to the loop.
-pub type Inquiry = oneshot::Sender<Report>;
+#[derive(Debug)]
+pub enum Inquiry {
+    Report(oneshot::Sender<Report>),
+    /// May this node save or load this pod? The depot's address, if it may.
+    Grant {
+        node: NodeId,
+        asked: GrantRequest,
+        reply: oneshot::Sender<Option<String>>,
+    },
+}
 
 /// Who serves.
 pub struct Server {
@@ -67,6 +83,8 @@ struct Service {
     secret: [u8; 32],
     refusals: Arc<Refusals>,
     inquiries: mpsc::Sender<Inquiry>,
+    /// Packs that may be in memory at once.
+    packs: Semaphore,
 }
 
 impl Server {
@@ -78,7 +96,16 @@ impl Server {
         inquiries: mpsc::Sender<Inquiry>,
     ) -> Result<Self, HttpError> {
         let listener = TcpListener::bind(address).await.map_err(|source| HttpError { address, source })?;
-        Ok(Self { listener, service: Arc::new(Service { depot, secret, refusals, inquiries }) })
+        Ok(Self {
+            listener,
+            service: Arc::new(Service {
+                depot,
+                secret,
+                refusals,
+                inquiries,
+                packs: Semaphore::new(PACKS_MAX),
+            }),
+        })
     }
 
     pub fn address(&self) -> io::Result<SocketAddr> {
@@ -130,6 +157,7 @@ enum Route {
     Health,
     Metrics,
     Item(Item),
+    Saved(saved::Route),
 }
 
 impl Route {
@@ -143,7 +171,7 @@ impl Route {
                 let pod = JobUid::parse(uid).ok()?.pod(number(index)?);
                 Route::Item(Item::Log { pod, epoch: Epoch(number(epoch)?) })
             }
-            _ => return None,
+            _ => Route::Saved(saved::Route::parse(&levels)?),
         })
     }
 }
@@ -159,7 +187,7 @@ fn put_bytes_max(scope: &Scope, item: &Item) -> Option<u64> {
         (Scope::Node(_), Item::Blob(_)) => Some(BLOB_BYTES_MAX),
         (Scope::Node(_), Item::Log { .. }) => Some(LOG_BYTES_MAX),
         (Scope::Namespace(_), Item::Blob(_)) => Some(WORKSPACE_BYTES_MAX),
-        (Scope::Namespace(_), Item::Log { .. }) => None,
+        (Scope::Namespace(_), Item::Log { .. }) | (Scope::Save { .. } | Scope::Load { .. }, _) => None,
     }
 }
 
@@ -185,7 +213,7 @@ impl Service {
             .await;
     }
 
-    async fn answer(&self, request: Request<Incoming>) -> Answer {
+    async fn answer(self: &Arc<Self>, request: Request<Incoming>) -> Answer {
         let Some(route) = Route::parse(request.uri().path()) else {
             return text(StatusCode::NOT_FOUND, "there is nothing here");
         };
@@ -194,6 +222,7 @@ impl Service {
             Route::Health if reading => self.health().await,
             Route::Metrics if reading => self.metrics().await,
             Route::Item(item) => self.item(item, request).await,
+            Route::Saved(route) => self.saved(route, request).await,
             _ => text(StatusCode::METHOD_NOT_ALLOWED, "this can only be read"),
         }
     }
@@ -201,7 +230,7 @@ impl Service {
     async fn report(&self) -> Option<Report> {
         let (inquiry, report) = oneshot::channel();
         let asked = async {
-            self.inquiries.send(inquiry).await.ok()?;
+            self.inquiries.send(Inquiry::Report(inquiry)).await.ok()?;
             report.await.ok()
         };
         tokio::time::timeout(INQUIRY_TIMEOUT, asked).await.ok().flatten()
@@ -220,9 +249,7 @@ impl Service {
 
     async fn metrics(&self) -> Answer {
         match self.report().await {
-            Some(report) => {
-                text(StatusCode::OK, metrics::render(report.counters, &self.refusals, report.bus_up))
-            }
+            Some(report) => text(StatusCode::OK, metrics::render(report, &self.refusals)),
             None => text(StatusCode::SERVICE_UNAVAILABLE, "the controller is too busy to answer"),
         }
     }
@@ -300,9 +327,12 @@ impl Service {
     fn failed(&self, error: &DepotError) -> Answer {
         let status = match error {
             DepotError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            DepotError::Digest { .. } | DepotError::NotALog { .. } | DepotError::Broken(_) => {
-                StatusCode::BAD_REQUEST
-            }
+            DepotError::Digest { .. }
+            | DepotError::NotALog { .. }
+            | DepotError::Broken(_)
+            | DepotError::Pack(_) => StatusCode::BAD_REQUEST,
+            DepotError::Quota { .. } => StatusCode::INSUFFICIENT_STORAGE,
+            DepotError::Bucket { .. } | DepotError::Url(_) => StatusCode::BAD_GATEWAY,
             DepotError::Io { .. } if error.is_disk_full() => StatusCode::INSUFFICIENT_STORAGE,
             DepotError::Io { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         };
@@ -313,6 +343,10 @@ impl Service {
                     status,
                     if error.is_disk_full() { "the depot's disk is full" } else { "the depot's disk fails" },
                 )
+            }
+            DepotError::Bucket { .. } => {
+                tracing::error!("{error}");
+                text(status, "the depot's bucket fails")
             }
             _ => {
                 self.refusals.refuse("depot", format_args!("an upload: {error}"));

@@ -1,0 +1,88 @@
+//! The flags of the verbs about saved work and about nodes. Nothing here acts.
+
+use std::time::Duration;
+
+use berth_protocol::ids::{JobName, NodeId};
+use clap::Args;
+
+use super::command::duration;
+
+#[derive(Debug, Args)]
+pub struct NodeNames {
+    #[arg(required = true, value_name = "NODE")]
+    pub nodes: Vec<NodeId>,
+}
+
+#[derive(Debug, Args)]
+pub struct Checkpoint {
+    /// The job to save
+    pub job: JobName,
+    /// Do not wait for it
+    #[arg(long)]
+    pub no_wait: bool,
+    /// Give up waiting after this long
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "10m")]
+    pub timeout: Duration,
+}
+
+#[derive(Debug, Args)]
+pub struct Restore {
+    /// The checkpoint, by its first digits
+    #[arg(value_name = "CHECKPOINT")]
+    pub checkpoint: String,
+    /// The new job's name [default: set back the job it is of]
+    #[arg(long, value_name = "JOB")]
+    pub name: Option<JobName>,
+    /// Where to go on
+    #[arg(long, value_name = "NODE")]
+    pub node: Option<NodeId>,
+}
+
+#[derive(Debug, Args)]
+pub struct Fork {
+    /// The job to copy
+    pub job: JobName,
+    /// How many copies
+    #[arg(long = "copies", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub copies: u32,
+    /// From this checkpoint [default: one that is taken now]
+    #[arg(long, value_name = "CHECKPOINT")]
+    pub checkpoint: Option<String>,
+    /// Give up waiting for the checkpoint after this long
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "10m")]
+    pub timeout: Duration,
+}
+
+#[derive(Debug, Args)]
+pub struct Migrate {
+    /// The job to move
+    pub job: JobName,
+    /// Where to
+    #[arg(long, value_name = "NODE")]
+    pub to: NodeId,
+}
+
+#[derive(Debug, Args)]
+pub struct Drain {
+    /// The node to empty
+    pub node: NodeId,
+    /// Stop what could not be saved after this long
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub deadline: Option<Duration>,
+    /// Do not wait until it is empty
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+/// `berth fork JOB -n 4` is about copies, though `-n` names the namespace everywhere else: where a number follows it.
+pub fn copies_for_fork(mut args: Vec<std::ffi::OsString>) -> Vec<std::ffi::OsString> {
+    let verb = args.iter().position(|arg| arg == "fork");
+    let number = |arg: &std::ffi::OsString| arg.to_str().is_some_and(|text| text.parse::<u32>().is_ok());
+    if let Some(verb) = verb
+        && let Some(at) =
+            (verb + 1..args.len()).find(|at| args[*at] == "-n" && args.get(at + 1).is_some_and(number))
+    {
+        args[at] = "--copies".into();
+    }
+    args
+}

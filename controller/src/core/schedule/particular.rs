@@ -1,0 +1,88 @@
+//! Pods that cannot go wherever their job's other pods may: their checkpoint needs what not every node has, could not
+//! be started on some, or they are on their way to one. They are seated one by one, behind all others.
+
+use berth_protocol::ids::{JobUid, NodeId};
+
+use super::problem::Seat;
+use crate::core::{Controller, Now};
+
+/// Pods looked at in one pass.
+const PODS_MAX: usize = 1024;
+
+impl Controller {
+    pub(in crate::core) fn schedule_particular(&mut self, now: Now) {
+        let version = self.scheduler.version;
+        if std::mem::replace(&mut self.scheduler.particular_at, version) == version
+            && !std::mem::take(&mut self.scheduler.particular_wanted)
+        {
+            return;
+        }
+        self.scheduler.particular_wanted = false;
+        let jobs = self.cluster.jobs.iter().filter(|(_, job)| !job.particular.is_empty());
+        let open = jobs.filter(|(_, job)| job.run.verdict.is_none() && !job.run.suspended);
+        let pods: Vec<(JobUid, u32)> = open
+            .flat_map(|(uid, job)| job.ready_particular().map(|i| (uid.clone(), i)))
+            .take(PODS_MAX)
+            .collect();
+        for (uid, index) in pods {
+            self.seat_particular(now, &uid, index);
+        }
+    }
+
+    fn seat_particular(&mut self, now: Now, uid: &JobUid, index: u32) {
+        self.drop_lost_target(uid, index);
+        self.survey(uid);
+        let Some(job) = self.cluster.jobs.get(uid) else { return };
+        let shape = self.scheduler.shape(&job.file.spec.pod.resources());
+        let fits = self.verdicts(uid).into_iter().filter(|(_, reasons)| reasons.is_empty());
+        let rooms: Vec<usize> = fits.map(|(room, _)| room).collect();
+        let suits = |room: &usize| self.bars(uid, index, &self.scheduler.nodes[*room]).is_empty();
+        let rooms: Vec<usize> = rooms.into_iter().filter(suits).collect();
+        let Some((room, devices)) =
+            rooms.iter().find_map(|i| Some((*i, self.scheduler.rooms()[*i].fit(&shape)?)))
+        else {
+            self.dirty.status.insert(uid.clone());
+            return;
+        };
+        let seat = Seat { room, devices };
+        self.scheduler.charge(&shape, &seat);
+        if !self.seat_one(now, uid, index, &shape, &seat) {
+            self.scheduler.uncharge(&shape, &seat);
+        }
+    }
+
+    /// A node that a pod was on its way to and that does not take it any more is forgotten.
+    fn drop_lost_target(&mut self, uid: &JobUid, index: u32) {
+        let pod = self.cluster.jobs.get(uid).and_then(|job| job.pod(index));
+        let Some(target) = pod.and_then(|pod| pod.saved.target.clone()) else { return };
+        self.survey(uid);
+        let against = match self.cluster.nodes.contains_key(&target) {
+            true => self.verdict_on(uid, &target),
+            false => vec!["it is gone".to_owned()],
+        };
+        if against.is_empty() {
+            return;
+        }
+        if let Some(job) = self.cluster.jobs.get_mut(uid) {
+            let text = format!("it could not go on at {target}: {}", against.join("; "));
+            job.change(index, |pod| {
+                pod.saved.target = None;
+                pod.saved.trouble = Some(text);
+            });
+            self.dirty.pods.insert(uid.pod(index));
+            self.dirty.status.insert(uid.clone());
+        }
+    }
+
+    /// Whether the pod may go there as any of its job may; where it may not it is seated by itself.
+    pub(in crate::core) fn is_general(&mut self, uid: &JobUid, index: u32, node: &NodeId) -> bool {
+        if self.bars(uid, index, node).is_empty() {
+            return true;
+        }
+        if let Some(job) = self.cluster.jobs.get_mut(uid) {
+            job.particular.insert(index);
+            self.scheduler.particular_wanted = true;
+        }
+        false
+    }
+}

@@ -1,0 +1,234 @@
+//! The depot against a model: nothing that a checkpoint names is ever lost, whatever is collected and wherever it
+//! crashes; and what nothing names goes in the end.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use berth_protocol::checkpoint::{CheckpointKind, Needs};
+use berth_protocol::chunk::{ChunkId, Encoding, Frame};
+use berth_protocol::ids::{ContainerName, JobName, JobUid, NodeId, Run};
+use berth_protocol::job;
+use berth_protocol::manifest::{MANIFEST_VERSION, Manifest, Piece, SavedContainer, SavedFile};
+use berth_protocol::units::Timestamp;
+use proptest::prelude::*;
+
+use super::*;
+
+fn content(n: u8) -> Vec<u8> {
+    vec![n; 1000 + usize::from(n)]
+}
+
+fn frames(chunks: &BTreeSet<u8>) -> Bytes {
+    let mut out = Vec::new();
+    for n in chunks {
+        let content = content(*n);
+        let content_bytes = u32::try_from(content.len()).unwrap();
+        Frame { id: ChunkId::of(&content), encoding: Encoding::Raw, content_bytes, bytes: &content }
+            .write(&mut out);
+    }
+    out.into()
+}
+
+fn manifest(n: u64, chunks: &BTreeSet<u8>) -> Manifest {
+    let name = JobName::parse("j").unwrap();
+    let piece = |n: &u8| {
+        let content = content(*n);
+        Piece::Chunk { id: ChunkId::of(&content), bytes: u32::try_from(content.len()).unwrap() }
+    };
+    let pieces: Vec<Piece> = chunks.iter().map(piece).collect();
+    let bytes = pieces.iter().map(Piece::bytes).sum();
+    let dump = vec![SavedFile { name: "pages-1.img".to_owned(), bytes, pieces }];
+    let template = job::parse(b"{\"image\": \"host\", \"name\": \"j\", \"command\": [\"true\"]}", None);
+    Manifest {
+        version: MANIFEST_VERSION,
+        namespace: Namespace::default_namespace(),
+        name: name.pod(0),
+        pod: JobUid::parse("u").unwrap().pod(0),
+        epoch: Epoch(1),
+        run: Run(1),
+        at: Timestamp(n),
+        kind: CheckpointKind::Criu,
+        node: NodeId::parse("n1").ok(),
+        spec: Digest::of(b"spec"),
+        template: template.unwrap().spec.pod,
+        log_records: 0,
+        needs: Needs::default(),
+        versions: BTreeMap::new(),
+        containers: vec![SavedContainer {
+            name: ContainerName::parse("main").unwrap(),
+            image: None,
+            dump,
+            config: None,
+            layer: None,
+            notes: BTreeMap::new(),
+        }],
+        volumes: Vec::new(),
+    }
+}
+
+async fn open(dir: &std::path::Path) -> Depot {
+    let depot = Depot::open(dir.to_owned(), None, None).unwrap();
+    depot.survey().await.unwrap();
+    depot
+}
+
+fn files(dir: &std::path::Path, folder: &str) -> usize {
+    let folders = std::fs::read_dir(dir.join(folder)).unwrap();
+    folders.map(|folder| std::fs::read_dir(folder.unwrap().path()).unwrap().count()).sum()
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    /// Chunks come; a manifest may never follow.
+    Upload(BTreeSet<u8>),
+    /// A checkpoint as agents make it: what lacks, then the manifest, again where it lacks after all.
+    Save(BTreeSet<u8>),
+    /// Of those kept, the one of this number.
+    Delete(prop::sample::Index),
+    Collect,
+    /// The process ends here and a new one looks at the directory.
+    Crash,
+    /// A pack comes back that was being removed, as a crash before its removal leaves it.
+    Unremove,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let chunks = proptest::collection::btree_set(0..24_u8, 1..8);
+    prop_oneof![
+        chunks.clone().prop_map(Op::Upload),
+        chunks.prop_map(Op::Save),
+        any::<prop::sample::Index>().prop_map(Op::Delete),
+        Just(Op::Collect),
+        Just(Op::Crash),
+        Just(Op::Unremove),
+    ]
+}
+
+async fn check(depot: &Depot, kept: &BTreeMap<Digest, BTreeSet<u8>>) {
+    for (id, chunks) in kept {
+        let bytes = depot.manifest(id).await.unwrap().expect("a manifest that is kept");
+        Manifest::parse(id, &bytes).unwrap();
+        for n in chunks {
+            let frame =
+                depot.frame(&ChunkId::of(&content(*n))).await.unwrap().expect("a chunk that is named");
+            assert_eq!(Frame::read(&frame).unwrap().0.bytes, content(*n));
+        }
+    }
+}
+
+fn copy_packs(dir: &std::path::Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let folders = std::fs::read_dir(dir.join("packs")).unwrap();
+    let files = folders.flat_map(|folder| std::fs::read_dir(folder.unwrap().path()).unwrap());
+    files.map(|file| file.unwrap().path()).map(|path| (path.clone(), std::fs::read(path).unwrap())).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+    #[test]
+    fn nothing_that_is_named_is_lost_and_the_rest_goes(ops in proptest::collection::vec(op(), 1..24)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let dir = tempfile::tempdir().unwrap();
+            let mut depot = open(dir.path()).await;
+            let mut kept: BTreeMap<Digest, BTreeSet<u8>> = BTreeMap::new();
+            let mut before = Vec::new();
+            for (n, op) in ops.into_iter().enumerate() {
+                match op {
+                    Op::Upload(chunks) => depot.add_chunks(frames(&chunks)).await.unwrap(),
+                    Op::Save(chunks) => {
+                        let saved = manifest(n as u64, &chunks);
+                        let (id, bytes) = saved.render().unwrap();
+                        let ids: Vec<ChunkId> = chunks.iter().map(|n| ChunkId::of(&content(*n))).collect();
+                        let lacking = depot.lacking(&ids);
+                        let sent = chunks.iter().filter(|n| lacking.contains(&ChunkId::of(&content(**n))));
+                        // Some of them come, and the manifest too early.
+                        let first: BTreeSet<u8> = sent.clone().take(2).copied().collect();
+                        depot.add_chunks(frames(&first)).await.unwrap();
+                        if lacking.len() > 2 {
+                            let early = depot.keep_manifest(id, bytes.clone().into(), &saved).await.unwrap();
+                            let Kept::Lacking(lacks) = early else { panic!("{early:?}") };
+                            assert_eq!(lacks.len(), lacking.len() - 2);
+                        }
+                        depot.add_chunks(frames(&sent.copied().collect())).await.unwrap();
+                        assert_eq!(depot.keep_manifest(id, bytes.clone().into(), &saved).await.unwrap(), Kept::New);
+                        assert_eq!(depot.keep_manifest(id, bytes.into(), &saved).await.unwrap(), Kept::Known);
+                        kept.insert(id, chunks);
+                    }
+                    Op::Delete(which) if !kept.is_empty() => {
+                        let id = *kept.keys().nth(which.index(kept.len())).unwrap();
+                        depot.delete_manifest(&id).await.unwrap();
+                        kept.remove(&id);
+                    }
+                    Op::Delete(_) => {}
+                    Op::Collect => {
+                        before = copy_packs(dir.path());
+                        depot.collect(Duration::ZERO).await.unwrap();
+                    }
+                    Op::Crash => depot = open(dir.path()).await,
+                    Op::Unremove => {
+                        for (path, bytes) in before.drain(..) {
+                            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                            std::fs::write(path, bytes).unwrap();
+                        }
+                        depot = open(dir.path()).await;
+                    }
+                }
+                check(&depot, &kept).await;
+            }
+            let named: BTreeSet<u8> = kept.values().flatten().copied().collect();
+            depot = open(dir.path()).await;
+            depot.collect(Duration::ZERO).await.unwrap();
+            depot.collect(Duration::ZERO).await.unwrap();
+            check(&depot, &kept).await;
+            let (bytes, manifests) = depot.totals();
+            assert_eq!(manifests, kept.len() as u64);
+            let needed: u64 = named.iter().map(|n| content(*n).len() as u64 + 41).sum();
+            assert!(bytes <= 2 * needed, "{bytes} bytes are kept of {needed}");
+            if kept.is_empty() {
+                assert_eq!((files(dir.path(), "packs"), files(dir.path(), "checkpoints")), (0, 0));
+            }
+        });
+    }
+}
+
+#[tokio::test]
+async fn what_was_asked_for_is_not_collected_for_a_while() {
+    let dir = tempfile::tempdir().unwrap();
+    let depot = open(dir.path()).await;
+    let chunks = [1, 2].into();
+    depot.add_chunks(frames(&chunks)).await.unwrap();
+    let ids = [ChunkId::of(&content(1))];
+    assert_eq!(depot.lacking(&ids), []);
+    assert_eq!(depot.collect(GRACE).await.unwrap(), 0);
+    assert_eq!(depot.lacking(&ids), []);
+    assert_eq!(depot.collect(Duration::ZERO).await.unwrap(), 1);
+    assert_eq!(depot.lacking(&ids), ids);
+}
+
+#[tokio::test]
+async fn a_chunk_that_is_not_what_its_id_says_is_refused_with_all_that_came_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let depot = open(dir.path()).await;
+    let mut bytes = frames(&[1, 2].into()).to_vec();
+    *bytes.last_mut().unwrap() ^= 1;
+    assert!(matches!(depot.add_chunks(bytes.into()).await, Err(DepotError::Pack(PackError::Digest { .. }))));
+    assert_eq!(depot.lacking(&[ChunkId::of(&content(1))]).len(), 1);
+    assert_eq!(files(dir.path(), "packs"), 0);
+}
+
+#[tokio::test]
+async fn a_namespace_takes_no_more_than_its_quota() {
+    let dir = tempfile::tempdir().unwrap();
+    let depot = Depot::open(dir.path().to_owned(), None, Some(2500)).unwrap();
+    depot.add_chunks(frames(&[1, 2, 3].into())).await.unwrap();
+    let mut outcomes = Vec::new();
+    for (n, chunks) in [[1].into(), [1, 2].into(), [3].into()].iter().enumerate() {
+        let saved = manifest(n as u64, chunks);
+        let (id, bytes) = saved.render().unwrap();
+        outcomes.push(depot.keep_manifest(id, bytes.into(), &saved).await);
+    }
+    assert!(
+        matches!(outcomes[..], [Ok(Kept::New), Ok(Kept::New), Err(DepotError::Quota { .. })]),
+        "{outcomes:?}"
+    );
+}

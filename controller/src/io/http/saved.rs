@@ -1,0 +1,259 @@
+//! Checkpoints over HTTP: grants, chunks, manifests, as `berth_protocol::chunk` describes. It moves bytes and checks
+//! tokens; who may save or load a pod, it asks the loop.
+
+use std::convert::Infallible;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use berth_protocol::chunk::{self, ChunkId, GrantFor, GrantRequest};
+use berth_protocol::ids::{Digest, NodeId};
+use berth_protocol::limits::{CHUNKS_ASKED_MAX, CHUNKS_FETCHED_MAX, MANIFEST_BYTES_MAX, PACK_BYTES_MAX};
+use berth_protocol::manifest::Manifest;
+use berth_protocol::message::node::DepotAccess;
+use berth_protocol::units::Millis;
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::{Body, Frame, Incoming};
+use hyper::{Method, Request, Response, StatusCode};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Answer, INQUIRY_TIMEOUT, Inquiry, Service, clock, text};
+use crate::core::token::{self, Scope};
+use crate::io::depot::Kept;
+
+const GRANT_BYTES_MAX: usize = 4096;
+/// Renewed by asking again.
+const GRANT_LIFE: Millis = Millis(600_000);
+/// Frames read ahead of a client.
+const AHEAD: usize = 2;
+
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Route {
+    Grants,
+    Lacking,
+    Chunks,
+    Manifest(Digest),
+    ChunksOf(Digest),
+}
+
+impl Route {
+    pub fn parse(levels: &[&str]) -> Option<Self> {
+        let digest = |hex: &str| Digest::parse(&format!("sha256:{hex}")).ok();
+        Some(match levels {
+            ["v1", "grants"] => Route::Grants,
+            ["v1", "chunks"] => Route::Chunks,
+            ["v1", "chunks", "lacking"] => Route::Lacking,
+            ["v1", "checkpoints", hex] => Route::Manifest(digest(hex)?),
+            ["v1", "checkpoints", hex, "chunks"] => Route::ChunksOf(digest(hex)?),
+            _ => return None,
+        })
+    }
+}
+
+fn bytes(status: StatusCode, bytes: impl Into<Bytes>) -> Answer {
+    let body = Full::new(bytes.into()).map_err(|never: Infallible| match never {});
+    let mut answer = Response::new(body.boxed_unsync());
+    *answer.status_mut() = status;
+    answer
+}
+
+impl Service {
+    pub(super) async fn saved(self: &Arc<Self>, route: Route, request: Request<Incoming>) -> Answer {
+        let scope = match self.scope(&request) {
+            Ok(scope) => scope,
+            Err(why) => return text(StatusCode::UNAUTHORIZED, why),
+        };
+        let saves = matches!(scope, Scope::Save { .. } | Scope::Namespace(_));
+        match (route, request.method()) {
+            (Route::Grants, &Method::POST) => match scope {
+                Scope::Node(node) => self.grant(node, request).await,
+                _ => self.forbidden(),
+            },
+            (Route::Lacking, &Method::POST) if saves => self.lacking(request).await,
+            (Route::Chunks, &Method::POST) if saves => self.add_chunks(request).await,
+            (Route::Manifest(id), &Method::PUT) if saves => self.keep_manifest(&scope, id, request).await,
+            (Route::Manifest(id), &Method::GET) if self.may_load(&scope, &id) => self.manifest(&id).await,
+            (Route::ChunksOf(id), &Method::POST) if self.may_load(&scope, &id) => {
+                self.chunks_of(id, request).await
+            }
+            (_, &Method::GET | &Method::POST | &Method::PUT) => self.forbidden(),
+            _ => text(StatusCode::METHOD_NOT_ALLOWED, "checkpoints know GET, POST and PUT"),
+        }
+    }
+
+    fn may_load(&self, scope: &Scope, id: &Digest) -> bool {
+        match scope {
+            Scope::Load { checkpoint } => checkpoint == id,
+            Scope::Namespace(namespace) => {
+                self.depot.manifest_namespace(id).is_none_or(|whose| whose == *namespace)
+            }
+            _ => false,
+        }
+    }
+
+    async fn whole(&self, request: Request<Incoming>, max: usize) -> Result<Bytes, Answer> {
+        match Limited::new(request.into_body(), max).collect().await {
+            Ok(whole) => Ok(whole.to_bytes()),
+            Err(error) if error.is::<http_body_util::LengthLimitError>() => {
+                Err(text(StatusCode::PAYLOAD_TOO_LARGE, format!("at most {max} bytes are allowed here")))
+            }
+            Err(error) => Err(text(StatusCode::BAD_REQUEST, format!("it broke off: {error}"))),
+        }
+    }
+
+    async fn ids(&self, request: Request<Incoming>, max: usize) -> Result<Vec<ChunkId>, Answer> {
+        let bytes = self.whole(request, max * ChunkId::BYTES).await?;
+        chunk::read_ids(&bytes).map_err(|error| text(StatusCode::BAD_REQUEST, error.to_string()))
+    }
+
+    /// A token for one pod's saving or restoring, if the pod is the node's.
+    async fn grant(&self, node: NodeId, request: Request<Incoming>) -> Answer {
+        let bytes = match self.whole(request, GRANT_BYTES_MAX).await {
+            Ok(bytes) => bytes,
+            Err(answer) => return answer,
+        };
+        let asked: GrantRequest = match serde_json::from_slice(&bytes) {
+            Ok(asked) => asked,
+            Err(error) => return text(StatusCode::BAD_REQUEST, error.to_string()),
+        };
+        let scope = match asked.what {
+            GrantFor::Save => Scope::Save { pod: asked.pod.clone(), epoch: asked.epoch },
+            GrantFor::Load { checkpoint } => Scope::Load { checkpoint },
+        };
+        let (reply, answer) = oneshot::channel();
+        let inquiry = Inquiry::Grant { node, asked, reply };
+        let inquired = async {
+            self.inquiries.send(inquiry).await.ok()?;
+            answer.await.ok()
+        };
+        match tokio::time::timeout(INQUIRY_TIMEOUT, inquired).await.ok().flatten() {
+            Some(Some(url)) => {
+                let expires = clock::now().wall.plus(GRANT_LIFE);
+                let access = DepotAccess { url, token: token::mint(&self.secret, &scope, expires), expires };
+                // Plain data, which serde writes without fail.
+                self::bytes(StatusCode::OK, serde_json::to_vec(&access).unwrap_or_default())
+            }
+            Some(None) => self.forbidden(),
+            None => text(StatusCode::SERVICE_UNAVAILABLE, "the controller is too busy to answer"),
+        }
+    }
+
+    async fn lacking(&self, request: Request<Incoming>) -> Answer {
+        match self.ids(request, CHUNKS_ASKED_MAX).await {
+            Ok(ids) => bytes(StatusCode::OK, chunk::write_ids(&self.depot.lacking(&ids))),
+            Err(answer) => answer,
+        }
+    }
+
+    async fn add_chunks(&self, request: Request<Incoming>) -> Answer {
+        // Each holds its pack in memory.
+        let Ok(_place) = self.packs.acquire().await else {
+            return text(StatusCode::SERVICE_UNAVAILABLE, "the controller is stopping");
+        };
+        let frames = match self.whole(request, PACK_BYTES_MAX).await {
+            Ok(frames) => frames,
+            Err(answer) => return answer,
+        };
+        match self.depot.add_chunks(frames).await {
+            Ok(()) => text(StatusCode::CREATED, "kept"),
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    async fn keep_manifest(&self, scope: &Scope, id: Digest, request: Request<Incoming>) -> Answer {
+        let bytes = match self.whole(request, MANIFEST_BYTES_MAX).await {
+            Ok(bytes) => bytes,
+            Err(answer) => return answer,
+        };
+        let manifest = match Manifest::parse(&id, &bytes) {
+            Ok(manifest) => manifest,
+            Err(error) => return text(StatusCode::BAD_REQUEST, error.to_string()),
+        };
+        let theirs = match scope {
+            Scope::Save { pod, epoch } => manifest.pod == *pod && manifest.epoch == *epoch,
+            Scope::Namespace(namespace) => manifest.namespace == *namespace,
+            _ => false,
+        };
+        if !theirs {
+            return self.forbidden();
+        }
+        match self.depot.keep_manifest(id, bytes, &manifest).await {
+            Ok(Kept::New) => text(StatusCode::CREATED, "kept"),
+            Ok(Kept::Known) => text(StatusCode::OK, "it was there"),
+            Ok(Kept::Lacking(ids)) => self::bytes(StatusCode::CONFLICT, chunk::write_ids(&ids)),
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    async fn manifest(&self, id: &Digest) -> Answer {
+        match self.depot.manifest(id).await {
+            Ok(Some(found)) => bytes(StatusCode::OK, found),
+            Ok(None) => text(StatusCode::NOT_FOUND, "the depot does not have this checkpoint"),
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    async fn chunks_of(self: &Arc<Self>, id: Digest, request: Request<Incoming>) -> Answer {
+        let ids = match self.ids(request, CHUNKS_FETCHED_MAX).await {
+            Ok(ids) => ids,
+            Err(answer) => return answer,
+        };
+        if !self.depot.manifest_names(&id, &ids) {
+            return text(StatusCode::NOT_FOUND, "not all of these are chunks of this checkpoint");
+        }
+        let (tx, frames) = mpsc::channel(AHEAD);
+        let depot = self.depot.clone();
+        tokio::spawn(async move {
+            for id in ids {
+                let frame = match depot.frame(&id).await {
+                    Ok(Some(frame)) => Ok(frame),
+                    Ok(None) => Err(io::Error::other(format!("chunk {id} is not in the depot"))),
+                    Err(error) => Err(io::Error::other(error)),
+                };
+                let over = frame.is_err();
+                // A client that has gone wants no more.
+                if tx.send(frame).await.is_err() || over {
+                    return;
+                }
+            }
+        });
+        Response::new(Frames(frames).boxed_unsync())
+    }
+}
+
+/// Frames as they are read.
+struct Frames(mpsc::Receiver<io::Result<Bytes>>);
+
+impl Body for Frames {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        self.0.poll_recv(cx).map(|next| next.map(|bytes| bytes.map(Frame::data)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn routes() {
+        let digest = Digest::of(b"");
+        let manifest = format!("v1/checkpoints/{}", digest.hex());
+        let chunks = format!("{manifest}/chunks");
+        for (path, route) in [
+            ("v1/grants", Some(Route::Grants)),
+            ("v1/chunks", Some(Route::Chunks)),
+            ("v1/chunks/lacking", Some(Route::Lacking)),
+            (&manifest, Some(Route::Manifest(digest))),
+            (&chunks, Some(Route::ChunksOf(digest))),
+            ("v1/chunks/other", None),
+            ("v1/checkpoints/..", None),
+        ] {
+            assert_eq!(Route::parse(&path.split('/').collect::<Vec<_>>()), route, "{path}");
+        }
+    }
+}
