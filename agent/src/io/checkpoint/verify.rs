@@ -137,3 +137,62 @@ fn varint(bytes: &[u8]) -> Option<(u64, &[u8])> {
         .try_fold(0_u64, |value, byte| value.checked_mul(128).map(|value| value | u64::from(byte & 0x7f)))?;
     Some((value, rest))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shim::checkpoint::rpc::Message;
+    use berth_protocol::job;
+
+    /// `core-2.img` of one thread.
+    fn core(uid: u64, capabilities: u64, no_new_privileges: u64, seccomp: u64) -> Vec<u8> {
+        let (mut creds, mut thread, mut core) = (Message::default(), Message::default(), Message::default());
+        creds.number(1, uid).number(3, uid).number(5, uid).number(7, uid);
+        for set in 10..=12 {
+            creds.number(set, capabilities & 0xffff_ffff).number(set, capabilities >> 32);
+        }
+        creds.number(18, no_new_privileges);
+        thread.message(10, &creds).number(11, seccomp);
+        core.number(1, 1).message(5, &thread);
+        let mut image = vec![0; 8];
+        image.extend_from_slice(&(core.as_bytes().len() as u32).to_le_bytes());
+        image.extend_from_slice(core.as_bytes());
+        image
+    }
+
+    fn spec(user: Option<&str>) -> ContainerSpec {
+        let file = b"name: a\nimage: host\ncommand: [sh]\n";
+        let mut spec = job::parse(file, None).unwrap().spec.pod.containers.remove(0);
+        spec.user = user.map(str::to_owned);
+        spec
+    }
+
+    fn judge(image: &[u8], user: Option<&str>) -> Result<(), String> {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("core-2.img"), image).unwrap();
+        verify(dir.path(), &spec(user)).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn more_than_the_job_gives_is_refused() {
+        const DOCKERS: u64 = 0xa804_25fb;
+        const SYS_ADMIN: u64 = 1 << 21;
+        const CHECKPOINT_RESTORE: u64 = 1 << 40;
+        assert_eq!(judge(&core(0, DOCKERS, 1, 2), None), Ok(()));
+        assert_eq!(judge(&core(1000, 0, 1, 2), Some("1000:1000")), Ok(()));
+        for (image, user, why) in [
+            (core(0, DOCKERS | SYS_ADMIN, 1, 2), None, "capabilities"),
+            (core(0, CHECKPOINT_RESTORE, 1, 2), None, "capabilities"),
+            (core(0, DOCKERS, 0, 2), None, "privileges"),
+            (core(0, DOCKERS, 1, 0), None, "filter"),
+            (core(0, 0, 1, 2), Some("1000"), "user"),
+        ] {
+            let refused = judge(&image, user).unwrap_err();
+            assert!(refused.contains(why), "{why}: {refused}");
+        }
+        let whole = core(0, DOCKERS, 1, 2);
+        for cut in 0..whole.len() {
+            assert!(judge(&whole[..cut], None).is_err(), "cut at {cut}");
+        }
+    }
+}
