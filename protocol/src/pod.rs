@@ -81,6 +81,9 @@ pub enum Cause {
     Success,
     /// The program's own doing: a code other than 0, a signal, out of memory, a missing command or image.
     Failure,
+    /// The node's own: it lacks what the pod needs, or its disk is full. The pod goes elsewhere where there is an
+    /// elsewhere; where there is none, it counts as a failure.
+    Fault,
     /// berth's doing: a stop it was told, a fence, a dead shim, a reboot. Never counted as a failure.
     Eviction,
 }

@@ -109,6 +109,8 @@ pub struct Unready {
     pub message: String,
     /// It may work later: a registry out of reach.
     pub retriable: bool,
+    /// Another node may do better.
+    pub elsewhere: bool,
 }
 
 #[derive(Debug)]

@@ -326,7 +326,11 @@ impl Agent {
                 let evicted = unready.reason == RESTORE_FAILED;
                 let outcome = Outcome {
                     exit_code: None,
-                    cause: if evicted { Cause::Eviction } else { Cause::Failure },
+                    cause: match (evicted, unready.elsewhere) {
+                        (true, _) => Cause::Eviction,
+                        (false, true) => Cause::Fault,
+                        (false, false) => Cause::Failure,
+                    },
                     reason: Some(unready.reason),
                     message: Some(unready.message),
                     started_at: None,

@@ -33,9 +33,9 @@ pub(super) fn after_run(template: &PodTemplate, key: &PodKey, entry: &PodEntry, 
         return Next::End;
     }
     match (outcome.cause, restart.policy) {
-        (Cause::Eviction, _) | (_, RestartPolicy::Never) | (Cause::Success, RestartPolicy::OnFailure) => {
-            Next::End
-        }
+        (Cause::Eviction | Cause::Fault, _)
+        | (_, RestartPolicy::Never)
+        | (Cause::Success, RestartPolicy::OnFailure) => Next::End,
         (Cause::Success, RestartPolicy::Always) => Next::Retry(backoff(restart, key, 1)),
         (Cause::Failure, RestartPolicy::OnFailure | RestartPolicy::Always) => {
             let failures = entry.failures + 1;

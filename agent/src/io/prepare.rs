@@ -48,13 +48,15 @@ pub struct Preparer {
     image_paths: Option<Vec<PathBuf>>,
 }
 
+/// What this node lacks: another may have it.
 fn unready(reason: &str, message: String, retriable: bool) -> Unready {
-    Unready { reason: reason.to_owned(), message, retriable }
+    Unready { reason: reason.to_owned(), message, retriable, elsewhere: true }
 }
 
 impl From<ImageError> for Unready {
     fn from(error: ImageError) -> Self {
-        unready(error.reason(), error.to_string(), error.retriable())
+        let (retriable, elsewhere) = (error.retriable(), error.elsewhere());
+        Unready { reason: error.reason().to_owned(), message: error.to_string(), retriable, elsewhere }
     }
 }
 
@@ -160,7 +162,7 @@ impl Preparer {
             if let Some(secret) = container.secrets.first() {
                 let message =
                     format!("secret {} cannot be mounted: this version delivers no secrets", secret.name);
-                return Err(unready("SecretsUnsupported", message, false));
+                return Err(Unready { elsewhere: false, ..unready("SecretsUnsupported", message, false) });
             }
         }
         Ok(())
@@ -293,7 +295,7 @@ impl Preparer {
         if !output.status.success() {
             let _ = fs::remove_dir_all(&half);
             let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            return Err(unready("WorkspaceMalformed", said, false));
+            return Err(Unready { elsewhere: false, ..unready("WorkspaceMalformed", said, false) });
         }
         match fs::rename(&half, &dir) {
             // Another pod's preparation was first: the same bytes.

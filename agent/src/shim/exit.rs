@@ -52,9 +52,12 @@ pub fn exit(facts: &Facts) -> Exit {
     };
     match (facts.error, facts.ended_by, failed) {
         (Some(error), ..) => {
-            // Not the program's doing: another checkpoint, or node, may serve.
-            let evicted = error.reason() == RESTORE_FAILED;
-            let cause = if evicted { Cause::Eviction } else { Cause::Failure };
+            let cause = match error.reason() {
+                // Not the program's doing: another checkpoint, or node, may serve.
+                RESTORE_FAILED => Cause::Eviction,
+                _ if error.is_nodes_own() => Cause::Fault,
+                _ => Cause::Failure,
+            };
             say(cause, error.reason(), error.message());
             outcome.exit_code = error.exit_code();
         }

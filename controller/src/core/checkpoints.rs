@@ -49,6 +49,9 @@ pub(super) struct Saved {
     /// Nodes on which the first of them could not be started.
     #[serde(skip_serializing_if = "BTreeSet::is_empty")]
     pub failed_on: BTreeSet<NodeId>,
+    /// Nodes that could not run it, for want of something of their own.
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    pub faulty_on: BTreeSet<NodeId>,
     /// Checkpoints of the list that are tried no more.
     #[serde(skip_serializing_if = "BTreeSet::is_empty")]
     pub unusable: BTreeSet<Digest>,
@@ -281,6 +284,9 @@ impl Controller {
         };
         if pod.saved.failed_on.contains(node) {
             against.push("its checkpoint could not be started there".to_owned());
+        }
+        if pod.saved.faulty_on.contains(node) {
+            against.push("the pod failed there by the node's own fault".to_owned());
         }
         if let Some(target) = pod.saved.target.as_ref().filter(|target| *target != node) {
             against.push(format!("it is on its way to {target}"));

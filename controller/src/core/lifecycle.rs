@@ -209,12 +209,18 @@ impl Controller {
         }
         let restart = job.file.spec.pod.restart;
         let over = job.run.verdict.is_some();
+        let cause = match cause {
+            Cause::Fault if !over && self.avoid(id, &was.node) => Cause::Eviction,
+            Cause::Fault => Cause::Failure,
+            other => other,
+        };
+        let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
         match cause {
             Cause::Success if restart.policy != RestartPolicy::Always || over => {
                 end(job, id.index, Ending { succeeded: true, ..ending });
             }
             Cause::Success => self.retry(now, id, ending, 1),
-            Cause::Failure => {
+            Cause::Failure | Cause::Fault => {
                 job.run.failures += 1;
                 self.counters.failures += 1;
                 self.dirty.runs.insert(id.uid.clone());

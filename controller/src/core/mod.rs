@@ -7,6 +7,7 @@ mod cluster;
 mod drain;
 mod epoch;
 mod expiry;
+mod faults;
 mod lifecycle;
 mod moves;
 mod nodes;

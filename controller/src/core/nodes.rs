@@ -315,6 +315,9 @@ impl Controller {
                 self.dirty.runs.insert(pod.uid.clone());
             }
         }
+        if phase == PodPhase::Running && job.pod(pod.index).is_some_and(|pod| !pod.saved.faulty_on.is_empty()) {
+            job.change(pod.index, |pod| pod.saved.faulty_on.clear());
+        }
         if restored {
             self.counters.restores += 1;
             job.change(pod.index, |pod| pod.saved.failed_on.clear());

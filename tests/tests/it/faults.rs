@@ -1,5 +1,7 @@
 //! Programs killed and brokers restarted under running jobs.
 
+use serde_json::json;
+
 use crate::cluster::{Cluster, until};
 
 /// Prints numbers for a while; its log tells whether anything was lost or begun anew.
@@ -81,4 +83,38 @@ fn a_dead_shim_is_an_eviction_and_the_pod_runs_again() {
     let job = cluster.until_phase("victim", "Succeeded", 60);
     assert_eq!((&job["evictions"], &job["failures"]), (&1.into(), &0.into()), "{job:#}");
     assert_eq!(job["pods"][0]["epoch"], 2);
+}
+
+/// A pod that a node cannot run goes to one that can; where none can, it is a failure that says why.
+#[test]
+fn a_nodes_own_fault_is_not_the_jobs() {
+    let mut cluster = Cluster::new();
+    let shared = cluster.dir.path().join("shared");
+    std::fs::create_dir(&shared).expect("a directory");
+    std::fs::write(shared.join("data"), "here\n").expect("a file");
+    cluster.agent("a1", &[]);
+    let shared = shared.to_str().expect("a plain path").to_owned();
+    let job = |volume: &str| {
+        format!(
+            "image: host\ncommand: [cat, /data/data]\nresources: {{cpu: 100m, memory: 32Mi}}\n\
+             volumes: [{{mount: /data, host: {volume}, readOnly: true}}]\n"
+        )
+    };
+    cluster.submit("alone", &job(&shared));
+    let status = cluster.until_phase("alone", "Failed", 60);
+    assert_eq!(
+        (&status["reason"], &status["failures"]),
+        (&json!("VolumeForbidden"), &json!(1)),
+        "{status:#}"
+    );
+
+    cluster.agent("a2", &["--allow-host-path", &shared]);
+    cluster.submit(
+        "elsewhere",
+        &format!("prefer: [{{when: \"node.name == 'a1'\", weight: 100}}]\n{}", job(&shared)),
+    );
+    let status = cluster.until_phase("elsewhere", "Succeeded", 60);
+    assert_eq!((&status["failures"], &status["evictions"]), (&json!(0), &json!(1)), "{status:#}");
+    assert_eq!(status["pods"][0]["node"], "a2");
+    assert_eq!(cluster.logs("elsewhere"), "here\n");
 }

@@ -79,6 +79,24 @@ impl ImageError {
         }
     }
 
+    /// Whether another node may do better: its disk, its way to the registry, its files, its architecture.
+    pub fn elsewhere(&self) -> bool {
+        match self {
+            ImageError::Unreachable { .. }
+            | ImageError::DiskFull { .. }
+            | ImageError::Failed { .. }
+            | ImageError::PlatformMissing { .. } => true,
+            ImageError::NotFound { image, .. } => {
+                image.starts_with("oci:") || image.starts_with("docker-archive:")
+            }
+            ImageError::ReferenceInvalid { .. }
+            | ImageError::Unauthorized { .. }
+            | ImageError::DigestMismatch { .. }
+            | ImageError::Malformed { .. }
+            | ImageError::TooLarge { .. } => false,
+        }
+    }
+
     /// An error of this machine's own disk, at `path`.
     pub(super) fn disk(image: &impl ToString, path: &Path, error: &io::Error) -> ImageError {
         let path = path.display().to_string();
