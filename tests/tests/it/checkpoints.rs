@@ -65,6 +65,39 @@ fn a_counter_is_moved_three_times_and_no_number_is_lost_or_doubled() {
     whole(&cluster.logs("counter"));
 }
 
+/// A real program with real memory: what it computes is bit for bit what it computes undisturbed.
+#[test]
+fn a_training_is_moved_three_times_and_learns_the_same() {
+    let cluster = two_agents();
+    let demo = std::fs::canonicalize(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/demo")).expect("the demo");
+    let training = |pause: &str| {
+        format!(
+            "image: host\ncommand: [python3, {0}/train.py, {0}/digits.csv.gz]\n\
+             env: {{EPOCHS: \"60\", PAUSE: \"{pause}\", OMP_NUM_THREADS: \"1\", OPENBLAS_NUM_THREADS: \"1\"}}\n\
+             resources: {{cpu: 500m, memory: 256Mi}}\nlimits: {{cpu: 1, memory: 256Mi}}\ncheckpoint: {{mode: criu}}\n",
+            demo.display()
+        )
+    };
+    cluster.submit("undisturbed", &training("0"));
+    cluster.until_phase("undisturbed", "Succeeded", 120);
+    let expected = cluster.logs("undisturbed");
+    assert!(expected.lines().count() > 60 && expected.contains("weights "), "{expected}");
+
+    cluster.submit("moved", &training("0.3"));
+    for lines in [5, 15, 25] {
+        let from = until_running(&cluster, "moved");
+        until_line(&cluster, "moved", lines);
+        let to = if from == "a1" { "a2" } else { "a1" };
+        done(&cluster, &["migrate", "moved", "--to", to]);
+        until(&format!("it runs on {to}: {:#}", cluster.job("moved")), 60, || {
+            (running_at(&cluster.job("moved"))? == to).then_some(())
+        });
+    }
+    let job = cluster.until_phase("moved", "Succeeded", 120);
+    assert_eq!((&job["migrations"], &job["failures"]), (&3.into(), &0.into()), "{job:#}");
+    assert_eq!(cluster.logs("moved"), expected);
+}
+
 #[test]
 fn a_killed_nodes_pod_goes_on_from_its_last_checkpoint() {
     let mut cluster = two_agents();
