@@ -43,6 +43,8 @@ const COLLECT_FIRST: Duration = Duration::from_secs(60);
 const COLLECT_EVERY: Duration = Duration::from_secs(600);
 /// Quiet for this long, an agent makes itself small.
 const TRIM_AFTER: Duration = Duration::from_secs(4);
+/// The agent's start waits so long for CRIU's check; beyond it, pods that start meanwhile cannot be saved by it.
+const CRIU_WAIT: Duration = Duration::from_secs(3);
 /// Messages from the broker that may wait.
 const BUS_QUEUE: usize = 256;
 
@@ -73,6 +75,7 @@ struct Agency {
     depot: Option<DepotAccess>,
     criu: Option<Criu>,
     followers: Followers,
+    log_turns: stores::LogTurns,
     events: mpsc::UnboundedSender<Event>,
     /// Messages refused since the start, by kind; each kind is logged once.
     refused: BTreeMap<&'static str, u64>,
@@ -116,6 +119,12 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let shims = Shims::new(config.data_dir.join("pods"), events.clone());
     shims.sweep(|key| ledger.pods.contains_key(key));
     probe.sample().await;
+    // A pod that is started knows by which CRIU it is saved: worth a moment, on a loaded board not more.
+    let mut find_criu = tokio::spawn(find_criu(config.criu.clone()));
+    let found = tokio::time::timeout(CRIU_WAIT, &mut find_criu).await;
+    let mut searching = found.is_err();
+    let criu = found.ok().and_then(Result::ok).flatten();
+    probe.set_criu(criu.as_ref().map(|criu| criu.version.clone()));
     let (core, first) = Agent::start(ledger, identity, probe.inventory().clone(), clock::now());
     let bus = Bus::connect(&config.broker, &config.cluster, &config.node, &nonce, bus_events)?;
     tracing::info!(
@@ -136,15 +145,14 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         preparing: BTreeMap::new(),
         bridge,
         depot: None,
-        criu: None,
+        criu,
         followers: Followers::default(),
+        log_turns: stores::LogTurns::default(),
         events,
         refused: BTreeMap::new(),
         config,
     };
-    let mut find_criu = tokio::spawn(find_criu(agency.config.criu.clone()));
     let mut collect_at = tokio::time::Instant::now() + COLLECT_FIRST;
-    let mut searching = true;
     let mut trim_at = Some(tokio::time::Instant::now() + TRIM_AFTER);
     agency.journal.append(&first.records)?;
     agency.perform(first.actions).await;

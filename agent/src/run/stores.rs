@@ -1,32 +1,53 @@
 //! What leaves the node for the depot: logs, outputs, checkpoints, each in a task of its own that ends with an event.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use berth_protocol::checkpoint::Needs;
 use berth_protocol::chunk::{GrantFor, GrantRequest};
 use berth_protocol::ids::{Digest, Run};
+use berth_protocol::message::node::DepotAccess;
 use berth_protocol::units::Bytes;
+use tokio::sync::Mutex;
 
 use super::Agency;
 use crate::core::Event;
 use crate::core::checkpoints::NotStored;
 use crate::core::ledger::PodKey;
 use crate::io::checkpoint::{self, Order, Said, Store};
+use crate::io::depot::DepotError;
 use crate::io::prepare::CHECKPOINTS_KEPT_DIR;
 use crate::io::{depot, logs, outputs};
 use crate::task::{Saved, file};
 
+/// A log goes into the depot with each checkpoint, and whole at the end: the later one must also come later.
+#[derive(Default)]
+pub(super) struct LogTurns([Arc<Mutex<()>>; 16]);
+
+impl LogTurns {
+    fn of(&self, key: &PodKey) -> Arc<Mutex<()>> {
+        self.0[key.pod.index as usize % self.0.len()].clone()
+    }
+}
+
+async fn put_log(
+    turn: Arc<Mutex<()>>,
+    access: Option<&DepotAccess>,
+    key: &PodKey,
+    dir: &Path,
+) -> Result<(), DepotError> {
+    let _turn = turn.lock().await;
+    let access = access.ok_or(DepotError::NoAccess)?;
+    depot::put_log(access, &key.pod, key.epoch, logs::segments(dir).await).await
+}
+
 impl Agency {
     pub(super) fn store_log(&self, key: PodKey) {
-        let (events, access) = (self.events.clone(), self.depot.clone());
+        let (events, access, turn) = (self.events.clone(), self.depot.clone(), self.log_turns.of(&key));
         let dir = self.shims.pod_dir(&key);
         tokio::spawn(async move {
-            let put = async {
-                let access = access.as_ref().ok_or(depot::DepotError::NoAccess)?;
-                depot::put_log(access, &key.pod, key.epoch, logs::segments(&dir).await).await
-            };
-            let stored = put.await;
+            let stored = put_log(turn, access.as_ref(), &key, &dir).await;
             if let Err(error) = &stored {
                 tracing::debug!("log of pod {key} is not in the depot yet: {error}");
             }
@@ -54,7 +75,8 @@ impl Agency {
         let Some(template) = self.core.ledger().specs.get(&spec).cloned() else { return };
         let (events, depot, cache) = (self.events.clone(), self.depot.clone(), self.checkpoints_kept());
         let level = saved.level;
-        let dir = self.shims.pod_dir(&key).join(file::CHECKPOINTS_DIR).join(level.to_string());
+        let (pod_dir, turn) = (self.shims.pod_dir(&key), self.log_turns.of(&key));
+        let dir = pod_dir.join(file::CHECKPOINTS_DIR).join(level.to_string());
         let (images, inventory) = (self.preparer.image_digests(&template), self.probe.inventory());
         let needs = Needs {
             arch: inventory.arch.clone(),
@@ -72,7 +94,12 @@ impl Agency {
         let (node, rate) = (self.config.node.clone(), self.config.checkpoint_rate.0);
         tokio::spawn(async move {
             let request = GrantRequest { pod: key.pod.clone(), epoch: key.epoch, what: GrantFor::Save };
-            let said = match depot::grant(depot.as_ref(), &request).await {
+            // First what the pod has said until then: should the node be lost, nothing else has it.
+            let granted = match put_log(turn, depot.as_ref(), &key, &pod_dir).await {
+                Ok(()) => depot::grant(depot.as_ref(), &request).await,
+                Err(error) => Err(error),
+            };
+            let said = match granted {
                 Err(error) => Said::Failed { why: error.to_string(), retriable: true },
                 Ok(access) => {
                     let (pod, epoch) = (key.pod.clone(), key.epoch);

@@ -315,7 +315,8 @@ impl Controller {
                 self.dirty.runs.insert(pod.uid.clone());
             }
         }
-        if phase == PodPhase::Running && job.pod(pod.index).is_some_and(|pod| !pod.saved.faulty_on.is_empty()) {
+        if phase == PodPhase::Running && job.pod(pod.index).is_some_and(|pod| !pod.saved.faulty_on.is_empty())
+        {
             job.change(pod.index, |pod| pod.saved.faulty_on.clear());
         }
         if restored {

@@ -216,21 +216,31 @@ impl Cluster {
     }
 }
 
+impl Cluster {
+    /// Ends the shims of an agent that is gone, and with each its pod: what a lost machine does.
+    pub fn kill_shims(&self, node: &str) {
+        kill_shims_below(&format!("{}/", self.dir.path().join(node).display()));
+    }
+}
+
+fn kill_shims_below(dir: &str) {
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Ok(command) = std::fs::read(entry.path().join("cmdline")) else { continue };
+        let command = String::from_utf8_lossy(&command).into_owned();
+        if command.starts_with("berth-agent\0shim\0") && command.contains(dir) {
+            let pid = entry.file_name().to_string_lossy().into_owned();
+            let _ = Command::new("kill").args(["-9", &pid]).status();
+        }
+    }
+}
+
 impl Drop for Cluster {
     /// Pods outlive agents, so they are ended first; then what they left mounted is undone by ending their shims.
     fn drop(&mut self) {
         for agent in &mut self.agents {
             agent.kill();
         }
-        let dir = self.dir.path().to_string_lossy().into_owned();
-        for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-            let Ok(command) = std::fs::read(entry.path().join("cmdline")) else { continue };
-            let command = String::from_utf8_lossy(&command).into_owned();
-            if command.starts_with("berth-agent\0shim\0") && command.contains(&dir) {
-                let pid = entry.file_name().to_string_lossy().into_owned();
-                let _ = Command::new("kill").args(["-9", &pid]).status();
-            }
-        }
+        kill_shims_below(&self.dir.path().to_string_lossy());
     }
 }
 
