@@ -97,14 +97,14 @@ impl ShimError {
 
     /// Is it the node that lacks something, or the job that asks for what is not there?
     pub fn is_nodes_own(&self) -> bool {
-        match self {
+        !matches!(
+            self,
             ShimError::CommandNotFound { .. }
-            | ShimError::NoCommand { .. }
-            | ShimError::CommandNotExecutable { .. }
-            | ShimError::User { .. }
-            | ShimError::ScratchFull { .. } => false,
-            _ => true,
-        }
+                | ShimError::NoCommand { .. }
+                | ShimError::CommandNotExecutable { .. }
+                | ShimError::User { .. }
+                | ShimError::ScratchFull { .. }
+        )
     }
 
     /// The code that a shell would give, where the command itself was the matter.

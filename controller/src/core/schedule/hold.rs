@@ -133,22 +133,28 @@ impl Holds {
         less
     }
 
-    /// A pod has taken a seat in the room.
-    pub fn seated(&mut self, uid: &JobUid, room: usize, shape: &Shape, devices: &[usize]) {
-        let Some(holder) = self.rooms.get(&room).cloned() else { return };
-        let Some(hold) = self.jobs.get_mut(&holder) else { return };
-        let Some(held) = hold.rooms.get_mut(&room) else { return };
-        if holder != *uid {
-            held.spare.charge(shape, devices);
+    /// What of the room is left for a job that does not hold it; nothing where it does, or nobody holds it.
+    pub fn spare_for(&mut self, uid: &JobUid, room: usize, change: impl FnOnce(&mut Room)) {
+        let Some(holder) = self.rooms.get(&room).filter(|holder| *holder != uid) else { return };
+        if let Some(held) = self.jobs.get_mut(holder).and_then(|hold| hold.rooms.get_mut(&room)) {
+            change(&mut held.spare);
+        }
+    }
+
+    /// A pod has its seat in the room: one less to hold it for, where it is the holder's.
+    pub fn seated(&mut self, uid: &JobUid, room: usize) {
+        if self.rooms.get(&room) != Some(uid) {
             return;
         }
+        let Some(hold) = self.jobs.get_mut(uid) else { return };
+        let Some(held) = hold.rooms.get_mut(&room) else { return };
         held.pods -= 1;
         if held.pods == 0 {
             hold.rooms.remove(&room);
             self.rooms.remove(&room);
         }
         if hold.rooms.is_empty() {
-            self.jobs.remove(&holder);
+            self.jobs.remove(uid);
         }
     }
 

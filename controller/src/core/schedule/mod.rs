@@ -133,12 +133,16 @@ impl Scheduler {
         self.engine.rooms()
     }
 
-    pub fn charge(&mut self, shape: &Shape, seat: &Seat) {
+    /// Takes a seat for a pod of `uid`, at once also of what the room's holder leaves to others: the next of its pods
+    /// sees what this one took.
+    pub fn charge(&mut self, uid: &JobUid, shape: &Shape, seat: &Seat) {
         self.engine.charge(shape, seat);
+        self.holds.spare_for(uid, seat.room, |spare| spare.charge(shape, &seat.devices));
     }
 
-    pub fn uncharge(&mut self, shape: &Shape, seat: &Seat) {
+    pub fn uncharge(&mut self, uid: &JobUid, shape: &Shape, seat: &Seat) {
         self.engine.release(shape, seat);
+        self.holds.spare_for(uid, seat.room, |spare| spare.release(shape, &seat.devices));
     }
 
     /// Counts a placed pod in.

@@ -38,16 +38,19 @@ impl Controller {
         let rooms: Vec<usize> = fits.map(|(room, _)| room).collect();
         let suits = |room: &usize| self.bars(uid, index, &self.scheduler.nodes[*room]).is_empty();
         let rooms: Vec<usize> = rooms.into_iter().filter(suits).collect();
-        let Some((room, devices)) =
-            rooms.iter().find_map(|i| Some((*i, self.scheduler.rooms()[*i].fit(&shape)?)))
-        else {
+        let fit = |room: usize| {
+            let (holds, free) = (&self.scheduler.holds, &self.scheduler.rooms()[room]);
+            let own = holds.holder(room).is_none_or(|(holder, _)| holder == uid);
+            if own { free.fit(&shape) } else { holds.reduced(room, free).fit(&shape) }
+        };
+        let Some((room, devices)) = rooms.iter().find_map(|room| Some((*room, fit(*room)?))) else {
             self.dirty.status.insert(uid.clone());
             return;
         };
         let seat = Seat { room, devices };
-        self.scheduler.charge(&shape, &seat);
+        self.scheduler.charge(uid, &shape, &seat);
         if !self.seat_one(now, uid, index, &shape, &seat) {
-            self.scheduler.uncharge(&shape, &seat);
+            self.scheduler.uncharge(uid, &shape, &seat);
         }
     }
 

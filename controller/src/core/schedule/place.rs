@@ -229,14 +229,14 @@ impl Controller {
             let job_over = !gang && !seats.is_empty() && self.over_quota(uid, &wants, seats.len() + 1);
             let seat = (!job_over).then(|| self.scheduler.pick(uid, &shape, book, &zoned, &homes)).flatten();
             let Some(seat) = seat else { break };
-            self.scheduler.charge(&shape, &seat);
+            self.scheduler.charge(uid, &shape, &seat);
             let zone = self.scheduler.books.get(book).map_or(0, |book| book.sites()[seat.room].zone);
             *zoned.entry(zone).or_default() += 1;
             seats.push(seat);
         }
         if gang && seats.len() < pods {
             for seat in seats.drain(..) {
-                self.scheduler.uncharge(&shape, &seat);
+                self.scheduler.uncharge(uid, &shape, &seat);
             }
         }
         if self.seat(now, uid, &shape, seats) == 0 { Offer::Refused } else { Offer::Placed }
@@ -286,7 +286,7 @@ impl Controller {
             gpus: seat.devices.iter().map(share).collect(),
             gpu_memory: Bytes(shape.gpu_memory_bytes),
         };
-        self.scheduler.holds.seated(uid, seat.room, shape, &seat.devices);
+        self.scheduler.holds.seated(uid, seat.room);
         self.place(now, uid, index, id, charge);
         true
     }
@@ -299,11 +299,11 @@ impl Controller {
         for (index, seat) in ready.into_iter().zip(seats) {
             let id: NodeId = self.scheduler.nodes[seat.room].clone();
             if !self.is_general(uid, index, &id) {
-                self.scheduler.uncharge(shape, &seat);
+                self.scheduler.uncharge(uid, shape, &seat);
                 continue;
             }
             if !self.seat_one(now, uid, index, shape, &seat) {
-                self.scheduler.uncharge(shape, &seat);
+                self.scheduler.uncharge(uid, shape, &seat);
                 continue;
             }
             placed += 1;
