@@ -1,6 +1,6 @@
 //! Real pods, saved and brought back by a real CRIU through their shims. Needs root, and what `tests/criu` leaves.
 
-#[allow(dead_code)]
+#[allow(dead_code, reason = "each test binary uses its own part")]
 #[path = "shim/world.rs"]
 mod world;
 

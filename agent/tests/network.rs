@@ -1,7 +1,7 @@
 //! Pods' networks for real: the bridge, the way out through address translation, none, the node's. Each test has a
 //! network namespace of its own for a node, so that nothing of this machine's is touched.
 
-#[allow(dead_code)]
+#[allow(dead_code, reason = "each test binary uses its own part")]
 #[path = "shim/world.rs"]
 mod world;
 

@@ -1,6 +1,6 @@
 //! The real shim, driven as the agent drives it: by task file and socket. Needs root, and busybox in /bin.
 
-#[allow(dead_code)]
+#[allow(dead_code, reason = "each test binary uses its own part")]
 #[path = "shim/world.rs"]
 mod world;
 

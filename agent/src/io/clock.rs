@@ -14,7 +14,7 @@ pub fn now() -> Now {
     let boot = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(0, |time| {
         let (sec, nsec) = (time.tv_sec(), time.tv_nsec());
         // tv_sec is 32 bits wide on some machines.
-        #[allow(clippy::useless_conversion)]
+        #[allow(clippy::useless_conversion, reason = "time_t and its like are narrower on 32-bit machines")]
         let ms = u64::try_from(i64::from(sec) * 1000 + i64::from(nsec) / 1_000_000);
         ms.unwrap_or(0)
     });
