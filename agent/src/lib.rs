@@ -1,5 +1,6 @@
 //! berth's node daemon and its per-pod supervisor.
 
+pub mod cdi;
 pub mod config;
 pub mod core;
 pub mod io;

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::io::{Read, Write};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -108,6 +109,29 @@ async fn an_oversized_packet_hurts_nobody_else() {
     wait_until("it is counted", || refusals.count("oversized") == 1);
     assert!(user.publish(&topic("jobs/default/j/submit"), b"after".to_vec(), false).await);
     assert_eq!(next_message(&mut heard).await.1, b"after");
+}
+
+#[tokio::test]
+async fn a_packet_that_cannot_be_read_is_counted_and_a_connection_that_breaks_is_not() {
+    let refusals = Arc::new(Refusals::default());
+    let broker = embedded(0, &refusals);
+    // CONNECT of MQTT 3.1.1 with a clean session and the client id `raw`.
+    let connect = [0x10, 15, 0, 4, b'M', b'Q', b'T', b'T', 4, 2, 0, 60, 0, 3, b'r', b'a', b'w'];
+    // Twice the same client: the first is gone when the second is let in.
+    let open = |answered: &mut [u8]| {
+        let mut stream = std::net::TcpStream::connect(broker.address()).unwrap();
+        stream.write_all(&connect).unwrap();
+        stream.read_exact(answered).unwrap();
+        stream
+    };
+    // Closed with an answer half read, a connection is reset.
+    drop(open(&mut [0; 2]));
+    let mut answer = [0; 4];
+    let mut bad = open(&mut answer);
+    assert_eq!(answer, [0x20, 2, 0, 0]);
+    // A packet of type 0 is none.
+    bad.write_all(&[0, 0]).unwrap();
+    wait_until("it is counted", || refusals.count("malformed") == 1);
 }
 
 /// Publishes a submit of so many bytes with a client that minds no limit, and waits for its end.

@@ -4,15 +4,11 @@
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use container_device_interface::cache::{new_cache, with_auto_refresh};
-use container_device_interface::spec_dirs::with_spec_dirs;
-use libcontainer::oci_spec::runtime::Spec;
 use serde_json::{Value, json};
 
 use super::error::ShimError;
+use crate::cdi::Specs;
 use crate::task::DeviceGrant;
-
-const CDI_DIRS: [&str; 2] = ["/etc/cdi", "/var/run/cdi"];
 
 /// What grants without CDI bring.
 #[derive(Default)]
@@ -62,22 +58,16 @@ fn node(path: &Path) -> Result<Value, String> {
 
 /// The configuration with what CDI says of the grants that name a CDI device.
 pub fn inject(grants: &[DeviceGrant], oci: Value) -> Result<Value, ShimError> {
-    inject_from(&CDI_DIRS, grants, oci)
+    inject_from(Path::new("/"), grants, oci)
 }
 
-fn inject_from(dirs: &[&str], grants: &[DeviceGrant], oci: Value) -> Result<Value, ShimError> {
+fn inject_from(root: &Path, grants: &[DeviceGrant], oci: Value) -> Result<Value, ShimError> {
     let names: Vec<String> = grants.iter().filter_map(|grant| grant.cdi.clone()).collect();
     if names.is_empty() {
         return Ok(oci);
     }
     let failed = |message: String| ShimError::Device { device: names.join(", "), message };
-    let mut spec: Spec = serde_json::from_value(oci).map_err(|e| failed(e.to_string()))?;
-    let cache = new_cache(vec![with_spec_dirs(dirs), with_auto_refresh(false)]);
-    let mut cache = cache.lock().map_err(|e| failed(e.to_string()))?;
-    cache
-        .inject_devices(Some(&mut spec), names.clone())
-        .map_err(|e| failed(format!("{e}; see the specifications in {}", dirs.join(" and "))))?;
-    serde_json::to_value(&spec).map_err(|e| failed(e.to_string()))
+    Specs::read(root).apply(&names, oci).map_err(failed)
 }
 
 #[cfg(test)]
@@ -114,19 +104,19 @@ mod tests {
                 {"name": "GPU-2", "containerEdits": {"deviceNodes": [{"path": "/dev/zero"}]}},
             ],
         });
-        std::fs::write(dir.path().join("example.json"), cdi.to_string()).unwrap();
-        let dirs = [dir.path().to_str().unwrap()];
+        std::fs::create_dir_all(dir.path().join("etc/cdi")).unwrap();
+        std::fs::write(dir.path().join("etc/cdi/example.json"), cdi.to_string()).unwrap();
         let oci = json!({
             "ociVersion": "1.0.2", "root": {"path": "x"}, "linux": {"resources": {}},
             "process": {"user": {"uid": 0, "gid": 0}, "args": ["x"], "env": [], "cwd": "/"},
         });
         let named = |name: &str| vec![DeviceGrant { cdi: Some(name.to_owned()), ..grant() }];
-        let done = inject_from(&dirs, &named("example.com/gpu=GPU-1"), oci.clone()).unwrap();
+        let done = inject_from(dir.path(), &named("example.com/gpu=GPU-1"), oci.clone()).unwrap();
         let devices = done["linux"]["devices"].as_array().unwrap();
         assert_eq!((devices.len(), &devices[0]["path"]), (1, &json!("/dev/full")));
         assert!(done["process"]["env"].as_array().unwrap().contains(&json!("DRIVER=1")), "{done}");
         let allowed = done["linux"]["resources"]["devices"].as_array().unwrap();
         assert_eq!((&allowed[0]["major"], &allowed[0]["minor"]), (&json!(1), &json!(7)));
-        assert!(inject_from(&dirs, &named("example.com/gpu=GPU-9"), oci).is_err());
+        assert!(inject_from(dir.path(), &named("example.com/gpu=GPU-9"), oci).is_err());
     }
 }

@@ -135,18 +135,19 @@ pub async fn wait_for_answer(
     }
 }
 
-/// A rejection for a person; with the file that it is about, its lines are shown.
+/// A rejection for a person; with the file that it is about, its lines are shown. The message of a single error stands
+/// in for it.
 pub fn rejection(file: &JobFile, source: Option<(&str, &[u8])>, rejected: &Rejection) -> String {
     let Rejection { code, message, errors } = rejected;
-    let head = format!("job {}/{} was rejected: {code}: {message}", file.namespace, file.job);
-    match source {
-        _ if errors.is_empty() => head,
-        Some((name, payload)) => format!("{head}\n{}", jobfile::render_errors(name, payload, errors)),
-        None => errors.iter().fold(head, |text, error| {
-            let field = if error.field.is_empty() { String::new() } else { format!("{}: ", error.field) };
-            format!("{text}\n  {field}{}", error.message)
-        }),
+    if let Some((name, payload)) = source.filter(|_| !errors.is_empty()) {
+        return jobfile::render_errors(name, payload, errors);
     }
+    let head = format!("job {}/{} was rejected: {code}: {message}", file.namespace, file.job);
+    let listed = if errors.len() > 1 { errors.as_slice() } else { &[] };
+    listed.iter().fold(head, |text, error| {
+        let field = if error.field.is_empty() { String::new() } else { format!("{}: ", error.field) };
+        format!("{text}\n  {field}{}", error.message)
+    })
 }
 
 /// A file that is no good is the caller's mistake, anything else ours.

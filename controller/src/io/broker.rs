@@ -306,7 +306,10 @@ impl Gate {
             Reason::Reasons(reasons) => return reasons.iter().for_each(|reason| self.count_end(id, reason)),
             _ => return,
         };
-        // Too large is a text by the time it gets here.
+        // All are texts by the time they get here. A connection that broke brought nothing that could be refused.
+        if error.contains("(os error ") {
+            return;
+        }
         let reason = if error.starts_with("Max size exceeded") { "oversized" } else { "malformed" };
         self.refusals.refuse(reason, format_args!("a packet of the client `{id}`: {error}"));
     }

@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 
 use berth_protocol::resources::{GpuShare, GpuVendor};
 
-use super::cdi::{self, CdiDevice};
+use super::cdi;
 use super::gpus::Found;
+use crate::cdi::Specs;
 use crate::task::DeviceGrant;
 
 /// Libraries of NVIDIA's driver that a program needs for computing, coding video, and looking at devices.
@@ -68,7 +69,7 @@ pub fn grants(root: &Path, found: &[Found], shares: &[GpuShare]) -> Result<Vec<D
     if shares.is_empty() {
         return Ok(Vec::new());
     }
-    let specs = cdi::devices(root);
+    let specs = Specs::read(root);
     let chosen: Vec<_> = shares.iter().map(|share| choose(found, &share.uuid)).collect::<Result<_, _>>()?;
     let mut given = BTreeSet::new();
     let mut grants = Vec::new();
@@ -106,7 +107,7 @@ fn choose<'a>(found: &'a [Found], uuid: &str) -> Result<&'a Found, GrantError> {
     Ok(device)
 }
 
-fn one(root: &Path, device: &Found, specs: &[CdiDevice]) -> Result<DeviceGrant, GrantError> {
+fn one(root: &Path, device: &Found, specs: &Specs) -> Result<DeviceGrant, GrantError> {
     let uuid = device.gpu.uuid.clone();
     let mut grant =
         DeviceGrant { uuid: uuid.clone(), cdi: None, nodes: Vec::new(), files: Vec::new(), env: Vec::new() };
@@ -268,7 +269,7 @@ mod tests {
         let root = root.path();
         let spec = |name: &str, node: &str| {
             format!(
-                r#"{{"kind":"nvidia.com/gpu","devices":[{{"name":"all","containerEdits":{{"deviceNodes":[{{"path":"/dev/nvidia0"}},
+                r#"{{"cdiVersion":"0.5.0","kind":"nvidia.com/gpu","devices":[{{"name":"all","containerEdits":{{"deviceNodes":[{{"path":"/dev/nvidia0"}},
                 {{"path":"/dev/nvidia1"}}]}}}},{{"name":"{name}","containerEdits":{{"deviceNodes":[{{"path":"{node}"}}]}}}}]}}"#
             )
         };
