@@ -39,7 +39,7 @@ install: ## install programs, units and sample configuration below PREFIX=/usr
 	  [ -e $(DESTDIR)/etc/berth/$$f.toml ] || install -Dm644 systemd/$$f.toml $(DESTDIR)/etc/berth/$$f.toml; done
 
 release: ## Debian packages for x86_64 and aarch64, the agent for armv7 too, into target/debian/
-	@tests/setup build
+	@tests/setup release
 	@systemd/package
 
 clean: ## remove everything built

@@ -104,6 +104,8 @@ impl Endpoint {
             user_agent: concat!("berth-agent/", env!("CARGO_PKG_VERSION")),
             ..ClientConfig::default()
         };
+        // An error says that there is one already.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Client::try_from(config).map_err(|error| ImageError::Failed {
             image: image.to_string(),
             why: format!("no http client: {}", chain(&error)),

@@ -85,6 +85,8 @@ impl Bucket {
                 builder = if plain { builder.with_allow_http(true) } else { builder };
             }
         }
+        // An error says that there is one already.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let store = builder.with_bucket_name(bucket).build();
         let store = store.map_err(|source| BucketError::Access { url: url.to_owned(), source })?;
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
