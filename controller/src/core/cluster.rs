@@ -128,6 +128,8 @@ pub(super) struct Job {
     pub waits_since: Option<BootMs>,
     /// When making room for it was last tried.
     pub helped_at: Option<BootMs>,
+    /// The rooms' version at which moving others for it was last looked into.
+    pub moves_tried: Option<u64>,
     /// The rooms' version at which a pass left pods of it without a node.
     pub refused_at: Option<u64>,
     pub published: Option<BootMs>,
@@ -193,6 +195,7 @@ impl Job {
             class: None,
             waits_since: None,
             helped_at: None,
+            moves_tried: None,
             refused_at: None,
             published: None,
             counted: None,

@@ -20,6 +20,8 @@ pub(super) enum Timer {
     Status(JobUid),
     /// The next look at who waits.
     Schedule,
+    /// The next look at what pods ask for.
+    Prices,
     /// Expiry of request ids and of rejected statuses.
     Sweep,
     /// The next batch of statuses for a broker that came back.

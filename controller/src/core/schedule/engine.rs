@@ -156,7 +156,7 @@ impl Engine {
         let remainders = &mut self.remainders[slot * self.stride..(slot + 1) * self.stride];
         remainders.fill(0);
         for (device, remainder) in room.devices.iter().zip(remainders.iter_mut()).filter(|(d, _)| d.usable) {
-            *remainder = device.milli as u16;
+            *remainder = device.milli.min(1000) as u16;
         }
         let cores = (room.size.cpu_milli / 1000).max(1);
         let mut cell = Cell {
@@ -184,8 +184,11 @@ impl Engine {
         self.changes.push(slot as u32);
     }
 
-    /// New prices, made elsewhere; every score is judged anew as it is asked for.
-    pub fn adopt(&mut self, prices: Prices) {
+    /// New prices, made elsewhere; every score is judged anew as it is asked for. False: they are those in use.
+    pub fn adopt(&mut self, prices: Prices) -> bool {
+        if self.prices == prices {
+            return false;
+        }
         self.prices = prices;
         for (class, row) in &mut self.classes {
             class.worth = self.prices.worth(&class.shape);
@@ -196,6 +199,7 @@ impl Engine {
             self.cells[slot].fragments = fragments(&self.prices, &self.cells[slot], remainders);
             self.cells[slot].value = value(&self.prices, &self.cells[slot], remainders);
         }
+        true
     }
 
     /// A pod takes a seat that fits.
