@@ -128,8 +128,8 @@ pub(super) struct Job {
     pub waits_since: Option<BootMs>,
     /// When making room for it was last tried.
     pub helped_at: Option<BootMs>,
-    /// The rooms' version at which moving others for it was last looked into.
-    pub moves_tried: Option<u64>,
+    /// When moving others for it was last looked into, and the rooms' version then.
+    pub moves_tried: Option<(u64, BootMs)>,
     /// The rooms' version at which a pass left pods of it without a node.
     pub refused_at: Option<u64>,
     pub published: Option<BootMs>,

