@@ -8,6 +8,7 @@ mod drain;
 mod epoch;
 mod expiry;
 mod faults;
+mod inventory;
 mod lifecycle;
 mod moves;
 mod nodes;

@@ -166,7 +166,8 @@ struct Agent {
     last: u64,
 }
 
-fn inventory(agent: &str) -> Inventory {
+/// Of a node without devices.
+pub(super) fn inventory(agent: &str) -> Inventory {
     Inventory {
         hostname: agent.to_owned(),
         arch: "x86_64".to_owned(),

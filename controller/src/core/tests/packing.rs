@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use berth_protocol::ids::NodeId;
 use berth_protocol::job::{CheckpointMode, JobSpec};
 use berth_protocol::message::user::JobPhase;
-use berth_protocol::resources::{GpuRequest, Inventory};
+use berth_protocol::resources::{Gpu, GpuRequest, Inventory};
 use berth_protocol::units::{Bytes, MilliCpu};
 
-use super::super::Event;
 use super::super::schedule::relocate::MOVE_AFTER;
+use super::super::{Effect, Event, Note};
 use super::world::{World, inventory, spec};
 
 fn node(cores: u64, gpus: usize) -> Inventory {
@@ -307,4 +307,52 @@ fn fragments_are_made_fewer_by_moves_one_after_the_other() {
     let shares: BTreeSet<_> = (0..3).map(|i| node_of(&world, &format!("s{i}"))).collect();
     assert!(shares.len() < 3, "{shares:?}");
     assert!(world.controller.scheduler.reserved.is_empty());
+}
+
+#[test]
+fn inventories_that_lie_are_cut_down_told_once_and_harm_nobody() {
+    let mut world = World::new();
+    let mut absurd = node(4, 3);
+    (absurd.cpu, absurd.memory, absurd.disk) = (MilliCpu(u64::MAX), Bytes(u64::MAX), Bytes(u64::MAX));
+    absurd.gpus[2].uuid = absurd.gpus[1].uuid.clone();
+    absurd.gpus.extend((0..200).map(|i| Gpu { uuid: format!("more-{i}"), ..absurd.gpus[0].clone() }));
+    let liar = world.add("liar", absurd);
+    let honest = world.add("honest", node(8, 2));
+    world.run(100);
+    let told = |world: &World| {
+        let notes =
+            world.deleted.iter().filter(|effect| matches!(effect, Effect::Note(Note::InventoryCut { .. })));
+        notes.count()
+    };
+    assert_eq!(told(&world), 1);
+    for i in 0..40 {
+        world.submit(&job(&format!("j{i}"), 500, Some((1, 500))));
+    }
+    world.run(5_000);
+    // Its agent starts anew and says the same.
+    world.agents.get_mut(&liar).unwrap().restart();
+    world.run(30_000);
+    assert_eq!(told(&world), 1, "told once");
+    // What runs on a node may be more than the node says it has now: then nothing is free there, until that has ended.
+    let agent = world.agents.get_mut(&honest).unwrap();
+    (agent.inventory.cpu, agent.inventory.memory) = (MilliCpu(100), Bytes(1));
+    agent.inventory.gpus.truncate(1);
+    agent.restart();
+    let agent = world.agents.get_mut(&liar).unwrap();
+    (agent.inventory.cpu, agent.inventory.memory) = (MilliCpu(0), Bytes(0));
+    agent.inventory.gpus.clear();
+    agent.restart();
+    world.run(120_000);
+    assert!(world.controller.scheduler.rooms().iter().all(|room| room.fit(&Default::default()).is_some()));
+    let free: u64 = world.controller.scheduler.rooms().iter().map(|room| room.cpu_milli).sum();
+    assert_eq!(free, 0);
+    world.submit(&job("late", 500, None));
+    world.run(200_000);
+    assert_eq!(node_of(&world, "late"), None);
+    for i in 0..40 {
+        world.command(&format!("j{i}"), &format!("c{i}"), "cancel");
+    }
+    world.run(60_000);
+    let rooms = world.controller.scheduler.rooms();
+    assert_eq!(rooms.iter().map(|room| room.cpu_milli).sum::<u64>(), 100, "no more comes free than there is");
 }
