@@ -315,7 +315,8 @@ fn inventories_that_lie_are_cut_down_told_once_and_harm_nobody() {
     let mut absurd = node(4, 3);
     (absurd.cpu, absurd.memory, absurd.disk) = (MilliCpu(u64::MAX), Bytes(u64::MAX), Bytes(u64::MAX));
     absurd.gpus[2].uuid = absurd.gpus[1].uuid.clone();
-    absurd.gpus.extend((0..200).map(|i| Gpu { uuid: format!("more-{i}"), ..absurd.gpus[0].clone() }));
+    let gpu = absurd.gpus[0].clone();
+    absurd.gpus.extend((0..200).map(|i| Gpu { uuid: format!("more-{i}"), ..gpu.clone() }));
     let liar = world.add("liar", absurd);
     let honest = world.add("honest", node(8, 2));
     world.run(100);
