@@ -382,6 +382,8 @@ pub(super) struct Node {
     pub reported: (Term, Generation),
     /// When `desired` goes out again, and after how long the next time.
     pub resend: Option<(BootMs, Millis)>,
+    /// When a new `desired` went out last.
+    pub desired_at: Option<BootMs>,
     /// When an acknowledgement of events is due.
     pub ack: Option<BootMs>,
     /// Specs this session was sent, of pods in the desired set.

@@ -389,6 +389,7 @@ impl Controller {
             Timer::Job(uid) => self.wake_job(now, &uid),
             Timer::Checkpoints(uid) => self.arm_interval(now, &uid),
             Timer::Leave(node) => self.ask_leaving(&node),
+            Timer::Desired(node) => drop(self.dirty.desired.insert(node)),
             Timer::Status(uid) => drop(self.dirty.status.insert(uid)),
             Timer::Schedule => self.scheduler.wanted = true,
             Timer::Prices => {}
@@ -442,13 +443,7 @@ impl Controller {
 
     /// Turns what changed into writes and messages.
     fn finish(&mut self, now: Now) -> Step {
-        let desired = std::mem::take(&mut self.dirty.desired);
-        for node in &desired {
-            self.send_desired(now, node, true);
-        }
-        for (node, pod, epoch) in std::mem::take(&mut self.dirty.follow) {
-            self.request_log(&node, pod, epoch, 1, true);
-        }
+        let held_back = self.send_changed_desired(now);
         for uid in std::mem::take(&mut self.dirty.status) {
             self.publish_status(now, &uid);
         }
@@ -479,6 +474,7 @@ impl Controller {
             write(records::outbox(id), outbox.map(records::bytes));
         }
         self.counters.blind = self.blind;
+        self.dirty.follow = held_back;
         dirty.step
     }
 }

@@ -44,6 +44,7 @@ pub(super) fn forgotten_node(record: NodeRecord, now: Now) -> Node {
         generation: Generation(0),
         reported: (Term(0), Generation(0)),
         resend: None,
+        desired_at: None,
         ack: None,
         specs: BTreeSet::new(),
         version: 0,

@@ -16,6 +16,8 @@ pub(super) enum Timer {
     Checkpoints(JobUid),
     /// Pods that are to leave the node and could not be saved.
     Leave(NodeId),
+    /// A desired set held back.
+    Desired(NodeId),
     /// A status held back.
     Status(JobUid),
     /// The next look at who waits.
@@ -45,6 +47,10 @@ impl Timers {
             self.queue.remove(&(later, timer.clone()));
         }
         self.queue.insert((at, timer));
+    }
+
+    pub fn is_armed(&self, timer: &Timer) -> bool {
+        self.due.contains_key(timer)
     }
 
     pub fn next(&self) -> Option<BootMs> {

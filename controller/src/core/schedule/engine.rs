@@ -113,6 +113,12 @@ impl Engine {
         }
     }
 
+    /// Changes what a room has free; its devices stay the same ones.
+    pub fn change(&mut self, index: usize, change: impl FnOnce(&mut Room)) {
+        change(&mut self.rooms[index]);
+        self.update(index);
+    }
+
     /// Gives every room its slot anew, in the order of the rooms.
     fn lay_out(&mut self) {
         self.stride = self.rooms.iter().map(|room| room.devices.len()).max().unwrap_or(0);

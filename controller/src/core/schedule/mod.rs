@@ -247,9 +247,7 @@ impl Scheduler {
     /// A pod has left the node.
     pub fn release(&mut self, id: &NodeId, has: &Inventory, pod: &PodId, charge: &Charge) {
         let Some(index) = self.index.get(id).copied() else { return };
-        let mut room = self.engine.rooms()[index].clone();
-        give(&mut room, has, charge);
-        self.engine.refresh(index, room);
+        self.engine.change(index, |room| give(room, has, charge));
         self.holds.left(index, pod, |spare| give(spare, has, charge));
         self.version += 1;
         self.wanted = true;
