@@ -10,6 +10,7 @@ use clap::Parser;
 use serde::Deserialize;
 
 use crate::core::Allowance;
+use crate::core::schedule::moves::MOVES_MAX;
 use crate::io::bus::{BrokerUrl, BrokerUrlError};
 use crate::io::depot::{Bucket, BucketError};
 
@@ -101,6 +102,8 @@ pub struct Config {
     pub checkpoint_quota: Option<Bytes>,
     /// Weights and quotas.
     pub namespaces: BTreeMap<Namespace, Allowance>,
+    /// Pods that may be moved for one that waits.
+    pub moves: u8,
     /// The test network that `--dev=CIDR` names, beside loopback.
     pub network: Option<Cidr>,
 }
@@ -154,6 +157,9 @@ struct Settings {
     /// The most that the checkpoints of one namespace may take, such as 500Gi [default: no limit]
     #[arg(long, value_name = "SIZE", env = "BERTH_CHECKPOINT_QUOTA")]
     checkpoint_quota: Option<String>,
+    /// How many running pods may be moved, saved, for one that has waited for a minute; 0: none [default: 8]
+    #[arg(long, value_name = "N", env = "BERTH_MOVES", value_parser = clap::value_parser!(u8).range(0..=MOVES_MAX as i64))]
+    moves: Option<u8>,
     /// Let everybody on loopback in without passwords; with a CIDR, a test network too
     #[arg(long, value_name = "CIDR", env = "BERTH_DEV", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     #[serde(deserialize_with = "flag_or_text")]
@@ -199,7 +205,7 @@ impl NamespaceTable {
     }
 }
 
-const KEYS: [&str; 10] = [
+const KEYS: [&str; 11] = [
     "data-dir",
     "cluster",
     "broker",
@@ -208,6 +214,7 @@ const KEYS: [&str; 10] = [
     "depot-url",
     "depot",
     "checkpoint-quota",
+    "moves",
     "dev",
     "namespace",
 ];
@@ -251,6 +258,7 @@ impl Settings {
             depot_url: self.depot_url.or(other.depot_url),
             depot: self.depot.or(other.depot),
             checkpoint_quota: self.checkpoint_quota.or(other.checkpoint_quota),
+            moves: self.moves.or(other.moves),
             dev: self.dev.or(other.dev),
             namespace: if self.namespace.is_empty() { other.namespace } else { self.namespace },
         }
@@ -284,6 +292,7 @@ impl Config {
                 .into_iter()
                 .map(|(name, table)| table.resolve(&name))
                 .collect::<Result<_, _>>()?,
+            moves: settings.moves.unwrap_or(MOVES_MAX as u8).min(MOVES_MAX as u8),
             network,
         };
         config.depot.as_deref().map(Bucket::parse).transpose()?;

@@ -28,6 +28,8 @@ use crate::io::systemd::Notifier;
 const BATCH_EVENTS_MAX: usize = 256;
 /// Inquiries that may wait for the loop.
 const INQUIRIES_MAX: usize = 16;
+/// Results of work beside the loop that may wait for it.
+const RESULTS_MAX: usize = 4;
 /// tokio's clock stands still while the machine sleeps, so that CLOCK_BOOTTIME is looked at this often.
 const WAKE_CHECK_MAX: Duration = Duration::from_secs(10);
 
@@ -57,9 +59,9 @@ pub struct Daemon {
     bus: Bus,
     events: BusEvents,
     inquiries: mpsc::Receiver<Inquiry>,
-    /// What the depot holds, where it was asked.
-    listings: mpsc::Receiver<Event>,
-    tidied: mpsc::Sender<Event>,
+    /// What comes of work that the core asked for and that takes its time: the depot's contents, prices.
+    results: mpsc::Receiver<Event>,
+    worked: mpsc::Sender<Event>,
     http: JoinHandle<()>,
     http_address: SocketAddr,
     /// Behind the bus, so that it ends after it.
@@ -77,7 +79,7 @@ impl Daemon {
         let depot = Depot::open(config.data_dir.join("depot"), bucket, quota)?;
         depot.survey().await?;
         let depot = Arc::new(depot);
-        let (tidied, listings) = mpsc::channel(1);
+        let (worked, results) = mpsc::channel(RESULTS_MAX);
         let (ask, inquiries) = mpsc::channel(INQUIRIES_MAX);
         let secret = *store.secret();
         let http = Server::bind(config.listen_http, depot.clone(), secret, refusals.clone(), ask).await?;
@@ -89,6 +91,7 @@ impl Daemon {
                 term,
                 depot_url: config.depot_url.clone().unwrap_or_else(|| format!("http://{http_address}")),
                 namespaces: config.namespaces.clone(),
+                moves_max: usize::from(config.moves),
                 secret,
                 seed: u64::from_ne_bytes(random::bytes()?),
             },
@@ -107,8 +110,8 @@ impl Daemon {
             bus,
             events,
             inquiries,
-            listings,
-            tidied,
+            results,
+            worked,
             http,
             http_address,
             broker,
@@ -151,7 +154,7 @@ impl Daemon {
                 Some(inquiry) = self.inquiries.recv() => {
                     self.answer(inquiry);
                 }
-                Some(event) = self.listings.recv() => self.step([event]).await?,
+                Some(event) = self.results.recv() => self.step([event]).await?,
                 Some(event) = self.events.next() => self.take(event).await?,
                 () = tokio::time::sleep(wait) => {
                     if self.until_wake().is_zero() {
@@ -227,7 +230,7 @@ impl Daemon {
                 tokio::spawn(async move { told(depot.delete_manifest(&id).await) });
             }
             Effect::TidyDepot => {
-                let (depot, tidied) = (self.depot.clone(), self.tidied.clone());
+                let (depot, worked) = (self.depot.clone(), self.worked.clone());
                 tokio::spawn(async move {
                     told(depot.collect(GRACE).await.map(drop));
                     let at = |time: std::time::SystemTime| {
@@ -236,7 +239,14 @@ impl Daemon {
                     };
                     let held = depot.manifests().into_iter().map(|(id, time)| (id, at(time))).collect();
                     // One that waits already tells the same.
-                    let _ = tidied.try_send(Event::DepotListed(held));
+                    let _ = worked.try_send(Event::DepotListed(held));
+                });
+            }
+            Effect::Price(quote) => {
+                let worked = self.worked.clone();
+                tokio::task::spawn_blocking(move || {
+                    // The loop has ended where nobody listens.
+                    let _ = worked.blocking_send(Event::Priced(Box::new(quote.prices())));
                 });
             }
             Effect::Note(note) if note.is_warning() => tracing::warn!("{note}"),

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use berth_agent::core::{Action, Event as AgentEvent, Now as AgentNow};
-use berth_controller::core::{Config, Controller, Effect, Event as ControllerEvent, Now, Step};
+use berth_controller::core::{Config, Controller, Effect, Event as ControllerEvent, Now, Quote, Step};
 use berth_protocol::codec;
 use berth_protocol::ids::{ClusterName, JobName, Namespace, NodeId, StoreId, Term};
 use berth_protocol::message::node::{Desired, Lease, SpecMessage};
@@ -39,6 +39,8 @@ enum Due {
     },
     Fault(Fault),
     Submit(usize),
+    /// Prices that whichever controller is there then gets.
+    Priced(Quote),
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -259,6 +261,9 @@ impl World {
                 self.fault(fault)?;
             }
             Due::Submit(n) => self.submit(n),
+            Due::Priced(quote) => {
+                self.ask_controller(ControllerEvent::Priced(Box::new(quote.prices())))?;
+            }
         }
         Ok(())
     }
@@ -299,6 +304,7 @@ impl World {
                     term: Term(self.term),
                     depot_url: "http://127.0.0.1:1".into(),
                     namespaces: std::collections::BTreeMap::new(),
+                    moves_max: 8,
                     secret: [7; 32],
                     seed: self.rng.u64(..),
                 };
@@ -393,8 +399,13 @@ impl World {
             };
         }
         for effect in effects {
-            if let Effect::Publish { topic, payload, .. } = effect {
-                self.published(topic, payload)?;
+            match effect {
+                Effect::Publish { topic, payload, .. } => self.published(topic, payload)?,
+                Effect::Price(quote) => {
+                    let at = self.now_ms + self.delay();
+                    self.at(at, Due::Priced(quote));
+                }
+                _ => {}
             }
         }
         Ok(())

@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
 use super::connect::BrokerUrl;
-pub use super::saved_words::{Checkpoint, Drain, Fork, Migrate, NodeNames, Restore, copies_for_fork};
+pub use super::saved_words::{Checkpoint, Defrag, Drain, Fork, Migrate, NodeNames, Restore, copies_for_fork};
 use super::simulate::command::Simulate;
 
 #[derive(Debug, Parser)]
@@ -200,6 +200,16 @@ node takes no new pods until `berth uncordon`.")]
     /// Let nodes take pods again; ends a drain
     #[command(after_help = "Examples:\n  berth uncordon n1")]
     Uncordon(NodeNames),
+    /// Move running pods, with all their work, so that the fleet is packed better
+    #[command(after_help = "Examples:
+  berth defrag --dry-run               who would go where, and what it gains
+  berth defrag                         have them moved
+  berth defrag --moves 20 -o json
+
+Moves first for a waiting job that would then fit; where there is none, so that
+fewer free GPUs are left in pieces that nobody can use. Ends once the moves are
+ordered: `berth get pods -w` shows them.")]
+    Defrag(Defrag),
     /// Tell for each node why a job's pods are there, or why they do not fit
     #[command(after_help = "Examples:\n  berth explain digits")]
     Explain(JobArg),

@@ -9,6 +9,7 @@ mod command;
 mod config;
 mod connect;
 mod cp;
+mod defrag;
 mod depot;
 mod describe;
 mod exit;
@@ -88,6 +89,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
             Verb::Restore(args) => checkpoint::restore(&settings, args).await,
             Verb::Fork(args) => checkpoint::fork(&settings, args).await,
             Verb::Migrate(args) => checkpoint::migrate(&settings, args).await,
+            Verb::Defrag(args) => defrag::defrag(&settings, args).await,
             Verb::Drain(args) => node::drain(&settings, args).await,
             Verb::Cordon(args) => node::cordon(&settings, args, true).await,
             Verb::Uncordon(args) => node::cordon(&settings, args, false).await,

@@ -74,6 +74,16 @@ pub struct Drain {
     pub no_wait: bool,
 }
 
+#[derive(Debug, Args)]
+pub struct Defrag {
+    /// Only tell what would be moved
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Move at most this many pods
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub moves: u8,
+}
+
 /// `berth fork JOB -n 4` is about copies, though `-n` names the namespace everywhere else: where a number follows it.
 pub fn copies_for_fork(mut args: Vec<std::ffi::OsString>) -> Vec<std::ffi::OsString> {
     let verb = args.iter().position(|arg| arg == "fork");

@@ -84,6 +84,11 @@ pub(super) enum Leaving {
     Migrate {
         to: NodeId,
     },
+    /// To a seat that is kept for it.
+    Move {
+        to: NodeId,
+        why: String,
+    },
     Drain,
     Suspend,
     /// For a job that goes before it.
@@ -155,7 +160,7 @@ impl Controller {
         let mut trouble = format!("the last checkpoint of pod {name} failed: {why}");
         let mut again = false;
         match (&assignment.goal, &assignment.leaving) {
-            (Goal::Vacate, Some(Leaving::Migrate { to })) => {
+            (Goal::Vacate, Some(Leaving::Migrate { to } | Leaving::Move { to, .. })) => {
                 trouble = format!("{trouble}; so it stays here instead of going to {to}");
                 (assignment.goal, assignment.leaving) = (Goal::Run, None);
                 self.dirty.desired.insert(assignment.node.clone());
@@ -278,6 +283,18 @@ impl Controller {
     /// Why this very pod may not go to a node on which pods of its job may; empty: it may.
     pub(super) fn bars(&self, uid: &JobUid, index: u32, node: &NodeId) -> Vec<String> {
         let Some(pod) = self.cluster.jobs.get(uid).and_then(|job| job.pod(index)) else { return Vec::new() };
+        let mut against = self.bars_but_target(&uid.pod(index), node);
+        if let Some(target) = pod.saved.target.as_ref().filter(|target| *target != node) {
+            against.push(format!("it is on its way to {target}"));
+        }
+        against
+    }
+
+    /// The same, wherever it may be on its way to.
+    pub(super) fn bars_but_target(&self, id: &PodId, node: &NodeId) -> Vec<String> {
+        let Some(pod) = self.cluster.jobs.get(&id.uid).and_then(|job| job.pod(id.index)) else {
+            return Vec::new();
+        };
         let mut against = match pod.saved.best() {
             Some(best) => self.unfit_for(&best, node),
             None => Vec::new(),
@@ -287,9 +304,6 @@ impl Controller {
         }
         if pod.saved.faulty_on.contains(node) {
             against.push("the pod failed there by the node's own fault".to_owned());
-        }
-        if let Some(target) = pod.saved.target.as_ref().filter(|target| *target != node) {
-            against.push(format!("it is on its way to {target}"));
         }
         against
     }

@@ -128,6 +128,8 @@ pub(super) struct Job {
     pub waits_since: Option<BootMs>,
     /// When making room for it was last tried.
     pub helped_at: Option<BootMs>,
+    /// When moving others for it was last looked into, and the rooms' version then.
+    pub moves_tried: Option<(u64, BootMs)>,
     /// The rooms' version at which a pass left pods of it without a node.
     pub refused_at: Option<u64>,
     pub published: Option<BootMs>,
@@ -193,6 +195,7 @@ impl Job {
             class: None,
             waits_since: None,
             helped_at: None,
+            moves_tried: None,
             refused_at: None,
             published: None,
             counted: None,
@@ -379,6 +382,8 @@ pub(super) struct Node {
     pub reported: (Term, Generation),
     /// When `desired` goes out again, and after how long the next time.
     pub resend: Option<(BootMs, Millis)>,
+    /// When a new `desired` went out last.
+    pub desired_at: Option<BootMs>,
     /// When an acknowledgement of events is due.
     pub ack: Option<BootMs>,
     /// Specs this session was sent, of pods in the desired set.

@@ -1,11 +1,12 @@
-//! What one epoch of a pod was given, said, and left behind. Records only.
+//! What one epoch of a pod was given, said, and left behind. Holds records; decides nothing.
 
 use berth_protocol::ids::{Digest, Epoch, Generation, NodeId, Run, Term};
-use berth_protocol::pod::{Goal, PodPhase};
+use berth_protocol::pod::{Goal, Outcome, PodPhase};
 use berth_protocol::resources::GpuShare;
 use berth_protocol::units::{Bytes, MilliCpu, Millis, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use super::Now;
 use super::checkpoints::Leaving;
 use super::cluster::is_zero;
 
@@ -106,4 +107,30 @@ pub(super) struct Output {
     pub digest: Digest,
     pub bytes: Bytes,
     pub at: Timestamp,
+}
+
+/// How an epoch ended, as its agent says.
+pub(super) fn ending(was: &Assignment, outcome: &Outcome) -> Ending {
+    Ending {
+        succeeded: false,
+        node: Some(was.node.clone()),
+        exit_code: outcome.exit_code,
+        reason: outcome.reason.clone(),
+        message: outcome.message.clone(),
+        started_at: outcome.started_at.or(was.started_at),
+        finished_at: outcome.finished_at,
+    }
+}
+
+/// How one ended of which nothing is alive, and nobody said so.
+pub(super) fn vanished(was: &Assignment, now: Now, reason: &str, message: String) -> Ending {
+    Ending {
+        succeeded: false,
+        node: Some(was.node.clone()),
+        exit_code: None,
+        reason: Some(reason.to_owned()),
+        message: Some(message),
+        started_at: was.started_at,
+        finished_at: now.wall,
+    }
 }

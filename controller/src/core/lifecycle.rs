@@ -9,6 +9,7 @@ use berth_protocol::units::{BootMs, Millis};
 
 use super::checkpoints::{Leaving, cut_logs, is_failed_restore};
 use super::cluster::{Assignment, Charge, Ending, EpochLog, Job, JobRun, Pod, PodState, Verdict};
+use super::epoch::{ending, vanished};
 use super::expiry::EXPIRY;
 use super::retry::{backoff, failed};
 use super::timers::Timer;
@@ -240,17 +241,24 @@ impl Controller {
                 end(job, id.index, was.last.as_deref().cloned().unwrap_or(ending));
             }
             Cause::Eviction => {
+                let vacated = ending.reason.as_deref() == Some(VACATED);
                 let ending = match &was.leaving {
                     Some(Leaving::Preempt { message }) => Ending {
                         reason: Some("Preempted".to_owned()),
                         message: Some(message.clone()),
                         ..ending
                     },
+                    Some(Leaving::Move { why, .. }) => {
+                        Ending { reason: Some("Moved".to_owned()), message: Some(why.clone()), ..ending }
+                    }
                     _ => ending,
                 };
                 let failed_restore = was.from.filter(|_| is_failed_restore(ending.reason.as_deref()));
-                let moved = matches!(was.leaving, Some(Leaving::Migrate { .. } | Leaving::Drain))
-                    && ending.reason.as_deref() == Some(VACATED);
+                let by_order = matches!(
+                    was.leaving,
+                    Some(Leaving::Migrate { .. } | Leaving::Drain | Leaving::Move { .. })
+                );
+                let moved = by_order && vacated;
                 let evicted = match was.leaving {
                     Some(Leaving::Suspend | Leaving::Restore) => false,
                     Some(_) => true,
@@ -277,6 +285,7 @@ impl Controller {
                 if let Some(from) = failed_restore {
                     self.restore_failed(id, &was.node, from, why.as_deref());
                 }
+                self.bound_for_its_seat(id);
             }
         }
     }
@@ -473,28 +482,4 @@ impl Controller {
 
 fn end(job: &mut Job, index: u32, ending: Ending) {
     job.change(index, |pod| pod.state = PodState::Ended(Box::new(ending)));
-}
-
-fn ending(was: &Assignment, outcome: &Outcome) -> Ending {
-    Ending {
-        succeeded: false,
-        node: Some(was.node.clone()),
-        exit_code: outcome.exit_code,
-        reason: outcome.reason.clone(),
-        message: outcome.message.clone(),
-        started_at: outcome.started_at.or(was.started_at),
-        finished_at: outcome.finished_at,
-    }
-}
-
-fn vanished(was: &Assignment, now: Now, reason: &str, message: String) -> Ending {
-    Ending {
-        succeeded: false,
-        node: Some(was.node.clone()),
-        exit_code: None,
-        reason: Some(reason.to_owned()),
-        message: Some(message),
-        started_at: was.started_at,
-        finished_at: now.wall,
-    }
 }

@@ -8,12 +8,14 @@ mod drain;
 mod epoch;
 mod expiry;
 mod faults;
+mod inventory;
 mod lifecycle;
 mod moves;
 mod nodes;
 mod notes;
 mod query;
 mod records;
+mod relocations;
 mod retry;
 mod saved;
 pub mod schedule;
@@ -30,7 +32,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use berth_protocol::codec::{self, CodecError};
 use berth_protocol::ids::{ClusterName, Digest, Epoch, JobUid, Namespace, NodeId, PodId, StoreId, Term};
-use berth_protocol::limits::{REQUEST_ID_KEPT_MS, STATUS_PUBLISH_MS_MIN};
+use berth_protocol::limits::REQUEST_ID_KEPT_MS;
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::Serialize;
@@ -38,7 +40,10 @@ use serde::de::DeserializeOwned;
 
 use self::cluster::Cluster;
 pub use self::notes::Note;
+use self::relocations::Relocation;
 use self::schedule::Scheduler;
+pub use self::schedule::market::Quote;
+use self::schedule::prices::Prices;
 pub use self::schedule::quota::Allowance;
 use self::timers::{Timer, Timers};
 
@@ -60,6 +65,8 @@ pub enum Event {
     BusDown,
     /// Manifests that the depot holds, and since when.
     DepotListed(Vec<(Digest, Timestamp)>),
+    /// What a `Quote` came to.
+    Priced(Box<Prices>),
     /// `next_wake` has come.
     Tick,
 }
@@ -77,6 +84,8 @@ pub enum Effect {
     DeleteCheckpoint(Digest),
     /// Answered by `DepotListed`; then what nothing names may go.
     TidyDepot,
+    /// Answered by `Priced`: work for another thread.
+    Price(Quote),
     /// For the operator's log.
     Note(Note),
 }
@@ -105,6 +114,8 @@ pub struct Config {
     pub depot_url: String,
     /// Weights and quotas.
     pub namespaces: BTreeMap<Namespace, Allowance>,
+    /// Pods that may be moved for one that waits; 0: none ever is.
+    pub moves_max: usize,
     /// Signs the depot's tokens.
     pub secret: [u8; 32],
     /// Of the generator of uids; another one at each start.
@@ -144,6 +155,8 @@ pub struct Counters {
     pub checkpoint_failures: u64,
     pub restores: u64,
     pub restore_failures: u64,
+    /// Times that room was given new prices.
+    pub prices: u64,
     /// Silence is held to be the controller's own blindness.
     pub blind: bool,
 }
@@ -164,6 +177,8 @@ pub struct Controller {
     blind: bool,
     /// Where publishing everything anew has got to.
     republish: Option<JobUid>,
+    /// Moves on their way, in the order of their plans.
+    relocations: Vec<Relocation>,
     dirty: Dirty,
 }
 
@@ -212,6 +227,7 @@ impl Controller {
             bus_up: false,
             blind: false,
             republish: None,
+            relocations: Vec::new(),
             dirty: Dirty::default(),
         };
         controller.resume(now);
@@ -238,6 +254,7 @@ impl Controller {
             self.watch(id, now);
             self.timers.arm(Timer::Leave(id.clone()), now.boot);
         }
+        self.recall_shapes();
         for uid in &uids {
             self.wake_sleepers(uid, now);
             self.arm_interval(now, uid);
@@ -262,14 +279,17 @@ impl Controller {
                 Event::BusUp => self.bus_up(now),
                 Event::BusDown => self.bus_up = false,
                 Event::DepotListed(manifests) => self.depot_listed(now, manifests),
+                Event::Priced(prices) => self.priced(*prices),
                 Event::Tick => {}
             }
         }
         while let Some(timer) = self.timers.pop(now.boot) {
             self.wake(now, timer);
         }
+        self.tend_relocations(now);
         self.schedule(now);
         self.schedule_particular(now);
+        self.look_at_prices(now);
         self.finish(now)
     }
 
@@ -369,8 +389,10 @@ impl Controller {
             Timer::Job(uid) => self.wake_job(now, &uid),
             Timer::Checkpoints(uid) => self.arm_interval(now, &uid),
             Timer::Leave(node) => self.ask_leaving(&node),
+            Timer::Desired(node) => drop(self.dirty.desired.insert(node)),
             Timer::Status(uid) => drop(self.dirty.status.insert(uid)),
             Timer::Schedule => self.scheduler.wanted = true,
+            Timer::Prices => {}
             Timer::Sweep => self.sweep(now),
             Timer::Republish => {
                 let Some(from) = self.republish.take() else { return };
@@ -421,13 +443,7 @@ impl Controller {
 
     /// Turns what changed into writes and messages.
     fn finish(&mut self, now: Now) -> Step {
-        let desired = std::mem::take(&mut self.dirty.desired);
-        for node in &desired {
-            self.send_desired(now, node, true);
-        }
-        for (node, pod, epoch) in std::mem::take(&mut self.dirty.follow) {
-            self.request_log(&node, pod, epoch, 1, true);
-        }
+        let held_back = self.send_changed_desired(now);
         for uid in std::mem::take(&mut self.dirty.status) {
             self.publish_status(now, &uid);
         }
@@ -458,30 +474,7 @@ impl Controller {
             write(records::outbox(id), outbox.map(records::bytes));
         }
         self.counters.blind = self.blind;
+        self.dirty.follow = held_back;
         dirty.step
-    }
-
-    /// Publishes a job's status now, or when its turn comes.
-    fn publish_status(&mut self, now: Now, uid: &JobUid) {
-        let Some(job) = self.cluster.jobs.get(uid) else { return };
-        let due = job.published.map(|at| at.plus(Millis(STATUS_PUBLISH_MS_MIN)));
-        if let Some(due) = due
-            && due > now.boot
-            && !job.is_finished()
-        {
-            self.timers.arm(Timer::Status(uid.clone()), due);
-            return;
-        }
-        if job.run.expired {
-            return;
-        }
-        let status = self.job_status(uid);
-        let Some(status) = status else { return };
-        if let Some(job) = self.cluster.jobs.get_mut(uid) {
-            job.published = Some(now.boot);
-        }
-        self.recount(uid, Some(&status));
-        let topic = Topic::job(&status.namespace, &status.job, JobTopic::Status);
-        self.publish(topic, &status, true);
     }
 }

@@ -14,7 +14,7 @@ use super::cluster::{Pod, PodState};
 use super::{Controller, Now};
 
 /// Why a pod cannot be saved on such a node, in words.
-fn unsavable(spec: &JobSpec, node: &Inventory) -> Option<String> {
+pub(super) fn unsavable(spec: &JobSpec, node: &Inventory) -> Option<String> {
     let policy = &spec.pod.checkpoint;
     let cooperative = policy.signal.is_some();
     match policy.mode {
@@ -29,7 +29,7 @@ fn unsavable(spec: &JobSpec, node: &Inventory) -> Option<String> {
 }
 
 /// What a checkpoint taken on `node` will need.
-fn foreseen(spec: &JobSpec, node: &Inventory, gpus: &[String]) -> Needs {
+pub(super) fn foreseen(spec: &JobSpec, node: &Inventory, gpus: &[String]) -> Needs {
     let cooperative = spec.pod.checkpoint.mode == CheckpointMode::Cooperative
         || (spec.pod.checkpoint.mode == CheckpointMode::Auto && spec.pod.checkpoint.signal.is_some());
     if cooperative {
@@ -58,6 +58,8 @@ impl Controller {
         if placed.goal == Goal::Stop {
             return;
         }
+        // Whatever else it would leave for: a suspended job's pods go nowhere.
+        let why = if job.run.suspended { Leaving::Suspend } else { why };
         let runs = matches!(placed.phase, PodPhase::Running | PodPhase::Checkpointing | PodPhase::Paused);
         let savable = self
             .cluster

@@ -44,6 +44,7 @@ pub(super) fn forgotten_node(record: NodeRecord, now: Now) -> Node {
         generation: Generation(0),
         reported: (Term(0), Generation(0)),
         resend: None,
+        desired_at: None,
         ack: None,
         specs: BTreeSet::new(),
         version: 0,
@@ -59,12 +60,13 @@ impl Controller {
         if let Some(why) = refused.or(foreign.then_some("other-store")) {
             return self.refuse(why);
         }
+        let inventory = self.believed(id, hello.inventory.clone());
         let record = NodeRecord {
             hardware: hello.hardware.clone(),
             boot: hello.boot.clone(),
             nonce: hello.nonce.clone(),
             session: hello.session,
-            inventory: hello.inventory.clone(),
+            inventory,
             cordoned: false,
             drain: None,
             strays: BTreeMap::new(),
@@ -236,8 +238,9 @@ impl Controller {
             match event.event {
                 NodeEvent::Pod(change) => self.pod_event(now, id, event.at, change),
                 NodeEvent::Inventory(inventory) => {
+                    let inventory = self.believed(id, *inventory);
                     if let Some(node) = self.cluster.nodes.get_mut(id) {
-                        node.record.inventory = *inventory;
+                        node.record.inventory = inventory;
                         node.version += 1;
                         self.dirty.nodes.insert(id.clone());
                         self.dirty.states.insert(id.clone());

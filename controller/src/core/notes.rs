@@ -24,12 +24,20 @@ pub enum Note {
         nodes: usize,
     },
     Sighted,
+    /// It claims what no machine has; that much was not believed.
+    InventoryCut {
+        node: NodeId,
+        claims: String,
+    },
 }
 
 impl Note {
     /// Does someone have to look?
     pub fn is_warning(&self) -> bool {
-        matches!(self, Self::NodeSilent { .. } | Self::NodeLost { .. } | Self::Blind { .. })
+        matches!(
+            self,
+            Self::NodeSilent { .. } | Self::NodeLost { .. } | Self::Blind { .. } | Self::InventoryCut { .. }
+        )
     }
 }
 
@@ -49,6 +57,9 @@ impl fmt::Display for Note {
                 "{silent} of {nodes} nodes fell silent at once, or the broker did: taken for a fault of this side; no \
                  pod is replaced until they are heard"
             ),
+            Self::InventoryCut { node, claims } => {
+                write!(f, "node {node} claims {claims}: more than is believed, so less is counted")
+            }
             Self::Sighted => write!(f, "nodes are heard again; each has the whole time anew"),
         }
     }

@@ -160,6 +160,7 @@ impl Controller {
                 let there = self.drain(now, &node, deadline);
                 self.node_after(there, &node)
             }
+            Query::Defrag { moves, execute } => self.defrag(now, usize::from(moves), execute),
             Query::Version => value(&ControllerVersion {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 cluster: self.config.cluster.to_string(),

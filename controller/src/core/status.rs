@@ -1,20 +1,21 @@
-//! What users see of jobs and nodes: statuses made from the state. Changes nothing but counters.
+//! What users see of jobs and nodes: statuses made from the state, and when they go out.
 
 use std::collections::BTreeMap;
 
 use berth_protocol::ids::{JobUid, NodeId};
-use berth_protocol::limits::STATUS_PODS_MAX;
+use berth_protocol::limits::{STATUS_PODS_MAX, STATUS_PUBLISH_MS_MIN};
 use berth_protocol::message::node::PullProgress;
 use berth_protocol::message::user::{
     Amounts, DrainStatus, JobPhase, JobStatus, NodeState, NodeStatus, PodStatus,
 };
 use berth_protocol::pod::{Goal, PodPhase};
-use berth_protocol::topic::Topic;
-use berth_protocol::units::{Bytes, MilliCpu};
+use berth_protocol::topic::{JobTopic, Topic};
+use berth_protocol::units::{Bytes, MilliCpu, Millis};
 
 use super::checkpoints::Leaving;
 use super::cluster::{Assignment, Job, Liveness, Node, PodState};
 use super::schedule::explain;
+use super::timers::Timer;
 use super::{Controller, Now};
 
 impl Controller {
@@ -289,6 +290,30 @@ impl Controller {
         }
     }
 
+    /// Publishes a job's status now, or when its turn comes.
+    pub(super) fn publish_status(&mut self, now: Now, uid: &JobUid) {
+        let Some(job) = self.cluster.jobs.get(uid) else { return };
+        let due = job.published.map(|at| at.plus(Millis(STATUS_PUBLISH_MS_MIN)));
+        if let Some(due) = due
+            && due > now.boot
+            && !job.is_finished()
+        {
+            self.timers.arm(Timer::Status(uid.clone()), due);
+            return;
+        }
+        if job.run.expired {
+            return;
+        }
+        let status = self.job_status(uid);
+        let Some(status) = status else { return };
+        if let Some(job) = self.cluster.jobs.get_mut(uid) {
+            job.published = Some(now.boot);
+        }
+        self.recount(uid, Some(&status));
+        let topic = Topic::job(&status.namespace, &status.job, JobTopic::Status);
+        self.publish(topic, &status, true);
+    }
+
     /// As `verdicts`, with what keeps the first pod that waits for a node of its own from each.
     pub(super) fn verdicts_with_needs(&self, uid: &JobUid) -> Vec<(usize, Vec<explain::Reason>)> {
         let mut verdicts = self.verdicts(uid);
@@ -323,6 +348,7 @@ fn leaving_words(assignment: &Assignment) -> Option<(&'static str, String)> {
     let first = if saving { "is being saved" } else { "is being stopped" };
     Some(match leaving {
         Leaving::Migrate { to } => ("Migrating", format!("{first}, to go on at {to}")),
+        Leaving::Move { to, why } => ("Moving", format!("{first}, to go on at {to}: {why}")),
         Leaving::Drain => ("Draining", format!("{first}: its node is being drained")),
         Leaving::Suspend => ("Suspending", format!("{first}: the job is suspended")),
         Leaving::Preempt { message } => ("Preempted", message.clone()),

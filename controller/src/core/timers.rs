@@ -16,10 +16,14 @@ pub(super) enum Timer {
     Checkpoints(JobUid),
     /// Pods that are to leave the node and could not be saved.
     Leave(NodeId),
+    /// A desired set held back.
+    Desired(NodeId),
     /// A status held back.
     Status(JobUid),
     /// The next look at who waits.
     Schedule,
+    /// The next look at what pods ask for.
+    Prices,
     /// Expiry of request ids and of rejected statuses.
     Sweep,
     /// The next batch of statuses for a broker that came back.
@@ -43,6 +47,10 @@ impl Timers {
             self.queue.remove(&(later, timer.clone()));
         }
         self.queue.insert((at, timer));
+    }
+
+    pub fn is_armed(&self, timer: &Timer) -> bool {
+        self.due.contains_key(timer)
     }
 
     pub fn next(&self) -> Option<BootMs> {

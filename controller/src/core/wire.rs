@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use berth_protocol::ids::{Digest, LedgerId, NodeId, PodId, RequestId};
+use berth_protocol::ids::{Digest, Epoch, LedgerId, NodeId, PodId, RequestId};
 use berth_protocol::limits::{DESIRED_RESEND_MS_MAX, DESIRED_RESEND_MS_MIN};
 use berth_protocol::message::node::{
     Covers, DepotAccess, Desired, DesiredPod, Heartbeat, Lease, NodeRequest, Request, SpecMessage,
@@ -15,6 +15,7 @@ use berth_protocol::units::Millis;
 use serde_json::value::RawValue;
 
 use super::cluster::Node;
+use super::timers::Timer;
 use super::token::{self, Scope};
 use super::{Controller, Now};
 
@@ -23,7 +24,33 @@ const RESEND_MAX: Millis = Millis(DESIRED_RESEND_MS_MAX);
 /// A depot token's life; renewed at half of it.
 const TOKEN_LIFE: Millis = Millis(600_000);
 
+/// Between two new desired sets of one node: what changes in quick succession is told once. They are whole, and hundreds
+/// of pods a second may come and go on one node.
+const DESIRED_PAUSE: Millis = Millis(10);
+
 impl Controller {
+    /// Publishes the desired sets that changed, now or as soon as their pause is over, and asks for the logs of pods that
+    /// they name; returns those to be asked for later.
+    pub(super) fn send_changed_desired(&mut self, now: Now) -> Vec<(NodeId, PodId, Epoch)> {
+        for id in std::mem::take(&mut self.dirty.desired) {
+            let Some(node) = self.cluster.nodes.get_mut(&id) else { continue };
+            let due = node.desired_at.map_or(now.boot, |at| at.plus(DESIRED_PAUSE));
+            if due > now.boot {
+                self.timers.arm(Timer::Desired(id), due);
+                continue;
+            }
+            node.desired_at = Some(now.boot);
+            self.send_desired(now, &id, true);
+        }
+        let told = |id: &NodeId| !self.timers.is_armed(&Timer::Desired(id.clone()));
+        let follow = std::mem::take(&mut self.dirty.follow);
+        let (now_due, later): (Vec<_>, Vec<_>) = follow.into_iter().partition(|(id, ..)| told(id));
+        for (node, pod, epoch) in now_due {
+            self.request_log(&node, pod, epoch, 1, true);
+        }
+        later
+    }
+
     /// Publishes the whole desired set, its specs ahead of it. `changed`: it is a new one.
     pub(super) fn send_desired(&mut self, now: Now, id: &NodeId, changed: bool) {
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
@@ -182,14 +209,7 @@ impl Controller {
     }
 
     /// Asks the node for a pod's log from a record on.
-    pub(super) fn request_log(
-        &mut self,
-        id: &NodeId,
-        pod: PodId,
-        epoch: berth_protocol::ids::Epoch,
-        from_seq: u64,
-        follow: bool,
-    ) {
+    pub(super) fn request_log(&mut self, id: &NodeId, pod: PodId, epoch: Epoch, from_seq: u64, follow: bool) {
         let Ok(request) = RequestId::parse(&format!("log-{:x}", self.draw())) else { return };
         let request = NodeRequest { id: request, request: Request::Logs { pod, epoch, from_seq, follow } };
         self.publish(Topic::node(id, NodeTopic::Request), &request, false);

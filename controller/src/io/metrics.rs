@@ -87,6 +87,7 @@ impl Collector for Scrape {
         counter(&mut to, "checkpoint_failures", "Checkpoints that failed", core.checkpoint_failures)?;
         counter(&mut to, "restores", "Pods started from a checkpoint since the start", core.restores)?;
         counter(&mut to, "restore_failures", "Starts from a checkpoint that failed", core.restore_failures)?;
+        counter(&mut to, "prices", "Times that room was given new prices", core.prices)?;
         number(&mut to, "depot_checkpoints", "Checkpoints in the depot", self.report.depot_checkpoints)?;
         number(&mut to, "depot_chunk_bytes", "Bytes of their chunks", self.report.depot_bytes)?;
         gauge(&mut to, "blind", "1 while silence is held to be the controller's own blindness", core.blind)?;

@@ -139,6 +139,7 @@ impl TestDaemon {
             depot: None,
             checkpoint_quota: None,
             namespaces: std::collections::BTreeMap::new(),
+            moves: 8,
             network: None,
         };
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();

@@ -55,10 +55,51 @@ pub enum Query {
     Uncordon { node: NodeId },
     /// `NodeStatus`: cordons, and moves every pod away; what is still there after `deadline` is stopped unsaved.
     Drain { node: NodeId, deadline: Option<Millis> },
+    /// `DefragPlan`: which of at most `moves` pods that run should go on elsewhere, so that the first waiting job that
+    /// this helps fits, or else so that devices are fragmented less; with `execute` they go.
+    Defrag { moves: u8, execute: bool },
     /// `DepotAccess`: to bring a workspace, or fetch logs and outputs, of a namespace.
     Depot { namespace: Namespace },
     /// `ControllerVersion`
     Version,
+}
+
+/// Moves in the order in which they are made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DefragPlan {
+    pub moves: Vec<PlannedMove>,
+    /// The waiting job that then fits, and where.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serves: Option<Served>,
+    /// Thousandths of free devices that the next pod, of the shapes seen of late, could not use: now, and after the
+    /// moves. Not told where the moves serve a job.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fragments_milli: Option<(u64, u64)>,
+    /// They are being made.
+    pub executed: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Served {
+    pub namespace: Namespace,
+    pub job: JobName,
+    pub node: NodeId,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PlannedMove {
+    pub namespace: Namespace,
+    pub pod: PodName,
+    pub from: NodeId,
+    pub to: NodeId,
+    pub cpu_milli: MilliCpu,
+    /// What is saved and loaded, at most.
+    pub memory_bytes: Bytes,
+    /// Of all its devices.
+    pub gpu_milli: u64,
 }
 
 /// Where a client's reading of an epoch's log stands.

@@ -27,9 +27,7 @@ use super::process::{MIB, cpu_time, pss};
 use super::user::User;
 use super::world::{Broker, World};
 
-/// Connections of agents, and the nodes that speak through each.
-const CONNECTIONS: usize = 4;
-const NODES_EACH: usize = 16;
+const NODES: usize = 64;
 const PODS_PER_JOB: usize = 10;
 /// Jobs that are unfinished at once while as many as possible go through.
 const WINDOW_JOBS: usize = 200;
@@ -46,15 +44,15 @@ fn seconds() -> u64 {
 pub fn flood() -> Result<Vec<Figure>> {
     let world = World::new(Broker::Embedded)?;
     let (placed, seen) = mpsc::channel();
-    for connection in 0..CONNECTIONS {
-        fleet(world.port(), connection, placed.clone())?;
+    for node in 0..NODES {
+        start(world.port(), node, placed.clone())?;
     }
     let mut user = world.user()?;
     let mut tide =
         Tide { user: &mut user, seen, next: 0, submitted: HashMap::new(), waits: Vec::new(), pods: 0 };
     // The nodes are there once a first job is through.
     tide.submit()?;
-    tide.drain(0)?;
+    tide.drain(0).with_context(|| world.said())?;
 
     let cpu = cpu_time(world.controller.pid())?;
     let (begun, before) = (Instant::now(), tide.pods);
@@ -153,6 +151,12 @@ impl Tide<'_> {
 
 /// One node, as far as the controller can tell.
 struct Agent {
+    client: Client,
+    cluster: ClusterName,
+    begun: Instant,
+    /// Names of jobs by the digest of their spec.
+    jobs: HashMap<Digest, String>,
+    placed: Sender<(String, Instant)>,
     id: NodeId,
     nonce: SessionNonce,
     ledger: LedgerId,
@@ -166,7 +170,8 @@ struct Agent {
     last: u64,
 }
 
-fn inventory(agent: &str) -> Inventory {
+/// Of a node without devices.
+pub(super) fn inventory(agent: &str) -> Inventory {
     Inventory {
         hostname: agent.to_owned(),
         arch: "x86_64".to_owned(),
@@ -195,54 +200,58 @@ fn now() -> Timestamp {
     Timestamp(since.as_millis() as u64)
 }
 
-/// Some nodes that speak through one connection, in a thread of their own, until the broker has gone.
-fn fleet(port: u16, connection: usize, placed: Sender<(String, Instant)>) -> Result<()> {
-    let mut options = MqttOptions::new(format!("bench-fleet-{connection}"), "127.0.0.1", port);
+/// One node, in a thread of its own until the broker has gone.
+fn start(port: u16, node: usize, placed: Sender<(String, Instant)>) -> Result<()> {
+    let name = format!("sim-{node}");
+    let (id, nonce) = (NodeId::parse(&name)?, SessionNonce::parse(&format!("{name}-nonce"))?);
+    let mut options = MqttOptions::new(format!("{id}.{nonce}"), "127.0.0.1", port);
     options.set_max_packet_size(96 * 1024, 96 * 1024);
-    let (client, mut mqtt) = Client::new(options, 64 * 1024);
+    // A beat is looked for whenever anything happens: at least the connection's own.
+    options.set_keep_alive(BEAT / 2);
+    let (client, mut mqtt) = Client::new(options, 4 * 1024);
     let mut network = rumqttc::NetworkOptions::new();
     network.set_tcp_nodelay(true);
     mqtt.eventloop.set_network_options(network);
     let cluster = ClusterName::parse("default").context("a name")?;
-    let begun = Instant::now();
-    let mut agents = BTreeMap::new();
-    for n in 0..NODES_EACH {
-        let name = format!("sim-{connection}-{n}");
-        let id = NodeId::parse(&name)?;
-        for kind in [NodeTopic::Desired, NodeTopic::Lease, NodeTopic::Spec] {
-            client.subscribe(Topic::node(&id, kind).render(&cluster), QoS::AtLeastOnce)?;
-        }
-        let agent = Agent {
-            id: id.clone(),
-            nonce: SessionNonce::parse(&format!("{name}-nonce"))?,
-            ledger: LedgerId::parse(&format!("{name}-ledger"))?,
-            seq: 0,
-            last_grant: None,
-            order: (Term(0), Generation(0)),
-            beat_at: begun,
-            ended: BTreeMap::new(),
-            events: Vec::new(),
-            last: 0,
-        };
-        agents.insert(id, agent);
+    let kinds = [NodeTopic::Desired, NodeTopic::Lease, NodeTopic::Spec];
+    for kind in kinds {
+        client.subscribe(Topic::node(&id, kind).render(&cluster), QoS::AtLeastOnce)?;
     }
+    let begun = Instant::now();
+    let mut agent = Agent {
+        client,
+        cluster,
+        begun,
+        jobs: HashMap::new(),
+        placed,
+        ledger: LedgerId::parse(&format!("{name}-ledger"))?,
+        id,
+        nonce,
+        seq: 0,
+        last_grant: None,
+        order: (Term(0), Generation(0)),
+        beat_at: begun,
+        ended: BTreeMap::new(),
+        events: Vec::new(),
+        last: 0,
+    };
     std::thread::spawn(move || {
-        let mut fleet = Fleet { client, cluster, begun, agents, jobs: HashMap::new(), placed };
         let mut subscribed = 0;
         for event in mqtt.iter() {
             match event {
                 Ok(Event::Incoming(Packet::SubAck(_))) => {
                     subscribed += 1;
-                    if subscribed == 3 * NODES_EACH {
-                        fleet.hello();
+                    if subscribed == kinds.len() {
+                        agent.hello();
                     }
                 }
                 Ok(Event::Incoming(Packet::Publish(message))) => {
-                    if let Some(topic) = Topic::parse(&fleet.cluster, &message.topic) {
-                        fleet.take(&topic, &message.payload);
+                    if let Some(topic) = Topic::parse(&agent.cluster, &message.topic) {
+                        agent.take(&topic, &message.payload);
                     }
                 }
-                Ok(_) => fleet.beat(),
+                Ok(_) if agent.seq > 0 && agent.beat_at.elapsed() >= BEAT => agent.beat(true),
+                Ok(_) => {}
                 Err(_) => return,
             }
         }
@@ -250,19 +259,9 @@ fn fleet(port: u16, connection: usize, placed: Sender<(String, Instant)>) -> Res
     Ok(())
 }
 
-struct Fleet {
-    client: Client,
-    cluster: ClusterName,
-    begun: Instant,
-    agents: BTreeMap<NodeId, Agent>,
-    /// Names of jobs by the digest of their spec.
-    jobs: HashMap<Digest, String>,
-    placed: Sender<(String, Instant)>,
-}
-
-impl Fleet {
-    fn send<T: serde::Serialize>(&self, id: &NodeId, kind: NodeTopic, message: &T) {
-        let topic = Topic::node(id, kind);
+impl Agent {
+    fn send<T: serde::Serialize>(&self, kind: NodeTopic, message: &T) {
+        let topic = Topic::node(&self.id, kind);
         let qos = if kind.is_qos0() { QoS::AtMostOnce } else { QoS::AtLeastOnce };
         if let Ok(payload) = codec::encode(&topic, message) {
             // What finds no place is sent again by the next beat.
@@ -271,76 +270,62 @@ impl Fleet {
     }
 
     fn hello(&mut self) {
-        for agent in self.agents.values() {
-            let parse = |text: &str| format!("{}-{text}", agent.id);
-            let (Ok(hardware), Ok(boot)) = (HardwareId::parse(&parse("hw")), BootId::parse(&parse("boot")))
-            else {
-                continue;
-            };
-            let hello = Hello {
-                nonce: agent.nonce.clone(),
-                previous: None,
-                session: 1,
-                hardware,
-                boot,
-                ledger: agent.ledger.clone(),
-                store: None::<StoreId>,
-                term: Term(0),
-                generation: Generation(0),
-                events_acked: 0,
-                events_last: 0,
-                pods: Vec::new(),
-                inventory: inventory(agent.id.as_str()),
-            };
-            self.send(&agent.id, NodeTopic::Hello, &hello);
-        }
-        self.beat();
+        let parse = |text: &str| format!("{}-{text}", self.id);
+        let (Ok(hardware), Ok(boot)) = (HardwareId::parse(&parse("hw")), BootId::parse(&parse("boot")))
+        else {
+            return;
+        };
+        let hello = Hello {
+            nonce: self.nonce.clone(),
+            previous: None,
+            session: 1,
+            hardware,
+            boot,
+            ledger: self.ledger.clone(),
+            store: None::<StoreId>,
+            term: Term(0),
+            generation: Generation(0),
+            events_acked: 0,
+            events_last: 0,
+            pods: Vec::new(),
+            inventory: inventory(self.id.as_str()),
+        };
+        self.send(NodeTopic::Hello, &hello);
+        self.beat(true);
     }
 
-    fn beat(&mut self) {
-        let due: Vec<NodeId> = self
-            .agents
-            .values()
-            .filter(|a| a.beat_at.elapsed() >= BEAT || a.seq == 0)
-            .map(|a| a.id.clone())
-            .collect();
-        for id in due {
-            self.beat_one(&id);
-        }
-    }
-
-    fn beat_one(&mut self, id: &NodeId) {
-        let Some(agent) = self.agents.get_mut(id) else { return };
-        agent.seq += 1;
-        agent.beat_at = Instant::now();
+    /// With what is unacknowledged, or alone where that has just been told.
+    fn beat(&mut self, with_events: bool) {
+        self.seq += 1;
+        self.beat_at = Instant::now();
         let beat = Heartbeat {
-            nonce: agent.nonce.clone(),
-            seq: agent.seq,
+            nonce: self.nonce.clone(),
+            seq: self.seq,
             boot_ms: BootMs(self.begun.elapsed().as_millis() as u64),
-            last_grant: agent.last_grant,
-            term: agent.order.0,
-            generation: agent.order.1,
+            last_grant: self.last_grant,
+            term: self.order.0,
+            generation: self.order.1,
             held: held_digest(std::iter::empty()),
             usage: Usage::default(),
             pulls: Vec::new(),
             saves: Vec::new(),
             restores: Vec::new(),
         };
-        let unacknowledged = agent.events.clone();
-        self.send(id, NodeTopic::Heartbeat, &beat);
-        self.tell(id, unacknowledged);
+        self.send(NodeTopic::Heartbeat, &beat);
+        if with_events {
+            self.tell(&self.events);
+        }
     }
 
-    fn tell(&self, id: &NodeId, events: Vec<NumberedEvent>) {
-        let Some(agent) = self.agents.get(id) else { return };
+    fn tell(&self, events: &[NumberedEvent]) {
         for events in events.chunks(64) {
-            let (nonce, ledger) = (agent.nonce.clone(), agent.ledger.clone());
-            self.send(id, NodeTopic::Event, &Events { nonce, ledger, events: events.to_vec() });
+            let (nonce, ledger) = (self.nonce.clone(), self.ledger.clone());
+            self.send(NodeTopic::Event, &Events { nonce, ledger, events: events.to_vec() });
         }
     }
 
     fn take(&mut self, topic: &Topic, payload: &[u8]) {
-        let Topic::Node { node, kind } = topic else { return };
+        let Topic::Node { kind, .. } = topic else { return };
         match kind {
             NodeTopic::Spec => {
                 let Ok(message) = codec::decode::<SpecMessage>(topic, payload) else { return };
@@ -351,35 +336,35 @@ impl Fleet {
             }
             NodeTopic::Lease => {
                 let Ok(lease) = codec::decode::<Lease>(topic, payload) else { return };
-                let Some(agent) = self.agents.get_mut(node) else { return };
-                agent.last_grant = agent.last_grant.max(Some(lease.seq));
-                agent.events.retain(|event| event.n > lease.acked);
+                self.last_grant = self.last_grant.max(Some(lease.seq));
+                self.events.retain(|event| event.n > lease.acked);
             }
             NodeTopic::Desired => {
                 let at = Instant::now();
                 if let Ok(desired) = codec::decode::<Desired>(topic, payload) {
-                    self.desired(node, &desired, at);
+                    self.desired(&desired, at);
                 }
             }
             _ => {}
         }
     }
 
-    fn desired(&mut self, id: &NodeId, desired: &Desired, at: Instant) {
-        let Some(agent) = self.agents.get_mut(id) else { return };
-        if (desired.term, desired.generation) <= agent.order {
+    fn desired(&mut self, desired: &Desired, at: Instant) {
+        if (desired.term, desired.generation) <= self.order {
             return;
         }
-        agent.order = (desired.term, desired.generation);
+        self.order = (desired.term, desired.generation);
         let named: BTreeSet<&PodId> = desired.pods.iter().map(|pod| &pod.pod).collect();
-        agent.ended.retain(|pod, _| named.contains(pod));
+        self.ended.retain(|pod, _| named.contains(pod));
+        let specs: BTreeSet<Digest> = desired.pods.iter().map(|pod| pod.spec).collect();
+        self.jobs.retain(|spec, _| specs.contains(spec));
         let mut fresh = Vec::new();
         for pod in desired.pods.iter().filter(|pod| pod.goal == Goal::Run) {
-            if agent.ended.get(&pod.pod).is_some_and(|epoch| *epoch >= pod.epoch) {
+            if self.ended.get(&pod.pod).is_some_and(|epoch| *epoch >= pod.epoch) {
                 continue;
             }
-            agent.ended.insert(pod.pod.clone(), pod.epoch);
-            agent.last += 1;
+            self.ended.insert(pod.pod.clone(), pod.epoch);
+            self.last += 1;
             let outcome = Outcome {
                 exit_code: Some(0),
                 cause: Cause::Success,
@@ -391,24 +376,14 @@ impl Fleet {
             };
             let change = PodChange::Ended { outcome };
             let event = PodEvent { pod: pod.pod.clone(), epoch: pod.epoch, run: Run(1), change };
-            fresh.push(NumberedEvent { n: agent.last, at: now(), event: NodeEvent::Pod(event) });
+            fresh.push(NumberedEvent { n: self.last, at: now(), event: NodeEvent::Pod(event) });
             if let Some(job) = self.jobs.get(&pod.spec) {
                 let _ = self.placed.send((job.clone(), at));
             }
         }
-        agent.events.extend(fresh.iter().cloned());
-        self.tell(id, fresh);
+        self.tell(&fresh);
+        self.events.extend(fresh);
         // The controller sends the set again until it hears that it was applied.
-        self.beat_one_quietly(id);
-    }
-
-    /// A beat without the events, which have just been told.
-    fn beat_one_quietly(&mut self, id: &NodeId) {
-        let Some(agent) = self.agents.get_mut(id) else { return };
-        let events = std::mem::take(&mut agent.events);
-        self.beat_one(id);
-        if let Some(agent) = self.agents.get_mut(id) {
-            agent.events = events;
-        }
+        self.beat(false);
     }
 }

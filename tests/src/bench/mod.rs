@@ -4,6 +4,7 @@
 pub mod figures;
 pub mod flood;
 pub mod footprint;
+pub mod growth;
 pub mod latency;
 pub mod process;
 pub mod slurm;

@@ -6,12 +6,12 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use berth_tests::bench::figures::{Figure, table, write_lines};
-use berth_tests::bench::{flood, footprint, latency, slurm, throughput};
+use berth_tests::bench::{flood, footprint, growth, latency, slurm, throughput};
 
 type Measure = fn() -> Result<Vec<Figure>>;
 
 /// The quiet ones first: what comes later leaves dirty pages to be written.
-const MEASURES: [(&str, Measure); 10] = [
+const MEASURES: [(&str, Measure); 11] = [
     ("binary", footprint::binary),
     ("daemons", footprint::daemons),
     ("controller", footprint::controller_alone),
@@ -21,6 +21,7 @@ const MEASURES: [(&str, Measure); 10] = [
     ("run", latency::run_command),
     ("array", throughput::array),
     ("crowd", throughput::crowd),
+    ("growth", growth::growth),
     ("flood", flood::flood),
 ];
 

@@ -113,6 +113,12 @@ impl Engine {
         }
     }
 
+    /// Changes what a room has free; its devices stay the same ones.
+    pub fn change(&mut self, index: usize, change: impl FnOnce(&mut Room)) {
+        change(&mut self.rooms[index]);
+        self.update(index);
+    }
+
     /// Gives every room its slot anew, in the order of the rooms.
     fn lay_out(&mut self) {
         self.stride = self.rooms.iter().map(|room| room.devices.len()).max().unwrap_or(0);
@@ -156,7 +162,7 @@ impl Engine {
         let remainders = &mut self.remainders[slot * self.stride..(slot + 1) * self.stride];
         remainders.fill(0);
         for (device, remainder) in room.devices.iter().zip(remainders.iter_mut()).filter(|(d, _)| d.usable) {
-            *remainder = device.milli as u16;
+            *remainder = device.milli.min(1000) as u16;
         }
         let cores = (room.size.cpu_milli / 1000).max(1);
         let mut cell = Cell {
@@ -184,8 +190,11 @@ impl Engine {
         self.changes.push(slot as u32);
     }
 
-    /// New prices, made elsewhere; every score is judged anew as it is asked for.
-    pub fn adopt(&mut self, prices: Prices) {
+    /// New prices, made elsewhere; every score is judged anew as it is asked for. False: they are those in use.
+    pub fn adopt(&mut self, prices: Prices) -> bool {
+        if self.prices == prices {
+            return false;
+        }
         self.prices = prices;
         for (class, row) in &mut self.classes {
             class.worth = self.prices.worth(&class.shape);
@@ -196,6 +205,7 @@ impl Engine {
             self.cells[slot].fragments = fragments(&self.prices, &self.cells[slot], remainders);
             self.cells[slot].value = value(&self.prices, &self.cells[slot], remainders);
         }
+        true
     }
 
     /// A pod takes a seat that fits.

@@ -6,6 +6,7 @@ pub mod explain;
 mod free_up;
 pub mod hold;
 mod index;
+pub mod market;
 pub mod moves;
 mod particular;
 pub mod place;
@@ -14,6 +15,8 @@ pub mod prices;
 pub mod problem;
 mod queue;
 pub mod quota;
+pub mod relocate;
+pub mod residents;
 pub mod rulebook;
 mod simplex;
 pub mod solve;
@@ -24,18 +27,22 @@ mod typed;
 mod why;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use berth_protocol::ids::{JobUid, Namespace, NodeId, PodId};
 use berth_protocol::job::{JobSpec, Volume, VolumeSource};
 use berth_protocol::limits::PODS_PER_NODE_MAX;
 use berth_protocol::resources::{Inventory, Resources};
+use berth_protocol::units::BootMs;
 
 use self::engine::Engine;
 use self::hold::Holds;
+use self::market::Market;
 use self::place::Classes;
 use self::problem::{Device, Room, Seat, Shape, Size};
 use self::queue::{Line, Queue, Ticket};
 use self::quota::{Allowance, Ledger, Sum};
+use self::relocate::Reserved;
 use self::rulebook::{BookId, Rulebooks};
 use super::cluster::{Charge, Job, Liveness, Node};
 use super::{Controller, Now};
@@ -47,8 +54,9 @@ const PASSES_MAX: usize = 4;
 #[derive(Default)]
 pub(super) struct Scheduler {
     engine: Engine,
-    /// Its rooms, empty.
-    empty: Vec<Room>,
+    /// Its rooms, empty; shared with whoever makes prices from them.
+    empty: Arc<Vec<Room>>,
+    pub market: Market,
     pub nodes: Vec<NodeId>,
     index: BTreeMap<NodeId, usize>,
     pub books: Rulebooks,
@@ -74,7 +82,11 @@ pub(super) struct Scheduler {
     pub wanted: bool,
     /// The version at which particular pods were last looked at, and whether there are new ones.
     particular_at: u64,
-    particular_wanted: bool,
+    pub particular_wanted: bool,
+    /// Seats kept free for pods on their way to them.
+    pub reserved: BTreeMap<PodId, Reserved>,
+    /// When it was last looked whom moves could help.
+    moves_looked_at: BootMs,
 }
 
 impl Scheduler {
@@ -106,6 +118,7 @@ impl Scheduler {
         }
         job.refused_at = None;
         self.queue.insert(uid, ticket);
+        self.market.stir();
         self.fresh.push(uid.clone());
         self.wanted = true;
     }
@@ -198,11 +211,17 @@ impl Scheduler {
         for charge in charges {
             take(&mut room, has, charge);
         }
+        if let Some(index) = self.index.get(id) {
+            self.reserved_in(*index).for_each(|charge| take(&mut room, has, charge));
+        }
         let size = |room: &Room| if room.open { Sum::of_room(room) } else { Sum::default() };
         match self.index.get(id).copied() {
             Some(index) => {
                 self.ledger.resize(size(&self.empty[index]), size(&empty));
-                self.empty[index] = empty;
+                if self.empty[index] != empty {
+                    Arc::make_mut(&mut self.empty)[index] = empty;
+                    self.market.room_changed();
+                }
                 self.engine.refresh(index, room);
                 if std::mem::replace(&mut self.versions[index], node.version) != node.version {
                     self.inventories += 1;
@@ -214,7 +233,8 @@ impl Scheduler {
                 self.engine.refresh(self.nodes.len(), room);
                 self.nodes.push(id.clone());
                 self.ledger.resize(Sum::default(), size(&empty));
-                self.empty.push(empty);
+                Arc::make_mut(&mut self.empty).push(empty);
+                self.market.room_changed();
                 self.versions.push(node.version);
                 self.inventories += 1;
             }
@@ -227,9 +247,7 @@ impl Scheduler {
     /// A pod has left the node.
     pub fn release(&mut self, id: &NodeId, has: &Inventory, pod: &PodId, charge: &Charge) {
         let Some(index) = self.index.get(id).copied() else { return };
-        let mut room = self.engine.rooms()[index].clone();
-        give(&mut room, has, charge);
-        self.engine.refresh(index, room);
+        self.engine.change(index, |room| give(room, has, charge));
         self.holds.left(index, pod, |spare| give(spare, has, charge));
         self.version += 1;
         self.wanted = true;

@@ -3,7 +3,9 @@
 
 use berth_protocol::ids::{JobUid, NodeId};
 
-use super::problem::Seat;
+use super::place::Class;
+use super::problem::{Seat, Shape};
+use crate::core::timers::Timer;
 use crate::core::{Controller, Now};
 
 /// Pods looked at in one pass.
@@ -30,6 +32,9 @@ impl Controller {
     }
 
     fn seat_particular(&mut self, now: Now, uid: &JobUid, index: u32) {
+        if self.scheduler.reserved.contains_key(&uid.pod(index)) {
+            return self.seat_reserved(now, uid, index);
+        }
         self.drop_lost_target(uid, index);
         self.survey(uid);
         let Some(job) = self.cluster.jobs.get(uid) else { return };
@@ -52,6 +57,34 @@ impl Controller {
         if !self.seat_one(now, uid, index, &shape, &seat) {
             self.scheduler.uncharge(uid, &shape, &seat);
         }
+    }
+
+    /// Takes the seat that was kept for the pod, which is charged; where that will not do, any other is looked for.
+    fn seat_reserved(&mut self, now: Now, uid: &JobUid, index: u32) {
+        self.survey(uid);
+        let id = uid.pod(index);
+        let Some(reserved) = self.scheduler.reserved.get(&id).cloned() else { return };
+        let Some(job) = self.cluster.jobs.get(uid) else { return };
+        let (shape, room) = (self.scheduler.shape(&job.file.spec.pod.resources()), reserved.seat.room);
+        let same = Shape { models: None, ..shape.clone() } == Shape { models: None, ..reserved.shape };
+        let book = job.class.and_then(|class| self.scheduler.classes.get(class)).map(Class::book);
+        let site = book.and_then(|book| self.scheduler.books.get(book)?.sites().get(room));
+        let suits = self.scheduler.rooms()[room].open
+            && site.is_some_and(|site| site.eligible)
+            && self.bars(uid, index, &self.scheduler.nodes[room]).is_empty();
+        if same && suits {
+            self.scheduler.reserved.remove(&id);
+            if !self.seat_one(now, uid, index, &shape, &reserved.seat) {
+                self.scheduler.uncharge(uid, &shape, &reserved.seat);
+            }
+            return;
+        }
+        self.unreserve(&id);
+        if let Some(job) = self.cluster.jobs.get_mut(uid) {
+            job.particular.remove(&index);
+        }
+        self.reconcile(now, uid);
+        self.timers.arm(Timer::Schedule, now.boot);
     }
 
     /// A node that a pod was on its way to and that does not take it any more is forgotten.

@@ -287,6 +287,7 @@ impl Controller {
             gpu_memory: Bytes(shape.gpu_memory_bytes),
         };
         self.scheduler.holds.seated(uid, seat.room);
+        self.scheduler.market.placed(shape);
         self.place(now, uid, index, id, charge);
         true
     }

@@ -28,7 +28,7 @@ struct Stock {
 }
 
 /// The tables that scores are read from.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prices {
     /// CPU of the typical shapes that want devices, ascending: how many of them a node's free CPU reaches is its rank.
     cpus: Vec<u64>,
@@ -45,7 +45,7 @@ pub struct Prices {
     worth: BTreeMap<(u64, usize), i64>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Table {
     /// `[cpu rank][share rank]`: the probability that a pod wants one device, at most that share and that CPU.
     single: Vec<i64>,

@@ -30,9 +30,6 @@ pub struct Ticket {
     pub since: BootMs,
 }
 
-/// Of the longest waiting jobs, those that are looked at.
-const LOOKED_AT_MAX: usize = 32;
-
 type Lines = BTreeMap<Line, BTreeSet<(u64, JobUid)>>;
 
 /// Every job that has pods ready to be placed.
@@ -129,9 +126,9 @@ impl Queue {
         self.ages.insert((now, uid.clone()));
     }
 
-    /// Longest waiting first.
-    pub fn oldest(&self) -> impl Iterator<Item = (BootMs, JobUid)> {
-        self.ages.iter().take(LOOKED_AT_MAX).cloned()
+    /// Longest waiting first, at most `most`.
+    pub fn oldest(&self, most: usize) -> impl Iterator<Item = &(BootMs, JobUid)> {
+        self.ages.iter().take(most)
     }
 
     /// The first job of each line, in order, at most `most`.

@@ -83,13 +83,15 @@ impl Controller {
     fn make_room(&mut self, now: Now) {
         let ledger = &self.scheduler.ledger;
         let first: Vec<JobUid> = self.scheduler.queue.heads(LINES_MAX, |namespace| ledger.share(namespace));
-        let mut head = None;
+        let (mut head, mut fitting) = (None, Vec::new());
         for uid in first {
             if self.within_quota(&uid) && self.could_fit(&uid) {
                 self.preempt(now, &uid);
-                head = head.or(Some(uid));
+                head = head.or(Some(uid.clone()));
+                fitting.push(uid);
             }
         }
+        self.move_for(now, &fitting);
         let stale = |kind| {
             let holds = self.scheduler.holds.iter();
             let of_kind = holds.filter(move |(_, hold)| hold.kind == kind);
@@ -100,7 +102,7 @@ impl Controller {
             self.scheduler.drop_hold(&uid);
         }
         // Whoever is overdue keeps its room until it has started.
-        let oldest: Vec<_> = self.scheduler.queue.oldest().collect();
+        let oldest: Vec<_> = self.scheduler.queue.oldest(LINES_MAX).cloned().collect();
         let oldest = oldest.into_iter().find(|(_, uid)| self.within_quota(uid) && self.could_fit(uid));
         if overdue.is_empty()
             && let Some((since, uid)) = oldest
@@ -208,7 +210,7 @@ impl Controller {
     }
 
     /// The room once these pods have left and the holder's are there.
-    fn spare(
+    pub(super) fn spare(
         &self,
         room: usize,
         shape: &Shape,

@@ -287,6 +287,10 @@ pub struct World {
     /// Every epoch ever desired of a pod, to see that they only grow.
     pub epochs: BTreeMap<PodId, Epoch>,
     pub messages: usize,
+    /// Whether the prices that the controller asks for are made.
+    pub prices: bool,
+    /// How often it asked.
+    pub quotes: usize,
 }
 
 const WALL: u64 = 1_700_000_000_000;
@@ -298,6 +302,7 @@ fn config(term: u64) -> Config {
         term: Term(term),
         depot_url: "http://127.0.0.1:7420".to_owned(),
         namespaces: BTreeMap::new(),
+        moves_max: 8,
         secret: [7; 32],
         seed: 42 + term,
     }
@@ -321,6 +326,8 @@ impl World {
             network: VecDeque::new(),
             epochs: BTreeMap::new(),
             messages: 0,
+            prices: true,
+            quotes: 0,
         };
         world.feed(Event::BusUp);
         world
@@ -376,8 +383,13 @@ impl World {
                 None => drop(self.store.remove(&write.key)),
             }
         }
+        let mut priced = Vec::new();
         for effect in step.effects {
             match effect {
+                Effect::Price(quote) => {
+                    self.quotes += 1;
+                    priced.extend(self.prices.then(|| Event::Priced(Box::new(quote.prices()))));
+                }
                 Effect::Publish { topic, payload, retain } => {
                     self.messages += 1;
                     if retain && payload.is_empty() {
@@ -391,6 +403,7 @@ impl World {
                 other => self.deleted.push(other),
             }
         }
+        priced.into_iter().for_each(|event| self.feed(event));
     }
 
     pub fn submit(&mut self, spec: &JobSpec) -> Answer {
