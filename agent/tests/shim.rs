@@ -60,7 +60,14 @@ fn a_host_image_runs_and_leaves_nothing() {
     let output = pod.succeed();
     assert!(output.contains("out\n") && output.contains("err\n"), "{output}");
     assert!(output.contains(&format!("digits-{}\n", pod.task.pod.index)), "{output}");
-    assert!(output.contains("\"restarts\":0"), "{output}");
+    let facts = output.lines().find(|line| line.starts_with('{')).unwrap();
+    let facts: serde_json::Value = serde_json::from_str(facts).unwrap();
+    let expect = serde_json::json!({
+        "namespace": "default", "job": "digits", "pod": format!("digits-{}", pod.task.pod.index),
+        "index": pod.task.pod.index, "epoch": 1, "run": 1, "restarts": 0, "node": "node-1", "addresses": [],
+        "checkpointDir": "/run/berth/checkpoint",
+    });
+    assert_eq!(facts, expect);
     assert!(!std::path::Path::new("/only-here").exists());
     pod.assert_clean();
 }

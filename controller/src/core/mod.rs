@@ -36,6 +36,7 @@ use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub use self::checkpoints::Imported;
 use self::cluster::Cluster;
 pub use self::notes::Note;
 use self::schedule::Scheduler;
@@ -60,6 +61,8 @@ pub enum Event {
     BusDown,
     /// Manifests that the depot holds, and since when.
     DepotListed(Vec<(Digest, Timestamp)>),
+    /// The depot has a checkpoint from elsewhere.
+    Imported(Box<Imported>),
     /// `next_wake` has come.
     Tick,
 }
@@ -262,6 +265,7 @@ impl Controller {
                 Event::BusUp => self.bus_up(now),
                 Event::BusDown => self.bus_up = false,
                 Event::DepotListed(manifests) => self.depot_listed(now, manifests),
+                Event::Imported(imported) => self.imported(now, *imported),
                 Event::Tick => {}
             }
         }
@@ -392,6 +396,7 @@ impl Controller {
 
     fn sweep(&mut self, now: Now) {
         self.timers.arm(Timer::Sweep, now.boot.plus(SWEEP));
+        self.let_imported_go(now);
         self.effect(Effect::TidyDepot);
         while let Some((at, id)) = self.cluster.requests_by_age.first().cloned() {
             if now.wall.since(at).0 < REQUEST_ID_KEPT_MS {

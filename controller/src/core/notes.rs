@@ -24,12 +24,23 @@ pub enum Note {
         nodes: usize,
     },
     Sighted,
+    /// A node says that its machine is about to go.
+    NodeLeaves {
+        node: NodeId,
+        within: Millis,
+        why: String,
+        pods: usize,
+    },
+    NodeStays(NodeId),
 }
 
 impl Note {
     /// Does someone have to look?
     pub fn is_warning(&self) -> bool {
-        matches!(self, Self::NodeSilent { .. } | Self::NodeLost { .. } | Self::Blind { .. })
+        matches!(
+            self,
+            Self::NodeSilent { .. } | Self::NodeLost { .. } | Self::Blind { .. } | Self::NodeLeaves { .. }
+        )
     }
 }
 
@@ -49,6 +60,10 @@ impl fmt::Display for Note {
                 "{silent} of {nodes} nodes fell silent at once, or the broker did: taken for a fault of this side; no \
                  pod is replaced until they are heard"
             ),
+            Self::NodeLeaves { node, within, why, pods } => {
+                write!(f, "node {node} is about to go ({why}): its {pods} pods leave it within {within}")
+            }
+            Self::NodeStays(node) => write!(f, "node {node} stays after all, and takes pods again"),
             Self::Sighted => write!(f, "nodes are heard again; each has the whole time anew"),
         }
     }

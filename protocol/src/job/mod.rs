@@ -205,6 +205,17 @@ pub struct Checkpoint {
     pub keep: u32,
 }
 
+impl Checkpoint {
+    /// Is the program asked to save itself before anything else is tried?
+    pub fn asks(&self) -> bool {
+        let can = self.signal.is_some() || self.ready.is_some();
+        match self.mode {
+            CheckpointMode::Auto | CheckpointMode::Cooperative => can,
+            CheckpointMode::Criu | CheckpointMode::None => false,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CheckpointMode {

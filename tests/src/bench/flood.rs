@@ -325,6 +325,7 @@ impl Fleet {
             pulls: Vec::new(),
             saves: Vec::new(),
             restores: Vec::new(),
+            leaving: None,
         };
         let unacknowledged = agent.events.clone();
         self.send(id, NodeTopic::Heartbeat, &beat);

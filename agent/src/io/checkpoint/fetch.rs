@@ -137,10 +137,12 @@ fn places<'a>(
             let path = match file.name.as_str() {
                 WORKSPACE => parts.workspace(&container.name),
                 file::SAVED => parts.saved(),
+                file::KEPT => parts.kept(),
                 name => parts.images(&container.name).join(name),
             };
             all.push((path, file));
         }
+        all.extend(container.config.iter().map(|config| (parts.config(&container.name), config)));
         all.extend(container.layer.iter().map(|layer| (parts.upper(&container.name), layer)));
     }
     for volume in &manifest.volumes {

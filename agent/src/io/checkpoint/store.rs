@@ -20,6 +20,7 @@ use crate::task::file;
 /// A container's part that is no image of CRIU's, by the name that it has among them.
 pub const WORKSPACE: &str = "workspace.tar";
 const LAYER: &str = "upper.tar";
+const CONFIG: &str = "config.json";
 /// The manifest's copy in the checkpoint's directory, by which a restore here finds that it fetches nothing.
 pub const MANIFEST: &str = "manifest.json";
 /// The depot may collect what it had when it was asked.
@@ -104,12 +105,18 @@ fn describe(order: &Store) -> Result<(Manifest, Vec<Part>), TransferError> {
         }
         if index == 0 {
             dump.push(take(layout.saved(), file::SAVED, None)?);
+            if layout.kept().is_file() {
+                dump.push(take(layout.kept(), file::KEPT, None)?);
+            }
         }
         containers.push(SavedContainer {
             name: container.name.clone(),
             image: order.images.get(index).copied().flatten(),
             dump,
-            config: None,
+            config: match layout.config(&container.name) {
+                path if path.is_file() => Some(take(path, CONFIG, None)?),
+                _ => None,
+            },
             layer: Some(take(layout.upper(&container.name), LAYER, None)?),
             notes: Default::default(),
         });
