@@ -103,6 +103,7 @@ fn a_counter_moves_again_and_again_without_a_gap() {
         mount: "/scratch".to_owned(),
         source: VolumeSource::Scratch(Bytes(1 << 20)),
         read_only: false,
+        save: false,
     }];
     now.task.volumes = vec![None];
     // Whatever is left of a pod's processes comes to this one.
@@ -157,8 +158,10 @@ fn a_saved_pod_that_is_not_held_runs_on() {
         let shim = format!("/proc/{}", pod.shim_pid());
         let open = fs::read_dir(format!("{shim}/fd")).unwrap().count();
         assert_eq!(*held.get_or_insert(open), open, "descriptors are left open");
-        let children = fs::read_to_string(format!("{shim}/task/{}/children", pod.shim_pid())).unwrap();
-        assert_eq!(children.split_whitespace().count(), 2, "the pod's init and its program: {children}");
+        let children = format!("{shim}/task/{}/children", pod.shim_pid());
+        wait_for("no process but the pod's init and its program", || {
+            fs::read_to_string(&children).unwrap().split_whitespace().count() == 2
+        });
     }
     agent.order(&Order::Stop { grace: Millis::ZERO });
     agent.exited();
@@ -343,6 +346,38 @@ fn moved_saved_itself(from: &mut Pod, agent: &mut Agent) -> (Pod, Agent) {
     let mut agent = next.start();
     agent.running();
     (next, agent)
+}
+
+#[test]
+fn a_named_volume_goes_along_where_the_job_asks_and_is_set_back() {
+    let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut pod = saves_itself("mkdir -p /ckpt/deep; echo $n > /ckpt/deep/state; exit 85");
+    pod.task.template.volumes = vec![Volume {
+        mount: "/ckpt".to_owned(),
+        source: VolumeSource::Named(berth_protocol::ids::VolumeName::parse("ckpt").unwrap()),
+        read_only: false,
+        save: true,
+    }];
+    pod.task.volumes = vec![Some(here.path().to_owned())];
+    let mut agent = pod.start();
+    agent.running();
+    wait_for("its beginning", || begun_from(&pod).len() == 1);
+    saved(&mut agent, 1, true).unwrap();
+    let state = fs::read_to_string(here.path().join("deep/state")).unwrap();
+    // Work of a later time, which is done again.
+    fs::create_dir(there.path().join("later")).unwrap();
+    fs::write(there.path().join("later/state"), "9").unwrap();
+    agent.order(&Order::Stop { grace: Millis::ZERO });
+    agent.exited();
+    pod.wait();
+    let mut next = pod.next_epoch();
+    fs::rename(pod.dir.join(file::CHECKPOINTS_DIR).join("1"), next.dir.join(file::RESTORE_DIR)).unwrap();
+    (next.task.restore, next.task.volumes) = (true, vec![Some(there.path().to_owned())]);
+    let mut agent = next.start();
+    agent.running();
+    assert_eq!(fs::read_to_string(there.path().join("deep/state")).unwrap(), state);
+    assert!(!there.path().join("later").exists());
+    ended(next, agent);
 }
 
 #[test]

@@ -330,7 +330,8 @@ fn volumes_and_the_workspace() {
         fs::create_dir(dir).unwrap();
     }
     fs::write(workspace.join("train.py"), "print()\n").unwrap();
-    let volume = |mount: &str, source, read_only| Volume { mount: mount.to_owned(), source, read_only };
+    let volume =
+        |mount: &str, source, read_only| Volume { mount: mount.to_owned(), source, read_only, save: false };
     let script = "exec 2>&1; echo kept > /data/kept; echo x > /fixed/x || echo no write; cat /fixed/kept; \
         head -c 3000000 /dev/zero > /scratch/small || echo full; head -c 3000000 /dev/zero > /scratch/large/x && echo fits; \
         cd /work && cat train.py && echo changed > train.py && cat train.py; ls -d /scratch";
@@ -365,7 +366,8 @@ fn what_grows_beyond_its_bound_ends_the_pod() {
     use berth_protocol::job::{Volume, VolumeSource};
     let mut pod = Pod::new("head -c 90M /dev/zero > /scratch/x; sleep 1000");
     let source = VolumeSource::Scratch(Bytes(80 << 20));
-    pod.task.template.volumes = vec![Volume { mount: "/scratch".to_owned(), source, read_only: false }];
+    pod.task.template.volumes =
+        vec![Volume { mount: "/scratch".to_owned(), source, read_only: false, save: false }];
     pod.task.template.grace = Millis(0);
     pod.task.volumes = vec![None];
     let outcome = pod.run().outcome;

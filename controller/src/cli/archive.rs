@@ -1,5 +1,5 @@
-//! `berth checkpoint export|import`: a checkpoint as one file. Its first container lies where podman and checkpointctl
-//! look for one (`config.dump`, `spec.dump`, `checkpoint/`, `rootfs-diff.tar`); what else belongs to it is below
+//! `berth checkpoint export|import`: a checkpoint as one file. Its first container lies where podman's archives have it, and
+//! checkpointctl looks for it (`config.dump`, `spec.dump`, `checkpoint/`, `rootfs-diff.tar`); what else belongs to it is below
 //! `berth/`, the manifest first, so that an import verifies every byte as it comes.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};

@@ -25,14 +25,14 @@ pub struct Checkpoint {
 
 #[derive(Debug, Subcommand)]
 pub enum CheckpointVerb {
-    /// Write a checkpoint to a file, as podman and checkpointctl read it
+    /// Write a checkpoint to a file, in the layout of podman's, which checkpointctl shows
     #[command(after_help = "Examples:
   berth checkpoint export 3f2a91c04d5e digits.tar
   berth checkpoint export 3f2a91c04d5e - | zstd > digits.tar.zst
   checkpointctl show digits.tar
 
-The first container of the pod is where those programs look for it; what else
-there is of the pod lies below berth/.")]
+The first container of the pod lies where such archives have theirs; what else
+there is of the pod is below berth/.")]
     Export(Export),
     /// Bring an exported checkpoint into the depot
     #[command(after_help = "Examples:

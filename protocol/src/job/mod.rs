@@ -125,6 +125,9 @@ pub struct Volume {
     pub source: VolumeSource,
     #[serde(default)]
     pub read_only: bool,
+    /// A named one: it goes along with the pod's checkpoints, and is set back by them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub save: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

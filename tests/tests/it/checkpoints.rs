@@ -352,3 +352,77 @@ fn an_agent_ends_alone_and_before_a_shutdown_of_the_machine_its_pods_leave() {
     assert_eq!((&job["evictions"], &job["failures"]), (&1.into(), &0.into()), "{job:#}");
     whole(&cluster.logs("counter"));
 }
+
+/// What another program sees in the archive: its names, and the two descriptions that it goes by.
+fn seen_by_python(archive: &std::path::Path) -> Value {
+    let script = "import json, sys, tarfile\n\
+                  tar = tarfile.open(sys.argv[1])\n\
+                  read = lambda name: json.load(tar.extractfile(name))\n\
+                  diff = tarfile.open(fileobj=tar.extractfile('rootfs-diff.tar'))\n\
+                  print(json.dumps({'names': tar.getnames(), 'config': read('config.dump'), 'spec': read('spec.dump'),\n\
+                  'deleted': read('deleted.files'), 'diff': diff.getnames()}))";
+    let output =
+        std::process::Command::new("python3").args(["-c", script]).arg(archive).output().expect("python");
+    assert!(output.status.success(), "{}", text(&output));
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+#[test]
+fn an_exported_checkpoint_goes_on_in_another_cluster() {
+    let mut here = Cluster::new();
+    here.agent("a1", &["--capacity", "cpu=1,memory=1Gi"]);
+    let job = counter("{mode: criu}").replace("\"i=0;", "\"rm /etc/motd; touch /written; i=0;");
+    here.submit("counter", &job);
+    until_running(&here, "counter");
+    until_line(&here, "counter", 60);
+    let id = done(&here, &["checkpoint", "counter", "-o", "name"]).trim().to_owned();
+    let archive = here.dir.path().join("counter.tar");
+    let file = archive.display().to_string();
+    done(&here, &["checkpoint", "export", &id, &file]);
+    let seen = seen_by_python(&archive);
+    let names: Vec<&str> =
+        seen["names"].as_array().expect("names").iter().filter_map(Value::as_str).collect();
+    for name in ["config.dump", "spec.dump", "rootfs-diff.tar", "deleted.files", "checkpoint/inventory.img"] {
+        assert!(names.contains(&name), "{name}: {names:?}");
+    }
+    assert!(names.iter().any(|name| name.starts_with("checkpoint/core-")), "{names:?}");
+    assert_eq!(seen["config"]["name"], "counter-0");
+    assert_eq!(seen["spec"]["annotations"]["io.container.manager"], "libpod");
+    assert_eq!(seen["spec"]["process"]["args"][0], "sh");
+    assert_eq!(seen["deleted"], serde_json::json!(["/etc/motd"]));
+    let diff = seen["diff"].as_array().expect("names");
+    assert!(diff.contains(&"./written".into()), "{diff:?}");
+
+    let mut there = Cluster::new();
+    there.agent("b1", &["--capacity", "cpu=1,memory=1Gi"]);
+    // What was altered or cut off on its way is refused, and leaves nothing that could be started.
+    let whole = std::fs::read(&archive).expect("the archive is read");
+    let hurt = here.dir.path().join("hurt.tar");
+    let mut altered = whole.clone();
+    let at = altered.windows(8).rposition(|window| window != [0; 8]).expect("something is in it");
+    altered[at] ^= 1;
+    for (bytes, why) in [(&altered[..], "altered"), (&whole[..whole.len() / 2], "")] {
+        std::fs::write(&hurt, bytes).expect("the archive is written");
+        let output = there.run(&["checkpoint", "import", &hurt.display().to_string()]);
+        assert!(!output.status.success() && text(&output).contains(why), "{}", text(&output));
+    }
+    let none = there.json(&["get", "checkpoints"]).expect("a list");
+    assert_eq!(none, serde_json::json!([]));
+    for _ in 0..2 {
+        assert_eq!(done(&there, &["checkpoint", "import", &file, "-o", "name"]).trim(), id);
+    }
+    // A controller that starts anew still has it.
+    there.controller.take().expect("it runs").kill();
+    there.start_controller();
+    until("the checkpoint is there", 60, || {
+        let kept = there.json(&["get", "checkpoints"])?;
+        (kept[0]["kept"] == "imported").then_some(())
+    });
+    done(&there, &["restore", &id, "--name", "second"]);
+    there.until_phase("second", "Succeeded", 120);
+    let log = there.logs("second");
+    let first: usize = log.lines().next().and_then(|line| line.parse().ok()).expect("a number");
+    let got: Vec<usize> = log.lines().filter_map(|line| line.parse().ok()).collect();
+    assert!(first >= 60, "it began anew: {first}");
+    assert_eq!(got, (first..NUMBERS).collect::<Vec<_>>());
+}

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use berth_protocol::checkpoint::CheckpointInfo;
 use berth_protocol::chunk::{ChunkId, read_ids, write_ids};
+use berth_protocol::job::VolumeSource;
 use berth_protocol::limits::{CHUNK_BYTES_MAX, CHUNKS_ASKED_MAX, PACK_BYTES_MAX};
 use berth_protocol::manifest::{MANIFEST_VERSION, Manifest, Piece, SavedContainer, SavedFile, SavedVolume};
 use berth_protocol::units::Bytes;
@@ -126,7 +127,11 @@ fn describe(order: &Store) -> Result<(Manifest, Vec<Part>), TransferError> {
         let archive = layout.volume(index);
         if archive.is_file() {
             let archive = take(archive, &format!("{index}.tar"), None)?;
-            volumes.push(SavedVolume { mount: volume.mount.clone(), name: None, archive });
+            let name = match &volume.source {
+                VolumeSource::Named(name) => Some(name.clone()),
+                VolumeSource::Host(_) | VolumeSource::Scratch(_) => None,
+            };
+            volumes.push(SavedVolume { mount: volume.mount.clone(), name, archive });
         }
     }
     let template = order.template.clone();

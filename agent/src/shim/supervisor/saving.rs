@@ -326,9 +326,10 @@ impl Supervisor {
         let kept = self.dir.join(file::BERTH_DIR).join(file::CHECKPOINT_DIR);
         saving.archivers.push(archive::pack(&kept, &saving.half.kept())?);
         fs::create_dir_all(saving.half.dir().join("volumes"))?;
-        for (index, volume) in self.task.volumes.iter().enumerate() {
-            if volume.is_none() {
-                let from = rootfs::volume_dir(&self.dir, index);
+        for (index, (volume, given)) in self.task.template.volumes.iter().zip(&self.task.volumes).enumerate()
+        {
+            if given.is_none() || volume.save {
+                let from = given.clone().unwrap_or_else(|| rootfs::volume_dir(&self.dir, index));
                 saving.archivers.push(archive::pack(&from, &saving.half.volume(index))?);
             }
         }
