@@ -31,6 +31,7 @@ sim: ## play SEEDS=500 histories with the simulator, or one with SEED=7
 
 bench: build ## measure speed and size against the figures asked, into target/bench.jsonl
 	@$(CARGO) run --release --quiet -p berth-tests --bin bench
+	@BERTH_CHECKPOINT_CYCLES=100 $(CARGO) test --quiet --workspace --test checkpoint a_counter_moves_again
 
 install: ## install programs, units and sample configuration below PREFIX=/usr
 	install -Dm755 -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/berth $(RELEASE)/berth-agent $(RELEASE)/berth-controller

@@ -6,9 +6,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use berth_protocol::ids::{ClusterName, NodeId};
 use berth_protocol::limits::{LABEL_BYTES_MAX, LABELS_PER_NODE_MAX};
-use berth_protocol::units::{Bytes, MilliCpu};
+use berth_protocol::units::{Bytes, MilliCpu, Millis};
 use clap::Parser;
 use serde::Deserialize;
+
+use crate::io::departure::Source;
 
 const EXAMPLES: &str = "Examples:
   berth-agent --dev                                          one person's machine: the broker on loopback, host images
@@ -28,6 +30,10 @@ pub struct Args {
     #[command(flatten)]
     settings: Settings,
 }
+
+/// The shortest that clouds give.
+const NOTICE_WITHIN: Millis = Millis::from_secs(30);
+const SHUTDOWN_GRACE: Millis = Millis::from_secs(60);
 
 /// Everything that may be set in all three places.
 #[derive(clap::Args, Debug, Default, Deserialize)]
@@ -123,6 +129,19 @@ struct Settings {
     /// All that a pod may write outside its volumes, on the node's disk [default: no bound]
     #[arg(long, env = "BERTH_SCRATCH_MAX", value_name = "SIZE")]
     scratch_max: Option<String>,
+    /// A file whose being there says that this machine is about to go, as a spot instance does: its pods are saved and go
+    /// elsewhere. It may hold a time (RFC 3339) or a span (`90s`), as text or as JSON's `time`
+    #[arg(long, env = "BERTH_NOTICE_FILE", value_name = "PATH")]
+    notice_file: Option<PathBuf>,
+    /// An address (http://…) that says the same by answering 200 with anything but nothing, FALSE or NONE
+    #[arg(long, env = "BERTH_NOTICE_URL", value_name = "URL")]
+    notice_url: Option<String>,
+    /// How soon the machine goes where the notice does not say [default: 30s]
+    #[arg(long, env = "BERTH_NOTICE_WITHIN", value_name = "SPAN")]
+    notice_within: Option<String>,
+    /// How long a shutdown of the machine may wait for pods to be saved; 0s: not at all [default: 60s]
+    #[arg(long, env = "BERTH_SHUTDOWN_GRACE", value_name = "SPAN")]
+    shutdown_grace: Option<String>,
     /// For one person's machine and for tests: loopback only, no identity, host images allowed
     #[arg(
         long,
@@ -160,6 +179,12 @@ pub struct Config {
     pub checkpoint_rate: Bytes,
     /// Zero: no bound.
     pub scratch_bytes_max: Bytes,
+    /// What says that the machine is about to go.
+    pub notices: Vec<Source>,
+    /// What a notice without a time means.
+    pub notice_within: Millis,
+    /// Zero: pods are not saved when the machine shuts down.
+    pub shutdown_grace: Millis,
 }
 
 /// `true`, `false` or a text, in a file.
@@ -280,6 +305,11 @@ impl Config {
         for (host, url) in pairs("mirror", pick!(mirrors).unwrap_or_default())? {
             mirrors.entry(host).or_default().push(url);
         }
+        let span = |text: Option<String>, default| text.map_or(Ok(default), |text| Millis::parse(&text));
+        let mut notices: Vec<Source> = pick!(notice_file).map(Source::File).into_iter().collect();
+        if let Some(url) = pick!(notice_url) {
+            notices.push(Source::url(&url).map_err(|why| anyhow::anyhow!("--notice-url {url}: {why}"))?);
+        }
         let log_max = pick!(log_max).unwrap_or_else(|| "16Mi".into());
         Ok(Self {
             data_dir: pick!(data_dir).unwrap_or_else(|| "/var/lib/berth/agent".into()),
@@ -306,6 +336,9 @@ impl Config {
             scratch_bytes_max: pick!(scratch_max)
                 .map_or(Ok(Bytes::ZERO), |size| Bytes::parse(&size))
                 .context("--scratch-max")?,
+            notices,
+            notice_within: span(pick!(notice_within), NOTICE_WITHIN).context("--notice-within")?,
+            shutdown_grace: span(pick!(shutdown_grace), SHUTDOWN_GRACE).context("--shutdown-grace")?,
         })
     }
 }

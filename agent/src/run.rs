@@ -1,5 +1,6 @@
 //! The agent's loop: event → core → records on disk → actions. Everything else in `io` only feeds or serves it.
 
+mod messages;
 mod stores;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -8,20 +9,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use berth_protocol::codec::{self, CodecError};
 use berth_protocol::ids::{Digest, IdError, LedgerId, SessionNonce};
 use berth_protocol::job::PodTemplate;
-use berth_protocol::message::node::{DepotAccess, HeldPod, NodeRequest, Request, SpecMessage};
+use berth_protocol::message::node::{DepotAccess, HeldPod, NodeRequest};
 use berth_protocol::topic::{NodeTopic, Topic};
-use berth_protocol::units::{Bytes, MilliCpu};
+use berth_protocol::units::{Bytes, MilliCpu, Millis};
 use futures_util::FutureExt;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::config::Config;
+use crate::core::departure::Leaves;
 use crate::core::ledger::PodKey;
 use crate::core::{Action, Agent, Event, Identity, Launch, Now};
-use crate::io::bus::{BrokerUrlError, Bus, BusEvent};
+use crate::io::bus::{BrokerUrlError, Bus};
 use crate::io::journal::{Journal, JournalError};
 use crate::io::logs::Followers;
 use crate::io::network::{self, Bridge};
@@ -29,7 +30,7 @@ use crate::io::prepare::Preparer;
 use crate::io::probe::criu::{self, Criu};
 use crate::io::probe::{Probe, ProbeConfig};
 use crate::io::shims::Shims;
-use crate::io::{checkpoint, clock, notify};
+use crate::io::{checkpoint, clock, departure, notify};
 use crate::shim;
 use crate::task::{Order, Report, Task};
 
@@ -45,6 +46,8 @@ const COLLECT_EVERY: Duration = Duration::from_secs(600);
 const TRIM_AFTER: Duration = Duration::from_secs(4);
 /// The agent's start waits so long for CRIU's check; beyond it, pods that start meanwhile cannot be saved by it.
 const CRIU_WAIT: Duration = Duration::from_secs(3);
+/// To systemd, while pods leave a machine that shuts down: so much more, from each time it is said.
+const STAYS: &str = "EXTEND_TIMEOUT_USEC=15000000";
 /// Messages from the broker that may wait.
 const BUS_QUEUE: usize = 256;
 
@@ -157,7 +160,11 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     agency.journal.append(&first.records)?;
     agency.perform(first.actions).await;
     notify::notify("READY=1");
+    for source in agency.config.notices.clone() {
+        tokio::spawn(departure::watch(source, agency.config.notice_within, agency.events.clone()));
+    }
     let watchdog = notify::watchdog();
+    let mut ending = None;
     tokio::pin!(shutdown);
     loop {
         let nap = Duration::from_millis(agency.core.next_wake().since(clock::now().boot).0);
@@ -166,7 +173,13 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         let mut batch = Vec::new();
         tokio::select! {
             biased;
-            () = &mut shutdown => break,
+            () = &mut shutdown, if ending.is_none() => match agency.last_stay().await {
+                None => break,
+                Some(stay) => {
+                    ending = Some(stay.at);
+                    batch.push(Input::Event(Event::Leaving(Some(stay))));
+                }
+            },
             Some(event) = inbox.recv() => batch.push(Input::Event(event)),
             Some(event) = bus_inbox.recv() => batch.extend(agency.read(event)),
             criu = &mut find_criu, if searching => {
@@ -200,6 +213,12 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         }
         if watchdog.is_some() {
             notify::notify("WATCHDOG=1");
+        }
+        if let Some(at) = ending {
+            if agency.core.is_empty() || at <= clock::now().boot {
+                break;
+            }
+            notify::notify(STAYS);
         }
     }
     notify::notify("STOPPING=1");
@@ -280,47 +299,6 @@ impl Agency {
         Ok(())
     }
 
-    /// A message of the broker's as an event, where it is one.
-    fn read(&mut self, event: BusEvent) -> Option<Input> {
-        let (topic, payload) = match event {
-            BusEvent::Up => return Some(Input::Event(Event::BusUp)),
-            BusEvent::Down => return Some(Input::Event(Event::BusDown)),
-            BusEvent::Message { topic, payload } => (topic, payload),
-        };
-        let Topic::Node { kind, .. } = &topic else { return None };
-        let read = match kind {
-            NodeTopic::Desired => codec::decode(&topic, &payload).map(Event::Desired).map(Input::Event),
-            NodeTopic::Lease => codec::decode(&topic, &payload).map(Event::Lease).map(Input::Event),
-            NodeTopic::Spec => read_spec(&topic, &payload).map(Input::Event),
-            NodeTopic::Request => codec::decode(&topic, &payload).map(Input::Logs),
-            _ => return None,
-        };
-        match read {
-            Ok(input) => Some(input),
-            Err(error) => {
-                let count = self.refused.entry(error.kind()).or_default();
-                *count += 1;
-                if *count == 1 {
-                    tracing::warn!("refused message on {topic}: {error} (further ones are only counted)");
-                }
-                None
-            }
-        }
-    }
-
-    /// Follows a pod's log. What cannot be followed yet is asked for again by whoever wants it.
-    fn follow(&mut self, request: NodeRequest) {
-        let Request::Logs { pod, epoch, from_seq, follow } = request.request;
-        let key = PodKey::new(&pod, epoch);
-        let ledger = self.core.ledger();
-        let Some(entry) = ledger.pods.get(&key) else { return };
-        let Some(template) = ledger.specs.get(&entry.desired.spec) else { return };
-        let topic = Topic::Logs { namespace: template.namespace.clone(), pod: template.job.pod(pod.index) };
-        let dir = self.shims.pod_dir(&key);
-        self.followers.follow(&self.bus, &dir, &key, topic, from_seq, follow);
-        self.shims.order(&key, Order::Follow { follow: true });
-    }
-
     /// Frees disk that no pod of the ledger needs.
     fn collect(&self) {
         let templates: Vec<PodTemplate> = self.core.specs().cloned().collect();
@@ -394,6 +372,16 @@ impl Agency {
         None
     }
 
+    /// The agent was told to end. Pods go on without it, unless the machine goes with it: then it stays until they have
+    /// left, or until then.
+    async fn last_stay(&self) -> Option<Leaves> {
+        let grace = self.config.shutdown_grace;
+        if grace == Millis::ZERO || self.core.is_empty() || !departure::machine_stops().await {
+            return None;
+        }
+        Some(Leaves { why: "it shuts down".to_owned(), at: clock::now().boot.plus(grace) })
+    }
+
     fn topic(&self, kind: NodeTopic) -> Topic {
         Topic::node(&self.config.node, kind)
     }
@@ -427,7 +415,7 @@ impl Agency {
     }
 
     fn try_launch(&mut self, launch: Launch) -> Result<(), String> {
-        let Launch { key, run, template, prepared, gpus, slot, restore } = launch;
+        let Launch { key, run, template, prepared, gpus, slot, restarts, restore } = launch;
         let network = match (&self.bridge, slot) {
             (Some(bridge), Some(index)) => {
                 let index = u8::try_from(index).unwrap_or(u8::MAX);
@@ -450,6 +438,7 @@ impl Agency {
             log_bytes_max: self.config.log_bytes_max,
             criu: self.criu.as_ref().map(|criu| criu.path.clone()),
             restore,
+            restarts,
             scratch_bytes_max: self.config.scratch_bytes_max,
             template,
         };
@@ -472,15 +461,4 @@ async fn find_criu(configured: Option<PathBuf>) -> Option<Criu> {
             None
         }
     }
-}
-
-/// A template whose digest is of the very bytes that came.
-fn read_spec(topic: &Topic, payload: &[u8]) -> Result<Event, CodecError> {
-    let message: SpecMessage = codec::decode(topic, payload)?;
-    let malformed = |text: &str| CodecError::Malformed(serde::de::Error::custom(text));
-    if berth_protocol::ids::Digest::of(message.spec.get().as_bytes()) != message.digest {
-        return Err(malformed("the spec is not what its digest says"));
-    }
-    let template = serde_json::from_str(message.spec.get()).map_err(CodecError::Malformed)?;
-    Ok(Event::Spec { digest: message.digest, template: Box::new(template) })
 }

@@ -59,6 +59,9 @@ pub struct Task {
     /// Begin from the checkpoint in the pod's `restore/`, every byte of which was verified.
     #[serde(default)]
     pub restore: bool,
+    /// How often the pod was begun anew in its earlier epochs.
+    #[serde(default)]
+    pub restarts: u64,
 }
 
 /// Where a container's root file system comes from.
@@ -254,6 +257,15 @@ pub mod file {
     pub const RESTORE_DIR: &str = "restore";
     /// Within a checkpoint: what the shim says of it.
     pub const SAVED: &str = "saved.json";
+    /// Within a checkpoint: the checkpoint directory of the containers.
+    pub const KEPT: &str = "kept.tar";
+
+    /// What containers see as `/run/berth`.
+    pub const BERTH_DIR: &str = "berth";
+    /// In it: facts that may change, a word that the pod is to save itself, and the checkpoint directory.
+    pub const POD: &str = "pod.json";
+    pub const SAVE: &str = "save";
+    pub const CHECKPOINT_DIR: &str = "checkpoint";
 
     pub fn exit(run: berth_protocol::ids::Run) -> String {
         format!("exit-{run}.json")

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use berth_agent::task::{Order, Report, Saved, file};
-use berth_protocol::job::{Volume, VolumeSource};
+use berth_protocol::checkpoint::CheckpointKind;
+use berth_protocol::job::{CheckpointMode, Volume, VolumeSource};
 use berth_protocol::pod::{Cause, RESTORE_FAILED};
 use berth_protocol::units::{Bytes, Millis};
 use world::*;
@@ -102,8 +103,12 @@ fn a_counter_moves_again_and_again_without_a_gap() {
         mount: "/scratch".to_owned(),
         source: VolumeSource::Scratch(Bytes(1 << 20)),
         read_only: false,
+        save: false,
     }];
     now.task.volumes = vec![None];
+    // Whatever is left of a pod's processes comes to this one.
+    // SAFETY: no pointers.
+    unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) };
     let mut agent = now.start();
     let mut all = String::new();
     for cycle in 0..cycles() {
@@ -122,11 +127,20 @@ fn a_counter_moves_again_and_again_without_a_gap() {
     assert_counts(&all);
     now.wait();
     now.assert_clean();
+    // SAFETY: no pointers.
+    let left = unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) };
+    assert_eq!(
+        (left, std::io::Error::last_os_error().raw_os_error()),
+        (-1, Some(libc::ECHILD)),
+        "a process is left"
+    );
+    let epochs = fs::read_dir(now.dir.parent().unwrap()).unwrap().count();
+    assert_eq!(epochs, cycles() as usize + 1, "one directory an epoch");
 }
 
 /// More in a measurement (`make bench`) than in every test run.
 fn cycles() -> u32 {
-    std::env::var("BERTH_CHECKPOINT_CYCLES").ok().and_then(|text| text.parse().ok()).unwrap_or(5)
+    std::env::var("BERTH_CHECKPOINT_CYCLES").ok().and_then(|text| text.parse().ok()).unwrap_or(12)
 }
 
 #[test]
@@ -135,11 +149,19 @@ fn a_saved_pod_that_is_not_held_runs_on() {
     let mut pod = pod(&criu, COUNTER);
     let mut agent = pod.start();
     agent.running();
-    for level in 1..4 {
+    let mut held = None;
+    for level in 1..=6 {
         wait_for("output", || log_records(&pod) > 5 * level);
         saved(&mut agent, level, false).unwrap();
         let before = log_records(&pod);
         wait_for("more output", || log_records(&pod) > before);
+        let shim = format!("/proc/{}", pod.shim_pid());
+        let open = fs::read_dir(format!("{shim}/fd")).unwrap().count();
+        assert_eq!(*held.get_or_insert(open), open, "descriptors are left open");
+        let children = format!("{shim}/task/{}/children", pod.shim_pid());
+        wait_for("no process but the pod's init and its program", || {
+            fs::read_to_string(&children).unwrap().split_whitespace().count() == 2
+        });
     }
     agent.order(&Order::Stop { grace: Millis::ZERO });
     agent.exited();
@@ -185,6 +207,13 @@ fn a_dump_that_fails_leaves_the_pod_running_and_says_why() {
         agent.running();
         let why = saved(&mut agent, 1, true).unwrap_err();
         assert!(why.contains(expect), "{why}");
+        if let Ok(status) = fs::read_to_string(pod.dir.join("berth/status")) {
+            for line in
+                ["CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2", "CapBnd:\t00000000a80425fb"]
+            {
+                assert!(status.contains(line), "{line}: {status}");
+            }
+        }
         let before = log_records(&pod);
         wait_for("more output", || log_records(&pod) > before + 3);
         agent.order(&Order::Stop { grace: Millis::ZERO });
@@ -256,4 +285,230 @@ fn criu_killed_at_any_moment_leaves_the_pod_running() {
     agent.exited();
     assert_counts(&pod.output());
     pod.wait();
+}
+
+/// Counts on from `/state`, and saves itself there when it is asked.
+fn saves_itself(answer: &str) -> Pod {
+    let script = format!(
+        "n=$(cat /state 2>/dev/null || echo 0); trap 'echo $n > /state; {answer}' USR1; \
+         echo from $n; while :; do n=$((n+1)); sleep 0.01; done"
+    );
+    let mut pod = Pod::new(&script);
+    let policy = &mut pod.task.template.checkpoint;
+    policy.signal = Some("SIGUSR1".to_owned());
+    policy.grace = Millis(10_000);
+    pod
+}
+
+/// What the program said it began from, in order.
+fn begun_from(pod: &Pod) -> Vec<u64> {
+    pod.output().lines().filter_map(|line| line.strip_prefix("from ")?.parse().ok()).collect()
+}
+
+#[test]
+fn a_program_that_saves_itself_and_ends_with_85_begins_anew_here_and_elsewhere() {
+    let answer = "echo $n > /run/berth/checkpoint/state; cp /run/berth/save /asked; exit 85";
+    let mut pod = saves_itself(answer);
+    let mut agent = pod.start();
+    agent.running();
+    wait_for("its beginning", || begun_from(&pod).len() == 1);
+    let here = saved(&mut agent, 1, false).unwrap();
+    assert_eq!(here.kind, CheckpointKind::Cooperative);
+    agent.running();
+    wait_for("a second beginning", || begun_from(&pod).len() == 2);
+    let (mut next, agent) = moved_saved_itself(&mut pod, &mut agent);
+    wait_for("a beginning elsewhere", || begun_from(&next).len() == 1);
+    let state: u64 =
+        fs::read_to_string(next.dir.join("root/main/upper/state")).unwrap().trim().parse().unwrap();
+    assert!(state > begun_from(&pod)[1], "it did not go on from its file");
+    assert_eq!(begun_from(&next), [state]);
+    let written = |path: &str| fs::read_to_string(next.dir.join(path)).unwrap();
+    assert_eq!(written("berth/checkpoint/state"), format!("{state}\n"));
+    assert_eq!(written("root/main/upper/asked"), "2\n");
+    assert!(!next.dir.join("berth/save").exists());
+    next.task.restore = false;
+    ended(next, agent);
+}
+
+/// As `moved`, of a pod whose second checkpoint it is.
+fn moved_saved_itself(from: &mut Pod, agent: &mut Agent) -> (Pod, Agent) {
+    fs::remove_dir_all(from.dir.join(file::CHECKPOINTS_DIR).join("1")).unwrap();
+    saved(agent, 2, true).unwrap();
+    agent.order(&Order::Stop { grace: Millis::ZERO });
+    assert_eq!(agent.exited().outcome.cause, Cause::Eviction);
+    from.wait();
+    let mut next = from.next_epoch();
+    let whole = from.dir.join(file::CHECKPOINTS_DIR).join("2");
+    fs::rename(whole, next.dir.join(file::RESTORE_DIR)).unwrap();
+    fs::remove_dir(from.dir.join(file::CHECKPOINTS_DIR)).unwrap();
+    from.assert_clean();
+    next.task.restore = true;
+    let mut agent = next.start();
+    agent.running();
+    (next, agent)
+}
+
+#[test]
+fn a_named_volume_goes_along_where_the_job_asks_and_is_set_back() {
+    let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut pod = saves_itself("mkdir -p /ckpt/deep; echo $n > /ckpt/deep/state; exit 85");
+    pod.task.template.volumes = vec![Volume {
+        mount: "/ckpt".to_owned(),
+        source: VolumeSource::Named(berth_protocol::ids::VolumeName::parse("ckpt").unwrap()),
+        read_only: false,
+        save: true,
+    }];
+    pod.task.volumes = vec![Some(here.path().to_owned())];
+    let mut agent = pod.start();
+    agent.running();
+    wait_for("its beginning", || begun_from(&pod).len() == 1);
+    saved(&mut agent, 1, true).unwrap();
+    let state = fs::read_to_string(here.path().join("deep/state")).unwrap();
+    // Work of a later time, which is done again.
+    fs::create_dir(there.path().join("later")).unwrap();
+    fs::write(there.path().join("later/state"), "9").unwrap();
+    agent.order(&Order::Stop { grace: Millis::ZERO });
+    agent.exited();
+    pod.wait();
+    let mut next = pod.next_epoch();
+    fs::rename(pod.dir.join(file::CHECKPOINTS_DIR).join("1"), next.dir.join(file::RESTORE_DIR)).unwrap();
+    (next.task.restore, next.task.volumes) = (true, vec![Some(there.path().to_owned())]);
+    let mut agent = next.start();
+    agent.running();
+    assert_eq!(fs::read_to_string(there.path().join("deep/state")).unwrap(), state);
+    assert!(!there.path().join("later").exists());
+    ended(next, agent);
+}
+
+#[test]
+fn a_program_that_saves_itself_may_run_on_and_say_so_by_a_file() {
+    let mut pod = saves_itself("touch /run/berth/saved");
+    pod.task.template.checkpoint.ready = Some("/run/berth/saved".to_owned());
+    let mut agent = pod.start();
+    agent.running();
+    for level in 1..=2 {
+        wait_for("its beginning", || begun_from(&pod).len() == 1);
+        let saved = saved(&mut agent, level, level == 2).unwrap();
+        assert_eq!(saved.kind, CheckpointKind::Cooperative, "{level}");
+    }
+    assert!(!agent.paused(), "held, it stands");
+    agent.order(&Order::Release);
+    agent.running();
+    agent.order(&Order::Stop { grace: Millis::ZERO });
+    agent.exited();
+    pod.wait();
+    assert_eq!(begun_from(&pod), [0], "it never ended");
+}
+
+#[test]
+fn a_program_that_does_not_answer_runs_on_and_the_reason_is_told() {
+    let mut pod = saves_itself("sleep 2; exit 85");
+    let policy = &mut pod.task.template.checkpoint;
+    (policy.mode, policy.grace) = (CheckpointMode::Cooperative, Millis(300));
+    policy.ready = Some("/run/berth/saved".to_owned());
+    let mut agent = pod.start();
+    agent.running();
+    wait_for("its beginning", || begun_from(&pod).len() == 1);
+    let why = saved(&mut agent, 1, true).unwrap_err();
+    for part in ["container main", "code 85", "/run/berth/saved", "300ms"] {
+        assert!(why.contains(part), "{part}: {why}");
+    }
+    // Its late answer is taken at its word, and is no failure.
+    wait_for("a second beginning", || begun_from(&pod).len() == 2);
+    ended_with_checkpoints(pod, agent);
+}
+
+fn ended_with_checkpoints(mut pod: Pod, mut agent: Agent) {
+    agent.order(&Order::Stop { grace: Millis::ZERO });
+    agent.exited();
+    pod.wait();
+}
+
+#[test]
+fn a_program_that_does_not_answer_in_time_is_saved_by_criu_all_the_same() {
+    let Some(criu) = criu() else { return };
+    let mut pod = saves_itself("true");
+    pod.task.criu = Some(criu);
+    pod.task.template.checkpoint.grace = Millis(1000);
+    let mut agent = pod.start();
+    agent.running();
+    wait_for("its beginning", || begun_from(&pod).len() == 1);
+    let asked = std::time::Instant::now();
+    let saved = saved(&mut agent, 1, false).unwrap();
+    assert_eq!(saved.kind, CheckpointKind::Criu);
+    assert!(asked.elapsed().as_millis() > u128::from(saved.frozen_ms), "it was not waited for");
+    assert_eq!(begun_from(&pod), [0]);
+    ended_with_checkpoints(pod, agent);
+}
+
+#[test]
+fn exit_code_85_of_a_program_that_was_not_asked_is_a_failure() {
+    let mut pod = Pod::new("exit 85");
+    pod.task.template.checkpoint.signal = Some("SIGUSR1".to_owned());
+    assert_eq!(pod.run().outcome.cause, Cause::Failure);
+}
+
+#[test]
+fn hooks_run_in_the_container_around_a_dump() {
+    let Some(criu) = criu() else { return };
+    let mut now = pod(&criu, COUNTER);
+    now.main().env = [("WHO".to_owned(), "the job".to_owned())].into();
+    let policy = &mut now.task.template.checkpoint;
+    let facts = "echo $1 $WHO $(id -u) $(grep -h NoNewPrivs /proc/self/status | tr -d '\t') $(cat /proc/1/comm) \
+                 $(hostname) >> /run/berth/hooks; unshare -m true 2>/dev/null && echo too strong >> /run/berth/hooks";
+    let hook =
+        |name: &str| ["/bin/sh", "-c", &format!("{facts}; true"), "hook", name].map(str::to_owned).to_vec();
+    (policy.quiesce, policy.resume) = (hook("quiesce"), hook("resume"));
+    let mut agent = now.start();
+    agent.running();
+    let lines = |pod: &Pod| fs::read_to_string(pod.dir.join("berth/hooks")).unwrap_or_default();
+    let line = |pod: &Pod, name: &str| {
+        format!("{name} the job 0 NoNewPrivs:1 berth-init digits-{}\n", pod.task.pod.index)
+    };
+    saved(&mut agent, 7, false).unwrap();
+    wait_for("the resume hook", || lines(&now) == line(&now, "quiesce") + &line(&now, "resume"));
+    wait_for("its end", || saved_again(&mut agent));
+    wait_for("the resume hook", || lines(&now).lines().count() >= 4);
+    fs::remove_dir_all(now.dir.join(file::CHECKPOINTS_DIR)).unwrap();
+    let (next, agent) = moved(&mut now, &mut agent);
+    wait_for("the resume hook where it goes on", || lines(&next) == line(&next, "resume"));
+    ended(next, agent);
+}
+
+/// Once the resume hook of the checkpoint before has ended.
+fn saved_again(agent: &mut Agent) -> bool {
+    static LEVEL: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(8);
+    saved(agent, LEVEL.fetch_add(1, std::sync::atomic::Ordering::Relaxed), false).is_ok()
+}
+
+#[test]
+fn a_quiesce_hook_that_fails_refuses_the_dump_and_the_pod_goes_on() {
+    let Some(criu) = criu() else { return };
+    for (command, expect) in [
+        (
+            shell("echo no lock to be had >&2; exit 3"),
+            "the quiesce hook ended with code 3: no lock to be had",
+        ),
+        (shell("sleep 60"), "has not ended within checkpoint.grace"),
+        (vec!["/nonesuch".to_owned()], "the quiesce hook `/nonesuch` cannot be started"),
+    ] {
+        let mut pod = pod(&criu, COUNTER);
+        let policy = &mut pod.task.template.checkpoint;
+        (policy.quiesce, policy.grace) = (command, Millis(500));
+        pod.main().user = Some("1000:1001".to_owned());
+        let mut agent = pod.start();
+        agent.running();
+        let why = saved(&mut agent, 1, true).unwrap_err();
+        assert!(why.contains(expect), "{why}");
+        if let Ok(status) = fs::read_to_string(pod.dir.join("berth/status")) {
+            for line in
+                ["CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2", "CapBnd:\t00000000a80425fb"]
+            {
+                assert!(status.contains(line), "{line}: {status}");
+            }
+        }
+        let before = log_records(&pod);
+        wait_for("more output", || log_records(&pod) > before + 3);
+        ended_with_checkpoints(pod, agent);
+    }
 }

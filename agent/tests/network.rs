@@ -75,7 +75,7 @@ fn a_pod_on_the_bridge_reaches_the_world() {
     let place = network::address(slot, 7, vec!["192.0.2.53".parse().unwrap()]).unwrap();
     let (own, gateway) = (place.address, place.gateway);
     let mut pod = Pod::new(&format!(
-        "ip -o -4 addr; ip route; cat /etc/resolv.conf /etc/hosts
+        "ip -o -4 addr; ip route; cat /etc/resolv.conf /etc/hosts /run/berth/pod.json
          busybox ping -c 1 -W 5 {gateway} >/dev/null && echo pinged
          busybox nc 198.51.100.2 8080 </dev/null; busybox nc 127.0.0.1 1 </dev/null || echo own loopback"
     ));
@@ -83,7 +83,8 @@ fn a_pod_on_the_bridge_reaches_the_world() {
     pod.task.network = Some(place);
     let output = pod.succeed();
     let (address, route) = (format!("{own}/24"), format!("default via {gateway}"));
-    for part in [&address, &route, "nameserver 192.0.2.53", "pinged", "hello", "own loopback"] {
+    let told = format!("\"addresses\":[\"{own}\"]");
+    for part in [&address, &route, &told, "nameserver 192.0.2.53", "pinged", "hello", "own loopback"] {
         assert!(output.contains(part), "{part}\n{output}");
     }
     pod.assert_clean();

@@ -60,7 +60,14 @@ fn a_host_image_runs_and_leaves_nothing() {
     let output = pod.succeed();
     assert!(output.contains("out\n") && output.contains("err\n"), "{output}");
     assert!(output.contains(&format!("digits-{}\n", pod.task.pod.index)), "{output}");
-    assert!(output.contains("\"restarts\":0"), "{output}");
+    let facts = output.lines().find(|line| line.starts_with('{')).unwrap();
+    let facts: serde_json::Value = serde_json::from_str(facts).unwrap();
+    let expect = serde_json::json!({
+        "namespace": "default", "job": "digits", "pod": format!("digits-{}", pod.task.pod.index),
+        "index": pod.task.pod.index, "epoch": 1, "run": 1, "restarts": 0, "node": "node-1", "addresses": [],
+        "checkpointDir": "/run/berth/checkpoint",
+    });
+    assert_eq!(facts, expect);
     assert!(!std::path::Path::new("/only-here").exists());
     pod.assert_clean();
 }
@@ -323,7 +330,8 @@ fn volumes_and_the_workspace() {
         fs::create_dir(dir).unwrap();
     }
     fs::write(workspace.join("train.py"), "print()\n").unwrap();
-    let volume = |mount: &str, source, read_only| Volume { mount: mount.to_owned(), source, read_only };
+    let volume =
+        |mount: &str, source, read_only| Volume { mount: mount.to_owned(), source, read_only, save: false };
     let script = "exec 2>&1; echo kept > /data/kept; echo x > /fixed/x || echo no write; cat /fixed/kept; \
         head -c 3000000 /dev/zero > /scratch/small || echo full; head -c 3000000 /dev/zero > /scratch/large/x && echo fits; \
         cd /work && cat train.py && echo changed > train.py && cat train.py; ls -d /scratch";
@@ -358,7 +366,8 @@ fn what_grows_beyond_its_bound_ends_the_pod() {
     use berth_protocol::job::{Volume, VolumeSource};
     let mut pod = Pod::new("head -c 90M /dev/zero > /scratch/x; sleep 1000");
     let source = VolumeSource::Scratch(Bytes(80 << 20));
-    pod.task.template.volumes = vec![Volume { mount: "/scratch".to_owned(), source, read_only: false }];
+    pod.task.template.volumes =
+        vec![Volume { mount: "/scratch".to_owned(), source, read_only: false, save: false }];
     pod.task.template.grace = Millis(0);
     pod.task.volumes = vec![None];
     let outcome = pod.run().outcome;

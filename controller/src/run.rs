@@ -151,9 +151,7 @@ impl Daemon {
                 biased;
                 () = &mut shutdown => return Ok(()),
                 () = beat(&mut alive) => notifier.send("WATCHDOG=1"),
-                Some(inquiry) = self.inquiries.recv() => {
-                    self.answer(inquiry);
-                }
+                Some(inquiry) = self.inquiries.recv() => self.answer(inquiry).await?,
                 Some(event) = self.results.recv() => self.step([event]).await?,
                 Some(event) = self.events.next() => self.take(event).await?,
                 () = tokio::time::sleep(wait) => {
@@ -165,7 +163,7 @@ impl Daemon {
         }
     }
 
-    fn answer(&self, inquiry: Inquiry) {
+    async fn answer(&mut self, inquiry: Inquiry) -> Result<(), RunError> {
         // Whoever asked may have gone.
         match inquiry {
             Inquiry::Report(reply) => {
@@ -177,7 +175,12 @@ impl Daemon {
             Inquiry::Grant { node, asked, reply } => {
                 let _ = reply.send(self.controller.grant(&node, &asked));
             }
+            Inquiry::Import { imported, reply } => {
+                self.step([Event::Imported(imported)]).await?;
+                let _ = reply.send(());
+            }
         }
+        Ok(())
     }
 
     fn until_wake(&self) -> Duration {

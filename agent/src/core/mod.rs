@@ -4,6 +4,7 @@
 //! state that a restart may lose (what shims report, which pulls run) is rebuilt by asking, never remembered.
 
 pub mod checkpoints;
+pub mod departure;
 pub mod grants;
 pub mod ledger;
 mod pods;
@@ -29,6 +30,7 @@ use berth_protocol::units::{BootMs, Bytes, Millis, Timestamp};
 
 use crate::task::{Exit, Order, Report, Root, Saved};
 use checkpoints::NotStored;
+use departure::Leaves;
 use grants::Grants;
 use ledger::{Judgement, Ledger, PodKey, Record};
 use pods::Live;
@@ -91,6 +93,8 @@ pub enum Event {
         result: Result<Box<CheckpointInfo>, NotStored>,
     },
     Inventory(Box<Inventory>),
+    /// The machine is about to go, or is no longer.
+    Leaving(Option<Leaves>),
     Tick,
 }
 
@@ -174,6 +178,8 @@ pub struct Launch {
     pub prepared: Prepared,
     pub gpus: Vec<GpuShare>,
     pub slot: Option<u16>,
+    /// Of the pod's earlier epochs.
+    pub restarts: u64,
     /// From the checkpoint that was brought here.
     pub restore: bool,
 }
@@ -215,6 +221,7 @@ pub struct Agent {
     resend_at: Option<BootMs>,
     /// The operator was told of a controller that this node does not belong to.
     said_foreign: bool,
+    leaving: Option<Leaves>,
     out: Step,
 }
 
@@ -235,6 +242,7 @@ impl Agent {
             sent_event: 0,
             resend_at: None,
             said_foreign: false,
+            leaving: None,
             out: Step::default(),
             ledger,
         };
@@ -276,6 +284,7 @@ impl Agent {
                     self.event(now, NodeEvent::Inventory(inventory));
                 }
             }
+            Event::Leaving(leaving) => self.leaves(now, leaving),
             Event::Tick => self.tick(now),
             Event::Pulling { key, done, total } => self.pulling(now, &key, done, total),
             Event::Prepared { key, result } => self.prepared(now, &key, result),
@@ -420,6 +429,7 @@ impl Agent {
             pulls: pulls.collect(),
             saves: saves.collect(),
             restores: Vec::new(),
+            leaving: self.departure(now),
         };
         self.act(Action::Heartbeat(Box::new(heartbeat)));
     }

@@ -266,6 +266,7 @@ impl Agent {
                     prepared,
                     gpus: entry.desired.gpus.clone(),
                     slot: entry.slot,
+                    restarts: entry.desired.restarts,
                     restore,
                 };
                 self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });

@@ -181,6 +181,7 @@ impl Bench {
             from: None,
             gpus: Vec::new(),
             failures: 0,
+            restarts: 0,
         });
         let desired = Desired {
             store: StoreId::parse("s").unwrap(),

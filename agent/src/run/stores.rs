@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use berth_protocol::checkpoint::Needs;
+use berth_protocol::checkpoint::{CheckpointKind, Needs};
 use berth_protocol::chunk::{GrantFor, GrantRequest};
 use berth_protocol::ids::{Digest, Run};
 use berth_protocol::message::node::DepotAccess;
@@ -78,13 +78,18 @@ impl Agency {
         let (pod_dir, turn) = (self.shims.pod_dir(&key), self.log_turns.of(&key));
         let dir = pod_dir.join(file::CHECKPOINTS_DIR).join(level.to_string());
         let (images, inventory) = (self.preparer.image_digests(&template), self.probe.inventory());
-        let needs = Needs {
-            arch: inventory.arch.clone(),
-            cpu_features: inventory.cpu_features.clone(),
-            kernel: Some(inventory.kernel.clone()),
-            criu: inventory.criu.clone(),
-            gpus: Vec::new(),
-            gpu_driver: None,
+        let arch = inventory.arch.clone();
+        let needs = match saved.kind {
+            CheckpointKind::Criu => Needs {
+                arch,
+                cpu_features: inventory.cpu_features.clone(),
+                kernel: Some(inventory.kernel.clone()),
+                criu: inventory.criu.clone(),
+                gpus: Vec::new(),
+                gpu_driver: None,
+            },
+            // A program that begins anew finds out what it runs on.
+            CheckpointKind::Cooperative => Needs { arch, ..Needs::default() },
         };
         let mut versions = BTreeMap::from([
             ("agent".to_owned(), inventory.agent_version.clone()),

@@ -46,6 +46,8 @@ pub struct Container {
     pub pumps: [Pump; 2],
     /// The exit status, once reaped.
     pub exit: Option<Exit>,
+    /// It ended to be begun anew from what it has saved.
+    pub rests: bool,
     command: String,
     path: String,
     /// Says how the program's beginning went; gone once that is known.
@@ -106,6 +108,7 @@ impl Container {
             cgroup: plan.cgroup,
             pumps: [Pump::new(out, Stream::Stdout), Pump::new(err, Stream::Stderr)],
             exit: None,
+            rests: false,
             command: plan.command.to_owned(),
             path,
             fault: Some(File::from(fault)),
@@ -138,7 +141,20 @@ impl Container {
         cpu_max: MilliCpu,
     ) -> Self {
         let (command, path, notify) = (String::new(), String::new(), PathBuf::new());
-        Self { name, pid, pidfd, cgroup, pumps, exit: None, command, path, fault: None, notify, cpu_max }
+        Self {
+            name,
+            pid,
+            pidfd,
+            cgroup,
+            pumps,
+            exit: None,
+            rests: false,
+            command,
+            path,
+            fault: None,
+            notify,
+            cpu_max,
+        }
     }
 
     /// Lets the program begin, and its CPU limit with it: making the container is berth's work, and with a limit of a

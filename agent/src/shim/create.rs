@@ -2,14 +2,17 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use berth_protocol::checkpoint::CheckpointKind;
 use berth_protocol::job::ContainerSpec;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::cgroup::Cgroup;
-use super::checkpoint::Parts;
+use super::checkpoint::archive;
 use super::checkpoint::restore::{self, Revival};
+use super::checkpoint::{Parts, dump};
 use super::container::{self, Container};
 use super::devices;
 use super::error::ShimError;
@@ -19,7 +22,7 @@ use super::process;
 use super::rootfs::{self, Home, Inside};
 use super::seccomp;
 use super::spec::{self, Pod};
-use crate::task::{ImageProcess, Root, Task};
+use crate::task::{ImageProcess, Root, Task, file};
 
 /// The pod as it waits for its start.
 pub struct Made {
@@ -37,9 +40,12 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
     let init = Init::spawn(&spec::hostname(task), own_network).map_err(ShimError::Namespace)?;
     let network = own_network.then(|| network::set_up(task, dir, &init)).transpose()?;
     network::write_files(task, dir).map_err(ShimError::io("write below", dir.join("etc")))?;
-    write_pod_file(task, dir).map_err(ShimError::io("write below", dir.join("berth")))?;
+    let berth = dir.join(file::BERTH_DIR);
+    prepare_berth(task, &berth).map_err(ShimError::io("write below", berth))?;
     rootfs::prepare_volumes(task, dir)?;
     let saved = task.restore.then(|| restore::open(task, dir)).transpose()?;
+    // What saved itself begins as any program does, with its files as they were.
+    let saved = saved.filter(|saved| saved.kind == CheckpointKind::Criu);
     let state = dir.join("state");
     clear(&state).map_err(ShimError::io("clear", &state))?;
     let pod = Pod {
@@ -54,35 +60,50 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
     let (mut containers, mut revivals) = (Vec::new(), Vec::new());
     for (index, (spec, root)) in task.template.containers.iter().zip(&task.roots).enumerate() {
         let own = cgroup.child(spec.name.as_str());
-        let described = describe(&pod, spec, root, &own)?;
+        let oci = describe(&pod, spec, root, &own)?;
         match &saved {
             Some(saved) => {
                 let container = &saved.containers[index];
-                revivals.push(Revival::prepare(&pod, spec, container, &described.oci, own)?);
+                revivals.push(Revival::prepare(&pod, spec, container, &oci, own)?);
             }
-            None => containers.push(Container::create(container::Plan {
-                name: &spec.name,
-                home: &Home::new(dir, &spec.name),
-                state: &state,
-                cgroup: own,
-                command: &described.command,
-                env: &described.env,
-                filter: seccomp::filter(&spec::capabilities(spec)),
-                cpu_max: spec.limits.cpu,
-            })?),
+            None => containers.push(container(dir, spec, own, &oci)?),
         }
     }
     Ok(Made { init, containers, revivals })
 }
 
-/// A container whose file system is there and whose configuration is written.
-struct Described {
-    command: String,
-    env: Vec<String>,
-    oci: serde_json::Value,
+/// Makes a container of what `describe` has left.
+fn container(dir: &Path, spec: &ContainerSpec, own: Cgroup, oci: &Value) -> Result<Container, ShimError> {
+    let texts = |what: &Value| -> Vec<String> {
+        what.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
+    };
+    let process = &oci["process"];
+    Container::create(container::Plan {
+        name: &spec.name,
+        home: &Home::new(dir, &spec.name),
+        state: &dir.join("state"),
+        cgroup: own,
+        command: process["args"][0].as_str().unwrap_or_default(),
+        env: &texts(&process["env"]),
+        filter: seccomp::filter(&spec::capabilities(spec)),
+        cpu_max: spec.limits.cpu,
+    })
 }
 
-fn describe(pod: &Pod, spec: &ContainerSpec, root: &Root, own: &Cgroup) -> Result<Described, ShimError> {
+/// A container whose processes have ended, made anew where it was, its files as they left them.
+pub fn again(dir: &Path, spec: &ContainerSpec, own: Cgroup) -> Result<Container, ShimError> {
+    let state = dir.join("state").join(spec.name.as_str());
+    match fs::remove_dir_all(&state) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(ShimError::io("clear", &state)(e)),
+        _ => {}
+    }
+    let home = Home::new(dir, &spec.name);
+    let oci = dump::config(&home).map_err(ShimError::io("read the configuration in", home.dir()))?;
+    container(dir, spec, own, &oci)
+}
+
+/// Makes a container's file system and writes its configuration, which is returned.
+fn describe(pod: &Pod, spec: &ContainerSpec, root: &Root, own: &Cgroup) -> Result<Value, ShimError> {
     let home = Home::new(pod.dir, &spec.name);
     super::make_private_dir(home.dir()).map_err(ShimError::io("make", home.dir()))?;
     let parts = pod.task.restore.then(|| Parts::to_restore(pod.dir));
@@ -107,7 +128,9 @@ fn describe(pod: &Pod, spec: &ContainerSpec, root: &Root, own: &Cgroup) -> Resul
         inside.make_mount_file("/etc", name).map_err(ShimError::io("make in the image", "/etc"))?;
     }
     let args = process::args(spec, image);
-    let command = args.first().ok_or_else(|| ShimError::NoCommand { container: spec.name.clone() })?.clone();
+    if args.is_empty() {
+        return Err(ShimError::NoCommand { container: spec.name.clone() });
+    }
     let granted = devices::direct(&pod.task.devices)?;
     let hostname = spec::hostname(pod.task);
     let env = process::env(spec, image, granted.env.into_iter(), &hostname, &user.home, pod.task.pod.index);
@@ -115,7 +138,7 @@ fn describe(pod: &Pod, spec: &ContainerSpec, root: &Root, own: &Cgroup) -> Resul
         spec,
         root,
         args,
-        env: env.clone(),
+        env,
         user,
         cwd: cwd.to_owned(),
         devices: granted.nodes,
@@ -128,14 +151,23 @@ fn describe(pod: &Pod, spec: &ContainerSpec, root: &Root, own: &Cgroup) -> Resul
     let oci = devices::inject(&pod.task.devices, spec::oci(pod, &container, &own.absolute()))?;
     let config = home.dir().join("config.json");
     fs::write(&config, oci.to_string()).map_err(ShimError::io("write", &config))?;
-    Ok(Described { command, env, oci })
+    Ok(oci)
 }
 
-/// What a program may want to know about itself and its environment cannot say, since it may change: in every
-/// container as `/run/berth/pod.json`.
-fn write_pod_file(task: &Task, dir: &Path) -> io::Result<()> {
-    let berth = dir.join("berth");
-    clear(&berth)?;
+/// What a program may want to know about itself and its environment cannot say, since it may change, and where what it
+/// saves for itself is kept: in every container below `/run/berth`.
+fn prepare_berth(task: &Task, berth: &Path) -> io::Result<()> {
+    clear(berth)?;
+    let kept = berth.join(file::CHECKPOINT_DIR);
+    fs::create_dir(&kept)?;
+    let archive = Parts::new(berth.with_file_name(file::RESTORE_DIR)).kept();
+    if task.restore && archive.exists() {
+        archive::unpack(&archive, &kept)?;
+    }
+    // For any user of the container, as /tmp is.
+    for dir in [berth, &kept] {
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o1777))?;
+    }
     let template = &task.template;
     let facts = json!({
         "namespace": template.namespace,
@@ -144,12 +176,12 @@ fn write_pod_file(task: &Task, dir: &Path) -> io::Result<()> {
         "index": task.pod.index,
         "epoch": task.epoch,
         "run": task.run,
-        "restarts": task.run.0.saturating_sub(1),
+        "restarts": task.restarts + task.run.0.saturating_sub(1),
         "node": task.node,
+        "addresses": network::addresses(task)?,
+        "checkpointDir": Path::new("/run/berth").join(file::CHECKPOINT_DIR),
     });
-    fs::write(berth.join("pod.json"), format!("{facts}\n"))?;
-    // Any user of the container may leave a mark here.
-    fs::set_permissions(&berth, std::os::unix::fs::PermissionsExt::from_mode(0o1777))
+    fs::write(berth.join(file::POD), format!("{facts}\n"))
 }
 
 fn clear(dir: &Path) -> io::Result<()> {

@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
@@ -19,6 +19,8 @@ const LOOPBACK: u32 = 1;
 /// The link in the pod, and the index that it is given.
 const LINK: &str = "eth0";
 const LINK_INDEX: u32 = 2;
+/// Of a node, told to a pod without one of its own.
+const ADDRESSES_MAX: usize = 16;
 
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
@@ -88,6 +90,21 @@ pub fn clean_up(task: &Task) -> io::Result<()> {
         Err(e) if e.raw_os_error() != Some(libc::ENODEV) => Err(e),
         _ => Ok(()),
     }
+}
+
+/// Where the pod can be reached from outside: its own address, or the node's where it has none of its own.
+pub fn addresses(task: &Task) -> io::Result<Vec<IpAddr>> {
+    if spec::own_network(&task.template) {
+        return Ok(task.network.iter().map(|network| IpAddr::V4(network.address)).collect());
+    }
+    let of_interface = |interface: nix::ifaddrs::InterfaceAddress| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+    };
+    let link_local = |address: &IpAddr| matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local());
+    let all = nix::ifaddrs::getifaddrs()?.filter_map(of_interface);
+    Ok(all.filter(|address| !address.is_loopback() && !link_local(address)).take(ADDRESSES_MAX).collect())
 }
 
 /// Writes `etc/hostname`, `etc/hosts` and `etc/resolv.conf` for the pod's containers.

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::process::User;
 use super::rootfs::{self, Home};
-use crate::task::{Root, Task};
+use crate::task::{Root, Task, file};
 
 /// What a container may do beside what its user may: Docker's set.
 const CAPABILITIES: [&str; 14] = [
@@ -54,7 +54,7 @@ const MEMORY_HIGH_PERCENT: u64 = 95;
 const NOFILE_SOFT_MAX: u64 = 65_536;
 const NOFILE_HARD_MAX: u64 = 1_048_576;
 /// The kernel's own processes, the shim and its like come first when memory runs out.
-const OOM_SCORE_ADJ: i32 = 500;
+pub const OOM_SCORE_ADJ: i32 = 500;
 
 /// What the pod's containers share.
 pub struct Pod<'a> {
@@ -173,7 +173,7 @@ fn mounts(pod: &Pod, container: &Container) -> Vec<Value> {
         mount("sysfs", "/sys", &["nosuid", "noexec", "nodev", "ro"]),
     ];
     all.push(cgroups(pod, spec));
-    all.push(bind(pod.dir.join("berth"), "/run/berth", &["nosuid", "nodev", "noexec"]));
+    all.push(bind(pod.dir.join(file::BERTH_DIR), "/run/berth", &["nosuid", "nodev", "noexec"]));
     for file in ["hostname", "hosts", "resolv.conf"] {
         all.push(bind(
             pod.dir.join("etc").join(file),

@@ -1,14 +1,16 @@
 //! The shim's loop: waits for orders, output, deadlines and ends, and makes the pod do what the policy says. All
 //! waiting is in one poll; what happened is always asked of the kernel, never inferred from a signal.
 
+mod asking;
+mod ending;
+mod hooks;
 mod restoring;
 mod saving;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use berth_protocol::ids::{ContainerName, Run};
+use berth_protocol::ids::ContainerName;
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -18,16 +20,14 @@ use super::container::{self, Container};
 use super::control::Server;
 use super::create::{self, Made};
 use super::error::ShimError;
-use super::exit::{self, Facts};
 use super::init::Init;
 use super::lease::{EndedBy, Goal, Policy};
 use super::log::Writer;
 use super::process;
-use super::pump::drain_rest;
 use super::quota::Meter;
-use super::rootfs::{self, Home};
 use super::sys::{self, Alarm};
-use crate::task::{Exit, Order, Report, Task, file};
+use crate::task::{Order, Report, Task, file};
+use hooks::Resuming;
 use restoring::Restoring;
 use saving::Saving;
 
@@ -45,6 +45,9 @@ pub struct Supervisor {
     containers: Vec<Container>,
     restoring: Restoring,
     saving: Option<Saving>,
+    /// The programs were asked to save themselves; one that then ends with `SAVED_ITSELF` wants to be begun anew.
+    asked: bool,
+    resuming: Resuming,
     /// How the last saving ended.
     last_save: Option<Report>,
     cgroup: Option<Cgroup>,
@@ -88,6 +91,9 @@ impl Supervisor {
             containers: Vec::new(),
             restoring: Restoring::default(),
             saving: None,
+            // One whose memory was saved may have been about to answer.
+            asked: task.restore && task.template.checkpoint.asks(),
+            resuming: Resuming::default(),
             last_save: None,
             cgroup: None,
             init: None,
@@ -110,13 +116,19 @@ impl Supervisor {
                 super::protect_from_oom();
                 sys::trim_memory();
                 self.server.send(&Report::Created { run: self.task.run });
-                while !self.restoring.is_over() || self.containers.iter().any(|c| c.exit.is_none()) {
+                while !self.is_over() {
                     self.turn()?;
                 }
             }
             Err(e) => self.error = Some(e),
         }
         self.finish()
+    }
+
+    fn is_over(&self) -> bool {
+        let ends = self.policy.ended_by().is_some();
+        let over = |container: &Container| container.exit.is_some() && (ends || !container.rests);
+        self.restoring.is_over() && self.containers.iter().all(over)
     }
 
     fn create(&mut self) -> Result<(), ShimError> {
@@ -146,6 +158,7 @@ impl Supervisor {
         self.hear_restoring();
         self.reap();
         self.hear_saving();
+        self.hear_resuming();
         self.act()
     }
 
@@ -160,8 +173,9 @@ impl Supervisor {
                 fds.extend(container.beginning().map(|fd| sys::want(&fd, libc::POLLIN)));
             }
         }
-        let criu = self.saving.iter().flat_map(Saving::fds).chain(self.restoring.fd());
-        fds.extend(criu.map(|fd| sys::want(&fd, libc::POLLIN)));
+        let beside = self.saving.iter().flat_map(Saving::fds).chain(self.restoring.fd());
+        let beside = beside.chain(self.resuming.fds());
+        fds.extend(beside.map(|fd| sys::want(&fd, libc::POLLIN)));
         sys::poll(&mut fds, None)?;
         Ok(())
     }
@@ -193,7 +207,7 @@ impl Supervisor {
 
     fn notice_begun(&mut self) {
         let Phase::Started(at) = self.phase else { return };
-        if self.task.restore {
+        if !self.restoring.is_over() {
             return;
         }
         for container in &mut self.containers {
@@ -202,8 +216,7 @@ impl Supervisor {
             }
         }
         if self.containers.iter().all(|container| container.beginning().is_none()) && self.error.is_none() {
-            self.phase = Phase::Running(at);
-            self.server.send(&Report::Running { run: self.task.run, started_at: at });
+            self.now_running(at);
         }
     }
 
@@ -212,6 +225,7 @@ impl Supervisor {
             let Some(container) = self.containers.iter_mut().find(|c| c.pid == pid) else {
                 self.saving.iter_mut().for_each(|saving| saving.ended(pid, code));
                 self.restoring.ended(pid, code);
+                self.resuming.ended(pid, code);
                 if let Some(error) = self.meter.ended(pid, code) {
                     self.error.get_or_insert(error);
                     self.policy.stop(EndedBy::Container, self.task.template.grace, sys::boot_now());
@@ -221,11 +235,15 @@ impl Supervisor {
             let oom_killed = code != 0 && container.cgroup.oom_kills() > 0;
             let exit = container::Exit { code, oom_killed };
             container.exit = Some(exit);
-            if self.phase != Phase::Created {
+            container.rests = self.asked && code == asking::SAVED_ITSELF;
+            if self.phase != Phase::Created && !container.rests {
                 self.exits.push((container.name.clone(), exit));
             }
             // What it left running would be nobody's.
             let _ = container.cgroup.signal_kill();
+            if container.rests {
+                continue;
+            }
             if code != 0 && self.containers.iter().any(|c| c.exit.is_none()) {
                 self.policy.stop(EndedBy::Container, self.task.template.grace, sys::boot_now());
             }
@@ -243,7 +261,8 @@ impl Supervisor {
                 if give_up_at.is_none() {
                     self.abort_saving("it took too long");
                 }
-                let next = self.policy.next_change(now).into_iter().chain(give_up_at).min();
+                let look_at = self.saving.as_ref().and_then(|saving| saving.look_at(now));
+                let next = self.policy.next_change(now).into_iter().chain(give_up_at).chain(look_at).min();
                 return self.alarm.set(next);
             }
             _ => self.abort_saving("the pod was fenced, or is to end"),
@@ -251,7 +270,11 @@ impl Supervisor {
         match self.policy.goal(now) {
             Goal::Wait => {}
             Goal::Run if self.phase == Phase::Created => self.start(),
-            Goal::Run => self.thaw(),
+            Goal::Run => {
+                self.thaw();
+                self.begin_anew();
+                self.resume();
+            }
             // Not begun, it is as good as frozen.
             Goal::Freeze { .. } if self.phase == Phase::Created => {}
             Goal::Freeze { confirm_by, fenced } => recheck = self.keep_frozen(now, confirm_by, fenced),
@@ -267,14 +290,18 @@ impl Supervisor {
             }
         }
         self.meter.turn(now);
-        let next = self.policy.next_change(now).into_iter().chain(recheck).chain(self.meter.due()).min();
+        let due = recheck.into_iter().chain(self.meter.due()).chain(self.resuming.give_up_at());
+        let next = self.policy.next_change(now).into_iter().chain(due).min();
         self.alarm.set(next)
     }
 
     fn start(&mut self) {
         self.phase = Phase::Started(sys::now());
         if self.task.restore {
-            return self.start_restoring();
+            self.server.send(&Report::Restoring { run: self.task.run });
+        }
+        if !self.restoring.is_over() {
+            return self.restore_next();
         }
         for container in &self.containers {
             if let Err(error) = container.start() {
@@ -357,99 +384,5 @@ impl Supervisor {
             reports.push(Report::Paused { run, fenced });
         }
         reports
-    }
-
-    /// All of the pod dead, its end on disk, then told, then everything taken away.
-    fn finish(mut self) -> io::Result<()> {
-        self.end_processes();
-        for container in &mut self.containers {
-            drain_rest(&mut container.pumps, &mut self.log, &container.name);
-        }
-        let exit = self.describe_end();
-        if let Err(e) = exit::write(&self.dir, &exit) {
-            // A full disk: what the pod itself has written makes room. Outputs are lost then.
-            eprintln!("berth-agent shim: cannot write the exit file: {e}; removing what the pod has written");
-            self.clean_up(false);
-            exit::write(&self.dir, &exit)?;
-        }
-        let report = Report::Exited { exit };
-        self.server.send_to_followers(&Report::Log { seq: self.log.last_seq() });
-        self.server.send(&report);
-        // Who connected while the end was being written is told as well, and nobody connects in vain from here on.
-        let _ = std::fs::remove_file(self.dir.join(file::SOCKET));
-        self.server.receive(std::slice::from_ref(&report));
-        self.clean_up(!self.task.template.outputs.is_empty());
-        Ok(())
-    }
-
-    fn end_processes(&mut self) {
-        loop {
-            self.kill();
-            let dead = match &self.cgroup {
-                Some(cgroup) => cgroup.kill(Duration::from_millis(super::KILL_MS_MAX)),
-                None => Ok(()),
-            };
-            let init = self.init.as_ref().map(|init| &init.pidfd);
-            let ended = init.is_none_or(|fd| {
-                let mut fds = [sys::want(fd, libc::POLLIN)];
-                sys::poll(&mut fds, Some(super::KILL_MS_MAX as i32)).is_ok_and(|n| n > 0)
-            });
-            self.reap();
-            match dead {
-                Ok(()) if ended => return,
-                // To say that the pod has ended would be a lie.
-                Ok(()) => eprintln!("berth-agent shim: the pod's init does not end; trying again"),
-                Err(e) => eprintln!("berth-agent shim: {e}; trying again"),
-            }
-        }
-    }
-
-    fn describe_end(&mut self) -> Exit {
-        let run: Run = self.task.run;
-        let started_at = match self.phase {
-            Phase::Created => None,
-            Phase::Started(at) | Phase::Running(at) => Some(at),
-        };
-        for container in &mut self.containers {
-            if let Some(Err(error)) = container.begun() {
-                self.error.get_or_insert(error);
-            }
-        }
-        exit::exit(&Facts {
-            run,
-            started_at,
-            finished_at: sys::now(),
-            log_records: self.log.last_seq(),
-            exits: &self.exits,
-            ended_by: self.policy.ended_by(),
-            error: self.error.as_ref(),
-        })
-    }
-
-    /// The run's end is known: what fails here is tried again by the agent.
-    fn clean_up(&self, keep_written: bool) {
-        if let Err(e) = super::end(&self.task) {
-            eprintln!("berth-agent shim: {e}");
-        }
-        if let Err(e) = self.unmount() {
-            // Removing the files through a mount would remove what is mounted.
-            return eprintln!("berth-agent shim: cannot unmount: {e}");
-        }
-        if let Err(e) = super::clear(&self.dir, keep_written) {
-            eprintln!("berth-agent shim: {e}");
-        }
-    }
-
-    fn unmount(&self) -> io::Result<()> {
-        for container in &self.task.template.containers {
-            let home = Home::new(&self.dir, &container.name);
-            for mounted in [home.rootfs(), home.workspace(), home.cgroups()] {
-                rootfs::unmount(&mounted)?;
-            }
-        }
-        for index in 0..self.task.template.volumes.len() {
-            rootfs::unmount(&rootfs::volume_dir(&self.dir, index))?;
-        }
-        rootfs::unmount(&self.dir.join("netns"))
     }
 }

@@ -107,6 +107,7 @@ impl Pod {
             scratch_bytes_max: Bytes(1 << 30),
             criu: None,
             restore: false,
+            restarts: 0,
         };
         let tmp = tempfile::tempdir().unwrap();
         let dir = tmp.path().join("agent/pods").join(format!("{}.1", task.pod));

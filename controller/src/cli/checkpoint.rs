@@ -12,7 +12,7 @@ use berth_protocol::topic::{JobTopic, Topic};
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::command::{Checkpoint, Fork, Format, Migrate, Restore};
+use super::command::{Fork, Format, Migrate, Restore, Take};
 use super::config::Settings;
 use super::connect::Session;
 use super::wait::Seen;
@@ -74,9 +74,10 @@ fn troubles(status: &JobStatus) -> Vec<String> {
 async fn take(
     session: &mut Session,
     settings: &Settings,
-    args: &Checkpoint,
+    job: &JobName,
+    args: &Take,
 ) -> anyhow::Result<Option<CheckpointStatus>> {
-    let (namespace, job) = (&settings.namespace, &args.job);
+    let (namespace, job) = (&settings.namespace, job);
     let before = look(session, namespace, job).await?;
     let answer = send(session, namespace, job, plain(Command::Checkpoint)).await?;
     if args.no_wait || matches!(answer.verdict, Verdict::Rejected { .. }) {
@@ -113,9 +114,10 @@ async fn take(
     }
 }
 
-pub async fn checkpoint(settings: &Settings, args: Checkpoint) -> anyhow::Result<u8> {
-    let mut session = Session::open(settings, answers(settings, std::slice::from_ref(&args.job))).await?;
-    let taken = take(&mut session, settings, &args).await?;
+pub async fn checkpoint(settings: &Settings, args: Take) -> anyhow::Result<u8> {
+    let job = args.job.clone().context("no job is named")?;
+    let mut session = Session::open(settings, answers(settings, std::slice::from_ref(&job))).await?;
+    let taken = take(&mut session, settings, &job, &args).await?;
     session.close().await;
     let Some(taken) = taken else { return Ok(0) };
     match settings.format {
@@ -123,7 +125,7 @@ pub async fn checkpoint(settings: &Settings, args: Checkpoint) -> anyhow::Result
             std::io::stdout(),
             "job {}/{} is saved as {}: {}, {} of it new, frozen for {} ms",
             settings.namespace,
-            args.job,
+            job,
             render::short(&taken.id),
             render::size(taken.bytes),
             render::size(taken.new_bytes),
@@ -143,7 +145,7 @@ pub async fn migrate(settings: &Settings, args: Migrate) -> anyhow::Result<u8> {
     told(settings, &args.job, &answer, &format!("is on its way to {}", args.to))
 }
 
-async fn find(session: &mut Session, settings: &Settings, id: &str) -> anyhow::Result<CheckpointDetail> {
+pub async fn find(session: &mut Session, settings: &Settings, id: &str) -> anyhow::Result<CheckpointDetail> {
     let query = Query::Checkpoint { namespace: Some(settings.namespace.clone()), id: id.to_owned() };
     serde_json::from_value(session.query(query).await?)
         .context("the controller's reply cannot be read: is it of another version?")
@@ -171,8 +173,8 @@ pub async fn fork(settings: &Settings, args: Fork) -> anyhow::Result<u8> {
     let id: Digest = match &args.checkpoint {
         Some(id) => find(&mut session, settings, id).await?.row.id,
         None => {
-            let save = Checkpoint { job: args.job.clone(), no_wait: false, timeout: args.timeout };
-            take(&mut session, settings, &save).await?.context("nothing was saved")?.id
+            let save = Take { job: None, no_wait: false, timeout: args.timeout };
+            take(&mut session, settings, &args.job, &save).await?.context("nothing was saved")?.id
         }
     };
     let (mut code, mut made) = (0, Vec::new());

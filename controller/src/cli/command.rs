@@ -9,7 +9,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
 use super::connect::BrokerUrl;
-pub use super::saved_words::{Checkpoint, Defrag, Drain, Fork, Migrate, NodeNames, Restore, copies_for_fork};
+pub use super::saved_words::{
+    Checkpoint, CheckpointVerb, Defrag, Drain, Fork, Migrate, NodeNames, Restore, Take, copies_for_fork,
+};
 use super::simulate::command::Simulate;
 
 #[derive(Debug, Parser)]
@@ -160,6 +162,8 @@ Exit codes: the job's own (of several pods the first that failed), 128 + signal,
     #[command(after_help = "Examples:
   berth checkpoint digits
   berth checkpoint digits -o name      the checkpoint's digits alone
+  berth checkpoint export 3f2a91c04d5e digits.tar
+  berth checkpoint import digits.tar
 
 Waits until the depot has it, and says how large it is and for how long the
 program stood still. `berth get checkpoints` lists what is kept.")]

@@ -73,6 +73,29 @@ impl Depot {
         refused("PUT", &url, response).map(drop)
     }
 
+    /// Sends `body`; status and answer, of at most `bytes_max`, whatever the status.
+    pub fn post(&self, path: &str, body: &[u8], bytes_max: usize) -> anyhow::Result<(u16, Vec<u8>)> {
+        let request = self.agent.post(self.url(path)).header("authorization", self.authorization());
+        self.whole(request.send(body), bytes_max)
+    }
+
+    /// As `post`.
+    pub fn put_bytes(&self, path: &str, body: &[u8], bytes_max: usize) -> anyhow::Result<(u16, Vec<u8>)> {
+        let request = self.agent.put(self.url(path)).header("authorization", self.authorization());
+        self.whole(request.send(body), bytes_max)
+    }
+
+    fn whole(
+        &self,
+        response: Result<ureq::http::Response<ureq::Body>, ureq::Error>,
+        bytes_max: usize,
+    ) -> anyhow::Result<(u16, Vec<u8>)> {
+        let response = response.with_context(|| format!("cannot reach the depot at {}", self.access.url))?;
+        let (status, mut answer) = (response.status().as_u16(), Vec::new());
+        response.into_body().into_reader().take(bytes_max as u64).read_to_end(&mut answer)?;
+        Ok((status, answer))
+    }
+
     /// The content of `path`, as it comes.
     pub fn get(&self, path: &str) -> anyhow::Result<impl Read + use<>> {
         let url = self.url(path);

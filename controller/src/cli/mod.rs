@@ -4,6 +4,7 @@
 //! records, tables, archives' contents) is apart from what talks, so that it can be tested without a broker.
 
 mod act;
+mod archive;
 mod checkpoint;
 mod command;
 mod config;
@@ -37,7 +38,7 @@ use std::io::Write as _;
 use clap::Parser as _;
 use serde_json::Value;
 
-use command::{Cli, Format, Verb};
+use command::{CheckpointVerb, Cli, Format, Verb};
 use config::Settings;
 
 /// The caller's mistake: exit code 2.
@@ -85,7 +86,11 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
             Verb::Suspend(args) => act::command(&settings, act::SUSPEND, args).await,
             Verb::Resume(args) => act::command(&settings, act::RESUME, args).await,
             Verb::Restart(args) => act::command(&settings, act::RESTART, args).await,
-            Verb::Checkpoint(args) => checkpoint::checkpoint(&settings, args).await,
+            Verb::Checkpoint(args) => match args.verb {
+                Some(CheckpointVerb::Export(args)) => archive::export(&settings, args).await,
+                Some(CheckpointVerb::Import(args)) => archive::import(&settings, args).await,
+                None => checkpoint::checkpoint(&settings, args.take).await,
+            },
             Verb::Restore(args) => checkpoint::restore(&settings, args).await,
             Verb::Fork(args) => checkpoint::fork(&settings, args).await,
             Verb::Migrate(args) => checkpoint::migrate(&settings, args).await,

@@ -1,9 +1,10 @@
 //! The flags of the verbs about saved work and about nodes. Nothing here acts.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use berth_protocol::ids::{JobName, NodeId};
-use clap::Args;
+use clap::{Args, Subcommand};
 
 use super::command::duration;
 
@@ -14,9 +15,58 @@ pub struct NodeNames {
 }
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Checkpoint {
+    #[command(subcommand)]
+    pub verb: Option<CheckpointVerb>,
+    #[command(flatten)]
+    pub take: Take,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum CheckpointVerb {
+    /// Write a checkpoint to a file, in the layout of podman's, which checkpointctl shows
+    #[command(after_help = "Examples:
+  berth checkpoint export 3f2a91c04d5e digits.tar
+  berth checkpoint export 3f2a91c04d5e - | zstd > digits.tar.zst
+  checkpointctl show digits.tar
+
+The first container of the pod lies where such archives have theirs; what else
+there is of the pod is below berth/.")]
+    Export(Export),
+    /// Bring an exported checkpoint into the depot
+    #[command(after_help = "Examples:
+  berth checkpoint import digits.tar
+  berth restore 3f2a91c04d5e --name digits
+
+An archive of berth's own, of this namespace. It is kept for seven days, and
+longer as long as a job goes on from it. A checkpoint is as powerful as root on
+the node that starts it: import what you trust.")]
+    Import(Import),
+}
+
+#[derive(Debug, Args)]
+pub struct Export {
+    /// The checkpoint, by its first digits
+    #[arg(value_name = "CHECKPOINT")]
+    pub checkpoint: String,
+    /// Where to write it; `-`: standard output
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct Import {
+    /// The archive; `-`: standard input
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct Take {
     /// The job to save
-    pub job: JobName,
+    #[arg(required = true)]
+    pub job: Option<JobName>,
     /// Do not wait for it
     #[arg(long)]
     pub no_wait: bool,

@@ -37,7 +37,23 @@ pub(super) struct Checkpoint {
     pub node: Option<NodeId>,
     /// The job as it was then: a restore under another name makes a job of it.
     pub spec: JobSpec,
+    /// It came from outside, then: it is kept for a while without a pod that names it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub imported: Option<Timestamp>,
 }
+
+/// A checkpoint of another place, that is in the depot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Imported {
+    pub info: CheckpointInfo,
+    pub pod: PodId,
+    pub epoch: Epoch,
+    pub node: Option<NodeId>,
+    pub spec: JobSpec,
+}
+
+/// What was imported and nothing has begun with is let go after this long.
+const IMPORTED_KEPT: Millis = Millis(7 * 24 * 3_600_000);
 
 /// What a pod has of checkpoints; stored with it.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -139,7 +155,8 @@ impl Controller {
             new_bytes: info.new_bytes,
             frozen_ms: info.frozen_ms,
         });
-        let record = Checkpoint { info, uid: id.uid.clone(), index: id.index, epoch, node, spec };
+        let record =
+            Checkpoint { info, uid: id.uid.clone(), index: id.index, epoch, node, spec, imported: None };
         self.cluster.checkpoints.insert(digest, record);
         self.cluster.name(digest);
         self.counters.checkpoints += 1;
@@ -149,6 +166,33 @@ impl Controller {
         self.dirty.status.insert(id.uid.clone());
         self.let_go(dropped.into_iter().flatten());
         self.arm_interval(now, &id.uid);
+    }
+
+    pub(super) fn imported(&mut self, now: Now, imported: Imported) {
+        let Imported { info, pod, epoch, node, spec } = imported;
+        let id = info.id;
+        if self.cluster.checkpoints.contains_key(&id) || !info.needs.is_bounded() {
+            return;
+        }
+        let (uid, index) = (pod.uid, pod.index);
+        let record = Checkpoint { info, uid, index, epoch, node, spec, imported: Some(now.wall) };
+        self.cluster.checkpoints.insert(id, record);
+        self.cluster.name(id);
+        self.dirty.checkpoints.insert(id);
+    }
+
+    /// Lets go what was imported long ago, as far as nothing has begun with it.
+    pub(super) fn let_imported_go(&mut self, now: Now) {
+        let old = |found: &Checkpoint| found.imported.is_some_and(|at| now.wall.since(at) >= IMPORTED_KEPT);
+        let over = self.cluster.checkpoints.iter_mut().filter(|(_, found)| old(found));
+        let over: Vec<Digest> = over
+            .map(|(id, found)| {
+                found.imported = None;
+                *id
+            })
+            .collect();
+        self.dirty.checkpoints.extend(over.iter().copied());
+        self.let_go(over);
     }
 
     pub(super) fn checkpoint_failed(&mut self, now: Now, id: &PodId, level: u64, why: String) {

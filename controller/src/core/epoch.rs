@@ -41,6 +41,9 @@ pub(super) struct Assignment {
     pub named: (Term, Generation),
     /// Failures of the job when this epoch was placed.
     pub failures: u64,
+    /// Of the pod, when this epoch was placed.
+    #[serde(default)]
+    pub restarts: u64,
     /// The last failure within this epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last: Option<Box<Ending>>,

@@ -118,7 +118,7 @@ impl Controller {
         else {
             return;
         };
-        let (spec, failures) = (&job.file.spec.pod, u64::from(job.run.failures));
+        let spec = &job.file.spec.pod;
         let assignment = Assignment {
             node: id.clone(),
             spec: job.template,
@@ -134,7 +134,8 @@ impl Controller {
             lease: spec.on_disconnect.lease(spec.grace),
             lost_after: spec.on_disconnect.lost_after,
             named: (self.config.term, node.generation.next()),
-            failures,
+            failures: u64::from(job.run.failures),
+            restarts: job.pod(index).map_or(0, |pod| u64::from(pod.restarts)),
             last: None,
             progress: None,
         };

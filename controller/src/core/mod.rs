@@ -38,6 +38,7 @@ use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub use self::checkpoints::Imported;
 use self::cluster::Cluster;
 pub use self::notes::Note;
 use self::relocations::Relocation;
@@ -67,6 +68,8 @@ pub enum Event {
     DepotListed(Vec<(Digest, Timestamp)>),
     /// What a `Quote` came to.
     Priced(Box<Prices>),
+    /// The depot has a checkpoint from elsewhere.
+    Imported(Box<Imported>),
     /// `next_wake` has come.
     Tick,
 }
@@ -280,6 +283,7 @@ impl Controller {
                 Event::BusDown => self.bus_up = false,
                 Event::DepotListed(manifests) => self.depot_listed(now, manifests),
                 Event::Priced(prices) => self.priced(*prices),
+                Event::Imported(imported) => self.imported(now, *imported),
                 Event::Tick => {}
             }
         }
@@ -414,6 +418,7 @@ impl Controller {
 
     fn sweep(&mut self, now: Now) {
         self.timers.arm(Timer::Sweep, now.boot.plus(SWEEP));
+        self.let_imported_go(now);
         self.effect(Effect::TidyDepot);
         while let Some((at, id)) = self.cluster.requests_by_age.first().cloned() {
             if now.wall.since(at).0 < REQUEST_ID_KEPT_MS {

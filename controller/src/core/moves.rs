@@ -16,11 +16,12 @@ use super::{Controller, Now};
 /// Why a pod cannot be saved on such a node, in words.
 pub(super) fn unsavable(spec: &JobSpec, node: &Inventory) -> Option<String> {
     let policy = &spec.pod.checkpoint;
-    let cooperative = policy.signal.is_some();
     match policy.mode {
         CheckpointMode::None => Some("its file says `checkpoint: {mode: none}`".to_owned()),
-        CheckpointMode::Cooperative => None,
-        CheckpointMode::Auto if cooperative => None,
+        _ if policy.asks() => None,
+        CheckpointMode::Cooperative => {
+            Some("its file names neither `checkpoint.signal` nor `checkpoint.ready` to ask it by".to_owned())
+        }
         CheckpointMode::Auto | CheckpointMode::Criu if node.criu.is_none() => {
             Some(format!("node {} has no CRIU that works", node.hostname))
         }
@@ -30,9 +31,8 @@ pub(super) fn unsavable(spec: &JobSpec, node: &Inventory) -> Option<String> {
 
 /// What a checkpoint taken on `node` will need.
 pub(super) fn foreseen(spec: &JobSpec, node: &Inventory, gpus: &[String]) -> Needs {
-    let cooperative = spec.pod.checkpoint.mode == CheckpointMode::Cooperative
-        || (spec.pod.checkpoint.mode == CheckpointMode::Auto && spec.pod.checkpoint.signal.is_some());
-    if cooperative {
+    // Should it not answer and CRIU be used all the same, placement holds the target against what was taken.
+    if spec.pod.checkpoint.asks() {
         return Needs { arch: node.arch.clone(), ..Needs::default() };
     }
     let models = node.gpus.iter().filter(|gpu| gpus.contains(&gpu.uuid)).map(|gpu| gpu.model.clone());

@@ -29,6 +29,14 @@ pub enum Note {
         node: NodeId,
         claims: String,
     },
+    /// A node says that its machine is about to go.
+    NodeLeaves {
+        node: NodeId,
+        within: Millis,
+        why: String,
+        pods: usize,
+    },
+    NodeStays(NodeId),
 }
 
 impl Note {
@@ -36,7 +44,11 @@ impl Note {
     pub fn is_warning(&self) -> bool {
         matches!(
             self,
-            Self::NodeSilent { .. } | Self::NodeLost { .. } | Self::Blind { .. } | Self::InventoryCut { .. }
+            Self::NodeSilent { .. }
+                | Self::NodeLost { .. }
+                | Self::Blind { .. }
+                | Self::InventoryCut { .. }
+                | Self::NodeLeaves { .. }
         )
     }
 }
@@ -60,6 +72,10 @@ impl fmt::Display for Note {
             Self::InventoryCut { node, claims } => {
                 write!(f, "node {node} claims {claims}: more than is believed, so less is counted")
             }
+            Self::NodeLeaves { node, within, why, pods } => {
+                write!(f, "node {node} is about to go ({why}): its {pods} pods leave it within {within}")
+            }
+            Self::NodeStays(node) => write!(f, "node {node} stays after all, and takes pods again"),
             Self::Sighted => write!(f, "nodes are heard again; each has the whole time anew"),
         }
     }

@@ -1,7 +1,7 @@
 //! What the store holds and under which keys; nothing else knows either.
 //!
 //! `job/{uid}` the file accepted, `run/{uid}` how it fares, `pod/{uid}/{index}` a pod placed at least once,
-//! `checkpoint/{digest's digits}` one that the depot holds and a pod names,
+//! `checkpoint/{digest's digits}` one that the depot holds and a pod names, or that was imported,
 //! `node/{node}`, `outbox/{node}`, `request/{id}` when a command took effect, `rejected/{ns}/{job}` until when its
 //! status says so. Keys sort so that a job comes before what belongs to it.
 
@@ -11,6 +11,7 @@ use berth_protocol::units::Timestamp;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::checkpoints::Checkpoint;
 use super::cluster::{Cluster, Job, JobFile, JobRun, NodeRecord, Outbox, Pod};
 use super::nodes::forgotten_node;
 use super::{LoadError, Now, Write};
@@ -89,7 +90,11 @@ pub(super) fn load(entries: Vec<(String, Vec<u8>)>, now: Now) -> Result<Cluster,
             }
             ("checkpoint", hex) => {
                 let id = Digest::parse(&format!("sha256:{hex}")).map_err(|_| unknown())?;
-                cluster.checkpoints.insert(id, read(&key, &value)?);
+                let found: Checkpoint = read(&key, &value)?;
+                if found.imported.is_some() {
+                    cluster.name(id);
+                }
+                cluster.checkpoints.insert(id, found);
             }
             ("request", id) => {
                 let id = RequestId::parse(id).map_err(|_| unknown())?;

@@ -42,6 +42,7 @@ impl Controller {
         let kept = match place {
             Some(0) => format!("the last of pod {pod}"),
             Some(n) => format!("{n} before the last of pod {pod}"),
+            None if found.imported.is_some() => "imported".to_owned(),
             None => "another job began with it".to_owned(),
         };
         CheckpointRow {

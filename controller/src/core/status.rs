@@ -263,6 +263,7 @@ impl Controller {
                 since: drain.since,
                 deadline: drain.deadline,
                 left: u32::try_from(node.pods.len()).unwrap_or(u32::MAX),
+                notice: drain.notice.as_ref().map(|notice| notice.why.clone()),
             }),
             last_heartbeat_at: node.last_heartbeat_at,
         })
@@ -283,9 +284,15 @@ impl Controller {
                 let pods: Vec<String> = node.unknown.iter().take(8).map(ToString::to_string).collect();
                 Some(format!("holds {} pods that the store does not know: {}", node.unknown.len(), pods.join(", ")))
             }
-            Liveness::Online => node.record.drain.as_ref().map(|_| match node.pods.len() {
-                0 => "drained: nothing of it is left".to_owned(),
-                left => format!("draining: {left} pods are still there"),
+            Liveness::Online => node.record.drain.as_ref().map(|drain| {
+                let how = match node.pods.len() {
+                    0 => "drained: nothing of it is left".to_owned(),
+                    left => format!("draining: {left} pods are still there"),
+                };
+                match &drain.notice {
+                    Some(notice) => format!("{}; {how}", notice.why),
+                    None => how,
+                }
             }),
         }
     }

@@ -105,6 +105,7 @@ impl Controller {
                 from: assignment.from,
                 gpus: assignment.charge.gpus.clone(),
                 failures: assignment.failures,
+                restarts: assignment.restarts,
             })
         });
         let strays = node.record.strays.iter().filter(|(pod, _)| !node.pods.contains_key(pod));
@@ -119,6 +120,7 @@ impl Controller {
                 from: None,
                 gpus: Vec::new(),
                 failures: 0,
+                restarts: 0,
             })
         });
         let mut pods: Vec<DesiredPod> = placed.chain(strays).collect();

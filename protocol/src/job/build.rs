@@ -33,6 +33,7 @@ pub(super) fn job(file: File, topic: Option<(&Namespace, &JobName)>, report: &mu
     counts(&file, parallelism, completions, report);
     let containers = containers(&file, report);
     mounts(&file, report);
+    saved_volumes(&file, parallelism, report);
     let restart = restart(&file, report);
     let on_disconnect = on_disconnect(&file, report);
     let placement = placement(&file);
@@ -194,6 +195,25 @@ fn resources(body: &Body, prefix: &str, report: &mut Report) -> (Resources, Limi
     (Resources { cpu, memory, gpu }, limits)
 }
 
+/// What is set back with one pod is that pod's alone.
+fn saved_volumes(file: &File, parallelism: u32, report: &mut Report) {
+    for (index, volume) in file.volumes.iter().flatten().enumerate() {
+        if volume.save != Some(true) {
+            continue;
+        }
+        let at = format!("volumes[{index}].save");
+        if volume.name.is_none() {
+            report.error(
+                &at,
+                "for a named volume: scratch goes along anyway, a path of the node's never".into(),
+            );
+        } else if parallelism > 1 {
+            let message = format!("its {parallelism} pods at once would each set the volume back for all");
+            report.error(&at, message);
+        }
+    }
+}
+
 /// No two things at one place of a container: volumes and workspace are in all of them, secrets in their own.
 fn mounts(file: &File, report: &mut Report) {
     let place = |mount: &str| mount.trim_end_matches('/').to_owned();
@@ -268,7 +288,8 @@ fn volume(written: written::Volume) -> Option<Volume> {
         written::Volume { name: Some(name), .. } => VolumeSource::Named(name),
         _ => return None,
     };
-    Some(Volume { mount: written.mount?, source, read_only: written.read_only.unwrap_or_default() })
+    let (read_only, save) = (written.read_only.unwrap_or_default(), written.save.unwrap_or_default());
+    Some(Volume { mount: written.mount?, source, read_only, save })
 }
 
 fn workspace(written: written::Workspace) -> Option<Workspace> {

@@ -125,6 +125,9 @@ pub struct Volume {
     pub source: VolumeSource,
     #[serde(default)]
     pub read_only: bool,
+    /// A named one: it goes along with the pod's checkpoints, and is set back by them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub save: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -203,6 +206,17 @@ pub struct Checkpoint {
     pub resume: Vec<String>,
     pub tcp: TcpPolicy,
     pub keep: u32,
+}
+
+impl Checkpoint {
+    /// Is the program asked to save itself before anything else is tried?
+    pub fn asks(&self) -> bool {
+        let can = self.signal.is_some() || self.ready.is_some();
+        match self.mode {
+            CheckpointMode::Auto | CheckpointMode::Cooperative => can,
+            CheckpointMode::Criu | CheckpointMode::None => false,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

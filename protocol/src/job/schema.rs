@@ -282,7 +282,7 @@ static POD: [Field; 4] = [
     ),
 ];
 
-static VOLUME: [Field; 5] = [
+static VOLUME: [Field; 6] = [
     required("mount", MOUNT, r#""/data""#, "Where it appears in the containers."),
     field("host", PATH, r#""/srv/data""#, "A path of the node's, where its configuration allows it."),
     field(
@@ -298,6 +298,7 @@ static VOLUME: [Field; 5] = [
         "A named volume, kept between pods of the job.",
     ),
     field("readOnly", Kind::Flag, "true", "Default: false."),
+    field("save", Kind::Flag, "true", "A named volume goes along with checkpoints; default: false."),
 ];
 
 const WORKSPACE_EXAMPLE: &str = r#"{

@@ -238,6 +238,14 @@ fn bounds_and_words() {
             "3:16 capabilities[0]: `CAP_NET_ADMIN` is not a choice here, did you mean `NET_ADMIN`?",
         ),
         (
+            "volumes: [{mount: /a, size: 1Mi, save: true}]",
+            "3:40 volumes[0].save: for a named volume: scratch goes along anyway, a path of the node's never",
+        ),
+        (
+            "volumes: [{mount: /a, name: a, save: true}]\nparallelism: 2\ncompletions: 2",
+            "3:38 volumes[0].save: its 2 pods at once would each set the volume back for all",
+        ),
+        (
             "checkpoint: {signal: USR1}",
             "3:22 checkpoint.signal: `USR1` is not a choice here, did you mean `SIGUSR1`?",
         ),

@@ -133,6 +133,7 @@ written! {
         size: Bytes,
         name: VolumeName,
         read_only: bool,
+        save: bool,
     }
 }
 
@@ -289,6 +290,7 @@ impl From<&super::Volume> for Volume {
         let mut written = Volume {
             mount: Some(volume.mount.clone()),
             read_only: some(&volume.read_only),
+            save: some(&volume.save),
             ..Volume::default()
         };
         match &volume.source {

@@ -80,6 +80,19 @@ pub struct Heartbeat {
     /// Checkpoints on their way out of it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub restores: Vec<PullProgress>,
+    /// The machine is about to go: its pods are to go first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leaving: Option<Departure>,
+}
+
+/// Why a machine goes, and how soon.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Departure {
+    /// For people, such as `it shuts down`; at most `HUMAN_MESSAGE_BYTES_MAX`.
+    pub why: String,
+    /// Left when the heartbeat was made.
+    pub within: Millis,
 }
 
 /// How far a transfer is.
@@ -259,6 +272,9 @@ pub struct DesiredPod {
     /// Failures of the job so far, without those of this epoch.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub failures: u64,
+    /// How often the pod was begun anew after failures, in its earlier epochs.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub restarts: u64,
 }
 
 fn is_zero(n: &u64) -> bool {

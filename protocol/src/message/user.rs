@@ -223,7 +223,7 @@ pub enum NodeState {
     Cordoned,
 }
 
-/// A drain under way or done: it lasts until the node is uncordoned.
+/// A drain under way or done: it lasts until the node is uncordoned, or takes its own notice back.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct DrainStatus {
@@ -234,6 +234,9 @@ pub struct DrainStatus {
     pub deadline: Option<Timestamp>,
     /// Pods still there.
     pub left: u32,
+    /// What the node itself has said: it is about to go.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notice: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -310,6 +310,7 @@ impl Agent {
             pulls: Vec::new(),
             saves: Vec::new(),
             restores: Vec::new(),
+            leaving: None,
         };
         self.send(NodeTopic::Heartbeat, &beat);
         if with_events {

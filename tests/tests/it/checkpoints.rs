@@ -139,6 +139,62 @@ fn a_drained_node_is_empty_and_its_pods_go_on_when_there_is_room() {
     done(&cluster, &["uncordon", "a1"]);
 }
 
+/// Counts from its file on, and saves itself there when it is asked.
+fn saves_itself(answer: &str, checkpoint: &str) -> String {
+    format!(
+        "image: host\ncommand: [sh, -c, \"i=$(cat /state 2>/dev/null || echo 0); trap 'echo $i > /state; {answer}' USR1; \
+         while [ $i -lt {NUMBERS} ]; do echo $i; i=$((i+1)); sleep 0.05; done\"]\n\
+         resources: {{cpu: 100m, memory: 64Mi}}\ncheckpoint: {checkpoint}\n"
+    )
+}
+
+#[test]
+fn a_program_that_saves_itself_is_moved_and_goes_on_from_its_file() {
+    let mut cluster = Cluster::new();
+    for node in ["a1", "a2"] {
+        // Nothing but the program's own answer can save it.
+        cluster.agent(node, &["--capacity", "cpu=1,memory=1Gi", "--criu", "/nonesuch/criu"]);
+    }
+    cluster.submit("counter", &saves_itself("exit 85", "{mode: cooperative, signal: SIGUSR1}"));
+    for lines in [20, 80] {
+        let from = until_running(&cluster, "counter");
+        until_line(&cluster, "counter", lines);
+        // Here it begins anew, and there again.
+        done(&cluster, &["checkpoint", "counter"]);
+        let to = if from == "a1" { "a2" } else { "a1" };
+        done(&cluster, &["migrate", "counter", "--to", to]);
+        until(&format!("it runs on {to}: {:#}", cluster.job("counter")), 60, || {
+            (running_at(&cluster.job("counter"))? == to).then_some(())
+        });
+    }
+    let kept = cluster.json(&["get", "checkpoints"]).expect("a list");
+    assert!(kept[0]["kind"] == "cooperative", "{kept:#}");
+    let job = cluster.until_phase("counter", "Succeeded", 120);
+    assert_eq!((&job["migrations"], &job["failures"]), (&2.into(), &0.into()), "{job:#}");
+    whole(&cluster.logs("counter"));
+}
+
+#[test]
+fn a_program_that_never_answers_is_saved_by_criu_or_runs_on_and_why_is_told() {
+    let cluster = two_agents();
+    cluster.submit("auto", &saves_itself("true", "{signal: SIGUSR1, grace: 1s}"));
+    let from = until_running(&cluster, "auto");
+    until_line(&cluster, "auto", 20);
+    let to = if from == "a1" { "a2" } else { "a1" };
+    done(&cluster, &["migrate", "auto", "--to", to]);
+    cluster.submit("stubborn", &saves_itself("true", "{mode: cooperative, signal: SIGUSR1, grace: 1s}"));
+    until_running(&cluster, "stubborn");
+    let output = cluster.run(&["checkpoint", "stubborn"]);
+    let why = "has not ended with code 85 within 1s";
+    assert!(!output.status.success() && text(&output).contains(why), "{}", text(&output));
+    for job in ["auto", "stubborn"] {
+        let ended = cluster.until_phase(job, "Succeeded", 120);
+        assert_eq!(ended["failures"], 0, "{ended:#}");
+        whole(&cluster.logs(job));
+    }
+    assert_eq!(cluster.job("auto")["migrations"], 1);
+}
+
 #[test]
 fn suspended_and_forked_jobs_go_on_where_they_were() {
     let cluster = two_agents();
@@ -161,4 +217,212 @@ fn suspended_and_forked_jobs_go_on_where_they_were() {
     }
     let kept = cluster.json(&["get", "checkpoints"]).expect("a list");
     assert!(kept.as_array().is_some_and(|rows| rows.len() >= 2), "{kept:#}");
+}
+
+/// Where a job runs that two agents may run, and where it does not.
+fn places(cluster: &Cluster, job: &str) -> (String, &'static str) {
+    let from = until_running(cluster, job);
+    let to = if from == "a1" { "a2" } else { "a1" };
+    (from, to)
+}
+
+fn until_state(cluster: &Cluster, node: &str, state: &str) {
+    until(&format!("{node} is {state}\n{}", cluster.logs_of_all()), 60, || {
+        let nodes = cluster.json(&["get", "nodes"])?;
+        nodes.as_array()?.iter().find(|row| row["node"] == node && row["state"] == state).map(drop)
+    });
+}
+
+#[test]
+fn a_node_that_is_given_notice_in_a_file_is_emptied_and_comes_back_with_the_notice_withdrawn() {
+    let mut cluster = Cluster::new();
+    let file = |cluster: &Cluster, node: &str| cluster.dir.path().join(format!("{node}.notice"));
+    for node in ["a1", "a2"] {
+        let file = file(&cluster, node).display().to_string();
+        cluster.agent(node, &["--capacity", "cpu=1,memory=1Gi", "--notice-file", &file]);
+    }
+    cluster.submit("counter", &counter("{mode: criu}"));
+    let (from, to) = places(&cluster, "counter");
+    until_line(&cluster, "counter", 20);
+    std::fs::write(file(&cluster, &from), "100s\n").expect("the notice is written");
+    until(&format!("it runs on {to}"), 60, || (running_at(&cluster.job("counter"))? == to).then_some(()));
+    let node = cluster.json(&["describe", "node", &from]).expect("a node");
+    let notice = node["drain"]["notice"].as_str().unwrap_or_default();
+    assert!(
+        node["state"] == "cordoned" && notice.contains("a1.notice") | notice.contains("a2.notice"),
+        "{node:#}"
+    );
+    std::fs::remove_file(file(&cluster, &from)).expect("the notice is withdrawn");
+    until_state(&cluster, &from, "online");
+    let job = cluster.until_phase("counter", "Succeeded", 120);
+    assert_eq!((&job["evictions"], &job["failures"]), (&1.into(), &0.into()), "{job:#}");
+    whole(&cluster.logs("counter"));
+}
+
+/// Answers every request with what it is told to, until the test ends.
+struct Metadata {
+    port: u16,
+    answer: std::sync::Arc<std::sync::Mutex<String>>,
+}
+
+impl Metadata {
+    fn start() -> Self {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback has ports");
+        let port = listener.local_addr().expect("it is bound").port();
+        let none = "HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n".to_owned();
+        let answer = std::sync::Arc::new(std::sync::Mutex::new(none));
+        let given = answer.clone();
+        std::thread::spawn(move || {
+            use std::io::{Read, Write};
+            for stream in listener.incoming() {
+                let Ok(mut stream) = stream else { return };
+                let mut request = [0; 4096];
+                let _ = stream.read(&mut request);
+                let answer = given.lock().expect("nobody panics with it").clone();
+                let _ = stream.write_all(answer.as_bytes());
+            }
+        });
+        Self { port, answer }
+    }
+
+    fn say(&self, text: &str) {
+        let length = text.len();
+        let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{text}");
+        *self.answer.lock().expect("nobody panics with it") = answer;
+    }
+}
+
+#[test]
+fn a_node_that_is_given_notice_at_an_address_is_emptied() {
+    let mut cluster = Cluster::new();
+    let clouds = ["a1", "a2"].map(|_| Metadata::start());
+    for (node, cloud) in ["a1", "a2"].iter().zip(&clouds) {
+        let url = format!("http://127.0.0.1:{}/latest/meta-data/spot/instance-action", cloud.port);
+        cluster.agent(node, &["--capacity", "cpu=1,memory=1Gi", "--notice-url", &url]);
+    }
+    cluster.submit("counter", &counter("{mode: criu}"));
+    let (from, to) = places(&cluster, "counter");
+    until_line(&cluster, "counter", 20);
+    // Its own word, and no notice.
+    clouds[usize::from(from == "a2")].say("FALSE");
+    until_line(&cluster, "counter", 40);
+    assert_eq!(running_at(&cluster.job("counter")), Some(from.clone()));
+    clouds[usize::from(from == "a2")].say(r#"{"action": "terminate", "time": "2099-01-01T00:00:00Z"}"#);
+    until(&format!("it runs on {to}"), 60, || (running_at(&cluster.job("counter"))? == to).then_some(()));
+    let job = cluster.until_phase("counter", "Succeeded", 120);
+    assert_eq!((&job["evictions"], &job["failures"]), (&1.into(), &0.into()), "{job:#}");
+    whole(&cluster.logs("counter"));
+}
+
+#[test]
+fn an_agent_ends_alone_and_before_a_shutdown_of_the_machine_its_pods_leave() {
+    let mut cluster = Cluster::new();
+    // What systemd's own says, as these machines are going down and then not.
+    let bin = cluster.dir.path().join("bin");
+    std::fs::create_dir(&bin).expect("a directory");
+    let word = cluster.dir.path().join("word");
+    std::fs::write(&word, "running\n").expect("the word is written");
+    let script = format!("#!/bin/sh\n[ \"$1\" = is-system-running ] && cat {}\n", word.display());
+    std::fs::write(bin.join("systemctl"), script).expect("the script is written");
+    std::fs::set_permissions(bin.join("systemctl"), std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .expect("it becomes a program");
+    let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap_or_default());
+    for node in ["a1", "a2"] {
+        cluster.agent_with(node, &["--capacity", "cpu=1,memory=1Gi"], &[("PATH", &path)]);
+    }
+    cluster.submit("counter", &counter("{mode: criu}"));
+    let (from, to) = places(&cluster, "counter");
+    until_line(&cluster, "counter", 20);
+    let ended = |cluster: &mut Cluster| {
+        let at = cluster.agents.iter().rposition(|agent| agent.name == from).expect("its agent");
+        let pid = cluster.agents[at].child.id().to_string();
+        let sent = std::process::Command::new("kill").args(["-TERM", &pid]).status();
+        assert!(sent.is_ok_and(|status| status.success()));
+        until("the agent ends", 60, || cluster.agents[at].child.try_wait().expect("it is a child").map(drop));
+    };
+    ended(&mut cluster);
+    assert_eq!(cluster.job("counter")["evictions"], 0);
+    cluster.agent_with(&from, &["--capacity", "cpu=1,memory=1Gi"], &[("PATH", &path)]);
+    until_line(&cluster, "counter", 60);
+    assert_eq!(running_at(&cluster.job("counter")), Some(from.clone()));
+    std::fs::write(&word, "stopping\n").expect("the word is written");
+    ended(&mut cluster);
+    until(&format!("it runs on {to}"), 60, || (running_at(&cluster.job("counter"))? == to).then_some(()));
+    let job = cluster.until_phase("counter", "Succeeded", 120);
+    assert_eq!((&job["evictions"], &job["failures"]), (&1.into(), &0.into()), "{job:#}");
+    whole(&cluster.logs("counter"));
+}
+
+/// What another program sees in the archive: its names, and the two descriptions that it goes by.
+fn seen_by_python(archive: &std::path::Path) -> Value {
+    let script = "import json, sys, tarfile\n\
+                  tar = tarfile.open(sys.argv[1])\n\
+                  read = lambda name: json.load(tar.extractfile(name))\n\
+                  diff = tarfile.open(fileobj=tar.extractfile('rootfs-diff.tar'))\n\
+                  print(json.dumps({'names': tar.getnames(), 'config': read('config.dump'), 'spec': read('spec.dump'),\n\
+                  'deleted': read('deleted.files'), 'diff': diff.getnames()}))";
+    let output =
+        std::process::Command::new("python3").args(["-c", script]).arg(archive).output().expect("python");
+    assert!(output.status.success(), "{}", text(&output));
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+#[test]
+fn an_exported_checkpoint_goes_on_in_another_cluster() {
+    let mut here = Cluster::new();
+    here.agent("a1", &["--capacity", "cpu=1,memory=1Gi"]);
+    let job = counter("{mode: criu}").replace("\"i=0;", "\"rm /etc/motd; touch /written; i=0;");
+    here.submit("counter", &job);
+    until_running(&here, "counter");
+    until_line(&here, "counter", 60);
+    let id = done(&here, &["checkpoint", "counter", "-o", "name"]).trim().to_owned();
+    let archive = here.dir.path().join("counter.tar");
+    let file = archive.display().to_string();
+    done(&here, &["checkpoint", "export", &id, &file]);
+    let seen = seen_by_python(&archive);
+    let names: Vec<&str> =
+        seen["names"].as_array().expect("names").iter().filter_map(Value::as_str).collect();
+    for name in ["config.dump", "spec.dump", "rootfs-diff.tar", "deleted.files", "checkpoint/inventory.img"] {
+        assert!(names.contains(&name), "{name}: {names:?}");
+    }
+    assert!(names.iter().any(|name| name.starts_with("checkpoint/core-")), "{names:?}");
+    assert_eq!(seen["config"]["name"], "counter-0");
+    assert_eq!(seen["spec"]["annotations"]["io.container.manager"], "libpod");
+    assert_eq!(seen["spec"]["process"]["args"][0], "sh");
+    assert_eq!(seen["deleted"], serde_json::json!(["/etc/motd"]));
+    let diff = seen["diff"].as_array().expect("names");
+    assert!(diff.contains(&"./written".into()), "{diff:?}");
+
+    let mut there = Cluster::new();
+    there.agent("b1", &["--capacity", "cpu=1,memory=1Gi"]);
+    // What was altered or cut off on its way is refused, and leaves nothing that could be started.
+    let whole = std::fs::read(&archive).expect("the archive is read");
+    let hurt = here.dir.path().join("hurt.tar");
+    let mut altered = whole.clone();
+    let at = altered.windows(8).rposition(|window| window != [0; 8]).expect("something is in it");
+    altered[at] ^= 1;
+    for (bytes, why) in [(&altered[..], "altered"), (&whole[..whole.len() / 2], "")] {
+        std::fs::write(&hurt, bytes).expect("the archive is written");
+        let output = there.run(&["checkpoint", "import", &hurt.display().to_string()]);
+        assert!(!output.status.success() && text(&output).contains(why), "{}", text(&output));
+    }
+    let none = there.json(&["get", "checkpoints"]).expect("a list");
+    assert_eq!(none, serde_json::json!([]));
+    for _ in 0..2 {
+        assert_eq!(done(&there, &["checkpoint", "import", &file, "-o", "name"]).trim(), id);
+    }
+    // A controller that starts anew still has it.
+    there.controller.take().expect("it runs").kill();
+    there.start_controller();
+    until("the checkpoint is there", 60, || {
+        let kept = there.json(&["get", "checkpoints"])?;
+        (kept[0]["kept"] == "imported").then_some(())
+    });
+    done(&there, &["restore", &id, "--name", "second"]);
+    there.until_phase("second", "Succeeded", 120);
+    let log = there.logs("second");
+    let first: usize = log.lines().next().and_then(|line| line.parse().ok()).expect("a number");
+    let got: Vec<usize> = log.lines().filter_map(|line| line.parse().ok()).collect();
+    assert!(first >= 60, "it began anew: {first}");
+    assert_eq!(got, (first..NUMBERS).collect::<Vec<_>>());
 }

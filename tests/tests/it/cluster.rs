@@ -135,6 +135,10 @@ impl Cluster {
 
     /// Starts an agent (anew, on its old data directory, where there was one) and waits until it is online.
     pub fn agent(&mut self, node: &str, flags: &[&str]) -> usize {
+        self.agent_with(node, flags, &[])
+    }
+
+    pub fn agent_with(&mut self, node: &str, flags: &[&str], env: &[(&str, &str)]) -> usize {
         let mut command = Command::new(program("berth-agent"));
         command.args([
             "--dev",
@@ -146,7 +150,7 @@ impl Cluster {
             node,
             "--data-dir",
         ]);
-        command.arg(self.dir.path().join(node)).args(flags);
+        command.arg(self.dir.path().join(node)).args(flags).envs(env.iter().copied());
         self.agents.push(Daemon::start(node, &mut command, &self.log_path(node)));
         until(&format!("{node} online: {}", self.log(node)), 30, || {
             let nodes = self.json(&["get", "nodes"])?;

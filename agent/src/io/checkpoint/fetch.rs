@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::path::{Path, PathBuf};
 
+use berth_protocol::checkpoint::CheckpointKind;
 use berth_protocol::chunk::{ChunkId, FRAME_HEADER_BYTES, Frame, write_ids};
 use berth_protocol::ids::Digest;
 use berth_protocol::limits::{CHUNK_BYTES_MAX, CHUNKS_FETCHED_MAX, MANIFEST_BYTES_MAX};
@@ -17,7 +18,7 @@ use super::http::Client;
 use super::store::{MANIFEST, WORKSPACE};
 use super::{Fetch, Said, TransferError, chunks, say, verify};
 use crate::shim::checkpoint::Parts;
-use crate::task::file;
+use crate::task::{Saved, file};
 
 /// Where a chunk goes.
 #[derive(Debug, Clone)]
@@ -80,8 +81,9 @@ pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
         return Err(TransferError::Unfit(format!("{} is not what the manifest says", path.display())));
     }
     let parts = Parts::new(half.clone());
+    is_as_said(&manifest, &parts)?;
     for container in &order.template.containers {
-        if parts.images(&container.name).is_dir() {
+        if parts.images(&container.name).is_dir() || manifest.kind == CheckpointKind::Criu {
             verify::verify(&parts.images(&container.name), container)?;
         }
     }
@@ -125,6 +127,21 @@ fn is_of(manifest: &Manifest, order: &Fetch) -> Result<(), TransferError> {
     ))
 }
 
+/// What its shim said of it is what a restore goes by.
+fn is_as_said(manifest: &Manifest, parts: &Parts) -> Result<(), TransferError> {
+    let saved: Option<Saved> =
+        fs::read(parts.saved()).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let same = saved.is_some_and(|saved| {
+        saved.kind == manifest.kind && saved.at == manifest.at && saved.log_records == manifest.log_records
+    });
+    match same {
+        true => Ok(()),
+        false => Err(TransferError::Unfit(
+            "the checkpoint is refused: what its supervisor said of it is missing, or of another one".into(),
+        )),
+    }
+}
+
 /// Every file of the manifest, and where it goes.
 fn places<'a>(
     manifest: &'a Manifest,
@@ -137,10 +154,12 @@ fn places<'a>(
             let path = match file.name.as_str() {
                 WORKSPACE => parts.workspace(&container.name),
                 file::SAVED => parts.saved(),
+                file::KEPT => parts.kept(),
                 name => parts.images(&container.name).join(name),
             };
             all.push((path, file));
         }
+        all.extend(container.config.iter().map(|config| (parts.config(&container.name), config)));
         all.extend(container.layer.iter().map(|layer| (parts.upper(&container.name), layer)));
     }
     for volume in &manifest.volumes {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use berth_protocol::checkpoint::CheckpointInfo;
 use berth_protocol::chunk::{ChunkId, read_ids, write_ids};
+use berth_protocol::job::VolumeSource;
 use berth_protocol::limits::{CHUNK_BYTES_MAX, CHUNKS_ASKED_MAX, PACK_BYTES_MAX};
 use berth_protocol::manifest::{MANIFEST_VERSION, Manifest, Piece, SavedContainer, SavedFile, SavedVolume};
 use berth_protocol::units::Bytes;
@@ -20,6 +21,7 @@ use crate::task::file;
 /// A container's part that is no image of CRIU's, by the name that it has among them.
 pub const WORKSPACE: &str = "workspace.tar";
 const LAYER: &str = "upper.tar";
+const CONFIG: &str = "config.json";
 /// The manifest's copy in the checkpoint's directory, by which a restore here finds that it fetches nothing.
 pub const MANIFEST: &str = "manifest.json";
 /// The depot may collect what it had when it was asked.
@@ -104,12 +106,18 @@ fn describe(order: &Store) -> Result<(Manifest, Vec<Part>), TransferError> {
         }
         if index == 0 {
             dump.push(take(layout.saved(), file::SAVED, None)?);
+            if layout.kept().is_file() {
+                dump.push(take(layout.kept(), file::KEPT, None)?);
+            }
         }
         containers.push(SavedContainer {
             name: container.name.clone(),
             image: order.images.get(index).copied().flatten(),
             dump,
-            config: None,
+            config: match layout.config(&container.name) {
+                path if path.is_file() => Some(take(path, CONFIG, None)?),
+                _ => None,
+            },
             layer: Some(take(layout.upper(&container.name), LAYER, None)?),
             notes: Default::default(),
         });
@@ -119,7 +127,11 @@ fn describe(order: &Store) -> Result<(Manifest, Vec<Part>), TransferError> {
         let archive = layout.volume(index);
         if archive.is_file() {
             let archive = take(archive, &format!("{index}.tar"), None)?;
-            volumes.push(SavedVolume { mount: volume.mount.clone(), name: None, archive });
+            let name = match &volume.source {
+                VolumeSource::Named(name) => Some(name.clone()),
+                VolumeSource::Host(_) | VolumeSource::Scratch(_) => None,
+            };
+            volumes.push(SavedVolume { mount: volume.mount.clone(), name, archive });
         }
     }
     let template = order.template.clone();

@@ -5,7 +5,9 @@
 //! checkpoints/{level}/            whole, once it has this name
 //!   saved.json                    task::Saved
 //!   volumes/{index}.tar           scratch volumes
-//!   containers/{container}/images/           as CRIU writes them
+//!   kept.tar                      what the programs put into the checkpoint directory
+//!   containers/{container}/images/           as CRIU writes them; none where the programs saved themselves
+//!   containers/{container}/config.json       the OCI configuration, for whoever reads an export; no restore does
 //!   containers/{container}/upper.tar         the writable layer, with extended attributes
 //!   containers/{container}/workspace.tar     what was written below the workspace's path
 //! ```
@@ -13,6 +15,7 @@
 pub mod archive;
 pub mod criu;
 pub mod dump;
+pub mod hook;
 pub mod restore;
 pub mod rpc;
 
@@ -47,11 +50,17 @@ impl Parts {
     pub fn images(&self, name: &ContainerName) -> PathBuf {
         self.container(name).join("images")
     }
+    pub fn config(&self, name: &ContainerName) -> PathBuf {
+        self.container(name).join("config.json")
+    }
     pub fn upper(&self, name: &ContainerName) -> PathBuf {
         self.container(name).join("upper.tar")
     }
     pub fn workspace(&self, name: &ContainerName) -> PathBuf {
         self.container(name).join("workspace.tar")
+    }
+    pub fn kept(&self) -> PathBuf {
+        self.0.join(file::KEPT)
     }
     pub fn volume(&self, index: usize) -> PathBuf {
         self.0.join("volumes").join(format!("{index}.tar"))

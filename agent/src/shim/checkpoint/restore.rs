@@ -41,14 +41,32 @@ pub fn open(task: &Task, dir: &Path) -> Result<Saved, ShimError> {
         let other = io::Error::other("its containers are not the job's");
         return Err(ShimError::Checkpoint(other));
     }
-    for index in 0..task.template.volumes.len() {
-        if task.volumes.get(index).is_some_and(Option::is_none) {
-            let at = rootfs::volume_dir(dir, index);
-            archive::unpack(&parts.volume(index), &at)
-                .map_err(ShimError::io("bring back what was written in", at))?;
-        }
+    for (index, (volume, given)) in task.template.volumes.iter().zip(&task.volumes).enumerate() {
+        let at = match given {
+            None => rootfs::volume_dir(dir, index),
+            // What was written in it since belongs to work that is done again.
+            Some(at) if volume.save => {
+                clear(at).map_err(ShimError::io("set back", at))?;
+                at.clone()
+            }
+            Some(_) => continue,
+        };
+        archive::unpack(&parts.volume(index), &at)
+            .map_err(ShimError::io("bring back what was written in", at))?;
     }
     Ok(saved)
+}
+
+/// Removes all that is in a directory.
+fn clear(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        match entry.file_type()?.is_dir() {
+            true => fs::remove_dir_all(entry.path())?,
+            false => fs::remove_file(entry.path())?,
+        }
+    }
+    Ok(())
 }
 
 /// A container that waits to be brought back.

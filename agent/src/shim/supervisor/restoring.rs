@@ -46,12 +46,7 @@ impl Restoring {
 }
 
 impl Supervisor {
-    pub(super) fn start_restoring(&mut self) {
-        self.server.send(&Report::Restoring { run: self.task.run });
-        self.restore_next();
-    }
-
-    fn restore_next(&mut self) {
+    pub(super) fn restore_next(&mut self) {
         let first = self.containers.first().map(|container| container.pid);
         let Some(revival) = self.restoring.waiting.front() else { return };
         let program = self.task.criu.clone().unwrap_or_else(|| PathBuf::from("criu"));
@@ -94,16 +89,19 @@ impl Supervisor {
             && let Phase::Started(at) = self.phase
         {
             self.now_running(at);
+            self.resuming.due(&self.task);
         }
     }
 
-    fn now_running(&mut self, at: Timestamp) {
+    pub(super) fn now_running(&mut self, at: Timestamp) {
         self.phase = Phase::Running(at);
         self.restoring.ended.clear();
-        // The images have served; a later run of the epoch begins from the start.
-        let _ = std::fs::remove_dir_all(self.dir.join(file::RESTORE_DIR));
-        super::super::protect_from_oom();
-        sys::trim_memory();
+        if self.task.restore {
+            // The checkpoint has served; a later run of the epoch begins from the start.
+            let _ = std::fs::remove_dir_all(self.dir.join(file::RESTORE_DIR));
+            super::super::protect_from_oom();
+            sys::trim_memory();
+        }
         self.server.send(&Report::Running { run: self.task.run, started_at: at });
     }
 

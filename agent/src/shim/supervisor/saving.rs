@@ -8,17 +8,20 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use berth_protocol::checkpoint::CheckpointKind;
+use berth_protocol::job::{CheckpointMode, ContainerSpec};
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use nix::unistd::Pid;
 
 use super::super::checkpoint::archive::{self, Archiver};
 use super::super::checkpoint::criu::{Criu, Place, Word};
+use super::super::checkpoint::hook::{Ended, Hook};
 use super::super::checkpoint::restore::host_time;
 use super::super::checkpoint::rpc::Call;
 use super::super::checkpoint::{Parts, dump};
 use super::super::lease::Goal;
 use super::super::rootfs::{self, Home};
 use super::super::sys;
+use super::asking::Asking;
 use super::{Phase, Supervisor};
 use crate::task::{Report, Saved, SavedContainer, file};
 
@@ -35,12 +38,23 @@ pub struct Saving {
     begun: BootMs,
     at: Timestamp,
     half: Parts,
+    pub kind: CheckpointKind,
+    pub ahead: Ahead,
     dumps: Vec<Dump>,
     archivers: Vec<Archiver>,
     /// All tasks stand, and what they have written is being archived.
     standing: bool,
+    /// The freezer holds them.
+    pub frozen: bool,
     log_records: u64,
     containers: Vec<SavedContainer>,
+}
+
+/// What comes before a dump, or instead of one.
+pub enum Ahead {
+    Asking(Asking),
+    Quiescing(Hook),
+    Nothing,
 }
 
 struct Dump {
@@ -53,17 +67,50 @@ impl Saving {
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let dumps = self.dumps.iter().filter(|dump| !dump.done).map(|dump| dump.criu.as_fd());
         let busy = self.archivers.iter().filter(|archiver| archiver.code.is_none());
-        dumps.chain(busy.map(|archiver| archiver.pidfd.as_fd()))
+        let hook = match &self.ahead {
+            Ahead::Quiescing(hook) => Some(hook),
+            Ahead::Asking(_) | Ahead::Nothing => None,
+        };
+        dumps.chain(busy.map(|archiver| archiver.pidfd.as_fd())).chain(hook.into_iter().flat_map(Hook::fds))
     }
 
     pub fn ended(&mut self, pid: Pid, code: u8) {
+        if let Ahead::Quiescing(hook) = &mut self.ahead {
+            hook.ended(pid, code);
+        }
         if let Some(archiver) = self.archivers.iter_mut().find(|archiver| archiver.pid == pid) {
             archiver.code = Some(code);
         }
     }
 
+    pub fn level(&self) -> u64 {
+        self.level
+    }
+
+    pub fn begun(&self) -> BootMs {
+        self.begun
+    }
+
+    /// From here on the programs do nothing else.
+    pub fn clock(&mut self, now: BootMs) {
+        self.begun = now;
+    }
+
     pub fn give_up_at(&self) -> BootMs {
-        self.begun.plus(Millis(SAVE_MS_MAX))
+        let waits = match &self.ahead {
+            Ahead::Asking(asking) => asking.answer_by().since(self.begun),
+            Ahead::Quiescing(_) | Ahead::Nothing => Millis::ZERO,
+        };
+        self.begun.plus(Millis(waits.0 + SAVE_MS_MAX))
+    }
+
+    /// When nothing that `fds` names tells of what is waited for.
+    pub fn look_at(&self, now: BootMs) -> Option<BootMs> {
+        match &self.ahead {
+            Ahead::Asking(asking) => Some(asking.look_at(now)),
+            Ahead::Quiescing(hook) => Some(hook.give_up_at()),
+            Ahead::Nothing => None,
+        }
     }
 }
 
@@ -99,54 +146,116 @@ impl Supervisor {
         if self.containers.iter().any(|container| container.exit.is_some()) {
             return Err("one of its containers has ended".to_owned());
         }
-        let program = self.task.criu.clone();
-        let program = program.ok_or("this node has no CRIU that works: see `berth-agent doctor`")?;
-        if let Some(stray) = self.containers.iter().find_map(dump::stray) {
-            return Err(format!("{stray} belongs to none of the pod's process trees"));
+        if !self.resuming.is_over() {
+            return Err("the resume hook of the checkpoint before has not ended".to_owned());
         }
         let all = self.dir.join(file::CHECKPOINTS_DIR);
         let half = Parts::new(all.join(format!("{level}.half")));
-        let mut saving = Saving {
+        remove_all(half.dir()).map_err(|e| format!("cannot begin: {e}"))?;
+        self.saving = Some(Saving {
             level,
             hold,
             begun: sys::boot_now(),
             at: sys::now(),
+            kind: CheckpointKind::Criu,
+            ahead: Ahead::Nothing,
             dumps: Vec::new(),
             archivers: Vec::new(),
             standing: false,
+            frozen: false,
             log_records: 0,
             containers: Vec::new(),
             half,
+        });
+        let policy = &self.task.template.checkpoint;
+        if policy.asks() {
+            self.ask();
+        } else if policy.mode == CheckpointMode::Cooperative {
+            self.abort_saving("the job names neither checkpoint.signal nor checkpoint.ready to ask it by");
+        } else {
+            self.quiesce();
+        }
+        Ok(())
+    }
+
+    /// The way to a dump: first the job's hook, where it has one.
+    pub(super) fn quiesce(&mut self) {
+        if self.task.criu.is_none() {
+            return self.abort_saving("this node has no CRIU that works: see `berth-agent doctor`");
+        }
+        let command = &self.task.template.checkpoint.quiesce;
+        let ahead = match command.is_empty() {
+            true => Ahead::Nothing,
+            false => match self.start_hook("quiesce", command) {
+                Ok(hook) => Ahead::Quiescing(hook),
+                Err(why) => return self.abort_saving(&why),
+            },
         };
-        let begun = (|| -> io::Result<()> {
-            remove_all(saving.half.dir())?;
-            for container in &self.containers {
-                let images = saving.half.images(&container.name);
-                super::super::make_private_dir(&images)?;
-                let (options, facts) = dump::plan(&self.task, &self.dir, container)?;
-                let place = Place { time: host_time(), cgroups: Vec::new() };
-                let criu = Criu::start(&program, Call::Dump, &images, options, &[], place)?;
-                saving.dumps.push(Dump { criu, stands: false, done: false });
-                saving.containers.push(facts);
-            }
+        let Some(saving) = &mut self.saving else { return };
+        saving.ahead = ahead;
+        if command.is_empty() {
+            self.dump();
+        } else {
+            self.resuming.due(&self.task);
+        }
+    }
+
+    fn hear_quiescing(&mut self) {
+        let Some(Saving { ahead: Ahead::Quiescing(hook), .. }) = &mut self.saving else { return };
+        match hook.hear(sys::boot_now()) {
+            None => {}
+            Some(Ended::Well) => self.dump(),
+            Some(Ended::Badly(why)) => self.abort_saving(&why),
+        }
+    }
+
+    /// Starts a criu for each container.
+    fn dump(&mut self) {
+        let (Some(saving), Some(program)) = (&mut self.saving, &self.task.criu) else { return };
+        saving.ahead = Ahead::Nothing;
+        saving.clock(sys::boot_now());
+        if self.containers.iter().any(|container| container.exit.is_some()) {
+            return self.abort_saving("one of its containers has ended");
+        }
+        if let Some(stray) = self.containers.iter().find_map(dump::stray) {
+            return self.abort_saving(&format!("{stray} belongs to none of the pod's process trees"));
+        }
+        let begun = self.containers.iter().try_for_each(|container| -> io::Result<()> {
+            let images = saving.half.images(&container.name);
+            super::super::make_private_dir(&images)?;
+            let (options, facts) = dump::plan(&self.task, &self.dir, container)?;
+            let place = Place { time: host_time(), cgroups: Vec::new() };
+            let criu = Criu::start(program, Call::Dump, &images, options, &[], place)?;
+            saving.dumps.push(Dump { criu, stands: false, done: false });
+            saving.containers.push(facts);
             Ok(())
-        })();
+        });
         match begun {
-            Ok(()) => {
-                self.saving = Some(saving);
-                Ok(())
-            }
-            Err(e) => {
-                let half = saving.half.clone();
-                drop(saving);
-                let _ = remove_all(half.dir());
-                Err(format!("cannot begin: {e}"))
+            Ok(()) => self.resuming.due(&self.task),
+            Err(e) => self.abort_saving(&format!("cannot begin: {e}")),
+        }
+    }
+
+    /// Programs that were asked answer while a dump is on its way already: their own files are as good, and better than
+    /// a dump of nothing.
+    fn hear_late_answer(&mut self) {
+        let Some(saving) = &mut self.saving else { return };
+        let late = !saving.standing && !matches!(saving.ahead, Ahead::Asking(_));
+        if late && self.containers.iter().all(|container| container.rests) {
+            saving.dumps.clear();
+            saving.containers.clear();
+            match remove_all(saving.half.dir()) {
+                Ok(()) => self.take_files(),
+                Err(e) => self.abort_saving(&e.to_string()),
             }
         }
     }
 
     /// Takes in what the criu processes and archivers have said and done.
     pub(super) fn hear_saving(&mut self) {
+        self.hear_answer();
+        self.hear_quiescing();
+        self.hear_late_answer();
         let Some(saving) = &mut self.saving else { return };
         let mut failed = None;
         for dump in &mut saving.dumps {
@@ -168,6 +277,7 @@ impl Supervisor {
             return self.abort_saving(&why);
         }
         if !saving.standing
+            && !saving.dumps.is_empty()
             && saving.dumps.iter().all(|dump| dump.stands)
             && let Err(e) = self.stand()
         {
@@ -188,7 +298,7 @@ impl Supervisor {
     }
 
     /// All tasks stand: the log ends here, and what was written is what belongs to the images.
-    fn stand(&mut self) -> io::Result<()> {
+    pub(super) fn stand(&mut self) -> io::Result<()> {
         let Some(saving) = &mut self.saving else { return Ok(()) };
         for container in &mut self.containers {
             super::super::pump::drain_rest(&mut container.pumps, &mut self.log, &container.name);
@@ -198,22 +308,28 @@ impl Supervisor {
         if saving.hold {
             // They go from the tracer's hold into the freezer's.
             self.policy.hold(true);
+            saving.frozen = true;
             if let Some(cgroup) = &self.cgroup {
                 cgroup.freeze(true).map_err(io::Error::other)?;
             }
         }
         for container in &self.task.template.containers {
             let home = Home::new(&self.dir, &container.name);
+            super::super::make_private_dir(&saving.half.container(&container.name))?;
+            fs::copy(home.dir().join("config.json"), saving.half.config(&container.name))?;
             saving.archivers.push(archive::pack(&home.upper(), &saving.half.upper(&container.name))?);
             if self.task.workspace.is_some() {
                 let (from, to) = (home.workspace_upper(), saving.half.workspace(&container.name));
                 saving.archivers.push(archive::pack(&from, &to)?);
             }
         }
+        let kept = self.dir.join(file::BERTH_DIR).join(file::CHECKPOINT_DIR);
+        saving.archivers.push(archive::pack(&kept, &saving.half.kept())?);
         fs::create_dir_all(saving.half.dir().join("volumes"))?;
-        for (index, volume) in self.task.volumes.iter().enumerate() {
-            if volume.is_none() {
-                let from = rootfs::volume_dir(&self.dir, index);
+        for (index, (volume, given)) in self.task.template.volumes.iter().zip(&self.task.volumes).enumerate()
+        {
+            if given.is_none() || volume.save {
+                let from = given.clone().unwrap_or_else(|| rootfs::volume_dir(&self.dir, index));
                 saving.archivers.push(archive::pack(&from, &saving.half.volume(index))?);
             }
         }
@@ -221,14 +337,23 @@ impl Supervisor {
     }
 
     fn complete_saving(&mut self) {
-        let Some(saving) = self.saving.take() else { return };
+        let Some(mut saving) = self.saving.take() else { return };
+        self.ask_no_more();
+        if saving.kind == CheckpointKind::Cooperative {
+            // There is nothing of theirs that a start could not find out.
+            let name = |container: &ContainerSpec| container.name.clone();
+            let names = self.task.template.containers.iter().map(name);
+            saving.containers =
+                names.map(|name| SavedContainer { name, pipes: Vec::new(), mounts: Vec::new() }).collect();
+        }
+        self.let_thaw(&saving);
         let saved = Saved {
             level: saving.level,
             at: saving.at,
-            kind: CheckpointKind::Criu,
+            kind: saving.kind,
             frozen_ms: sys::boot_now().since(saving.begun).0,
             log_records: saving.log_records,
-            containers: saving.containers,
+            containers: saving.containers.clone(),
         };
         let whole = self.dir.join(file::CHECKPOINTS_DIR).join(saving.level.to_string());
         let kept = (|| -> io::Result<()> {
@@ -263,15 +388,20 @@ impl Supervisor {
             let _ = nix::sys::signal::kill(archiver.pid, nix::sys::signal::Signal::SIGKILL);
         }
         self.policy.hold(false);
-        if saving.standing && saving.hold && self.freeze.is_none() {
-            // So that a thaw has something to undo.
-            self.freeze = Some(super::Freeze { confirmed: false, fenced: false });
-        }
+        self.ask_no_more();
+        self.let_thaw(&saving);
         let (run, level, why) = (self.task.run, saving.level, why.to_owned());
         let half = saving.half.clone();
         drop(saving);
         let _ = remove_all(half.dir());
         self.tell_saved(Report::SaveFailed { run, level, why });
+    }
+
+    /// A thaw is to have something to undo.
+    fn let_thaw(&mut self, saving: &Saving) {
+        if saving.frozen && self.freeze.is_none() {
+            self.freeze = Some(super::Freeze { confirmed: false, fenced: false });
+        }
     }
 
     /// Told now, and to whoever connects later.

@@ -705,6 +705,7 @@ impl World {
                     pulls: Vec::new(),
                     saves: Vec::new(),
                     restores: Vec::new(),
+                    leaving: None,
                 };
                 self.send(&id, NodeTopic::Heartbeat, &beat);
             }

@@ -27,8 +27,8 @@ use tokio::time::{Instant, Sleep};
 use super::clock;
 use super::depot::{Depot, DepotError, Item};
 use super::metrics::{self, Refusals};
-use crate::core::Counters;
 use crate::core::token::{self, Scope};
+use crate::core::{Counters, Imported};
 
 const CONNECTIONS_MAX: usize = 256;
 const PACKS_MAX: usize = 4;
@@ -69,6 +69,11 @@ pub enum Inquiry {
         node: NodeId,
         asked: GrantRequest,
         reply: oneshot::Sender<Option<String>>,
+    },
+    /// A checkpoint that came from elsewhere is in the depot; answered once it is recorded.
+    Import {
+        imported: Box<Imported>,
+        reply: oneshot::Sender<()>,
     },
 }
 

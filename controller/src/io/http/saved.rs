@@ -7,9 +7,13 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use berth_protocol::checkpoint::CheckpointInfo;
 use berth_protocol::chunk::{self, ChunkId, GrantFor, GrantRequest};
-use berth_protocol::ids::{Digest, NodeId};
-use berth_protocol::limits::{CHUNKS_ASKED_MAX, CHUNKS_FETCHED_MAX, MANIFEST_BYTES_MAX, PACK_BYTES_MAX};
+use berth_protocol::ids::{Digest, Namespace, NodeId};
+use berth_protocol::job;
+use berth_protocol::limits::{
+    CHUNKS_ASKED_MAX, CHUNKS_FETCHED_MAX, JOB_FILE_BYTES_MAX, MANIFEST_BYTES_MAX, PACK_BYTES_MAX,
+};
 use berth_protocol::manifest::Manifest;
 use berth_protocol::message::node::DepotAccess;
 use berth_protocol::units::Millis;
@@ -20,6 +24,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Answer, INQUIRY_TIMEOUT, Inquiry, Service, clock, text};
+use crate::core::Imported;
 use crate::core::token::{self, Scope};
 use crate::io::depot::Kept;
 
@@ -36,6 +41,7 @@ pub(super) enum Route {
     Chunks,
     Manifest(Digest),
     ChunksOf(Digest),
+    Import(Digest),
 }
 
 impl Route {
@@ -47,6 +53,7 @@ impl Route {
             ["v1", "chunks", "lacking"] => Route::Lacking,
             ["v1", "checkpoints", hex] => Route::Manifest(digest(hex)?),
             ["v1", "checkpoints", hex, "chunks"] => Route::ChunksOf(digest(hex)?),
+            ["v1", "checkpoints", hex, "import"] => Route::Import(digest(hex)?),
             _ => return None,
         })
     }
@@ -78,6 +85,10 @@ impl Service {
             (Route::ChunksOf(id), &Method::POST) if self.may_load(&scope, &id) => {
                 self.chunks_of(id, request).await
             }
+            (Route::Import(id), &Method::POST) => match scope {
+                Scope::Namespace(namespace) => self.import(&namespace, id, request).await,
+                _ => self.forbidden(),
+            },
             (_, &Method::GET | &Method::POST | &Method::PUT) => self.forbidden(),
             _ => text(StatusCode::METHOD_NOT_ALLOWED, "checkpoints know GET, POST and PUT"),
         }
@@ -187,6 +198,58 @@ impl Service {
         }
     }
 
+    /// Records a checkpoint whose manifest was put before; the body is its job's file.
+    async fn import(&self, namespace: &Namespace, id: Digest, request: Request<Incoming>) -> Answer {
+        let bytes = match self.whole(request, JOB_FILE_BYTES_MAX).await {
+            Ok(bytes) => bytes,
+            Err(answer) => return answer,
+        };
+        let manifest = match self.depot.manifest(&id).await {
+            Ok(Some(found)) => Manifest::parse(&id, &found),
+            Ok(None) => return text(StatusCode::NOT_FOUND, "the depot does not have this checkpoint"),
+            Err(error) => return self.failed(&error),
+        };
+        let manifest = match manifest {
+            Ok(manifest) if manifest.namespace == *namespace => manifest,
+            Ok(_) => return self.forbidden(),
+            Err(error) => return text(StatusCode::BAD_REQUEST, error.to_string()),
+        };
+        let spec = match job::parse(&bytes, None) {
+            Ok(parsed) => parsed.spec,
+            Err(errors) => {
+                let all: Vec<String> =
+                    errors.iter().map(|error| format!("{}: {}", error.field, error.message)).collect();
+                return text(StatusCode::BAD_REQUEST, all.join("; "));
+            }
+        };
+        if spec.pod != manifest.template {
+            return text(StatusCode::BAD_REQUEST, "the job's file is not of the checkpoint's job");
+        }
+        let bytes = berth_protocol::units::Bytes(manifest.bytes());
+        let info = CheckpointInfo {
+            id,
+            level: 0,
+            at: manifest.at,
+            kind: manifest.kind,
+            bytes,
+            new_bytes: bytes,
+            frozen_ms: 0,
+            log_records: manifest.log_records,
+            needs: manifest.needs,
+        };
+        let Manifest { pod, epoch, node, .. } = manifest;
+        let (reply, answer) = oneshot::channel();
+        let imported = Box::new(Imported { info, pod, epoch, node, spec });
+        let inquired = async {
+            self.inquiries.send(Inquiry::Import { imported, reply }).await.ok()?;
+            answer.await.ok()
+        };
+        match tokio::time::timeout(INQUIRY_TIMEOUT, inquired).await.ok().flatten() {
+            Some(()) => text(StatusCode::CREATED, "recorded"),
+            None => text(StatusCode::SERVICE_UNAVAILABLE, "the controller is too busy to answer"),
+        }
+    }
+
     async fn manifest(&self, id: &Digest) -> Answer {
         match self.depot.manifest(id).await {
             Ok(Some(found)) => bytes(StatusCode::OK, found),
@@ -250,6 +313,7 @@ mod tests {
             ("v1/chunks/lacking", Some(Route::Lacking)),
             (&manifest, Some(Route::Manifest(digest))),
             (&chunks, Some(Route::ChunksOf(digest))),
+            (&format!("{manifest}/import"), Some(Route::Import(digest))),
             ("v1/chunks/other", None),
             ("v1/checkpoints/..", None),
         ] {

@@ -96,8 +96,11 @@ fn volumes() -> impl Strategy<Value = Vec<Volume>> {
         (1..1u64 << 40).prop_map(|size| VolumeSource::Scratch(Bytes(size))),
         name::<VolumeName>(NAME).prop_map(VolumeSource::Named),
     ];
-    btree_map(0..9u8, (source, any::<bool>()), 0..3).prop_map(|volumes| {
-        let volume = |(n, (source, read_only))| Volume { mount: format!("/volumes/{n}"), source, read_only };
+    btree_map(0..9u8, (source, any::<bool>(), any::<bool>()), 0..3).prop_map(|volumes| {
+        let volume = |(n, (source, read_only, save))| {
+            let save = save && matches!(source, VolumeSource::Named(_));
+            Volume { mount: format!("/volumes/{n}"), source, read_only, save }
+        };
         volumes.into_iter().map(volume).collect()
     })
 }
@@ -194,6 +197,9 @@ prop_compose! {
     ) -> JobSpec {
         (pod.namespace, pod.job) = (namespace.clone(), name.clone());
         let (completions, parallelism) = if gang { (a, a) } else { (a.max(b), a.min(b)) };
+        for volume in &mut pod.volumes {
+            volume.save = volume.save && parallelism == 1;
+        }
         JobSpec {
             namespace, name, pod, placement, parallelism, completions, gang, suspend, active_deadline, ttl,
             priority, preemptible,

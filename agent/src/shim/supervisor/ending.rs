@@ -1,0 +1,109 @@
+//! The end of a run: all of the pod dead, its end on disk, then told, then everything taken away.
+
+use std::io;
+use std::time::Duration;
+
+use berth_protocol::ids::Run;
+
+use super::super::exit::{self, Facts};
+use super::super::pump::drain_rest;
+use super::super::rootfs::{self, Home};
+use super::super::sys;
+use super::{Phase, Supervisor};
+use crate::task::{Exit, Report, file};
+
+impl Supervisor {
+    /// All of the pod dead, its end on disk, then told, then everything taken away.
+    pub(super) fn finish(mut self) -> io::Result<()> {
+        self.end_processes();
+        for container in &mut self.containers {
+            drain_rest(&mut container.pumps, &mut self.log, &container.name);
+        }
+        let exit = self.describe_end();
+        if let Err(e) = exit::write(&self.dir, &exit) {
+            // A full disk: what the pod itself has written makes room. Outputs are lost then.
+            eprintln!("berth-agent shim: cannot write the exit file: {e}; removing what the pod has written");
+            self.clean_up(false);
+            exit::write(&self.dir, &exit)?;
+        }
+        let report = Report::Exited { exit };
+        self.server.send_to_followers(&Report::Log { seq: self.log.last_seq() });
+        self.server.send(&report);
+        // Who connected while the end was being written is told as well, and nobody connects in vain from here on.
+        let _ = std::fs::remove_file(self.dir.join(file::SOCKET));
+        self.server.receive(std::slice::from_ref(&report));
+        self.clean_up(!self.task.template.outputs.is_empty());
+        Ok(())
+    }
+
+    fn end_processes(&mut self) {
+        loop {
+            self.kill();
+            let dead = match &self.cgroup {
+                Some(cgroup) => cgroup.kill(Duration::from_millis(super::super::KILL_MS_MAX)),
+                None => Ok(()),
+            };
+            let init = self.init.as_ref().map(|init| &init.pidfd);
+            let ended = init.is_none_or(|fd| {
+                let mut fds = [sys::want(fd, libc::POLLIN)];
+                sys::poll(&mut fds, Some(super::super::KILL_MS_MAX as i32)).is_ok_and(|n| n > 0)
+            });
+            self.reap();
+            match dead {
+                Ok(()) if ended => return,
+                // To say that the pod has ended would be a lie.
+                Ok(()) => eprintln!("berth-agent shim: the pod's init does not end; trying again"),
+                Err(e) => eprintln!("berth-agent shim: {e}; trying again"),
+            }
+        }
+    }
+
+    fn describe_end(&mut self) -> Exit {
+        let run: Run = self.task.run;
+        let started_at = match self.phase {
+            Phase::Created => None,
+            Phase::Started(at) | Phase::Running(at) => Some(at),
+        };
+        for container in &mut self.containers {
+            if let Some(Err(error)) = container.begun() {
+                self.error.get_or_insert(error);
+            }
+        }
+        exit::exit(&Facts {
+            run,
+            started_at,
+            finished_at: sys::now(),
+            log_records: self.log.last_seq(),
+            exits: &self.exits,
+            ended_by: self.policy.ended_by(),
+            error: self.error.as_ref(),
+        })
+    }
+
+    /// The run's end is known: what fails here is tried again by the agent.
+    fn clean_up(&self, keep_written: bool) {
+        if let Err(e) = super::super::end(&self.task) {
+            eprintln!("berth-agent shim: {e}");
+        }
+        if let Err(e) = self.unmount() {
+            // Removing the files through a mount would remove what is mounted.
+            return eprintln!("berth-agent shim: cannot unmount: {e}");
+        }
+        if let Err(e) = super::super::clear(&self.dir, keep_written) {
+            eprintln!("berth-agent shim: {e}");
+        }
+    }
+
+    fn unmount(&self) -> io::Result<()> {
+        for container in &self.task.template.containers {
+            let home = Home::new(&self.dir, &container.name);
+            for mounted in [home.rootfs(), home.workspace(), home.cgroups()] {
+                rootfs::unmount(&mounted)?;
+            }
+        }
+        for index in 0..self.task.template.volumes.len() {
+            rootfs::unmount(&rootfs::volume_dir(&self.dir, index))?;
+        }
+        rootfs::unmount(&self.dir.join("netns"))
+    }
+}
