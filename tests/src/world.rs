@@ -3,16 +3,18 @@
 
 use std::collections::BTreeMap;
 
+use berth_agent::core::departure::Leaves;
 use berth_agent::core::{Action, Event as AgentEvent, Now as AgentNow};
 use berth_controller::core::{Config, Controller, Effect, Event as ControllerEvent, Now, Step};
 use berth_protocol::codec;
-use berth_protocol::ids::{ClusterName, JobName, Namespace, NodeId, StoreId, Term};
+use berth_protocol::ids::{ClientId, ClusterName, JobName, Namespace, NodeId, RequestId, StoreId, Term};
 use berth_protocol::message::node::{Desired, Lease, SpecMessage};
-use berth_protocol::message::user::{Answer, JobPhase, JobStatus, Verdict};
+use berth_protocol::message::query::{Query, QueryRequest};
+use berth_protocol::message::user::{Answer, Command, JobCommand, JobPhase, JobStatus, Verdict};
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
-use berth_protocol::units::{BootMs, MilliCpu, Timestamp};
+use berth_protocol::units::{BootMs, MilliCpu, Millis, Timestamp};
 
-use crate::node::{Node, Out};
+use crate::node::{Depot, Node, Out};
 use crate::oracle::Oracle;
 
 /// Civil time at the beginning of every history.
@@ -39,6 +41,7 @@ enum Due {
     },
     Fault(Fault),
     Submit(usize),
+    Wish(Wish),
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -52,6 +55,18 @@ enum Fault {
     Heal(usize),
     ControllerCrash,
     ControllerStart,
+    /// The machine is said to go, and then not.
+    Notice(usize),
+    NoticeWithdrawn(usize),
+}
+
+/// What people ask for meanwhile.
+#[derive(Debug, Clone)]
+enum Wish {
+    Drain(usize),
+    Uncordon(usize),
+    Checkpoint(usize),
+    Migrate { job: usize, node: usize },
 }
 
 struct Job {
@@ -69,7 +84,9 @@ pub struct World {
     store: BTreeMap<String, Vec<u8>>,
     term: u64,
     nodes: Vec<Node>,
+    depot: Depot,
     cut: Vec<bool>,
+    noticed: Vec<bool>,
     sessions: Vec<u64>,
     jobs: Vec<Job>,
     oracle: Oracle,
@@ -79,6 +96,11 @@ pub struct World {
     /// What happened, for a person; empty unless asked for.
     pub trace: Option<Vec<String>>,
     pub steps: u64,
+}
+
+fn leaving(now: AgentNow) -> AgentEvent {
+    let (why, at) = ("drawn".to_owned(), now.boot.plus(Millis(30_000)));
+    AgentEvent::Leaving(Some(Leaves { why, at }))
 }
 
 /// Runs one seed. The error says what went wrong, and when.
@@ -92,9 +114,11 @@ impl World {
     fn new(seed: u64, trace: bool) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
         let count = rng.usize(2..8);
+        let depot = Depot::default();
         let nodes: Vec<Node> = (0..count)
             .map(|n| {
-                Node::new(NodeId::parse(&format!("n{n}")).expect("a name"), MilliCpu(rng.u64(1..5) * 1000))
+                let id = NodeId::parse(&format!("n{n}")).expect("a name");
+                Node::new(id, MilliCpu(rng.u64(1..5) * 1000), depot.clone())
             })
             .collect();
         let mut world = Self {
@@ -105,6 +129,8 @@ impl World {
             store: BTreeMap::new(),
             term: 0,
             cut: vec![false; count],
+            noticed: vec![false; count],
+            depot,
             sessions: vec![0; count],
             nodes,
             jobs: Vec::new(),
@@ -129,10 +155,14 @@ impl World {
             let actions: &[&str] = if dead { &["pause", "stop"] } else { &["pause", "continue", "stop"] };
             let action = self.rng.choice(actions).copied().unwrap_or("pause");
             let completions = self.rng.u32(1..4);
+            let checkpoint = self
+                .rng
+                .choice(["{mode: none}", "{mode: criu}", "{mode: criu, interval: 7s}"])
+                .unwrap_or("{}");
             let file = format!(
                 "image: host\ncommand: [work, \"{work}\", \"{code}\"]\nresources: {{cpu: 500m, memory: 64Mi}}\n\
                  completions: {completions}\nparallelism: {completions}\nonDisconnect: {{do: {action}}}\n\
-                 terminationGracePeriodSeconds: 5\n"
+                 terminationGracePeriodSeconds: 5\ncheckpoint: {checkpoint}\n"
             );
             let expect = if code == 0 { JobPhase::Succeeded } else { JobPhase::Failed };
             self.jobs.push(Job { name: format!("job{n}"), file, expect });
@@ -151,7 +181,8 @@ impl World {
         for _ in 0..self.rng.usize(0..10) {
             let (at, node) = (self.rng.u64(1_000..FAULTS_MS), self.rng.usize(0..self.nodes.len()));
             let back = at + self.rng.u64(10..150_000);
-            let (fault, repair) = match self.rng.u8(0..4) {
+            let (fault, repair) = match self.rng.u8(0..5) {
+                4 => (Fault::Notice(node), Fault::NoticeWithdrawn(node)),
                 0 => (Fault::AgentCrash(node), Fault::AgentStart(node)),
                 1 => (Fault::PowerCut(node), Fault::AgentStart(node)),
                 2 => (Fault::Partition(node), Fault::Heal(node)),
@@ -160,6 +191,50 @@ impl World {
             self.at(at, Due::Fault(fault));
             self.at(back.min(FAULTS_MS), Due::Fault(repair));
         }
+        self.plan_wishes();
+    }
+
+    fn plan_wishes(&mut self) {
+        for _ in 0..self.rng.usize(0..12) {
+            let (at, node) = (self.rng.u64(1_000..FAULTS_MS), self.rng.usize(0..self.nodes.len()));
+            let job = self.rng.usize(0..self.jobs.len());
+            match self.rng.u8(0..3) {
+                0 => {
+                    let back = at + self.rng.u64(10..150_000);
+                    self.at(at, Due::Wish(Wish::Drain(node)));
+                    self.at(back, Due::Wish(Wish::Uncordon(node)));
+                }
+                1 => self.at(at, Due::Wish(Wish::Checkpoint(job))),
+                _ => self.at(at, Due::Wish(Wish::Migrate { job, node })),
+            }
+        }
+        // Whatever was lost on its way: in the end every node is there for pods.
+        for node in 0..self.nodes.len() {
+            self.at(FAULTS_MS + 30_000, Due::Wish(Wish::Uncordon(node)));
+        }
+    }
+
+    /// Sent once: a wish that is lost is not repeated.
+    fn wish(&mut self, wish: &Wish) {
+        let job = |n: usize| JobName::parse(&self.jobs[n].name).expect("a name");
+        let id = |n: usize| self.nodes[n].id.clone();
+        let query = |query: Query| {
+            let client = ClientId::parse("sim").expect("a name");
+            let request = QueryRequest { id: RequestId::parse("sim").expect("a token"), query };
+            (Topic::QueryRequest { client }, serde_json::to_vec(&request))
+        };
+        let command = |n: usize, command: Command, node: Option<NodeId>| {
+            let topic = Topic::job(&Namespace::default_namespace(), &job(n), JobTopic::Command);
+            let id = RequestId::parse(&format!("wish-{}", self.sequence)).ok();
+            (topic, serde_json::to_vec(&JobCommand { id, command, node, checkpoint: None }))
+        };
+        let (topic, payload) = match wish {
+            Wish::Drain(n) => query(Query::Drain { node: id(*n), deadline: Some(Millis(40_000)) }),
+            Wish::Uncordon(n) => query(Query::Uncordon { node: id(*n) }),
+            Wish::Checkpoint(n) => command(*n, Command::Checkpoint, None),
+            Wish::Migrate { job, node } => command(*job, Command::Migrate, Some(id(*node))),
+        };
+        self.send(topic, payload.expect("plain data"));
     }
 
     fn at(&mut self, ms: u64, due: Due) {
@@ -259,6 +334,10 @@ impl World {
                 self.fault(fault)?;
             }
             Due::Submit(n) => self.submit(n),
+            Due::Wish(wish) => {
+                self.note(|| format!("{wish:?}"));
+                self.wish(&wish);
+            }
         }
         Ok(())
     }
@@ -274,7 +353,17 @@ impl World {
             Fault::AgentStart(n) if self.nodes[n].agent.is_none() && self.burnt != Some(n) => {
                 self.sessions[n] += 1;
                 let now = self.agent_now();
-                let out = self.nodes[n].start(now);
+                let mut out = self.nodes[n].start(now);
+                if self.noticed[n] {
+                    out.extend(self.nodes[n].step(now, leaving(now)));
+                }
+                self.perform(n, out);
+            }
+            Fault::Notice(n) | Fault::NoticeWithdrawn(n) => {
+                self.noticed[n] = matches!(fault, Fault::Notice(_));
+                let now = self.agent_now();
+                let event = if self.noticed[n] { leaving(now) } else { AgentEvent::Leaving(None) };
+                let out = self.nodes[n].step(now, event);
                 self.perform(n, out);
             }
             Fault::Partition(n) => {
@@ -393,8 +482,10 @@ impl World {
             };
         }
         for effect in effects {
-            if let Effect::Publish { topic, payload, .. } = effect {
-                self.published(topic, payload)?;
+            match effect {
+                Effect::Publish { topic, payload, .. } => self.published(topic, payload)?,
+                Effect::DeleteCheckpoint(id) => drop(self.depot.borrow_mut().remove(&id)),
+                Effect::DeleteLog { .. } | Effect::DeleteBlob(_) | Effect::TidyDepot | Effect::Note(_) => {}
             }
         }
         Ok(())
@@ -417,6 +508,10 @@ impl World {
             }
             Topic::Job { job, kind: JobTopic::Answer, .. } => {
                 let answer: Answer = codec::decode(&topic, &payload).map_err(|error| error.to_string())?;
+                if answer.id.is_some() {
+                    // A wish may be one that cannot be granted.
+                    return Ok(());
+                }
                 match answer.verdict {
                     Verdict::Accepted { .. } => {
                         self.oracle.accepted(job.as_str());
