@@ -281,12 +281,14 @@ impl Node {
                 }
                 Action::Order { key, order } => {
                     if let Some(shim) = self.shims.get_mut(&key) {
-                        if shim.restore
-                            && shim.state == ShimState::Created
-                            && matches!(order, Order::Start { .. })
-                        {
+                        let begins = shim.state == ShimState::Created && matches!(order, Order::Start { .. });
+                        if begins && shim.restore {
                             let report = Report::Restoring { run: shim.run };
                             out.push(later(1, Event::Shim { key: key.clone(), report }));
+                        }
+                        if begins {
+                            let report = Report::Running { run: shim.run, started_at: now.wall };
+                            out.push(later(3, Event::Shim { key: key.clone(), report }));
                         }
                         shim.order(now.boot, order);
                         out.extend(self.advance(now, &key));

@@ -7,24 +7,24 @@ use berth_agent::core::departure::Leaves;
 use berth_agent::core::{Action, Event as AgentEvent, Now as AgentNow};
 use berth_controller::core::{Config, Controller, Effect, Event as ControllerEvent, Now, Step};
 use berth_protocol::codec;
-use berth_protocol::ids::{ClientId, ClusterName, JobName, Namespace, NodeId, RequestId, StoreId, Term};
+use berth_protocol::ids::{ClusterName, JobName, Namespace, NodeId, StoreId, Term};
 use berth_protocol::message::node::{Desired, Lease, SpecMessage};
-use berth_protocol::message::query::{Query, QueryRequest};
-use berth_protocol::message::user::{Answer, Command, JobCommand, JobPhase, JobStatus, Verdict};
+use berth_protocol::message::user::{Answer, JobPhase, JobStatus, Verdict};
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
 use berth_protocol::units::{BootMs, MilliCpu, Millis, Timestamp};
 
 use crate::node::{Depot, Node, Out};
 use crate::oracle::Oracle;
+use crate::wishes::Wish;
 
 /// Civil time at the beginning of every history.
 const EPOCH_MS: u64 = 1_700_000_000_000;
 /// How long a history is disturbed, and how long it then has to come to rest.
-const FAULTS_MS: u64 = 600_000;
+pub(crate) const FAULTS_MS: u64 = 600_000;
 const REST_MS: u64 = 1_800_000;
 
 /// Something under way, due at its time.
-enum Due {
+pub(crate) enum Due {
     ToController {
         topic: Topic,
         payload: Vec<u8>,
@@ -45,7 +45,7 @@ enum Due {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Fault {
+pub(crate) enum Fault {
     AgentCrash(usize),
     AgentStart(usize),
     PowerCut(usize),
@@ -60,35 +60,26 @@ enum Fault {
     NoticeWithdrawn(usize),
 }
 
-/// What people ask for meanwhile.
-#[derive(Debug, Clone)]
-enum Wish {
-    Drain(usize),
-    Uncordon(usize),
-    Checkpoint(usize),
-    Migrate { job: usize, node: usize },
-}
-
-struct Job {
-    name: String,
+pub(crate) struct Job {
+    pub name: String,
     file: String,
     expect: JobPhase,
 }
 
 pub struct World {
-    rng: fastrand::Rng,
+    pub(crate) rng: fastrand::Rng,
     now_ms: u64,
     due: BTreeMap<(u64, u64), Due>,
-    sequence: u64,
+    pub(crate) sequence: u64,
     controller: Option<Controller>,
     store: BTreeMap<String, Vec<u8>>,
     term: u64,
-    nodes: Vec<Node>,
+    pub(crate) nodes: Vec<Node>,
     depot: Depot,
     cut: Vec<bool>,
     noticed: Vec<bool>,
     sessions: Vec<u64>,
-    jobs: Vec<Job>,
+    pub(crate) jobs: Vec<Job>,
     oracle: Oracle,
     burnt: Option<usize>,
     calm: bool,
@@ -194,50 +185,7 @@ impl World {
         self.plan_wishes();
     }
 
-    fn plan_wishes(&mut self) {
-        for _ in 0..self.rng.usize(0..12) {
-            let (at, node) = (self.rng.u64(1_000..FAULTS_MS), self.rng.usize(0..self.nodes.len()));
-            let job = self.rng.usize(0..self.jobs.len());
-            match self.rng.u8(0..3) {
-                0 => {
-                    let back = at + self.rng.u64(10..150_000);
-                    self.at(at, Due::Wish(Wish::Drain(node)));
-                    self.at(back, Due::Wish(Wish::Uncordon(node)));
-                }
-                1 => self.at(at, Due::Wish(Wish::Checkpoint(job))),
-                _ => self.at(at, Due::Wish(Wish::Migrate { job, node })),
-            }
-        }
-        // Whatever was lost on its way: in the end every node is there for pods.
-        for node in 0..self.nodes.len() {
-            self.at(FAULTS_MS + 30_000, Due::Wish(Wish::Uncordon(node)));
-        }
-    }
-
-    /// Sent once: a wish that is lost is not repeated.
-    fn wish(&mut self, wish: &Wish) {
-        let job = |n: usize| JobName::parse(&self.jobs[n].name).expect("a name");
-        let id = |n: usize| self.nodes[n].id.clone();
-        let query = |query: Query| {
-            let client = ClientId::parse("sim").expect("a name");
-            let request = QueryRequest { id: RequestId::parse("sim").expect("a token"), query };
-            (Topic::QueryRequest { client }, serde_json::to_vec(&request))
-        };
-        let command = |n: usize, command: Command, node: Option<NodeId>| {
-            let topic = Topic::job(&Namespace::default_namespace(), &job(n), JobTopic::Command);
-            let id = RequestId::parse(&format!("wish-{}", self.sequence)).ok();
-            (topic, serde_json::to_vec(&JobCommand { id, command, node, checkpoint: None }))
-        };
-        let (topic, payload) = match wish {
-            Wish::Drain(n) => query(Query::Drain { node: id(*n), deadline: Some(Millis(40_000)) }),
-            Wish::Uncordon(n) => query(Query::Uncordon { node: id(*n) }),
-            Wish::Checkpoint(n) => command(*n, Command::Checkpoint, None),
-            Wish::Migrate { job, node } => command(*job, Command::Migrate, Some(id(*node))),
-        };
-        self.send(topic, payload.expect("plain data"));
-    }
-
-    fn at(&mut self, ms: u64, due: Due) {
+    pub(crate) fn at(&mut self, ms: u64, due: Due) {
         self.sequence += 1;
         self.due.insert((ms.max(self.now_ms), self.sequence), due);
     }
@@ -432,7 +380,7 @@ impl World {
         }
     }
 
-    fn send(&mut self, topic: Topic, payload: Vec<u8>) {
+    pub(crate) fn send(&mut self, topic: Topic, payload: Vec<u8>) {
         self.note(|| format!("-> {topic} {}", String::from_utf8_lossy(&payload[..payload.len().min(300)])));
         for _ in 0..self.copies() {
             let at = self.now_ms + self.delay();
@@ -495,7 +443,7 @@ impl World {
         match &topic {
             Topic::Node { node, kind } => {
                 self.note(|| {
-                    format!("<- {topic} {}", String::from_utf8_lossy(&payload[..payload.len().min(400)]))
+                    format!("<- {topic} {}", String::from_utf8_lossy(&payload[..payload.len().min(1_200)]))
                 });
                 let Some(n) = self.nodes.iter().position(|candidate| candidate.id == *node) else {
                     return Ok(());
