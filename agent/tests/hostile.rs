@@ -233,8 +233,8 @@ fn foreign(manifest: &Manifest, dice: &mut Dice) -> (Digest, Vec<u8>) {
         1 => other.template.containers[0].user = Some("0".to_owned()),
         2 => drop(other.template.containers[0].capabilities.insert("SYS_ADMIN".to_owned())),
         3 => other.template.network = berth_protocol::job::Network::Host,
-        4 => drop(other.containers[0].dump.retain(|file| !file.name.starts_with("core-"))),
-        _ => drop(other.containers[0].dump.retain(|file| file.name != "saved.json")),
+        4 => other.containers[0].dump.retain(|file| !file.name.starts_with("core-")),
+        _ => other.containers[0].dump.retain(|file| file.name != "saved.json"),
     }
     other.render().unwrap()
 }

@@ -4,4 +4,5 @@
 pub mod bench;
 pub mod node;
 pub mod oracle;
+mod wishes;
 pub mod world;

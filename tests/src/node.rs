@@ -1,14 +1,17 @@
 //! A made-up machine: the real agent core on a made-up disk, with shims that do what their leases say.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 use berth_agent::core::ledger::{Ledger, PodKey};
-use berth_agent::core::{Action, Agent, Event, Identity, Now, Prepared, Step};
-use berth_agent::task::{Exit, Lease, Order, Report, Root};
-use berth_protocol::ids::{BootId, HardwareId, LedgerId, NodeId, Run, SessionNonce};
+use berth_agent::core::{Action, Agent, Event, Identity, Now, Prepared, Step, Unready};
+use berth_agent::task::{Exit, Lease, Order, Report, Root, Saved};
+use berth_protocol::checkpoint::{CheckpointInfo, CheckpointKind, Needs};
+use berth_protocol::ids::{BootId, Digest, HardwareId, LedgerId, NodeId, Run, SessionNonce};
 use berth_protocol::job::{DisconnectAction, PodTemplate};
 use berth_protocol::message::node::HeldPod;
-use berth_protocol::pod::{Cause, Outcome};
+use berth_protocol::pod::{Cause, Outcome, RESTORE_FAILED};
 use berth_protocol::resources::{CgroupVersion, Inventory};
 use berth_protocol::units::{BootMs, Bytes, MilliCpu, Millis};
 
@@ -17,6 +20,19 @@ use berth_protocol::units::{BootMs, Bytes, MilliCpu, Millis};
 pub struct Program {
     pub work_ms: u64,
     pub exit_code: u8,
+}
+
+/// Checkpoints that the depot holds, and the work that is left of each.
+pub type Depot = Rc<RefCell<BTreeMap<Digest, Millis>>>;
+
+/// One in so many saves fails, and one in so many starts from a checkpoint, by its name and the node's.
+const SAVES_PER_FAILURE: u8 = 8;
+const RESTORES_PER_FAILURE: u8 = 12;
+
+/// Drawn from names alone, so that a history repeats itself.
+fn fails(what: &str, one_in: u8) -> bool {
+    let digest = Digest::of(what.as_bytes()).hex();
+    u8::from_str_radix(&digest[..2], 16).is_ok_and(|byte| byte % one_in == 0)
 }
 
 /// What the kernel and the shim together know of one run.
@@ -28,6 +44,12 @@ pub struct Shim {
     deadline: Option<BootMs>,
     /// By order, not by the lease.
     paused: bool,
+    /// Saved, and to stand still until it is stopped or released.
+    held: bool,
+    /// How the last save ended.
+    last_save: Option<Report>,
+    /// It begins from a checkpoint.
+    restore: bool,
     /// Work that is left, as of `since`.
     left: Millis,
     since: BootMs,
@@ -51,6 +73,11 @@ pub struct Node {
     /// Processes: survive the agent, not the machine.
     pub shims: BTreeMap<PodKey, Shim>,
     exits: BTreeMap<(PodKey, Run), Exit>,
+    /// The work left in checkpoints on this disk.
+    saved: BTreeMap<(PodKey, u64), Millis>,
+    depot: Depot,
+    /// Orders that named a checkpoint which the depot did not hold.
+    pub lacking: Vec<Digest>,
     boot: u64,
     sessions: u64,
     cpu: MilliCpu,
@@ -68,13 +95,16 @@ pub enum Out {
 }
 
 impl Node {
-    pub fn new(id: NodeId, cpu: MilliCpu) -> Self {
+    pub fn new(id: NodeId, cpu: MilliCpu, depot: Depot) -> Self {
         Self {
             id,
             agent: None,
             ledger: Ledger::default(),
             shims: BTreeMap::new(),
             exits: BTreeMap::new(),
+            saved: BTreeMap::new(),
+            depot,
+            lacking: Vec::new(),
             boot: 1,
             sessions: 0,
             cpu,
@@ -93,7 +123,7 @@ impl Node {
             cpu_model: String::new(),
             cpu_features: Default::default(),
             cgroup: CgroupVersion::V2,
-            criu: None,
+            criu: Some("4.1".into()),
             gpus: Vec::new(),
             gpu_driver: None,
             cuda: None,
@@ -204,23 +234,26 @@ impl Node {
             let later = |ms, event| Out::Later { ms, event };
             match action {
                 Action::Hello(_) | Action::Heartbeat(_) | Action::Events(_) => out.push(Out::Send(action)),
-                Action::Prepare { key, template, .. } => {
-                    let prepared = Prepared {
-                        roots: vec![Root::Host; template.containers.len()],
-                        volumes: Vec::new(),
-                        workspace: None,
-                    };
-                    out.push(later(20, Event::Prepared { key, result: Ok(prepared) }));
+                Action::Prepare { key, template, from } => {
+                    let result = self.prepare(&template, from);
+                    out.push(later(20, Event::Prepared { key, result }));
                 }
                 Action::Launch(launch) => {
                     let program = program(&launch.template);
+                    let from = self.ledger.pods.get(&launch.key).and_then(|entry| entry.desired.from);
+                    let left = from
+                        .filter(|_| launch.restore)
+                        .and_then(|from| self.depot.borrow().get(&from).copied());
                     let shim = Shim {
                         run: launch.run,
                         state: ShimState::Created,
                         template: launch.template,
                         deadline: None,
                         paused: false,
-                        left: Millis(program.work_ms),
+                        held: false,
+                        last_save: None,
+                        restore: launch.restore,
+                        left: left.unwrap_or(Millis(program.work_ms)),
                         exit_code: program.exit_code,
                         kill_at: None,
                         since: now.boot,
@@ -229,16 +262,34 @@ impl Node {
                     let report = Report::Created { run: launch.run };
                     out.push(later(10, Event::Shim { key: launch.key, report }));
                 }
-                // Its nodes have no CRIU.
-                Action::Order { key, order: Order::Save { level, .. } } => {
-                    if let Some(run) = self.shims.get(&key).map(|shim| shim.run) {
-                        let why = "no CRIU".to_owned();
-                        let report = Report::SaveFailed { run, level, why };
-                        out.push(later(5, Event::Shim { key, report }));
+                Action::Order { key, order: Order::Save { level, hold } } => {
+                    out.extend(self.advance(now, &key));
+                    let Some(shim) = self.shims.get_mut(&key) else { continue };
+                    let report = shim.save(now, &key, level, hold);
+                    if matches!(report, Report::Saved { .. }) {
+                        self.saved.insert((key.clone(), level), shim.left);
                     }
+                    out.push(later(30, Event::Shim { key: key.clone(), report }));
+                    out.extend(self.advance(now, &key));
+                }
+                Action::StoreCheckpoint { key, run, saved, .. } => {
+                    let Some(left) = self.saved.get(&(key.clone(), saved.level)) else { continue };
+                    let id = Digest::of(format!("{key}/{run}/{}", saved.level).as_bytes());
+                    self.depot.borrow_mut().insert(id, *left);
+                    let result = Ok(Box::new(info(id, &saved)));
+                    out.push(later(200, Event::CheckpointStored { key, level: saved.level, result }));
                 }
                 Action::Order { key, order } => {
                     if let Some(shim) = self.shims.get_mut(&key) {
+                        let begins = shim.state == ShimState::Created && matches!(order, Order::Start { .. });
+                        if begins && shim.restore {
+                            let report = Report::Restoring { run: shim.run };
+                            out.push(later(1, Event::Shim { key: key.clone(), report }));
+                        }
+                        if begins {
+                            let report = Report::Running { run: shim.run, started_at: now.wall };
+                            out.push(later(3, Event::Shim { key: key.clone(), report }));
+                        }
                         shim.order(now.boot, order);
                         out.extend(self.advance(now, &key));
                     }
@@ -249,8 +300,8 @@ impl Node {
                 }
                 Action::Adopt { key, .. } => {
                     let shim = &self.shims[&key];
-                    let report = shim.report();
-                    out.push(later(5, Event::Shim { key, report }));
+                    let said = [Some(shim.report()), shim.last_save.clone()].into_iter().flatten();
+                    out.extend(said.map(|report| later(5, Event::Shim { key: key.clone(), report })));
                 }
                 Action::Kill { key, .. } => {
                     self.shims.remove(&key);
@@ -260,14 +311,40 @@ impl Node {
                 Action::StoreOutputs { key } => {
                     out.push(later(5, Event::OutputsStored { key, result: Ok(None) }));
                 }
-                Action::CancelPrepare { .. }
-                | Action::Drop { .. }
-                | Action::Depot(_)
-                | Action::StoreCheckpoint { .. }
-                | Action::Warn(_) => {}
+                Action::CancelPrepare { .. } | Action::Drop { .. } | Action::Depot(_) | Action::Warn(_) => {}
             }
         }
         out
+    }
+}
+
+impl Node {
+    fn prepare(&mut self, template: &PodTemplate, from: Option<Digest>) -> Result<Prepared, Unready> {
+        if let Some(from) = from {
+            if !self.depot.borrow().contains_key(&from) {
+                self.lacking.push(from);
+            }
+            if fails(&format!("{from}/{}", self.id), RESTORES_PER_FAILURE) {
+                let (reason, message) = (RESTORE_FAILED.to_owned(), "drawn".to_owned());
+                return Err(Unready { reason, message, retriable: false, elsewhere: true });
+            }
+        }
+        let roots = vec![Root::Host; template.containers.len()];
+        Ok(Prepared { roots, volumes: Vec::new(), workspace: None })
+    }
+}
+
+fn info(id: Digest, saved: &Saved) -> CheckpointInfo {
+    CheckpointInfo {
+        id,
+        level: saved.level,
+        at: saved.at,
+        kind: saved.kind,
+        bytes: Bytes(1 << 20),
+        new_bytes: Bytes(1 << 20),
+        frozen_ms: saved.frozen_ms,
+        log_records: saved.log_records,
+        needs: Needs::default(),
     }
 }
 
@@ -292,8 +369,41 @@ impl Shim {
                 let at = now.plus(Millis(grace.0 / 2));
                 self.kill_at = Some(self.kill_at.map_or(at, |kill_at| kill_at.min(at)));
             }
-            Order::Follow { .. } | Order::Save { .. } | Order::Release => {}
+            Order::Release => self.held = false,
+            // Seen to by the node.
+            Order::Follow { .. } | Order::Save { .. } => {}
         }
+    }
+
+    /// Told again what came of it, where it was asked before.
+    fn save(&mut self, now: Now, key: &PodKey, level: u64, hold: bool) -> Report {
+        let run = self.run;
+        let of_it = |report: &Report| match report {
+            Report::Saved { saved, .. } => saved.level == level,
+            Report::SaveFailed { level: failed, .. } => *failed == level,
+            _ => false,
+        };
+        if let Some(told) = self.last_save.clone().filter(of_it) {
+            return told;
+        }
+        let report = if self.state != ShimState::Running || self.kill_at.is_some() {
+            Report::SaveFailed { run, level, why: "it does not run".to_owned() }
+        } else if fails(&format!("{key}/{run}/{level}"), SAVES_PER_FAILURE) {
+            Report::SaveFailed { run, level, why: "drawn".to_owned() }
+        } else {
+            self.held = hold;
+            let saved = Saved {
+                level,
+                at: now.wall,
+                kind: CheckpointKind::Criu,
+                frozen_ms: 30,
+                log_records: 1,
+                containers: Vec::new(),
+            };
+            Report::Saved { run, saved }
+        };
+        self.last_save = Some(report.clone());
+        report
     }
 
     fn grant(&mut self, lease: Lease) {
@@ -312,7 +422,7 @@ impl Shim {
         match self.state {
             ShimState::Created => Report::Created { run },
             ShimState::Running => Report::Running { run, started_at: Default::default() },
-            ShimState::Frozen => Report::Paused { run, fenced: !self.paused },
+            ShimState::Frozen => Report::Paused { run, fenced: !self.paused && !self.held },
         }
     }
 
@@ -338,7 +448,8 @@ impl Shim {
                 self.kill_at = Some(now.plus(Millis(self.template.grace.0 / 2)));
             }
             let freeze = self.template.on_disconnect.action == DisconnectAction::Pause && fenced;
-            self.state = if freeze || self.paused { ShimState::Frozen } else { ShimState::Running };
+            self.state =
+                if freeze || self.paused || self.held { ShimState::Frozen } else { ShimState::Running };
         }
         if self.state == before { Change::None } else { Change::State }
     }

@@ -20,6 +20,12 @@ impl Oracle {
     pub fn check<'a>(&mut self, nodes: impl IntoIterator<Item = &'a Node>) -> Result<(), String> {
         let mut where_now: BTreeMap<&PodId, (&NodeId, Epoch)> = BTreeMap::new();
         for node in nodes {
+            if let Some(lacking) = node.lacking.first() {
+                return Err(format!(
+                    "{} was to start from {lacking}, which the depot does not hold",
+                    node.id
+                ));
+            }
             for key in node.executing() {
                 if let Some((other, epoch)) = where_now.insert(&key.pod, (&node.id, key.epoch)) {
                     return Err(format!(

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use berth_agent::core::departure::Leaves;
 use berth_agent::core::{Action, Event as AgentEvent, Now as AgentNow};
 use berth_controller::core::{Config, Controller, Effect, Event as ControllerEvent, Now, Quote, Step};
 use berth_protocol::codec;
@@ -10,19 +11,20 @@ use berth_protocol::ids::{ClusterName, JobName, Namespace, NodeId, StoreId, Term
 use berth_protocol::message::node::{Desired, Lease, SpecMessage};
 use berth_protocol::message::user::{Answer, JobPhase, JobStatus, Verdict};
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
-use berth_protocol::units::{BootMs, MilliCpu, Timestamp};
+use berth_protocol::units::{BootMs, MilliCpu, Millis, Timestamp};
 
-use crate::node::{Node, Out};
+use crate::node::{Depot, Node, Out};
 use crate::oracle::Oracle;
+use crate::wishes::Wish;
 
 /// Civil time at the beginning of every history.
 const EPOCH_MS: u64 = 1_700_000_000_000;
 /// How long a history is disturbed, and how long it then has to come to rest.
-const FAULTS_MS: u64 = 600_000;
+pub(crate) const FAULTS_MS: u64 = 600_000;
 const REST_MS: u64 = 1_800_000;
 
 /// Something under way, due at its time.
-enum Due {
+pub(crate) enum Due {
     ToController {
         topic: Topic,
         payload: Vec<u8>,
@@ -41,10 +43,11 @@ enum Due {
     Submit(usize),
     /// Prices that whichever controller is there then gets.
     Priced(Quote),
+    Wish(Wish),
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Fault {
+pub(crate) enum Fault {
     AgentCrash(usize),
     AgentStart(usize),
     PowerCut(usize),
@@ -54,26 +57,31 @@ enum Fault {
     Heal(usize),
     ControllerCrash,
     ControllerStart,
+    /// The machine is said to go, and then not.
+    Notice(usize),
+    NoticeWithdrawn(usize),
 }
 
-struct Job {
-    name: String,
+pub(crate) struct Job {
+    pub name: String,
     file: String,
     expect: JobPhase,
 }
 
 pub struct World {
-    rng: fastrand::Rng,
+    pub(crate) rng: fastrand::Rng,
     now_ms: u64,
     due: BTreeMap<(u64, u64), Due>,
-    sequence: u64,
+    pub(crate) sequence: u64,
     controller: Option<Controller>,
     store: BTreeMap<String, Vec<u8>>,
     term: u64,
-    nodes: Vec<Node>,
+    pub(crate) nodes: Vec<Node>,
+    depot: Depot,
     cut: Vec<bool>,
+    noticed: Vec<bool>,
     sessions: Vec<u64>,
-    jobs: Vec<Job>,
+    pub(crate) jobs: Vec<Job>,
     oracle: Oracle,
     burnt: Option<usize>,
     calm: bool,
@@ -81,6 +89,11 @@ pub struct World {
     /// What happened, for a person; empty unless asked for.
     pub trace: Option<Vec<String>>,
     pub steps: u64,
+}
+
+fn leaving(now: AgentNow) -> AgentEvent {
+    let (why, at) = ("drawn".to_owned(), now.boot.plus(Millis(30_000)));
+    AgentEvent::Leaving(Some(Leaves { why, at }))
 }
 
 /// Runs one seed. The error says what went wrong, and when.
@@ -94,9 +107,11 @@ impl World {
     fn new(seed: u64, trace: bool) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
         let count = rng.usize(2..8);
+        let depot = Depot::default();
         let nodes: Vec<Node> = (0..count)
             .map(|n| {
-                Node::new(NodeId::parse(&format!("n{n}")).expect("a name"), MilliCpu(rng.u64(1..5) * 1000))
+                let id = NodeId::parse(&format!("n{n}")).expect("a name");
+                Node::new(id, MilliCpu(rng.u64(1..5) * 1000), depot.clone())
             })
             .collect();
         let mut world = Self {
@@ -107,6 +122,8 @@ impl World {
             store: BTreeMap::new(),
             term: 0,
             cut: vec![false; count],
+            noticed: vec![false; count],
+            depot,
             sessions: vec![0; count],
             nodes,
             jobs: Vec::new(),
@@ -131,10 +148,14 @@ impl World {
             let actions: &[&str] = if dead { &["pause", "stop"] } else { &["pause", "continue", "stop"] };
             let action = self.rng.choice(actions).copied().unwrap_or("pause");
             let completions = self.rng.u32(1..4);
+            let checkpoint = self
+                .rng
+                .choice(["{mode: none}", "{mode: criu}", "{mode: criu, interval: 7s}"])
+                .unwrap_or("{}");
             let file = format!(
                 "image: host\ncommand: [work, \"{work}\", \"{code}\"]\nresources: {{cpu: 500m, memory: 64Mi}}\n\
                  completions: {completions}\nparallelism: {completions}\nonDisconnect: {{do: {action}}}\n\
-                 terminationGracePeriodSeconds: 5\n"
+                 terminationGracePeriodSeconds: 5\ncheckpoint: {checkpoint}\n"
             );
             let expect = if code == 0 { JobPhase::Succeeded } else { JobPhase::Failed };
             self.jobs.push(Job { name: format!("job{n}"), file, expect });
@@ -153,7 +174,8 @@ impl World {
         for _ in 0..self.rng.usize(0..10) {
             let (at, node) = (self.rng.u64(1_000..FAULTS_MS), self.rng.usize(0..self.nodes.len()));
             let back = at + self.rng.u64(10..150_000);
-            let (fault, repair) = match self.rng.u8(0..4) {
+            let (fault, repair) = match self.rng.u8(0..5) {
+                4 => (Fault::Notice(node), Fault::NoticeWithdrawn(node)),
                 0 => (Fault::AgentCrash(node), Fault::AgentStart(node)),
                 1 => (Fault::PowerCut(node), Fault::AgentStart(node)),
                 2 => (Fault::Partition(node), Fault::Heal(node)),
@@ -162,9 +184,10 @@ impl World {
             self.at(at, Due::Fault(fault));
             self.at(back.min(FAULTS_MS), Due::Fault(repair));
         }
+        self.plan_wishes();
     }
 
-    fn at(&mut self, ms: u64, due: Due) {
+    pub(crate) fn at(&mut self, ms: u64, due: Due) {
         self.sequence += 1;
         self.due.insert((ms.max(self.now_ms), self.sequence), due);
     }
@@ -264,6 +287,10 @@ impl World {
             Due::Priced(quote) => {
                 self.ask_controller(ControllerEvent::Priced(Box::new(quote.prices())))?;
             }
+            Due::Wish(wish) => {
+                self.note(|| format!("{wish:?}"));
+                self.wish(&wish);
+            }
         }
         Ok(())
     }
@@ -279,7 +306,17 @@ impl World {
             Fault::AgentStart(n) if self.nodes[n].agent.is_none() && self.burnt != Some(n) => {
                 self.sessions[n] += 1;
                 let now = self.agent_now();
-                let out = self.nodes[n].start(now);
+                let mut out = self.nodes[n].start(now);
+                if self.noticed[n] {
+                    out.extend(self.nodes[n].step(now, leaving(now)));
+                }
+                self.perform(n, out);
+            }
+            Fault::Notice(n) | Fault::NoticeWithdrawn(n) => {
+                self.noticed[n] = matches!(fault, Fault::Notice(_));
+                let now = self.agent_now();
+                let event = if self.noticed[n] { leaving(now) } else { AgentEvent::Leaving(None) };
+                let out = self.nodes[n].step(now, event);
                 self.perform(n, out);
             }
             Fault::Partition(n) => {
@@ -349,7 +386,7 @@ impl World {
         }
     }
 
-    fn send(&mut self, topic: Topic, payload: Vec<u8>) {
+    pub(crate) fn send(&mut self, topic: Topic, payload: Vec<u8>) {
         self.note(|| format!("-> {topic} {}", String::from_utf8_lossy(&payload[..payload.len().min(300)])));
         for _ in 0..self.copies() {
             let at = self.now_ms + self.delay();
@@ -405,7 +442,8 @@ impl World {
                     let at = self.now_ms + self.delay();
                     self.at(at, Due::Priced(quote));
                 }
-                _ => {}
+                Effect::DeleteCheckpoint(id) => drop(self.depot.borrow_mut().remove(&id)),
+                Effect::DeleteLog { .. } | Effect::DeleteBlob(_) | Effect::TidyDepot | Effect::Note(_) => {}
             }
         }
         Ok(())
@@ -415,7 +453,7 @@ impl World {
         match &topic {
             Topic::Node { node, kind } => {
                 self.note(|| {
-                    format!("<- {topic} {}", String::from_utf8_lossy(&payload[..payload.len().min(400)]))
+                    format!("<- {topic} {}", String::from_utf8_lossy(&payload[..payload.len().min(1_200)]))
                 });
                 let Some(n) = self.nodes.iter().position(|candidate| candidate.id == *node) else {
                     return Ok(());
@@ -428,6 +466,10 @@ impl World {
             }
             Topic::Job { job, kind: JobTopic::Answer, .. } => {
                 let answer: Answer = codec::decode(&topic, &payload).map_err(|error| error.to_string())?;
+                if answer.id.is_some() {
+                    // A wish may be one that cannot be granted.
+                    return Ok(());
+                }
                 match answer.verdict {
                     Verdict::Accepted { .. } => {
                         self.oracle.accepted(job.as_str());

@@ -35,6 +35,8 @@ pub(super) struct Notice {
     pub cordoned: bool,
 }
 
+/// By this heartbeat of a session its agent has looked for notices: heartbeats are 2 s apart at least.
+const LOOKED_BEATS: u64 = 8;
 /// A deadline told again with the next heartbeat is the same one, give or take the message's way.
 const SAME: Millis = Millis(5_000);
 
@@ -102,14 +104,16 @@ impl Controller {
     }
 
     /// What a heartbeat says of its machine: that it is about to go, or that it is not.
-    pub(super) fn notice(&mut self, now: Now, id: &NodeId, departure: Option<Departure>) {
+    pub(super) fn notice(&mut self, now: Now, id: &NodeId, beat: u64, departure: Option<Departure>) {
         let Some(node) = self.cluster.nodes.get(id) else { return };
         let (boot, nonce) = (node.record.boot.clone(), node.record.nonce.clone());
         let (drain, cordoned, pods) = (node.record.drain.clone(), node.record.cordoned, node.pods.len());
         let Some(Departure { mut why, within }) = departure else {
             // An agent that has just been started anew may not have looked yet.
             let notice = drain.and_then(|drain| drain.notice);
-            if let Some(notice) = notice.filter(|notice| notice.nonce == nonce || notice.boot != boot) {
+            let knows =
+                |notice: &Notice| notice.nonce == nonce || notice.boot != boot || beat >= LOOKED_BEATS;
+            if let Some(notice) = notice.filter(knows) {
                 self.note(Note::NodeStays(id.clone()));
                 self.cordon(now, id, false);
                 self.cordon(now, id, notice.cordoned);

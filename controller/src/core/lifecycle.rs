@@ -118,7 +118,6 @@ impl Controller {
         else {
             return;
         };
-        let spec = &job.file.spec.pod;
         let assignment = Assignment {
             node: id.clone(),
             spec: job.template,
@@ -131,8 +130,8 @@ impl Controller {
             phase: PodPhase::Assigned,
             run: Run(0),
             started_at: None,
-            lease: spec.on_disconnect.lease(spec.grace),
-            lost_after: spec.on_disconnect.lost_after,
+            lease: job.file.spec.pod.on_disconnect.lease(job.file.spec.pod.grace),
+            lost_after: job.file.spec.pod.on_disconnect.lost_after,
             named: (self.config.term, node.generation.next()),
             failures: u64::from(job.run.failures),
             restarts: job.pod(index).map_or(0, |pod| u64::from(pod.restarts)),

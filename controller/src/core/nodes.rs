@@ -199,7 +199,7 @@ impl Controller {
         if !silent {
             self.heard_from(now, id);
         }
-        self.notice(now, id, beat.leaving);
+        self.notice(now, id, beat.seq, beat.leaving);
         self.note_transfers(id, "pulling the image", &beat.pulls);
         self.note_transfers(id, "saving the checkpoint", &beat.saves);
         self.note_transfers(id, "fetching the checkpoint", &beat.restores);
