@@ -108,12 +108,6 @@ fn fill(nodes: usize) -> Result<(f64, f64)> {
     let (rooms, shapes) = (rooms(nodes, &mut dice), shapes(&mut dice));
     let demand: Demand = shapes.iter().enumerate().map(|(i, s)| (s.clone(), 60 - i as u64)).collect();
     let prices = Prices::new(&demand, &rooms);
-    let before = resident()?;
-    let mut engine = Engine::new(Policy::Bid, 0);
-    for (index, room) in rooms.iter().enumerate() {
-        engine.refresh(index, room.clone());
-    }
-    engine.adopt(prices);
     let capacity: usize = rooms.iter().map(|room| room.devices.len()).sum();
     let (mut wanted, mut pods) = (0, Vec::new());
     while wanted < 1000 * capacity {
@@ -122,6 +116,13 @@ fn fill(nodes: usize) -> Result<(f64, f64)> {
         wanted += shape.gpus * shape.gpu_milli as usize;
         pods.push(shape);
     }
+    // Fleets come smallest first: what an earlier one gave back is little beside the next.
+    let before = resident()?;
+    let mut engine = Engine::new(Policy::Bid, 0);
+    for (index, room) in rooms.iter().enumerate() {
+        engine.refresh(index, room.clone());
+    }
+    engine.adopt(prices);
     let begun = Instant::now();
     let mut seated = 0;
     for shape in &pods {
@@ -132,7 +133,7 @@ fn fill(nodes: usize) -> Result<(f64, f64)> {
     }
     let rate = pods.len() as f64 / begun.elapsed().as_secs_f64();
     ensure!(seated * 10 > pods.len() * 8, "{seated} of {} pods found a seat", pods.len());
-    let bytes = resident()?.saturating_sub(before) - pods.len() * size_of::<&Shape>();
+    let bytes = resident()?.saturating_sub(before);
     Ok((rate, bytes as f64 / nodes as f64))
 }
 

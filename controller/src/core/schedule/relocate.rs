@@ -106,11 +106,13 @@ impl Controller {
         }
     }
 
-    /// A gang is never moved for, and nobody for whom room is being made already.
+    /// A gang is never moved for, and nobody for whom room is being made already; whoever is overdue
+    /// keeps its room.
     pub(in crate::core) fn may_be_moved_for(&self, uid: &JobUid) -> bool {
         let alone = |job: &super::super::cluster::Job| !job.file.spec.gang || job.ready().nth(1).is_none();
         let kind = self.scheduler.holds.get(uid).map(|hold| hold.kind);
-        self.cluster.jobs.get(uid).is_some_and(alone) && !matches!(kind, Some(Kind::Preemption | Kind::Move))
+        self.cluster.jobs.get(uid).is_some_and(alone)
+            && !matches!(kind, Some(Kind::Preemption | Kind::Move | Kind::Overdue))
     }
 
     /// Jobs on nodes that nobody classified since the start, and rulebooks behind their nodes, are brought up to date.
