@@ -364,7 +364,10 @@ fn submit_sends_until_answered_and_tells_every_error() {
     let refused = file("refused.yaml", "image: host\naffinity: f(x)\n");
     let ended = output(&broker, &["submit", &refused]);
     assert_eq!((ended.code, ended.out.as_str()), (2, ""));
-    assert!(ended.err.starts_with("berth: ") && ended.err.contains("refused.yaml is not a job file"), "{ended:?}");
+    assert!(
+        ended.err.starts_with("berth: ") && ended.err.contains("refused.yaml is not a job file"),
+        "{ended:?}"
+    );
     assert!(ended.err.contains(":2:11: affinity: no such function `f`\n  2 | affinity: f(x)\n"), "{ended:?}");
 
     let wrong = file("wrong.yaml", "image: host\ncpus: 2\npriority: x\n");
