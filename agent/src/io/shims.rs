@@ -27,7 +27,10 @@ const CONNECT_MAX: Duration = Duration::from_secs(30);
 /// A shim that has closed its socket ends within this time, or is killed.
 const END_MAX: Duration = Duration::from_secs(30);
 
-/// Of a thread that makes one system call.
+/// Moves that keep the way into control groups open, and the time between them: less than a grace period.
+const MOVES: usize = 4;
+const MOVE_PAUSE: Duration = Duration::from_millis(4);
+/// Of the thread that makes them.
 const STACK_BYTES: usize = 64 << 10;
 
 #[derive(Debug, thiserror::Error)]
@@ -40,11 +43,19 @@ pub enum ShimError {
 
 /// Moves this process to the control group that it is in. The kernel lets a process into another group only after a
 /// grace period of all processors, 6 to 20 ms, which it skips where somebody has waited just before (`rcu_sync` in
-/// `cgroup_threadgroup_rwsem`). So the wait happens here while the shim gets ready, not later before its container.
+/// `cgroup_threadgroup_rwsem`). So the wait happens here while the shim gets ready, not later before its container;
+/// the moves after the first keep the way open for a shim that takes longer.
 fn open_groups() {
     let thread = std::thread::Builder::new().name("groups".to_owned()).stack_size(STACK_BYTES);
+    let keep_open = || {
+        let Some(procs) = own_procs() else { return };
+        for _ in 0..MOVES {
+            let _ = fs::write(&procs, "0");
+            std::thread::sleep(MOVE_PAUSE);
+        }
+    };
     // Without it a container starts later, nothing more.
-    let _ = thread.spawn(|| own_procs().map(|procs| fs::write(procs, "0")));
+    let _ = thread.spawn(keep_open);
 }
 
 /// The file that takes processes into the control group of this one, in a hierarchy that has one.
