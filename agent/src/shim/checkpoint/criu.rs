@@ -42,6 +42,8 @@ pub struct Criu {
     _images: File,
     log: PathBuf,
     over: bool,
+    /// Its process has ended, whatever it said before.
+    gone: bool,
 }
 
 /// Where criu itself runs, and with it what it restores.
@@ -104,6 +106,7 @@ impl Criu {
             _images: dir,
             log: images.join(name),
             over: false,
+            gone: false,
         };
         criu.send(&rpc::request(call, &options.0))?;
         Ok(criu)
@@ -120,6 +123,11 @@ impl Criu {
         let _ = self.send(&rpc::notified(go_on));
     }
 
+    /// A child of this process has ended.
+    pub fn ended(&mut self, pid: Pid) {
+        self.gone |= pid == self.pid;
+    }
+
     /// What was said since; `None`: nothing.
     pub fn hear(&mut self) -> Option<Word> {
         if self.over {
@@ -127,6 +135,8 @@ impl Criu {
         }
         let mut buffer = vec![0; RESPONSE_BYTES_MAX];
         let word = match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+            // Helpers of one that was killed may hold its socket open for long.
+            Err(nix::Error::EAGAIN) if self.gone => Word::Failed(self.why("it ended without an answer")),
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => return None,
             Ok(length) if length > 0 => match Response::read(&buffer[..length]) {
                 Some(response) if !response.success => Word::Failed(self.why(&response.message)),
@@ -168,7 +178,10 @@ impl Criu {
     pub fn kill(&mut self) {
         if !self.over {
             self.over = true;
-            let _ = kill(self.pid, Signal::SIGKILL);
+            // Once it is reaped its number may be another's.
+            if !self.gone {
+                let _ = kill(self.pid, Signal::SIGKILL);
+            }
         }
     }
 }
