@@ -118,6 +118,20 @@ enum HookName {
     Poststop,
 }
 
+impl HookName {
+    /// As the OCI configuration has it.
+    fn key(self) -> &'static str {
+        match self {
+            Self::Prestart => "prestart",
+            Self::CreateRuntime => "createRuntime",
+            Self::CreateContainer => "createContainer",
+            Self::StartContainer => "startContainer",
+            Self::Poststart => "poststart",
+            Self::Poststop => "poststop",
+        }
+    }
+}
+
 /// All specifications of this machine.
 #[derive(Debug, Default)]
 pub struct Specs {

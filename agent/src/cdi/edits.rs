@@ -50,15 +50,7 @@ fn add(edits: &Edits, oci: &mut Value) -> Result<(), String> {
         })));
     }
     for hook in &edits.hooks {
-        let name = match hook.hook_name {
-            super::HookName::Prestart => "prestart",
-            super::HookName::CreateRuntime => "createRuntime",
-            super::HookName::CreateContainer => "createContainer",
-            super::HookName::StartContainer => "startContainer",
-            super::HookName::Poststart => "poststart",
-            super::HookName::Poststop => "poststop",
-        };
-        list(oci, &["hooks", name]).push(present(json!({
+        list(oci, &["hooks", hook.hook_name.key()]).push(present(json!({
             "path": hook.path, "args": hook.args, "env": hook.env, "timeout": hook.timeout,
         })));
     }

@@ -42,8 +42,6 @@ pub struct Criu {
     _images: File,
     log: PathBuf,
     over: bool,
-    /// Its process has ended, whatever it said before.
-    gone: bool,
 }
 
 /// Where criu itself runs, and with it what it restores.
@@ -106,7 +104,6 @@ impl Criu {
             _images: dir,
             log: images.join(name),
             over: false,
-            gone: false,
         };
         criu.send(&rpc::request(call, &options.0))?;
         Ok(criu)
@@ -123,20 +120,17 @@ impl Criu {
         let _ = self.send(&rpc::notified(go_on));
     }
 
-    /// A child of this process has ended.
-    pub fn ended(&mut self, pid: Pid) {
-        self.gone |= pid == self.pid;
-    }
-
     /// What was said since; `None`: nothing.
     pub fn hear(&mut self) -> Option<Word> {
         if self.over {
             return None;
         }
+        // Looked at first, so that nothing which it said before its end is missed.
+        let ended = self.has_ended();
         let mut buffer = vec![0; RESPONSE_BYTES_MAX];
         let word = match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
             // Helpers of one that was killed may hold its socket open for long.
-            Err(nix::Error::EAGAIN) if self.gone => Word::Failed(self.why("it ended without an answer")),
+            Err(nix::Error::EAGAIN) if ended => Word::Failed(self.why("it ended without an answer")),
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => return None,
             Ok(length) if length > 0 => match Response::read(&buffer[..length]) {
                 Some(response) if !response.success => Word::Failed(self.why(&response.message)),
@@ -168,6 +162,10 @@ impl Criu {
         }
     }
 
+    fn has_ended(&self) -> bool {
+        sys::poll(&mut [sys::want(&self.pidfd, libc::POLLIN)], Some(0)).is_ok_and(|ready| ready > 0)
+    }
+
     /// Waits until the process has ended, as it does at once when it has said `Done`: it is in the control groups of
     /// what it has restored.
     pub fn wait_for_end(&self) {
@@ -179,7 +177,7 @@ impl Criu {
         if !self.over {
             self.over = true;
             // Once it is reaped its number may be another's.
-            if !self.gone {
+            if !self.has_ended() {
                 let _ = kill(self.pid, Signal::SIGKILL);
             }
         }

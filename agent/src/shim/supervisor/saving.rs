@@ -78,7 +78,6 @@ impl Saving {
         if let Ahead::Quiescing(hook) = &mut self.ahead {
             hook.ended(pid, code);
         }
-        self.dumps.iter_mut().for_each(|dump| dump.criu.ended(pid));
         if let Some(archiver) = self.archivers.iter_mut().find(|archiver| archiver.pid == pid) {
             archiver.code = Some(code);
         }
