@@ -1,7 +1,9 @@
 //! Whether the machine is about to go: a notice in a file or at an address that a cloud gives, and whether systemd is
 //! shutting the machine down. Looks and tells; what follows is the core's.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -9,14 +11,12 @@ use berth_protocol::units::{Millis, Timestamp};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::{Request, StatusCode};
-use hyper_util::rt::TokioIo;
 use serde_json::Value;
-use tokio::net::TcpStream;
 use tokio::process::Command;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::time::timeout;
 
-use super::clock;
+use super::{clock, http};
 use crate::core::Event;
 use crate::core::departure::Leaves;
 
@@ -25,6 +25,7 @@ const LOOK_AT_FILE: Duration = Duration::from_secs(1);
 const LOOK_AT_URL: Duration = Duration::from_secs(5);
 const ANSWER_MAX: Duration = Duration::from_secs(3);
 const NOTICE_BYTES_MAX: usize = 16 * 1024;
+const NO_ADDRESS: &str = "it is not of the form http://host[:port]/path";
 
 /// Where notices come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,11 +62,9 @@ fn says_no(text: &str) -> bool {
 /// `None`: no notice. An error: it cannot be told.
 async fn look(source: &Source) -> Result<Option<Notice>, String> {
     let text = match source {
-        Source::File(path) => match std::fs::read(path) {
-            Ok(bytes) => {
-                Some(String::from_utf8_lossy(&bytes[..bytes.len().min(NOTICE_BYTES_MAX)]).into_owned())
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Source::File(path) => match read_file(path) {
+            Ok(bytes) => Some(String::from_utf8_lossy(&bytes).into_owned()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(error.to_string()),
         },
         Source::Url(url) => {
@@ -76,15 +75,16 @@ async fn look(source: &Source) -> Result<Option<Notice>, String> {
     Ok(text.map(|text| read(&text, clock::now().wall)))
 }
 
+fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(NOTICE_BYTES_MAX as u64).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 /// The answer's text, where it is one.
 async fn get(url: &str) -> Result<Option<String>, String> {
-    let (authority, path) = split(url)?;
-    let address = if authority.contains(':') { authority.to_owned() } else { format!("{authority}:80") };
-    let stream = TcpStream::connect(address).await.map_err(|error| error.to_string())?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-        .await
-        .map_err(|error| error.to_string())?;
-    tokio::spawn(connection);
+    let (authority, path) = http::split(url).ok_or(NO_ADDRESS)?;
+    let mut sender = http::connect(authority).await.map_err(|error| error.to_string())?;
     // Two clouds' servers answer only who says by a header that he is no browser led astray.
     let request = Request::get(path)
         .header("host", authority)
@@ -103,22 +103,11 @@ async fn get(url: &str) -> Result<Option<String>, String> {
     Ok(Some(String::from_utf8_lossy(&body).into_owned()))
 }
 
-/// Host and port, and the path.
-fn split(url: &str) -> Result<(&str, &str), String> {
-    let rest = url.strip_prefix("http://").ok_or("it does not begin with http://")?;
-    let at = rest.find('/').unwrap_or(rest.len());
-    let (authority, path) = rest.split_at(at);
-    if authority.is_empty() {
-        return Err("it names no host".to_owned());
-    }
-    Ok((authority, if path.is_empty() { "/" } else { path }))
-}
-
 impl Source {
     /// # Errors
     /// The text is no address that can be asked.
-    pub fn url(text: &str) -> Result<Self, String> {
-        split(text).map(|_| Self::Url(text.to_owned()))
+    pub fn url(text: &str) -> Result<Self, &'static str> {
+        http::split(text).map(|_| Self::Url(text.to_owned())).ok_or(NO_ADDRESS)
     }
 
     fn name(&self) -> String {
@@ -191,14 +180,5 @@ mod tests {
             assert!(says_no(text), "{text}");
         }
         assert!(!says_no("TRUE") && !says_no("{}"));
-    }
-
-    #[test]
-    fn addresses() {
-        assert_eq!(split("http://169.254.169.254/a/b"), Ok(("169.254.169.254", "/a/b")));
-        assert_eq!(split("http://m:8080"), Ok(("m:8080", "/")));
-        for bad in ["https://m/", "m/x", "http:///x"] {
-            assert!(split(bad).is_err(), "{bad}");
-        }
     }
 }

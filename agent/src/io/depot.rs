@@ -15,10 +15,10 @@ use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Limited, StreamBody};
 use hyper::body::Frame;
 use hyper::{Method, Request, StatusCode};
-use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::time::timeout;
+
+use super::http;
 
 /// A whole exchange; a depot that stalls for longer is asked again later.
 const EXCHANGE_MAX: Duration = Duration::from_secs(600);
@@ -142,15 +142,9 @@ async fn exchange(
     path: &str,
     body: Body,
 ) -> Result<hyper::body::Incoming, DepotError> {
-    let authority = access
-        .url
-        .strip_prefix("http://")
-        .ok_or_else(|| DepotError::Url(access.url.clone()))?
-        .trim_end_matches('/');
+    let (authority, _) = http::split(&access.url).ok_or_else(|| DepotError::Url(access.url.clone()))?;
     let work = async {
-        let stream = TcpStream::connect(authority).await.map_err(DepotError::Connect)?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        tokio::spawn(connection);
+        let mut sender = http::connect(authority).await.map_err(DepotError::Connect)?;
         let request = Request::builder()
             .method(method)
             .uri(path)

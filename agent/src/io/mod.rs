@@ -6,6 +6,7 @@ pub mod clock;
 pub mod departure;
 pub mod depot;
 pub mod doctor;
+mod http;
 pub mod image;
 pub mod journal;
 pub mod logs;

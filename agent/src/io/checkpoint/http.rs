@@ -6,9 +6,9 @@ use berth_protocol::message::node::DepotAccess;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Method, Request, StatusCode};
-use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until, timeout};
+
+use super::super::http;
 
 /// One exchange of at most a pack.
 const EXCHANGE_MAX: Duration = Duration::from_secs(120);
@@ -58,8 +58,7 @@ impl<'a> Client<'a> {
 
     fn authority(&self) -> Result<&'a str, HttpError> {
         let url = &self.access.url;
-        let authority = url.strip_prefix("http://").ok_or_else(|| HttpError::Url(url.clone()))?;
-        Ok(authority.trim_end_matches('/'))
+        Ok(http::split(url).ok_or_else(|| HttpError::Url(url.clone()))?.0)
     }
 
     /// Sends one request; status and body come back whatever the status, the body up to `bytes_max`.
@@ -92,14 +91,7 @@ impl<'a> Client<'a> {
         let authority = self.authority()?;
         let mut sender = match self.connection.take().filter(|sender| !sender.is_closed()) {
             Some(sender) => sender,
-            None => {
-                let stream = TcpStream::connect(authority).await.map_err(HttpError::Connect)?;
-                let _ = stream.set_nodelay(true);
-                let (sender, connection) =
-                    hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-                tokio::spawn(connection);
-                sender
-            }
+            None => http::connect(authority).await.map_err(HttpError::Connect)?,
         };
         sender.ready().await?;
         let request = Request::builder()
