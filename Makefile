@@ -29,13 +29,20 @@ sim: ## play SEEDS=500 histories with the simulator, or one with SEED=7
 	@$(CARGO) build --quiet -p berth-tests --bin sim
 	@target/debug/sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
 
-bench: build ## measure speed and size against the figures asked, into target/bench.jsonl
+bench: build ## measure speed and size against the figures asked, beside Slurm, into target/bench.jsonl
+	@tests/setup bench
 	@$(CARGO) run --release --quiet -p berth-tests --bin bench
 	@BERTH_CHECKPOINT_CYCLES=100 $(CARGO) test --quiet --workspace --test checkpoint a_counter_moves_again
 
-install: ## install programs, units and sample configuration below PREFIX=/usr
+install: ## install programs, CRIU, units, manual and sample configuration below PREFIX=/usr
 	install -Dm755 -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/berth $(RELEASE)/berth-agent $(RELEASE)/berth-controller
 	install -Dm644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system systemd/*.service
+	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	$(RELEASE)/berth completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/berth
+	$(RELEASE)/berth man $(DESTDIR)$(PREFIX)/share/man/man1
+	if [ -x $(RELEASE)/criu/criu ]; then \
+	  install -d $(DESTDIR)$(PREFIX)/lib/berth/criu && \
+	  cp -R --remove-destination $(RELEASE)/criu/. $(DESTDIR)$(PREFIX)/lib/berth/criu; fi
 	for f in agent controller; do \
 	  [ -e $(DESTDIR)/etc/berth/$$f.toml ] || install -Dm644 systemd/$$f.toml $(DESTDIR)/etc/berth/$$f.toml; done
 

@@ -17,8 +17,12 @@ const EXAMPLES: &str = "Examples:
   berth-agent --config /etc/berth/agent.toml                 as the service does
   berth-agent --dev --node a2 --data-dir /tmp/a2 --capacity cpu=2,memory=4Gi
                                                              a second agent beside the first, with a part of the machine
-  berth-agent --broker mqtt://10.0.0.5:1883 --label rack=r7 --taint spot
-  berth-agent doctor --dev                                   what this machine lacks, and how to get it";
+  berth-agent --dev=10.0.0.0/8 --broker mqtt://10.0.0.5:1883 --label rack=r7 --taint spot
+                                                             a machine of a test network
+  berth-agent doctor --dev                                   what this machine lacks, and how to get it
+
+`berth-agent doctor`, with the agent's own flags, starts nothing: it says what this machine has and what is missing for
+running and saving pods, and ends with 1 where anything is.";
 
 /// The node daemon of berth: runs containers as the controller directs.
 #[derive(Parser, Debug)]
@@ -123,7 +127,7 @@ struct Settings {
     /// Log of one pod at most; the oldest part goes first [default: 16Mi]
     #[arg(long, env = "BERTH_LOG_MAX", value_name = "SIZE")]
     log_max: Option<String>,
-    /// Bytes a second that checkpoints may take of the network, as `100Mi` [default: no bound]
+    /// Bytes a second that each transfer of a checkpoint may take of the network, as `100Mi` [default: no bound]
     #[arg(long, env = "BERTH_CHECKPOINT_RATE", value_name = "SIZE")]
     checkpoint_rate: Option<String>,
     /// All that a pod may write outside its volumes, on the node's disk [default: no bound]
@@ -142,7 +146,8 @@ struct Settings {
     /// How long a shutdown of the machine may wait for pods to be saved; 0s: not at all [default: 60s]
     #[arg(long, env = "BERTH_SHUTDOWN_GRACE", value_name = "SPAN")]
     shutdown_grace: Option<String>,
-    /// For one person's machine and for tests: loopback only, no identity, host images allowed
+    /// For one person's machine and for tests: no identity, host images allowed, the broker on loopback; with a CIDR the
+    /// broker in that test network
     #[arg(
         long,
         env = "BERTH_DEV",

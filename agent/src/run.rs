@@ -3,7 +3,7 @@
 mod messages;
 mod stores;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,6 +32,7 @@ use crate::io::probe::{Probe, ProbeConfig};
 use crate::io::shims::Shims;
 use crate::io::{checkpoint, clock, departure, notify};
 use crate::shim;
+use crate::shim::cgroup::CgroupError;
 use crate::task::{Order, Report, Task};
 
 /// Events taken together before the disk is synced for all of them.
@@ -115,6 +116,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         boot: clock::boot_id()?,
         nonce: nonce.clone(),
         ledger: LedgerId::parse(&random()?)?,
+        damaged: damaged > 0,
     };
     let (events, mut inbox) = mpsc::unbounded_channel();
     let (bus_events, mut bus_inbox) = mpsc::channel(BUS_QUEUE);
@@ -129,6 +131,9 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let criu = found.ok().and_then(Result::ok).flatten();
     probe.set_criu(criu.as_ref().map(|criu| criu.version.clone()));
     let (core, first) = Agent::start(ledger, identity, probe.inventory().clone(), clock::now());
+    tracing::warn!(
+        "--dev: whoever reaches the broker runs programs on this machine; for one person's machine and for tests only"
+    );
     let bus = Bus::connect(&config.broker, &config.cluster, &config.node, &nonce, bus_events)?;
     tracing::info!(
         "node {} of cluster {}: {} cores, {} of memory, broker {}",
@@ -168,7 +173,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     tokio::pin!(shutdown);
     loop {
         let nap = Duration::from_millis(agency.core.next_wake().since(clock::now().boot).0);
-        let nap_max = if agency.followers.behind() { CATCH_UP } else { NAP_MAX };
+        let behind = agency.bus.is_up() && agency.followers.behind();
+        let nap_max = if behind { CATCH_UP } else { NAP_MAX };
         let nap = nap.min(nap_max).min(watchdog.unwrap_or(NAP_MAX));
         let mut batch = Vec::new();
         tokio::select! {
@@ -180,8 +186,9 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
                     batch.push(Input::Event(Event::Leaving(Some(stay))));
                 }
             },
-            Some(event) = inbox.recv() => batch.push(Input::Event(event)),
+            // Leases first: what pods report, however much, must not make them wait.
             Some(event) = bus_inbox.recv() => batch.extend(agency.read(event)),
+            Some(event) = inbox.recv() => batch.push(Input::Event(event)),
             criu = &mut find_criu, if searching => {
                 searching = false;
                 batch.push(Input::Criu(criu.ok().flatten()));
@@ -189,19 +196,25 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
             () = tokio::time::sleep(nap) => batch.push(Input::Event(Event::Tick)),
         }
         while batch.len() < BATCH {
-            if let Ok(event) = inbox.try_recv() {
-                batch.push(Input::Event(event));
-            } else if let Ok(event) = bus_inbox.try_recv() {
+            if let Ok(event) = bus_inbox.try_recv() {
                 batch.extend(agency.read(event));
+            } else if let Ok(event) = inbox.try_recv() {
+                batch.push(Input::Event(event));
             } else {
                 break;
             }
+        }
+        // Under a steady stream of events the sleep above would never end: heartbeats go out all the same.
+        if agency.core.next_wake() <= clock::now().boot {
+            batch.push(Input::Event(Event::Tick));
         }
         if batch.iter().any(Input::is_work) {
             trim_at = Some(tokio::time::Instant::now() + TRIM_AFTER);
         }
         agency.handle(batch).await?;
-        agency.followers.catch_up(&agency.bus);
+        for key in agency.followers.catch_up(&agency.bus) {
+            agency.shims.order(&key, Order::Follow { follow: false });
+        }
         // Once small, it stays small: a heartbeat touches more of the program than it needs.
         if trim_at.is_none_or(|at| at <= tokio::time::Instant::now()) {
             trim_at = None;
@@ -260,6 +273,7 @@ impl Agency {
     async fn handle(&mut self, batch: Vec<Input>) -> Result<(), RunError> {
         let now: Now = clock::now();
         let (mut records, mut actions) = (Vec::new(), Vec::new());
+        let mut grown = BTreeSet::new();
         let mut inputs = VecDeque::from(batch);
         while let Some(input) = inputs.pop_front() {
             let event = match input {
@@ -275,7 +289,7 @@ impl Agency {
                 }
             };
             if let Event::Shim { key, report: Report::Log { .. } | Report::Exited { .. } } = &event {
-                self.followers.grown(&self.bus, key);
+                grown.insert(key.clone());
             }
             let step = self.core.step(now, event);
             records.extend(step.records);
@@ -291,6 +305,7 @@ impl Agency {
                 }
             }
         }
+        grown.iter().for_each(|key| self.followers.grown(&self.bus, key));
         // The probes behind a heartbeat take a while, and nothing else need wait for them.
         actions.sort_by_key(|action| matches!(action, Action::Heartbeat(_)));
         self.journal.append(&records)?;
@@ -311,10 +326,21 @@ impl Agency {
     async fn perform(&mut self, actions: Vec<Action>) {
         for action in actions {
             match action {
-                Action::Hello(mut hello) => {
-                    hello.pods = self.scan();
-                    self.bus.publish(&self.topic(NodeTopic::Hello), &*hello);
-                }
+                Action::Hello(mut hello) => match self.scan() {
+                    Ok(alive) => {
+                        let is_alive = |pod: &HeldPod| {
+                            alive.iter().any(|held| held.pod == pod.pod && held.epoch == pod.epoch)
+                        };
+                        hello.pods.retain(|pod| !is_alive(pod));
+                        hello.pods.extend(alive);
+                        self.bus.publish(&self.topic(NodeTopic::Hello), &*hello);
+                    }
+                    // A pod that this hello left out would count as gone, and be placed anew while it runs.
+                    Err(error) => tracing::error!(
+                        "cannot tell which pods are alive, so the controller is not told either; trying again: \
+                         {error}"
+                    ),
+                },
                 Action::Heartbeat(mut heartbeat) => {
                     let sample = self.probe.sample().await;
                     heartbeat.usage = sample.usage;
@@ -387,16 +413,13 @@ impl Agency {
     }
 
     /// Every pod that the machine holds, whatever the ledger says; its run is the ledger's, where that knows one.
-    fn scan(&self) -> Vec<HeldPod> {
-        let found = shim::scan(&self.cgroup_parent()).unwrap_or_else(|error| {
-            tracing::error!("cannot tell which pods are alive: {error}");
-            Vec::new()
-        });
+    fn scan(&self) -> Result<Vec<HeldPod>, CgroupError> {
+        let found = shim::scan(&self.cgroup_parent())?;
         let held = |(pod, epoch)| {
             let run = self.core.ledger().pods.get(&PodKey::new(&pod, epoch)).map(|entry| entry.run);
             HeldPod { pod, epoch, run: run.unwrap_or_default(), alive: true }
         };
-        found.into_iter().map(held).collect()
+        Ok(found.into_iter().map(held).collect())
     }
 
     /// Named for the data directory too: two clusters may have a node of one name on one machine.
@@ -407,10 +430,10 @@ impl Agency {
     }
 
     fn launch(&mut self, launch: Launch) {
-        let key = launch.key.clone();
+        let (key, run) = (launch.key.clone(), launch.run);
         if let Err(why) = self.try_launch(launch) {
             tracing::warn!("pod {key} did not start: {why}");
-            let _ = self.events.send(Event::Gone { key, exit: None, why: Some(why) });
+            let _ = self.events.send(Event::Gone { key, run, exit: None, why: Some(why) });
         }
     }
 
@@ -442,7 +465,7 @@ impl Agency {
             scratch_bytes_max: self.config.scratch_bytes_max,
             template,
         };
-        self.shims.launch(&key, &task).map_err(|error| error.to_string())?;
+        self.shims.launch(&key, task).map_err(|error| error.to_string())?;
         if self.followers.wants(&key) {
             self.shims.order(&key, Order::Follow { follow: true });
         }

@@ -73,6 +73,9 @@ pub const IMAGE_NAME_BYTES_MAX: usize = 128;
 pub const CPU_FEATURES_MAX: usize = 512;
 pub const VERSION_BYTES_MAX: usize = 128;
 
+/// What a pod's outputs may take, packed.
+pub const OUTPUT_BYTES_MAX: u64 = 8 << 30;
+
 /// Events in one message of a node's outbox, and those that may wait in it.
 pub const EVENTS_PER_MESSAGE_MAX: usize = 64;
 pub const OUTBOX_EVENTS_MAX: usize = 16 * 1024;

@@ -144,6 +144,7 @@ impl Node {
             boot: BootId::parse(&name("boot", self.boot)).expect("a token"),
             nonce: SessionNonce::parse(&name("s", self.sessions)).expect("a token"),
             ledger: LedgerId::parse(&name("l", 0)).expect("a token"),
+            damaged: false,
         };
         let (agent, step) = Agent::start(self.ledger.clone(), identity, self.inventory(), now);
         self.agent = Some(agent);
@@ -296,16 +297,16 @@ impl Node {
                 }
                 Action::Adopt { key, run } | Action::Kill { key, run } if !self.shims.contains_key(&key) => {
                     let exit = self.exits.get(&(key.clone(), run)).cloned();
-                    out.push(later(5, Event::Gone { key, exit, why: None }));
+                    out.push(later(5, Event::Gone { key, run, exit, why: None }));
                 }
                 Action::Adopt { key, .. } => {
                     let shim = &self.shims[&key];
                     let said = [Some(shim.report()), shim.last_save.clone()].into_iter().flatten();
                     out.extend(said.map(|report| later(5, Event::Shim { key: key.clone(), report })));
                 }
-                Action::Kill { key, .. } => {
+                Action::Kill { key, run } => {
                     self.shims.remove(&key);
-                    out.push(later(5, Event::Gone { key, exit: None, why: None }));
+                    out.push(later(5, Event::Gone { key, run, exit: None, why: None }));
                 }
                 Action::StoreLog { key } => out.push(later(5, Event::LogStored { key, stored: true })),
                 Action::StoreOutputs { key } => {

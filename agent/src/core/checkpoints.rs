@@ -17,7 +17,7 @@ const SAVING_MAX: usize = 4;
 const STORE_RETRY_MS: u64 = 1_000;
 const STORE_RETRY_MS_MAX: u64 = 60_000;
 
-/// Why a checkpoint is not in the depot.
+/// Why a checkpoint, or a pod's outputs, are not in the depot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NotStored {
     pub why: String,

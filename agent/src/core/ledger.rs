@@ -268,6 +268,31 @@ impl Ledger {
         self.outbox.front().map_or(self.last_event, |event| event.n - 1)
     }
 
+    /// The records that number the waiting events anew, under the name `id`: where a damaged disk lost some, the
+    /// controller, which takes events without a gap alone, would wait for those for ever.
+    pub fn mended(&self, id: LedgerId) -> Vec<Record> {
+        let (waiting, last) = (self.outbox.front().map_or(u64::MAX, |event| event.n), self.last_event);
+        let mut records = vec![Record::Created { ledger: id }, Record::Acked { n: last }];
+        records.extend((last + 1..).zip(&self.outbox).map(|(n, event)| Record::Event {
+            event: Box::new(NumberedEvent { n, ..event.clone() }),
+        }));
+        // What waits for an event to be told waits for all of them now.
+        let last = last + self.outbox.len() as u64;
+        for (key, entry) in &self.pods {
+            let mut entry = entry.clone();
+            let told = entry.ended.as_mut().map(|ended| &mut ended.event);
+            let stored = entry.checkpoints.stored.as_mut().map(|(_, event)| event);
+            let mut waits = false;
+            for event in told.into_iter().chain(stored).filter(|event| **event >= waiting) {
+                (*event, waits) = (last, true);
+            }
+            if waits {
+                records.push(Record::Pod { key: key.clone(), entry: Box::new(entry) });
+            }
+        }
+        records
+    }
+
     /// May this order be obeyed? Another store's never, an older one never, the same one changes nothing.
     pub fn judge(&self, desired: &Desired) -> Judgement {
         match &self.store {

@@ -21,7 +21,7 @@ use berth_protocol::ids::{BootId, Digest, Generation, HardwareId, LedgerId, Run,
 use berth_protocol::job::PodTemplate;
 use berth_protocol::limits;
 use berth_protocol::message::node::{
-    DepotAccess, Desired, DesiredPod, Events, Heartbeat, Hello, Lease, NodeEvent, NumberedEvent, PodChange,
+    DepotAccess, Desired, DesiredPod, Events, Heartbeat, HeldPod, Hello, Lease, NodeEvent, NumberedEvent, PodChange,
     PodEvent, PullProgress, held_digest,
 };
 use berth_protocol::pod::Goal;
@@ -67,9 +67,14 @@ pub enum Event {
         key: PodKey,
         report: Report,
     },
-    /// No shim serves the pod, nothing of it is alive; its last run's exit file, where there is one.
+    /// The connection to the shim was lost and found again: orders may be lost with it.
+    Reconnected {
+        key: PodKey,
+    },
+    /// No shim serves this run, nothing of it is alive; its exit file, where there is one.
     Gone {
         key: PodKey,
+        run: Run,
         exit: Option<Exit>,
         why: Option<String>,
     },
@@ -79,7 +84,7 @@ pub enum Event {
     },
     OutputsStored {
         key: PodKey,
-        result: Result<Option<(Digest, Bytes)>, String>,
+        result: Result<Option<(Digest, Bytes)>, NotStored>,
     },
     /// A checkpoint is on its way: bytes sent, and in all.
     Storing {
@@ -119,7 +124,7 @@ pub struct Unready {
 
 #[derive(Debug)]
 pub enum Action {
-    /// `pods` is filled in from a scan of the machine.
+    /// `pods` holds those that this ledger still works on without a process; what a scan of the machine finds is added.
     Hello(Box<Hello>),
     /// `usage` is filled in from a probe.
     Heartbeat(Box<Heartbeat>),
@@ -197,8 +202,10 @@ pub struct Identity {
     pub hardware: HardwareId,
     pub boot: BootId,
     pub nonce: SessionNonce,
-    /// For a ledger that is new.
+    /// For a ledger that is new, or counts its events anew.
     pub ledger: LedgerId,
+    /// Records of the ledger could not be read.
+    pub damaged: bool,
 }
 
 /// Unacknowledged events are sent again after this long.
@@ -247,7 +254,12 @@ impl Agent {
             ledger,
         };
         if agent.ledger.id.is_none() {
-            agent.record(Record::Created { ledger: identity.ledger });
+            agent.record(Record::Created { ledger: identity.ledger.clone() });
+        }
+        if identity.damaged {
+            for record in agent.ledger.mended(identity.ledger) {
+                agent.record(record);
+            }
         }
         let number = agent.ledger.session + 1;
         agent.record(Record::Session { number, nonce: identity.nonce });
@@ -289,7 +301,8 @@ impl Agent {
             Event::Pulling { key, done, total } => self.pulling(now, &key, done, total),
             Event::Prepared { key, result } => self.prepared(now, &key, result),
             Event::Shim { key, report } => self.report(now, &key, report),
-            Event::Gone { key, exit, why } => self.gone(now, &key, exit, why),
+            Event::Reconnected { key } => self.reconnected(&key),
+            Event::Gone { key, run, exit, why } => self.gone(now, &key, run, exit, why),
             Event::LogStored { key, stored } => self.log_stored(now, &key, stored),
             Event::OutputsStored { key, result } => self.outputs_stored(now, &key, result),
             Event::Storing { key, done, total } => {
@@ -379,9 +392,25 @@ impl Agent {
             generation: self.ledger.generation,
             events_acked: self.ledger.acked(),
             events_last: self.ledger.last_event,
-            pods: Vec::new(),
+            pods: self.resting(),
             inventory: self.inventory.clone(),
         })));
+    }
+
+    /// Pods that no scan need find, and whose end this agent will tell all the same: being prepared, between two runs,
+    /// or still looked for.
+    fn resting(&self) -> Vec<HeldPod> {
+        let rests = |key: &PodKey, entry: &ledger::PodEntry| {
+            let waits = entry.ended.is_none() && !entry.unnamed;
+            waits && (!entry.may_be_alive() || self.live.get(key).is_some_and(Live::is_sought))
+        };
+        let held = |(key, entry): (&PodKey, &ledger::PodEntry)| HeldPod {
+            pod: key.pod.clone(),
+            epoch: key.epoch,
+            run: entry.run,
+            alive: false,
+        };
+        self.ledger.pods.iter().filter(|(key, entry)| rests(key, entry)).map(held).collect()
     }
 
     /// Pods for which a grant is wanted: named by the controller and not over.

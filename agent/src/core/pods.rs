@@ -3,6 +3,7 @@
 
 use berth_protocol::ids::Run;
 use berth_protocol::job::{DisconnectAction, PodTemplate};
+use berth_protocol::limits;
 use berth_protocol::message::node::PodChange;
 use berth_protocol::pod::{Cause, Goal, Outcome, RESTORE_FAILED};
 use berth_protocol::units::{BootMs, Bytes, Millis};
@@ -57,6 +58,15 @@ enum Shim {
     Dying,
 }
 
+impl Live {
+    /// The agent has just started, and has not found out whether it lives.
+    pub(super) fn is_sought(&self) -> bool {
+        self.shim == Shim::Unknown
+    }
+}
+
+/// New runs wait so long for room among the events that the controller has not acknowledged.
+const CROWDED_PAUSE: Millis = Millis::from_secs(10);
 /// Preparations that may fail in a row before the pod does.
 const PREP_ATTEMPTS_MAX: u32 = 6;
 const PREP_RETRY_MS: u64 = 2_000;
@@ -237,6 +247,10 @@ impl Agent {
         let Some(template) = self.template(entry).cloned() else { return };
         let Some(live) = self.live.get_mut(key) else { return };
         let due = |at: Option<BootMs>| at.is_none_or(|at| at <= now.boot);
+        if self.ledger.outbox.len() >= limits::OUTBOX_EVENTS_MAX && due(live.retry_at) {
+            live.retry_at = Some(now.boot.plus(CROWDED_PAUSE));
+            return;
+        }
         match &live.prep {
             Prep::Busy => {}
             Prep::No if due(live.prep_at) => {
@@ -377,7 +391,9 @@ impl Agent {
             // The shim was found again: it may not have heard the last grant or order.
             self.renewed(key);
             self.ask_saving(key);
-        } else if before != shim {
+        }
+        // Of one found again too: it may have come so far while nobody listened, and twice told is once known.
+        if before != shim {
             match shim {
                 Shim::Paused if held => {}
                 Shim::Running => drop(self.pod_event(now, key, run, PodChange::Running)),
@@ -388,12 +404,28 @@ impl Agent {
         self.reconcile(now, key);
     }
 
-    pub(super) fn gone(&mut self, now: Now, key: &PodKey, exit: Option<Exit>, why: Option<String>) {
+    /// As after a restart of the agent: what the shim says next tells where it is, and what it is to do is said again.
+    pub(super) fn reconnected(&mut self, key: &PodKey) {
+        let Some(live) = self.live.get_mut(key) else { return };
+        if !matches!(live.shim, Shim::None | Shim::Dying) {
+            live.shim = Shim::Unknown;
+            (live.stop_sent, live.pause_sent) = (false, false);
+        }
+    }
+
+    pub(super) fn gone(
+        &mut self,
+        now: Now,
+        key: &PodKey,
+        run: Run,
+        exit: Option<Exit>,
+        why: Option<String>,
+    ) {
         let Some(entry) = self.ledger.pods.get(key) else { return };
-        if !entry.may_be_alive() {
+        // The supervisor of an earlier run may end late.
+        if !entry.may_be_alive() || run != entry.run {
             return;
         }
-        let run = entry.run;
         let exit = exit.filter(|exit| exit.run == run).unwrap_or_else(|| Exit {
             run,
             outcome: Outcome {
@@ -448,6 +480,7 @@ impl Agent {
         let event = self.pod_event(now, key, run, PodChange::Ended { outcome: outcome.clone() });
         entry.slot = None;
         entry.run_over = true;
+        entry.checkpoints.saving = false;
         entry.ended = Some(Ended { outcome, event, log_stored, outputs_stored });
         self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
         self.grants.forget(key);

@@ -4,6 +4,7 @@ use berth_protocol::ids::Digest;
 use berth_protocol::message::node::PodChange;
 use berth_protocol::units::Bytes;
 
+use super::checkpoints::NotStored;
 use super::ledger::{Ended, PodKey, Record};
 use super::pods::Live;
 use super::restart::doubled;
@@ -84,7 +85,7 @@ impl Agent {
         &mut self,
         now: Now,
         key: &PodKey,
-        result: Result<Option<(Digest, Bytes)>, String>,
+        result: Result<Option<(Digest, Bytes)>, NotStored>,
     ) {
         let change = match result {
             Ok(Some((digest, bytes))) => {
@@ -94,7 +95,10 @@ impl Agent {
                 let error = Some("none of the paths named under outputs was there at the end".to_owned());
                 PodChange::OutputsStored { digest: None, bytes: Bytes::ZERO, error }
             }
-            Err(_) => return self.store_later(now, key),
+            Err(NotStored { retriable: true, .. }) => return self.store_later(now, key),
+            Err(NotStored { why, .. }) => {
+                PodChange::OutputsStored { digest: None, bytes: Bytes::ZERO, error: Some(why) }
+            }
         };
         self.stored(now, key, change, |ended| ended.outputs_stored = true);
     }

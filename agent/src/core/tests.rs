@@ -89,6 +89,7 @@ impl Bench {
             boot: BootId::parse("b").unwrap(),
             nonce: SessionNonce::parse(&format!("n{session}")).unwrap(),
             ledger: LedgerId::parse("l").unwrap(),
+            damaged: false,
         };
         let now = Now { wall: Timestamp(1_000_000), boot: BootMs(1_000_000) };
         let (agent, step) = Agent::start(disk.clone(), identity, inventory(), now);
@@ -335,15 +336,82 @@ fn a_restarted_agent_asks_before_it_acts() {
     again.generation = bench.generation;
     assert_eq!(again.desired(&[(key(0, 1), Goal::Run, &template)]), [] as [&str; 0]);
     again.grant();
-    // The shim is found alive: it hears the grant, and nothing is told twice.
+    // The shim is found alive: it hears the grant; that it runs may have been missed, and is told again.
     let running = Report::Running { run: Run(1), started_at: Timestamp(0) };
-    assert_eq!(again.report(&key(0, 1), running), ["renew u-0.1"]);
+    assert_eq!(again.report(&key(0, 1), running.clone()), ["renew u-0.1", "tell u-0.1 running"]);
+    assert_eq!(again.report(&key(0, 1), running), [] as [&str; 0]);
+}
+
+/// The pods of the hello with which a session begins.
+fn greeted(bench: &mut Bench) -> Vec<(PodKey, bool)> {
+    let step = bench.agent.step(bench.now, Event::BusUp);
+    let hello = step.actions.iter().find_map(|action| match action {
+        Action::Hello(hello) => Some(hello.pods.clone()),
+        _ => None,
+    });
+    hello.unwrap().into_iter().map(|pod| (PodKey::new(&pod.pod, pod.epoch), pod.alive)).collect()
+}
+
+#[test]
+fn a_pod_without_a_process_is_held_while_it_is_prepared_and_between_two_runs() {
+    let template = template(RestartPolicy::OnFailure);
+    let mut bench = Bench::new();
+    bench.desired(&[(key(0, 1), Goal::Run, &template)]);
+    assert_eq!(greeted(&mut bench), [(key(0, 1), false)], "it is being prepared");
+    let mut bench = Bench::running(&template);
+    assert_eq!(greeted(&mut bench), [], "the scan of the machine finds it");
+    bench.exited(&key(0, 1), 1, Cause::Failure, 1);
+    assert_eq!(greeted(&mut bench), [(key(0, 1), false)], "its next run is due later");
+    let mut again = Bench::on(bench.disk.clone(), 2);
+    assert_eq!(greeted(&mut again), [(key(0, 1), false)], "a restart changes nothing about that");
+    let mut bench = Bench::on(Bench::running(&template).disk, 2);
+    assert_eq!(greeted(&mut bench), [(key(0, 1), false)], "looked for; its end would be told");
+    bench.event(Event::Gone { key: key(0, 1), run: Run(1), exit: None, why: None });
+    assert_eq!(greeted(&mut bench), []);
+}
+
+#[test]
+fn the_late_end_of_an_earlier_runs_supervisor_ends_no_later_run() {
+    let mut bench = Bench::running(&template(RestartPolicy::OnFailure));
+    bench.exited(&key(0, 1), 1, Cause::Failure, 1);
+    while !bench.wait(1_000).iter().any(|line| line.starts_with("launch")) {}
+    let late = Event::Gone { key: key(0, 1), run: Run(1), exit: None, why: None };
+    assert_eq!(bench.event(late), [] as [&str; 0]);
+}
+
+#[test]
+fn orders_that_a_lost_connection_may_have_swallowed_are_given_again() {
+    let template = template(RestartPolicy::Never);
+    let mut bench = Bench::running(&template);
+    assert_eq!(bench.desired(&[(key(0, 1), Goal::Stop, &template)]), ["stop u-0.1 30s"]);
+    assert_eq!(bench.event(Event::Reconnected { key: key(0, 1) }), [] as [&str; 0]);
+    let running = Report::Running { run: Run(1), started_at: Timestamp(0) };
+    let lines = bench.report(&key(0, 1), running);
+    assert_eq!(lines, ["renew u-0.1", "stop u-0.1 30s", "tell u-0.1 running"]);
+}
+
+#[test]
+fn events_lost_on_the_disk_do_not_keep_back_the_later_ones() {
+    let mut bench = Bench::running(&template(RestartPolicy::Never));
+    bench.event(Event::BusDown);
+    bench.exited(&key(0, 1), 1, Cause::Success, 0);
+    bench.event(Event::LogStored { key: key(0, 1), stored: true });
+    let mut disk = bench.disk.clone();
+    assert_eq!(disk.outbox.len(), 2);
+    disk.outbox.pop_front();
+    let (acked, last) = (disk.acked(), disk.last_event);
+    let records = disk.mended(LedgerId::parse("l2").unwrap());
+    records.iter().for_each(|record| disk.apply(record));
+    assert_eq!(disk.id, Some(LedgerId::parse("l2").unwrap()));
+    assert_eq!((disk.outbox.len(), disk.acked(), disk.last_event), (1, last, last + 1), "was {acked}");
+    let ended = disk.pods[&key(0, 1)].ended.as_ref().unwrap();
+    assert_eq!(ended.event, disk.last_event, "the directory stays until that is acknowledged");
 }
 
 #[test]
 fn a_shim_that_is_gone_without_a_word_is_an_eviction() {
     let mut bench = Bench::running(&template(RestartPolicy::OnFailure));
-    let lines = bench.event(Event::Gone { key: key(0, 1), exit: None, why: None });
+    let lines = bench.event(Event::Gone { key: key(0, 1), run: Run(1), exit: None, why: None });
     assert_eq!(lines, ["tell u-0.1 ended Eviction"]);
 }
 

@@ -1,6 +1,8 @@
 //! The broker, from an agent's side: a clean session, subscribed anew at every connection. Nothing that must arrive
 //! relies on it: what is lost here is said again by those who said it.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use berth_protocol::codec;
@@ -9,7 +11,8 @@ use berth_protocol::limits::PACKET_BYTES_MAX;
 use berth_protocol::message::node::Bye;
 use berth_protocol::topic::{NodeTopic, Topic, filter};
 use rumqttc::{
-    AsyncClient, ConnectionError, Event as MqttEvent, LastWill, MqttOptions, Packet, QoS, SubscribeFilter,
+    AsyncClient, ConnectionError, Event as MqttEvent, LastWill, MqttOptions, Packet, QoS, Request, Subscribe,
+    SubscribeFilter,
 };
 use serde::Serialize;
 use tokio::sync::mpsc;
@@ -23,9 +26,11 @@ pub enum BusEvent {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("`{url}` is not a broker's address: write mqtt://HOST:PORT")]
-pub struct BrokerUrlError {
-    url: String,
+pub enum BrokerUrlError {
+    #[error("`{0}` asks for TLS, which this version does not have yet: write mqtt://HOST:PORT")]
+    Tls(String),
+    #[error("`{0}` is not a broker's address: write mqtt://HOST:PORT")]
+    Malformed(String),
 }
 
 /// Messages that may wait for the connection; more are dropped and, where they matter, sent again.
@@ -37,11 +42,16 @@ const RECONNECT_MAX: Duration = Duration::from_secs(10);
 pub struct Bus {
     client: AsyncClient,
     cluster: ClusterName,
+    /// Connected and subscribed.
+    up: Arc<AtomicBool>,
 }
 
 /// Host and port of `mqtt://HOST:PORT`.
 pub fn parse_url(url: &str) -> Result<(String, u16), BrokerUrlError> {
-    let wrong = || BrokerUrlError { url: url.to_owned() };
+    if url.starts_with("mqtts://") {
+        return Err(BrokerUrlError::Tls(url.to_owned()));
+    }
+    let wrong = || BrokerUrlError::Malformed(url.to_owned());
     let rest = url.strip_prefix("mqtt://").ok_or_else(wrong)?.trim_end_matches('/');
     let (host, port) = match rest.rsplit_once(':') {
         Some((host, port)) => (host, port.parse().map_err(|_| wrong())?),
@@ -74,26 +84,29 @@ impl Bus {
         network.set_tcp_nodelay(true);
         connection.set_network_options(network);
         let filters = filter::agent(cluster, node);
-        let bus = Self { client: client.clone(), cluster: cluster.clone() };
+        let up = Arc::new(AtomicBool::new(false));
+        let bus = Self { client, cluster: cluster.clone(), up: up.clone() };
         let (cluster, url) = (cluster.clone(), url.to_owned());
         tokio::spawn(async move {
-            let (mut up, mut pause, mut said) = (false, RECONNECT_MIN, false);
+            let (mut pause, mut said) = (RECONNECT_MIN, false);
             loop {
                 let event = match connection.poll().await {
                     Ok(MqttEvent::Incoming(Packet::ConnAck(_))) => {
                         if said {
                             tracing::info!("connected to the broker at {url}");
                         }
-                        (up, pause, said) = (true, RECONNECT_MIN, false);
+                        (pause, said) = (RECONNECT_MIN, false);
                         let filters = filters.iter().cloned();
-                        // A full queue is emptied by the connection that has just begun.
-                        let _ = client.try_subscribe_many(
-                            filters.map(|filter| SubscribeFilter::new(filter, QoS::AtLeastOnce)),
-                        );
+                        let filters = filters.map(|filter| SubscribeFilter::new(filter, QoS::AtLeastOnce));
+                        // Ahead of what waits from before: the queue may be full, and must not keep this out.
+                        connection.pending.push_front(Request::Subscribe(Subscribe::new_many(filters)));
                         continue;
                     }
                     // Only now do orders reach this agent.
-                    Ok(MqttEvent::Incoming(Packet::SubAck(_))) => BusEvent::Up,
+                    Ok(MqttEvent::Incoming(Packet::SubAck(_))) => {
+                        up.store(true, Ordering::Release);
+                        BusEvent::Up
+                    }
                     Ok(MqttEvent::Incoming(Packet::Publish(publish))) if !publish.retain => {
                         match Topic::parse(&cluster, &publish.topic) {
                             Some(topic) => BusEvent::Message { topic, payload: publish.payload.into() },
@@ -109,8 +122,7 @@ impl Bus {
                             );
                             said = true;
                         }
-                        let was_up = std::mem::replace(&mut up, false);
-                        if was_up && events.send(BusEvent::Down).await.is_err() {
+                        if up.swap(false, Ordering::AcqRel) && events.send(BusEvent::Down).await.is_err() {
                             return;
                         }
                         tokio::time::sleep(pause).await;
@@ -126,8 +138,12 @@ impl Bus {
         Ok(bus)
     }
 
-    /// Hands a message to the connection; `false` where too many wait for it already.
+    /// Hands a message to the connection; `false` where there is none, or too many wait for it already.
     pub fn publish<T: Serialize>(&self, topic: &Topic, message: &T) -> bool {
+        // What is said into an outage is said again when it is over, and would only keep newer things waiting then.
+        if !self.is_up() {
+            return false;
+        }
         let qos = match topic {
             Topic::Node { kind, .. } if kind.is_qos0() => QoS::AtMostOnce,
             _ => QoS::AtLeastOnce,
@@ -139,6 +155,10 @@ impl Bus {
                 true
             }
         }
+    }
+
+    pub fn is_up(&self) -> bool {
+        self.up.load(Ordering::Acquire)
     }
 
     /// Says goodbye in order, so that the will stays unsaid.

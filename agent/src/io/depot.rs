@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use berth_protocol::chunk::GrantRequest;
@@ -13,15 +15,17 @@ use bytes::{Bytes, BytesMut};
 use futures_util::stream;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Limited, StreamBody};
-use hyper::body::Frame;
+use hyper::body::{Frame, Incoming};
 use hyper::{Method, Request, StatusCode};
 use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 use super::http;
 
-/// A whole exchange; a depot that stalls for longer is asked again later.
-const EXCHANGE_MAX: Duration = Duration::from_secs(600);
+/// A depot that neither takes nor gives a byte for so long is asked again later; however long the whole takes.
+const STALL_MAX: Duration = Duration::from_secs(300);
+/// Of what it says to explain a refusal.
+const REASON_BYTES_MAX: usize = 1024;
 const CHUNK_BYTES: usize = 64 * 1024;
 const GRANT_BYTES_MAX: usize = 16 * 1024;
 
@@ -35,16 +39,23 @@ pub enum DepotError {
     Connect(#[source] io::Error),
     #[error("the depot broke off: {0}")]
     Http(#[from] hyper::Error),
-    #[error("the depot took too long")]
-    Slow,
-    #[error("the depot refused: {0}")]
-    Refused(StatusCode),
+    #[error("the depot stands still: nothing went either way for {} s", STALL_MAX.as_secs())]
+    Stalled,
+    #[error("the depot refused: {status}{}{said}", if said.is_empty() { "" } else { ": " })]
+    Refused { status: StatusCode, said: String },
     #[error("cannot read or write {path}: {source}")]
     File { path: String, source: io::Error },
     #[error("the depot's answer is no grant")]
     Grant,
     #[error("the depot sent something else than {0}")]
     Digest(Digest),
+}
+
+impl DepotError {
+    /// The same again would meet the same answer.
+    pub fn is_final(&self) -> bool {
+        matches!(self, DepotError::Refused { status, .. } if *status == StatusCode::PAYLOAD_TOO_LARGE)
+    }
 }
 
 type Body = UnsyncBoxBody<Bytes, Infallible>;
@@ -95,8 +106,14 @@ pub async fn grant(access: Option<&DepotAccess>, request: &GrantRequest) -> Resu
     let json = serde_json::to_vec(request).map_err(|_| DepotError::Grant)?;
     let body = StreamBody::new(stream::once(async { Ok(Frame::data(Bytes::from(json))) })).boxed_unsync();
     let answer = exchange(access, Method::POST, "/v1/grants", body).await?;
-    let answer = Limited::new(answer, GRANT_BYTES_MAX).collect().await.map_err(|_| DepotError::Grant)?;
-    serde_json::from_slice(&answer.to_bytes()).map_err(|_| DepotError::Grant)
+    serde_json::from_slice(&text(answer, GRANT_BYTES_MAX).await?).map_err(|_| DepotError::Grant)
+}
+
+/// A short answer, whole.
+async fn text(body: Incoming, bytes_max: usize) -> Result<Bytes, DepotError> {
+    let whole = timeout(STALL_MAX, Limited::new(body, bytes_max).collect());
+    let whole = whole.await.map_err(|_| DepotError::Stalled)?;
+    Ok(whole.map_err(|_| DepotError::Grant)?.to_bytes())
 }
 
 /// Fetches a blob into `to`, which is left only if every byte is as the digest says.
@@ -106,7 +123,7 @@ pub async fn get_blob(access: &DepotAccess, digest: &Digest, to: &Path) -> Resul
     let mut body = exchange(access, Method::GET, &path, files_body(Vec::new())).await?;
     let mut file = tokio::fs::File::create(to).await.map_err(wrong)?;
     let mut hash = <sha2::Sha256 as sha2::Digest>::new();
-    while let Some(frame) = body.frame().await {
+    while let Some(frame) = timeout(STALL_MAX, body.frame()).await.map_err(|_| DepotError::Stalled)? {
         if let Ok(data) = frame?.into_data() {
             sha2::Digest::update(&mut hash, &data);
             file.write_all(&data).await.map_err(wrong)?;
@@ -141,8 +158,14 @@ async fn exchange(
     method: Method,
     path: &str,
     body: Body,
-) -> Result<hyper::body::Incoming, DepotError> {
+) -> Result<Incoming, DepotError> {
     let (authority, _) = http::split(&access.url).ok_or_else(|| DepotError::Url(access.url.clone()))?;
+    let moved = Arc::new(AtomicU64::new(0));
+    let counted = moved.clone();
+    let body = body.map_frame(move |frame| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        frame
+    });
     let work = async {
         let mut sender = http::connect(authority).await.map_err(DepotError::Connect)?;
         let request = Request::builder()
@@ -150,13 +173,24 @@ async fn exchange(
             .uri(path)
             .header("host", authority)
             .header("authorization", format!("Bearer {}", access.token))
-            .body(body)
+            .body(body.boxed_unsync())
             .map_err(|_| DepotError::Url(access.url.clone()))?;
         let response = sender.send_request(request).await?;
-        match response.status() {
-            status if status.is_success() => Ok(response.into_body()),
-            status => Err(DepotError::Refused(status)),
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response.into_body());
+        }
+        let said = text(response.into_body(), REASON_BYTES_MAX).await.unwrap_or_default();
+        Err(DepotError::Refused { status, said: String::from_utf8_lossy(&said).trim().to_owned() })
+    };
+    let stalled = async {
+        let mut before = None;
+        while before.replace(moved.load(Ordering::Relaxed)) != Some(moved.load(Ordering::Relaxed)) {
+            tokio::time::sleep(STALL_MAX).await;
         }
     };
-    timeout(EXCHANGE_MAX, work).await.map_err(|_| DepotError::Slow)?
+    tokio::select! {
+        result = work => result,
+        () = stalled => Err(DepotError::Stalled),
+    }
 }

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use crate::core::ledger::PodKey;
 use crate::io::bus::Bus;
-use crate::shim::log::{OwnedRecord, read_from};
+use crate::shim::log::{OwnedRecord, Reader, read_from};
 use crate::task::file;
 
 /// One reader of a pod's log, however many clients listen.
@@ -20,11 +20,13 @@ struct Follower {
     dir: PathBuf,
     topic: Topic,
     epoch: Epoch,
+    /// Stays open: a log that grows is read once, not from its beginning at each line.
+    reader: Reader,
     next_seq: u64,
     /// Lapses then, unless asked for again.
     until: Instant,
-    /// The broker's queue was full: the rest waits.
-    behind: bool,
+    /// Read, and refused by the broker's queue: it and the rest wait.
+    waiting: Option<OwnedRecord>,
 }
 
 #[derive(Default)]
@@ -36,15 +38,15 @@ impl Followers {
     /// Publishes the log of `key` from `from_seq` on, and with `follow` what comes for `FOLLOW_MS`.
     pub fn follow(&mut self, bus: &Bus, dir: &Path, key: &PodKey, topic: Topic, from_seq: u64, follow: bool) {
         let until = Instant::now() + Duration::from_millis(if follow { FOLLOW_MS } else { 0 });
-        let follower = self.by_pod.entry(key.clone()).or_insert_with(|| Follower {
-            dir: dir.join(file::LOG_DIR),
-            topic,
-            epoch: key.epoch,
-            next_seq: from_seq,
-            until,
-            behind: false,
+        let follower = self.by_pod.entry(key.clone()).or_insert_with(|| {
+            let dir = dir.join(file::LOG_DIR);
+            let reader = read_from(&dir, from_seq);
+            Follower { dir, topic, epoch: key.epoch, reader, next_seq: from_seq, until, waiting: None }
         });
-        follower.next_seq = follower.next_seq.min(from_seq);
+        if from_seq < follower.next_seq {
+            (follower.next_seq, follower.waiting) = (from_seq, None);
+            follower.reader = read_from(&follower.dir, from_seq);
+        }
         follower.until = follower.until.max(until);
         follower.publish(bus);
     }
@@ -62,29 +64,30 @@ impl Followers {
 
     /// Some records still wait for room in the broker's queue.
     pub fn behind(&self) -> bool {
-        self.by_pod.values().any(|follower| follower.behind)
+        self.by_pod.values().any(|follower| follower.waiting.is_some())
     }
 
-    /// Sends what waits, and forgets those whose time is over.
-    pub fn catch_up(&mut self, bus: &Bus) {
-        for follower in self.by_pod.values_mut().filter(|follower| follower.behind) {
+    /// Sends what waits, and forgets those whose time is over: returns the pods that nobody follows any more.
+    pub fn catch_up(&mut self, bus: &Bus) -> Vec<PodKey> {
+        for follower in self.by_pod.values_mut().filter(|follower| follower.waiting.is_some()) {
             follower.publish(bus);
         }
         let now = Instant::now();
-        self.by_pod.retain(|_, follower| follower.behind || follower.until > now);
+        // Who still listens after an outage asks again.
+        let sent = |follower: &Follower| follower.waiting.is_none() || !bus.is_up();
+        let lapsed = |follower: &Follower| follower.until <= now && sent(follower);
+        self.by_pod.extract_if(.., |_, follower| lapsed(follower)).map(|(key, _)| key).collect()
     }
 }
 
 impl Follower {
     fn publish(&mut self, bus: &Bus) {
-        self.behind = false;
-        let records = read_from(&self.dir, self.next_seq);
         // A log that cannot be read now is asked for again, or comes from the depot.
-        for record in records.map_while(Result::ok) {
-            let OwnedRecord { seq, at, stream, container, bytes } = record;
-            let message = Record { seq, at, stream, container, bytes: &bytes }.message(self.epoch);
+        while let Some(record) = self.waiting.take().or_else(|| self.reader.next()?.ok()) {
+            let OwnedRecord { seq, at, stream, ref container, ref bytes } = record;
+            let message = Record { seq, at, stream, container: container.clone(), bytes }.message(self.epoch);
             if !bus.publish(&self.topic, &message) {
-                self.behind = true;
+                self.waiting = Some(record);
                 return;
             }
             self.next_seq = seq + 1;

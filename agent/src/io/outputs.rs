@@ -8,6 +8,7 @@ use std::process::{ExitCode, Stdio};
 use std::time::Duration;
 
 use berth_protocol::ids::Digest;
+use berth_protocol::limits::OUTPUT_BYTES_MAX;
 use berth_protocol::message::node::DepotAccess;
 use berth_protocol::units::Bytes;
 use flate2::Compression;
@@ -17,17 +18,22 @@ use nix::sched::{CloneFlags, unshare};
 use tokio::process::Command;
 
 use super::depot;
+use crate::core::checkpoints::NotStored;
 use crate::shim::rootfs::{self, Home};
 use crate::task::{Task, file};
 
 /// The archive while it is written.
 const HALF: &str = "outputs.half";
 const PACK_MAX: Duration = Duration::from_secs(600);
-/// An archive, before compression.
-const OUTPUT_BYTES_MAX: u64 = 8 << 30;
+/// `pack` ends with it where another try would end so too.
+const TOO_LARGE: u8 = 2;
 
 /// Packs and stores the outputs of the pod in `dir`; `None` where none of the paths was there.
-pub async fn store(access: Option<&DepotAccess>, dir: &Path) -> Result<Option<(Digest, Bytes)>, String> {
+pub async fn store(
+    access: Option<&DepotAccess>,
+    dir: &Path,
+) -> Result<Option<(Digest, Bytes)>, NotStored> {
+    let failed = |why: String, retriable| NotStored { why, retriable };
     let archive = dir.join(file::OUTPUTS);
     if !archive.exists() {
         let packing = Command::new("/proc/self/exe")
@@ -38,13 +44,15 @@ pub async fn store(access: Option<&DepotAccess>, dir: &Path) -> Result<Option<(D
             .output();
         let output = tokio::time::timeout(PACK_MAX, packing)
             .await
-            .map_err(|_| "packing the outputs takes too long".to_owned())?
-            .map_err(|error| format!("cannot pack the outputs: {error}"))?;
+            .map_err(|_| failed("packing the outputs takes too long".to_owned(), true))?
+            .map_err(|error| failed(format!("cannot pack the outputs: {error}"), true))?;
         if !output.status.success() {
-            return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
+            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            return Err(failed(said, output.status.code() != Some(i32::from(TOO_LARGE))));
         }
     }
-    depot::put_file(access, &archive).await.map_err(|error| error.to_string())
+    let stored = depot::put_file(access, &archive).await;
+    stored.map_err(|error| failed(format!("the outputs are not in the depot: {error}"), !error.is_final()))
 }
 
 /// `berth-agent pack POD_DIR`: leaves `outputs.tar.gz` in the pod's directory where any of the paths is there.
@@ -53,7 +61,7 @@ pub fn pack_main(dir: &Path) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("the outputs cannot be packed: {error}");
-            ExitCode::FAILURE
+            if error.kind() == io::ErrorKind::FileTooLarge { TOO_LARGE.into() } else { ExitCode::FAILURE }
         }
     }
 }
@@ -134,7 +142,7 @@ impl Write for Bounded {
         self.left = self.left.checked_sub(written as u64).ok_or_else(|| {
             io::Error::new(
                 io::ErrorKind::FileTooLarge,
-                format!("they are larger than {}", Bytes(OUTPUT_BYTES_MAX)),
+                format!("packed, they are larger than {}", Bytes(OUTPUT_BYTES_MAX)),
             )
         })?;
         Ok(written)

@@ -15,6 +15,7 @@ use berth_protocol::message::node::DepotAccess;
 use berth_protocol::pod::RESTORE_FAILED;
 use berth_protocol::units::Bytes;
 use tokio::process::Command;
+use tokio::sync::Mutex;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::checkpoint;
@@ -46,6 +47,8 @@ pub struct Preparer {
     rate: u64,
     /// And those whose files may be images; `None`: all.
     image_paths: Option<Vec<PathBuf>>,
+    /// Taken while a workspace is brought here, by its digest: pods that share one fetch it once.
+    fetching: [Mutex<()>; 16],
 }
 
 /// What this node lacks: another may have it.
@@ -78,6 +81,7 @@ impl Preparer {
         Ok(Self {
             images: ImageStore::open(&config.data_dir.join("images"), store)?,
             data_dir: config.data_dir.clone(),
+            fetching: <[Mutex<()>; 16]>::default(),
             host_image: config.host_image,
             capabilities: config.capabilities.clone(),
             rate: config.checkpoint_rate.0,
@@ -267,7 +271,10 @@ impl Preparer {
         depot: Option<&DepotAccess>,
     ) -> Result<PathBuf, Unready> {
         let all = self.data_dir.join("workspaces");
-        let dir = all.join(workspace.digest.hex());
+        let name = workspace.digest.hex();
+        let dir = all.join(&name);
+        let turn = usize::from_str_radix(&name[..1], 16).unwrap_or(0);
+        let _turn = self.fetching[turn].lock().await;
         if dir.is_dir() {
             return Ok(dir);
         }
@@ -276,11 +283,13 @@ impl Preparer {
             depot.ok_or_else(|| failed("the controller has not yet said where the depot is".into()))?;
         fs::create_dir_all(&all)
             .map_err(|error| failed(format!("cannot make {}: {error}", all.display())))?;
-        let archive = all.join(format!("{}.tar.gz", workspace.digest.hex()));
+        let archive = all.join(format!("{name}.tar.gz"));
         depot::get_blob(access, &workspace.digest, &archive)
             .await
             .map_err(|error| failed(format!("cannot fetch the job's files: {error}")))?;
-        let half = all.join(format!("{}.half", workspace.digest.hex()));
+        let half = all.join(format!("{name}.half"));
+        // Of a preparation that was cancelled.
+        let _ = fs::remove_dir_all(&half);
         let unpacked = Command::new("/proc/self/exe")
             .arg0("berth-agent")
             .args([Path::new("unpack"), &archive, &half])
@@ -297,12 +306,7 @@ impl Preparer {
             let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
             return Err(Unready { elsewhere: false, ..unready("WorkspaceMalformed", said, false) });
         }
-        match fs::rename(&half, &dir) {
-            // Another pod's preparation was first: the same bytes.
-            Err(_) if dir.is_dir() => drop(fs::remove_dir_all(&half)),
-            Err(error) => return Err(failed(format!("cannot keep the job's files: {error}"))),
-            Ok(()) => {}
-        }
+        fs::rename(&half, &dir).map_err(|error| failed(format!("cannot keep the job's files: {error}")))?;
         Ok(dir)
     }
 
@@ -325,30 +329,37 @@ impl Preparer {
         if let Err(error) = self.images.collect(&layers, DISK_PERCENT_MAX, now).await {
             tracing::warn!("cannot collect images: {error}");
         }
-        for entry in fs::read_dir(self.data_dir.join("workspaces")).into_iter().flatten().flatten() {
-            let used = |name: &str| workspaces.iter().any(|digest: &Digest| digest.hex() == name);
-            if !entry.file_name().to_str().is_some_and(used) && is_old(&entry.path()) {
-                let _ = fs::remove_dir_all(entry.path());
+        let data_dir = self.data_dir.clone();
+        let collect = move || {
+            for entry in fs::read_dir(data_dir.join("workspaces")).into_iter().flatten().flatten() {
+                let used = |name: &str| workspaces.iter().any(|digest: &Digest| digest.hex() == name);
+                let path = entry.path();
+                if !entry.file_name().to_str().is_some_and(used) && is_old(&path) {
+                    // The archive of a preparation that was cancelled is a file.
+                    let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+                }
             }
-        }
-        self.collect_volumes(&jobs);
+            collect_volumes(&data_dir, &jobs);
+        };
+        // As long as there are files: not on the agent's only thread.
+        let _ = tokio::task::spawn_blocking(collect).await;
     }
+}
 
-    /// Removes the named volumes of jobs that had no pod here for long.
-    fn collect_volumes(&self, jobs: &BTreeSet<(String, String)>) {
-        for namespace in subdirectories(&self.data_dir.join("volumes")) {
-            for job in subdirectories(&namespace) {
-                let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                let volumes = subdirectories(&job);
-                if jobs.contains(&(name(&namespace), name(&job)))
-                    || !volumes.iter().all(|volume| is_older(volume, VOLUME_UNUSED_MAX))
-                {
-                    continue;
-                }
-                tracing::info!("removing {}: no pod of the job was here for 30 days", job.display());
-                if let Err(error) = fs::remove_dir_all(&job) {
-                    tracing::warn!("cannot remove {}: {error}", job.display());
-                }
+/// Removes the named volumes of jobs that had no pod here for long.
+fn collect_volumes(data_dir: &Path, jobs: &BTreeSet<(String, String)>) {
+    for namespace in subdirectories(&data_dir.join("volumes")) {
+        for job in subdirectories(&namespace) {
+            let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let volumes = subdirectories(&job);
+            if jobs.contains(&(name(&namespace), name(&job)))
+                || !volumes.iter().all(|volume| is_older(volume, VOLUME_UNUSED_MAX))
+            {
+                continue;
+            }
+            tracing::info!("removing {}: no pod of the job was here for 30 days", job.display());
+            if let Err(error) = fs::remove_dir_all(&job) {
+                tracing::warn!("cannot remove {}: {error}", job.display());
             }
         }
     }

@@ -12,6 +12,7 @@ use std::time::Duration;
 use berth_protocol::ids::Run;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
+use tokio::net::unix::OwnedWriteHalf;
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -89,32 +90,35 @@ impl Shims {
         self.dir.join(key.to_string())
     }
 
-    /// Starts the shim of a run. No fsync: after a crash of the machine there is nothing left that the task names.
-    pub fn launch(&mut self, key: &PodKey, task: &Task) -> Result<(), ShimError> {
+    /// Starts the shim of a run, once that of the run before has ended.
+    pub fn launch(&mut self, key: &PodKey, task: Task) -> Result<(), ShimError> {
         let dir = self.pod_dir(key);
-        let path = dir.join(file::TASK);
-        let write = || -> io::Result<()> {
-            fs::create_dir_all(&dir)?;
-            fs::set_permissions(&dir, std::os::unix::fs::PermissionsExt::from_mode(0o700))?;
-            fs::write(&path, serde_json::to_vec(task)?)
+        let before = self.links.remove(key).map(|link| link.served).filter(|served| !served.is_finished());
+        let Some(before) = before else {
+            let child = start(&dir, &task)?;
+            self.connect(key, |key, events, orders| {
+                serve(key, dir, task.run, Some(child), orders, events)
+            });
+            return Ok(());
         };
-        write().map_err(|source| ShimError::Task { path: path.clone(), source })?;
-        open_groups();
-        let child = Command::new("/proc/self/exe")
-            .arg0("berth-agent")
-            .arg("shim")
-            .arg(&dir)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .map_err(ShimError::Spawn)?;
-        self.serve(key, task.run, Some(child));
+        // It tells of its pod's end before it has cleared away, and until then holds the lock and the groups.
+        self.connect(key, |key, events, orders| async move {
+            let _ = before.await;
+            match start(&dir, &task) {
+                Ok(child) => serve(key, dir, task.run, Some(child), orders, events).await,
+                Err(error) => {
+                    let why = Some(error.to_string());
+                    let _ = events.send(Event::Gone { key, run: task.run, exit: None, why });
+                }
+            }
+        });
         Ok(())
     }
 
     /// Looks for the shim of a run that an earlier agent started.
     pub fn adopt(&mut self, key: &PodKey, run: Run) {
-        self.serve(key, run, None);
+        let dir = self.pod_dir(key);
+        self.connect(key, |key, events, orders| serve(key, dir, run, None, orders, events));
     }
 
     /// Passes an order on; a shim that has ended needs none.
@@ -129,10 +133,12 @@ impl Shims {
         if let Some(link) = self.links.remove(key) {
             link.served.abort();
         }
-        let dir = self.pod_dir(key);
-        clear_away(&dir);
-        let exit = read_exit(&dir, run);
-        let _ = self.events.send(Event::Gone { key: key.clone(), exit, why: None });
+        let (dir, events, key) = (self.pod_dir(key), self.events.clone(), key.clone());
+        tokio::spawn(async move {
+            beside(&dir, clear_away).await;
+            let exit = read_exit(&dir, run);
+            let _ = events.send(Event::Gone { key, run, exit, why: None });
+        });
     }
 
     /// Removes the pod's directory once its shim has ended.
@@ -144,9 +150,7 @@ impl Shims {
                 drop(link.orders);
                 let _ = timeout(END_MAX, link.served).await;
             }
-            if let Err(error) = remove(&dir) {
-                tracing::warn!("cannot remove {}: {error}", dir.display());
-            }
+            beside(&dir, remove).await;
         });
     }
 
@@ -157,22 +161,51 @@ impl Shims {
             let dir = entry.path();
             if !known(&key) && is_free(&dir) {
                 clear_away(&dir);
-                if let Err(error) = remove(&dir) {
-                    tracing::warn!("cannot remove {}: {error}", dir.display());
-                }
+                remove(&dir);
             }
         }
     }
 
-    fn serve(&mut self, key: &PodKey, run: Run, child: Option<Child>) {
+    /// Begins what serves a shim; orders to it are kept from here on.
+    fn connect<F: Future<Output = ()> + Send + 'static>(
+        &mut self,
+        key: &PodKey,
+        serve: impl FnOnce(PodKey, mpsc::UnboundedSender<Event>, mpsc::UnboundedReceiver<Order>) -> F,
+    ) {
         let (orders, receiver) = mpsc::unbounded_channel();
-        let (dir, events, name) = (self.pod_dir(key), self.events.clone(), key.clone());
-        let served = tokio::spawn(serve(name, dir, run, child, receiver, events));
+        let served = tokio::spawn(serve(key.clone(), self.events.clone(), receiver));
         self.links.insert(key.clone(), Link { orders, served });
     }
 }
 
-/// The life of one connection: from the socket's appearance to the shim's end.
+/// The shim's process, for the run that the task describes. No fsync: after a crash of the machine there is nothing
+/// left that the task names.
+fn start(dir: &Path, task: &Task) -> Result<Child, ShimError> {
+    let path = dir.join(file::TASK);
+    let write = || -> io::Result<()> {
+        fs::create_dir_all(dir)?;
+        fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o700))?;
+        fs::write(&path, serde_json::to_vec(task)?)
+    };
+    write().map_err(|source| ShimError::Task { path: path.clone(), source })?;
+    open_groups();
+    Command::new("/proc/self/exe")
+        .arg0("berth-agent")
+        .arg("shim")
+        .arg(dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .map_err(ShimError::Spawn)
+}
+
+/// Off the agent's only thread: killing may wait for a device for seconds, removing is as long as there are files.
+async fn beside(dir: &Path, work: fn(&Path)) {
+    let dir = dir.to_owned();
+    let _ = tokio::task::spawn_blocking(move || work(&dir)).await;
+}
+
+/// The life of one shim: from its socket's appearance to its end.
 async fn serve(
     key: PodKey,
     dir: PathBuf,
@@ -181,10 +214,15 @@ async fn serve(
     mut orders: mpsc::UnboundedReceiver<Order>,
     events: mpsc::UnboundedSender<Event>,
 ) {
-    if let Some(stream) = connect(&dir, child.as_mut()).await {
+    let (mut asked, mut follow, mut again) = (true, false, false);
+    // A shim lets go of an agent that does not read, and is there all the same: only its end is its end.
+    while let Some(stream) = connect(&dir, child.as_mut()).await {
         let (read, mut write) = stream.into_split();
         let mut lines = BufReader::with_capacity(1024, read).lines();
-        let mut asked = true;
+        if std::mem::replace(&mut again, true) {
+            let _ = events.send(Event::Reconnected { key: key.clone() });
+            send(&mut write, &Order::Follow { follow }).await;
+        }
         loop {
             tokio::select! {
                 line = lines.next_line() => {
@@ -196,10 +234,10 @@ async fn serve(
                 }
                 order = orders.recv(), if asked => match order {
                     Some(order) => {
-                        let Ok(mut line) = serde_json::to_vec(&order) else { continue };
-                        line.push(b'\n');
-                        // A shim that no longer reads is at its end: its last words are still to be read.
-                        let _ = write.write_all(&line).await;
+                        if let Order::Follow { follow: wanted } = order {
+                            follow = wanted;
+                        }
+                        send(&mut write, &order).await;
                     }
                     None => asked = false,
                 },
@@ -221,9 +259,17 @@ async fn serve(
     }
     let exit = read_exit(&dir, run);
     if exit.is_none() || !is_free(&dir) {
-        clear_away(&dir);
+        beside(&dir, clear_away).await;
     }
-    let _ = events.send(Event::Gone { key, exit, why: None });
+    let _ = events.send(Event::Gone { key, run, exit, why: None });
+}
+
+async fn send(to: &mut OwnedWriteHalf, order: &Order) {
+    let Ok(mut line) = serde_json::to_vec(order) else { return };
+    line.push(b'\n');
+    // A shim that no longer reads is at its end, and its last words are still to be read; or it is found again, and
+    // what it has to do decided anew.
+    let _ = to.write_all(&line).await;
 }
 
 /// Connects to the shim in `dir`; `None` when there is none (any more).
@@ -244,7 +290,11 @@ async fn connect(dir: &Path, mut child: Option<&mut Child>) -> Option<UnixStream
         if ended {
             return None;
         }
-        sleep(pause).await;
+        match &mut child {
+            // Its end is no reason to wait longer.
+            Some(child) => drop(timeout(pause, child.wait()).await),
+            None => sleep(pause).await,
+        }
         pause = (pause * 2).min(Duration::from_millis(20));
     }
     None
@@ -272,8 +322,14 @@ fn clear_away(dir: &Path) {
     }
 }
 
+fn remove(dir: &Path) {
+    if let Err(error) = try_remove(dir) {
+        tracing::warn!("cannot remove {}: {error}", dir.display());
+    }
+}
+
 /// Removes a pod's directory, never through a mount: behind one may be somebody's data.
-fn remove(dir: &Path) -> io::Result<()> {
+fn try_remove(dir: &Path) -> io::Result<()> {
     if !dir.exists() {
         return Ok(());
     }

@@ -49,7 +49,9 @@ impl Agency {
         let topic = Topic::Logs { namespace: template.namespace.clone(), pod: template.job.pod(pod.index) };
         let dir = self.shims.pod_dir(&key);
         self.followers.follow(&self.bus, &dir, &key, topic, from_seq, follow);
-        self.shims.order(&key, Order::Follow { follow: true });
+        if follow {
+            self.shims.order(&key, Order::Follow { follow });
+        }
     }
 }
 

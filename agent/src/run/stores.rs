@@ -60,8 +60,9 @@ impl Agency {
         let dir = self.shims.pod_dir(&key);
         tokio::spawn(async move {
             let result = outputs::store(access.as_ref(), &dir).await;
-            if let Err(error) = &result {
-                tracing::warn!("outputs of pod {key} are not in the depot yet: {error}");
+            if let Err(NotStored { why, retriable }) = &result {
+                let more = if *retriable { "; trying again" } else { "" };
+                tracing::warn!("no outputs of pod {key}: {why}{more}");
             }
             let _ = events.send(Event::OutputsStored { key, result });
         });

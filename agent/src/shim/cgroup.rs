@@ -226,8 +226,9 @@ impl Cgroup {
 
     /// Every process of the group and of those below it.
     pub fn processes(&self) -> Result<Vec<Pid>, CgroupError> {
-        let mut pids = Vec::new();
-        collect(&self.processes_dir()?, 0, &mut pids);
+        let (mut pids, dir) = (Vec::new(), self.processes_dir()?);
+        collect(&dir, 0, &mut pids)
+            .map_err(|source| CgroupError::Io { action: "list the processes of", path: dir, source })?;
         Ok(pids)
     }
 
@@ -294,28 +295,37 @@ impl Cgroup {
     }
 }
 
-fn collect(dir: &Path, depth: usize, pids: &mut Vec<Pid>) {
-    let Ok(text) = fs::read_to_string(dir.join("cgroup.procs")) else { return };
+/// Nothing is left out for want of a descriptor or of memory: who is not listed counts as dead.
+fn collect(dir: &Path, depth: usize, pids: &mut Vec<Pid>) -> io::Result<()> {
+    let text = match fs::read_to_string(dir.join("cgroup.procs")) {
+        // It went in this moment; or it is threaded, and its processes are listed above it.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EOPNOTSUPP)) => {
+            return Ok(());
+        }
+        text => text?,
+    };
     pids.extend(text.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid > 0).map(Pid::from_raw));
-    for child in children(dir, depth) {
-        collect(&child, depth + 1, pids);
-    }
+    children(dir, depth)?.iter().try_for_each(|child| collect(child, depth + 1, pids))
 }
 
-fn children(dir: &Path, depth: usize) -> Vec<PathBuf> {
+fn children(dir: &Path, depth: usize) -> io::Result<Vec<PathBuf>> {
     if depth >= DEPTH_MAX {
-        return Vec::new();
+        return Ok(Vec::new());
     }
-    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
+    let entries = match fs::read_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
     let is_dir = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|t| t.is_dir());
-    entries.flatten().filter(is_dir).map(|entry| entry.path()).collect()
+    Ok(entries.flatten().filter(is_dir).map(|entry| entry.path()).collect())
 }
 
 /// A group whose last process has just ended may be busy for a moment.
 const REMOVE_TRIES_MAX: u32 = 200;
 
 fn remove_tree(dir: &Path, depth: usize) -> Result<(), CgroupError> {
-    for child in children(dir, depth) {
+    let failed = |source| CgroupError::Io { action: "remove", path: dir.to_owned(), source };
+    for child in children(dir, depth).map_err(failed)? {
         remove_tree(&child, depth + 1)?;
     }
     let mut tries = 0;
@@ -327,7 +337,7 @@ fn remove_tree(dir: &Path, depth: usize) -> Result<(), CgroupError> {
                 tries += 1;
                 sleep(Duration::from_millis(POLL_MS));
             }
-            Err(source) => return Err(CgroupError::Io { action: "remove", path: dir.to_owned(), source }),
+            Err(source) => return Err(failed(source)),
         }
     }
 }

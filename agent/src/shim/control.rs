@@ -25,6 +25,8 @@ struct Connection {
     received: Vec<u8>,
     unsent: Vec<u8>,
     follow: bool,
+    /// The newest word about the log, until those before it are read: the next says all that the last did.
+    log: Option<Report>,
     open: bool,
 }
 
@@ -64,8 +66,8 @@ impl Server {
             if self.connections.len() >= CONNECTIONS_MAX || stream.set_nonblocking(true).is_err() {
                 continue;
             }
-            let mut connection =
-                Connection { stream, received: Vec::new(), unsent: Vec::new(), follow: false, open: true };
+            let (received, unsent) = (Vec::new(), Vec::new());
+            let mut connection = Connection { stream, received, unsent, follow: false, log: None, open: true };
             greeting.iter().for_each(|report| connection.send(report));
             self.connections.push(connection);
         }
@@ -79,9 +81,12 @@ impl Server {
         self.drop_closed();
     }
 
-    /// To those who follow the log.
+    /// To those who follow the log: it has grown.
     pub fn send_to_followers(&mut self, report: &Report) {
-        self.connections.iter_mut().filter(|c| c.follow).for_each(|connection| connection.send(report));
+        for connection in self.connections.iter_mut().filter(|connection| connection.follow) {
+            connection.log = Some(report.clone());
+            connection.flush();
+        }
         self.drop_closed();
     }
 
@@ -92,15 +97,23 @@ impl Server {
 
 impl Connection {
     fn send(&mut self, report: &Report) {
+        self.queue(report);
+        self.flush();
+    }
+
+    fn queue(&mut self, report: &Report) {
         // A report always has a JSON form.
         let Ok(line) = serde_json::to_vec(report) else { return };
         self.unsent.extend_from_slice(&line);
         self.unsent.push(b'\n');
-        self.flush();
     }
 
     fn flush(&mut self) {
-        while !self.unsent.is_empty() {
+        loop {
+            if self.unsent.is_empty() {
+                let Some(report) = self.log.take() else { break };
+                self.queue(&report);
+            }
             match self.stream.write(&self.unsent) {
                 Ok(n) => drop(self.unsent.drain(..n)),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
@@ -143,5 +156,46 @@ impl Connection {
             }
         }
         orders
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+
+    use berth_protocol::ids::Run;
+
+    use super::*;
+
+    #[test]
+    fn who_reads_late_hears_the_newest_of_the_log_and_is_not_let_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut server = Server::bind(dir.path()).unwrap();
+        let mut agent = connect(dir.path()).unwrap();
+        agent.write_all(b"{\"follow\":{\"follow\":true}}\n").unwrap();
+        server.receive(&[]);
+        server.receive(&[]);
+        let last = 100_000;
+        (1..=last).for_each(|seq| server.send_to_followers(&Report::Log { seq }));
+        server.send(&Report::Created { run: Run(1) });
+        agent.set_nonblocking(true).unwrap();
+        let (mut seqs, mut created) = (Vec::new(), false);
+        let mut lines = BufReader::new(agent);
+        let mut line = String::new();
+        while !created || seqs.last() != Some(&last) {
+            match lines.read_line(&mut line) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => drop(server.receive(&[])),
+                read => {
+                    assert!(read.unwrap() > 0, "let go");
+                    match serde_json::from_str(&line).unwrap() {
+                        Report::Log { seq } => seqs.push(seq),
+                        report => created = report == Report::Created { run: Run(1) },
+                    }
+                    line.clear();
+                }
+            }
+        }
+        assert!(seqs.is_sorted(), "never back");
+        assert!(seqs.len() < 50_000, "{} of {last}: nothing was left out", seqs.len());
     }
 }

@@ -96,8 +96,8 @@ nothing; a changed one is a new generation of the job.")]
     Submit(Submit),
     /// Run a command as a job, with its output here, and end with its exit code
     #[command(after_help = "Examples:
-  berth run -- ./simulate --steps 1000
-  berth run --gpu 1 --memory 8Gi -- python3 train.py
+  berth run --cpu 2 --memory 4Gi -- ./simulate --steps 1000
+  berth run --gpu 1 --cpu 4 --memory 16Gi -- python3 train.py
   berth run --image docker.io/library/alpine:3 -- uname -a
   berth run --detach --name nightly --output results -- make results
 
@@ -175,12 +175,16 @@ program stood still. `berth get checkpoints` lists what is kept.")]
   berth restore 3f2a91c04d5e --name second --node n2
 
 The first digits will do where they name only one. What the job did outside
-after the checkpoint happens again; volumes outside it are not set back.")]
+after the checkpoint happens again; a node's directories and named volumes are
+not set back, but for named volumes with `save: true`. A checkpoint is of one
+pod: of a job with several that pod is set back, and --name makes a job of one.")]
     Restore(Restore),
     /// Make several jobs of a running one, each going on from where it is
     #[command(after_help = "Examples:
   berth fork digits -n 4               digits-fork-1 to digits-fork-4
-  berth fork digits -n 2 --checkpoint 3f2a91c04d5e")]
+  berth fork digits -n 2 --checkpoint 3f2a91c04d5e
+
+A checkpoint is of one pod: of a job with several too, each copy is a job of one.")]
     Fork(Fork),
     /// Move a running job to another node, with all its work
     #[command(after_help = "Examples:
@@ -267,10 +271,10 @@ pub struct Run {
     /// The image, or `host`: the node's own file system
     #[arg(long, default_value = "host")]
     pub image: String,
-    /// Cores, such as 2, 0.5 or 500m
+    /// Cores, such as 2, 0.5 or 500m: reserved, and the most that it gets [default: 100m]
     #[arg(long)]
     pub cpu: Option<String>,
-    /// Memory, such as 500Mi or 4Gi
+    /// Memory, such as 500Mi or 4Gi: reserved; beyond it the program is killed [default: 128Mi]
     #[arg(long)]
     pub memory: Option<String>,
     /// Devices, such as 1, or a share of one, such as 0.25

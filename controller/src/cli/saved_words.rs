@@ -92,7 +92,7 @@ pub struct Restore {
 pub struct Fork {
     /// The job to copy
     pub job: JobName,
-    /// How many copies
+    /// How many copies; here `-n NUMBER` says the same
     #[arg(long = "copies", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub copies: u32,
     /// From this checkpoint [default: one that is taken now]

@@ -42,7 +42,7 @@ pub enum ImageError {
     DiskFull { image: String, path: String },
     #[error("image {image} is malformed: {why}; build or save it again")]
     Malformed { image: String, why: String },
-    #[error("image {image} is too large: {why}; make it smaller or raise the agent's limit for images")]
+    #[error("image {image} is too large: {why}; make it smaller")]
     TooLarge { image: String, why: String },
     #[error("image {image} could not be brought to this node: {why}; see the agent's log")]
     Failed { image: String, why: String },
