@@ -54,8 +54,10 @@ const BLOCKING_THREADS: usize = 4;
 fn serve(config: Config) -> anyhow::Result<()> {
     // Freed memory goes back at once: an agent is idle nearly always.
     nix_mallopt();
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(BLOCKING_THREADS).build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .build()?;
     runtime.block_on(async {
         let mut term = signal(SignalKind::terminate())?;
         let mut int = signal(SignalKind::interrupt())?;

@@ -45,6 +45,11 @@ pub enum ConfigError {
         "{flag} {address} is not on loopback, and --dev lets everybody in: name a test network with --dev=CIDR, or listen on 127.0.0.1"
     )]
     Exposed { flag: &'static str, address: SocketAddr },
+    #[error(
+        "--listen-http {address} stands for every address of this machine, and agents and clients would be told to reach the depot there: write one address, or say how they reach it with --depot-url, such as http://10.0.0.1:{}",
+        address.port()
+    )]
+    DepotNowhere { address: SocketAddr },
 }
 
 /// A network, as in `10.0.0.0/8`.
@@ -300,7 +305,16 @@ impl Config {
         if config.broker == BrokerChoice::Embedded {
             config.refuse_exposure("--listen-mqtt", config.listen_mqtt)?;
         }
+        if config.listen_http.ip().is_unspecified() && config.depot_url.is_none() {
+            return Err(ConfigError::DepotNowhere { address: config.listen_http });
+        }
         Ok(config)
+    }
+
+    /// Other machines are let in, but are told to reach the depot on their own loopback.
+    pub fn hides_depot(&self) -> bool {
+        let open = self.broker == BrokerChoice::Embedded && !self.listen_mqtt.ip().is_loopback();
+        open && self.listen_http.ip().is_loopback() && self.depot_url.is_none()
     }
 
     fn refuse_exposure(&self, flag: &'static str, address: SocketAddr) -> Result<(), ConfigError> {
@@ -372,6 +386,9 @@ mod tests {
             (&["--dev=10.0.0.0/33"], "", "write ADDRESS/BITS"),
             (&["--dev", "--listen-mqtt=0.0.0.0:1883"], "", "not on loopback"),
             (&["--dev=10.0.0.0/8", "--listen-http=11.0.0.1:1"], "", "not on loopback"),
+            (&["--dev", "--listen-http=0.0.0.0:1"], "", "not on loopback"),
+            (&["--dev=10.0.0.0/8", "--listen-http=0.0.0.0:7"], "", "--depot-url, such as http://10.0.0.1:7"),
+            (&["--dev=fd00::/8", "--listen-http=[::]:7"], "", "--depot-url"),
         ] {
             let error = resolve(flags, file).unwrap_err().to_string();
             assert!(error.contains(message), "{error}");
@@ -382,6 +399,21 @@ mod tests {
             resolve(flags, "").unwrap();
         }
         resolve(&["--dev", "--broker=mqtt://b", "--listen-mqtt=0.0.0.0:1883"], "").unwrap();
+    }
+
+    #[test]
+    fn a_depot_out_of_reach_is_noticed() {
+        let open = ["--dev=10.0.0.0/8", "--listen-mqtt=0.0.0.0:1883"];
+        for (flags, hides) in [
+            (&[][..], true),
+            (&["--depot-url=http://h:1"], false),
+            (&["--listen-http=10.0.0.1:1"], false),
+            (&["--listen-http=0.0.0.0:1", "--depot-url=http://h:1"], false),
+            (&["--broker=mqtt://b"], false),
+        ] {
+            assert_eq!(resolve(&[&open[..], flags].concat(), "").unwrap().hides_depot(), hides, "{flags:?}");
+        }
+        assert!(!resolve(&["--dev"], "").unwrap().hides_depot());
     }
 
     #[test]

@@ -40,6 +40,13 @@ fn serve(config: Config) -> Result<(), RunError> {
         .build()?;
     runtime.block_on(async {
         tracing::warn!("--dev: everybody who reaches the broker may submit jobs; for one person's machine and for tests only");
+        if config.hides_depot() {
+            tracing::warn!(
+                "other machines are let in, but told to reach the depot at {}, which is each one's own: name an address \
+                 of this machine's with --listen-http, or say how they reach it with --depot-url",
+                config.listen_http
+            );
+        }
         let (mut interrupt, mut terminate) =
             (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
         let daemon = Daemon::start(config).await?;

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use berth_protocol::ids::Term;
 use berth_protocol::topic::filter;
@@ -19,6 +19,7 @@ use crate::io::bus::{BrokerUrl, Bus, BusEvent, BusEvents, BusOptions};
 use crate::io::clock;
 use crate::io::depot::{Bucket, Depot, DepotError, GRACE, Item};
 use crate::io::http::{HttpError, Inquiry, Report, Server};
+use crate::io::memory;
 use crate::io::metrics::Refusals;
 use crate::io::random;
 use crate::io::store::{Compare, Op, Store, StoreError};
@@ -32,6 +33,8 @@ const INQUIRIES_MAX: usize = 16;
 const RESULTS_MAX: usize = 4;
 /// tokio's clock stands still while the machine sleeps, so that CLOCK_BOOTTIME is looked at this often.
 const WAKE_CHECK_MAX: Duration = Duration::from_secs(10);
+/// Nothing changed for this long: the controller makes itself small.
+const TRIM_AFTER: Duration = Duration::from_secs(4);
 
 /// Why the controller ended, or did not start.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +69,8 @@ pub struct Daemon {
     http_address: SocketAddr,
     /// Behind the bus, so that it ends after it.
     broker: Option<Broker>,
+    /// When what only the start, or the last change, needed is given back.
+    trim_at: Option<Instant>,
 }
 
 impl Daemon {
@@ -115,6 +120,7 @@ impl Daemon {
             http,
             http_address,
             broker,
+            trim_at: Some(Instant::now() + TRIM_AFTER),
         })
     }
 
@@ -146,7 +152,8 @@ impl Daemon {
         let mut shutdown = std::pin::pin!(shutdown);
         let mut alive = notifier.watchdog_period().map(tokio::time::interval);
         loop {
-            let wait = self.until_wake();
+            let idle = self.trim_at.map_or(WAKE_CHECK_MAX, |at| at.saturating_duration_since(Instant::now()));
+            let wait = self.until_wake().min(idle);
             tokio::select! {
                 biased;
                 () = &mut shutdown => return Ok(()),
@@ -157,6 +164,10 @@ impl Daemon {
                 () = tokio::time::sleep(wait) => {
                     if self.until_wake().is_zero() {
                         self.step([Event::Tick]).await?;
+                    }
+                    if self.trim_at.is_some_and(|at| at <= Instant::now()) {
+                        self.trim_at = None;
+                        memory::give_back();
                     }
                 }
             }
@@ -214,6 +225,7 @@ impl Daemon {
                 None => Op::Delete { key },
             });
             self.store.txn(vec![Compare::Term(self.term)], ops.collect()).await?;
+            self.trim_at = Some(Instant::now() + TRIM_AFTER);
         }
         for effect in step.effects {
             self.release(effect).await;

@@ -11,6 +11,7 @@ use berth_controller::core::token::{Scope, mint};
 use berth_controller::io::bus::BrokerUrl;
 use berth_controller::io::depot::{Depot, Item};
 use berth_protocol::ids::{ContainerName, Digest, Epoch, JobUid, Namespace, NodeId};
+use berth_protocol::limits::OUTPUT_BYTES_MAX;
 use berth_protocol::log::{Record, Stream};
 use berth_protocol::units::Timestamp;
 use common::*;
@@ -116,6 +117,8 @@ fn blobs_are_kept_by_their_digest() {
     assert_eq!(daemon.ask("GET", &blob(b"expected"), Some(&user), b"").0, 404);
     let large = "Content-Length: 104857601\r\n";
     assert_eq!(daemon.ask_raw("PUT", &blob(b"large"), Some(&user), large, b"").0, 413);
+    let large = format!("Content-Length: {}\r\n", OUTPUT_BYTES_MAX + 1);
+    assert_eq!(daemon.ask_raw("PUT", &blob(b"large"), Some(&node), &large, b"").0, 413);
     let chunked = "Transfer-Encoding: chunked\r\n";
     assert_eq!(daemon.ask_raw("PUT", &blob(b"abc"), Some(&user), chunked, b"3\r\nabc\r\n0\r\n\r\n").0, 201);
     let half = dir.path().join("depot/tmp");

@@ -75,6 +75,8 @@ pub const VERSION_BYTES_MAX: usize = 128;
 
 /// What a pod's outputs may take, packed.
 pub const OUTPUT_BYTES_MAX: u64 = 8 << 30;
+/// What the directory that travels with a job may take, packed.
+pub const WORKSPACE_BYTES_MAX: u64 = 100 << 20;
 
 /// Events in one message of a node's outbox, and those that may wait in it.
 pub const EVENTS_PER_MESSAGE_MAX: usize = 64;

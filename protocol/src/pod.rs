@@ -73,6 +73,9 @@ pub const RESTORE_FAILED: &str = "RestoreFailed";
 /// The reason of an end of `Cause::Eviction` after the goal `vacate`, with the checkpoint recorded before.
 pub const VACATED: &str = "Vacated";
 
+/// In the message of a pod that has ended: its outputs are not in the depot, and the reason follows.
+pub const NO_OUTPUTS: &str = "no outputs in the depot: ";
+
 /// Whose doing an end was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -273,9 +273,11 @@ impl Ledger {
     pub fn mended(&self, id: LedgerId) -> Vec<Record> {
         let (waiting, last) = (self.outbox.front().map_or(u64::MAX, |event| event.n), self.last_event);
         let mut records = vec![Record::Created { ledger: id }, Record::Acked { n: last }];
-        records.extend((last + 1..).zip(&self.outbox).map(|(n, event)| Record::Event {
-            event: Box::new(NumberedEvent { n, ..event.clone() }),
-        }));
+        records.extend(
+            (last + 1..)
+                .zip(&self.outbox)
+                .map(|(n, event)| Record::Event { event: Box::new(NumberedEvent { n, ..event.clone() }) }),
+        );
         // What waits for an event to be told waits for all of them now.
         let last = last + self.outbox.len() as u64;
         for (key, entry) in &self.pods {

@@ -21,8 +21,8 @@ use berth_protocol::ids::{BootId, Digest, Generation, HardwareId, LedgerId, Run,
 use berth_protocol::job::PodTemplate;
 use berth_protocol::limits;
 use berth_protocol::message::node::{
-    DepotAccess, Desired, DesiredPod, Events, Heartbeat, HeldPod, Hello, Lease, NodeEvent, NumberedEvent, PodChange,
-    PodEvent, PullProgress, held_digest,
+    DepotAccess, Desired, DesiredPod, Events, Heartbeat, HeldPod, Hello, Lease, NodeEvent, NumberedEvent,
+    PodChange, PodEvent, PullProgress, held_digest,
 };
 use berth_protocol::pod::Goal;
 use berth_protocol::resources::{GpuShare, Inventory, Usage};

@@ -9,7 +9,7 @@ use berth_protocol::pod::{Cause, Goal, Outcome, RESTORE_FAILED};
 use berth_protocol::units::{BootMs, Bytes, Millis};
 
 use super::checkpoints::{self, Leaving, Storing};
-use super::ledger::{Ended, PodEntry, PodKey, Record};
+use super::ledger::{PodEntry, PodKey, Record};
 use super::restart::{Next, after_run, doubled};
 use super::{Action, Agent, Launch, Now, Prepared, Unready};
 use crate::task::{Exit, Lease, Order, Report};
@@ -413,14 +413,7 @@ impl Agent {
         }
     }
 
-    pub(super) fn gone(
-        &mut self,
-        now: Now,
-        key: &PodKey,
-        run: Run,
-        exit: Option<Exit>,
-        why: Option<String>,
-    ) {
+    pub(super) fn gone(&mut self, now: Now, key: &PodKey, run: Run, exit: Option<Exit>, why: Option<String>) {
         let Some(entry) = self.ledger.pods.get(key) else { return };
         // The supervisor of an earlier run may end late.
         if !entry.may_be_alive() || run != entry.run {
@@ -467,30 +460,6 @@ impl Agent {
                     live.retry_at = Some(now.boot.plus(backoff));
                 }
             }
-        }
-    }
-
-    /// The epoch is over, for good.
-    fn end(&mut self, now: Now, key: &PodKey, outcome: Outcome) {
-        let Some(mut entry) = self.ledger.pods.get(key).cloned() else { return };
-        let run = entry.run;
-        let log_stored = outcome.log_records == 0;
-        let has_outputs = self.template(&entry).is_some_and(|template| !template.outputs.is_empty());
-        let outputs_stored = run == Run::default() || !has_outputs;
-        let event = self.pod_event(now, key, run, PodChange::Ended { outcome: outcome.clone() });
-        entry.slot = None;
-        entry.run_over = true;
-        entry.checkpoints.saving = false;
-        entry.ended = Some(Ended { outcome, event, log_stored, outputs_stored });
-        self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
-        self.grants.forget(key);
-        self.live.insert(key.clone(), Live::default());
-        self.settle(now, key);
-        // A newer epoch may have waited for this one.
-        let newer: Vec<PodKey> =
-            self.ledger.pods.keys().filter(|k| k.pod == key.pod && k.epoch > key.epoch).cloned().collect();
-        for key in newer {
-            self.reconcile(now, &key);
         }
     }
 }

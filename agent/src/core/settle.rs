@@ -1,7 +1,8 @@
-//! A pod after its end: its log and outputs go to the depot, what is known of it is dropped once all is told.
+//! A pod at its end and after: its log and outputs go to the depot, what is known of it is dropped once all is told.
 
-use berth_protocol::ids::Digest;
+use berth_protocol::ids::{Digest, Run};
 use berth_protocol::message::node::PodChange;
+use berth_protocol::pod::Outcome;
 use berth_protocol::units::Bytes;
 
 use super::checkpoints::NotStored;
@@ -14,6 +15,31 @@ const STORE_RETRY_MS: u64 = 5_000;
 const STORE_RETRY_MS_MAX: u64 = 300_000;
 
 impl Agent {
+    /// The epoch is over, for good.
+    pub(super) fn end(&mut self, now: Now, key: &PodKey, outcome: Outcome) {
+        let Some(mut entry) = self.ledger.pods.get(key).cloned() else { return };
+        let run = entry.run;
+        let log_stored = outcome.log_records == 0;
+        let has_outputs =
+            self.ledger.specs.get(&entry.desired.spec).is_some_and(|template| !template.outputs.is_empty());
+        let outputs_stored = run == Run::default() || !has_outputs;
+        let event = self.pod_event(now, key, run, PodChange::Ended { outcome: outcome.clone() });
+        entry.slot = None;
+        entry.run_over = true;
+        entry.checkpoints.saving = false;
+        entry.ended = Some(Ended { outcome, event, log_stored, outputs_stored });
+        self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
+        self.grants.forget(key);
+        self.live.insert(key.clone(), Live::default());
+        self.settle(now, key);
+        // A newer epoch may have waited for this one.
+        let newer: Vec<PodKey> =
+            self.ledger.pods.keys().filter(|k| k.pod == key.pod && k.epoch > key.epoch).cloned().collect();
+        for key in newer {
+            self.reconcile(now, &key);
+        }
+    }
+
     /// After the end: log and outputs to the depot, then forget.
     pub(super) fn settle(&mut self, now: Now, key: &PodKey) {
         let Some(entry) = self.ledger.pods.get(key) else { return };

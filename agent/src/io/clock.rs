@@ -5,20 +5,12 @@ use std::io::Read;
 use std::path::Path;
 
 use berth_protocol::ids::{BootId, Digest, HardwareId, IdError};
-use berth_protocol::units::{BootMs, Timestamp};
-use nix::time::{ClockId, clock_gettime};
 
 use crate::core::Now;
+use crate::shim::sys;
 
 pub fn now() -> Now {
-    let boot = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(0, |time| {
-        let (sec, nsec) = (time.tv_sec(), time.tv_nsec());
-        // tv_sec is 32 bits wide on some machines.
-        #[allow(clippy::useless_conversion, reason = "time_t and its like are narrower on 32-bit machines")]
-        let ms = u64::try_from(i64::from(sec) * 1000 + i64::from(nsec) / 1_000_000);
-        ms.unwrap_or(0)
-    });
-    Now { wall: Timestamp::from_system(std::time::SystemTime::now()), boot: BootMs(boot) }
+    Now { wall: sys::now(), boot: sys::boot_now() }
 }
 
 /// 128 random bits in hexadecimal.

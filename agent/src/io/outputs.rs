@@ -29,10 +29,7 @@ const PACK_MAX: Duration = Duration::from_secs(600);
 const TOO_LARGE: u8 = 2;
 
 /// Packs and stores the outputs of the pod in `dir`; `None` where none of the paths was there.
-pub async fn store(
-    access: Option<&DepotAccess>,
-    dir: &Path,
-) -> Result<Option<(Digest, Bytes)>, NotStored> {
+pub async fn store(access: Option<&DepotAccess>, dir: &Path) -> Result<Option<(Digest, Bytes)>, NotStored> {
     let failed = |why: String, retriable| NotStored { why, retriable };
     let archive = dir.join(file::OUTPUTS);
     if !archive.exists() {

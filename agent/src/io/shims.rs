@@ -96,9 +96,7 @@ impl Shims {
         let before = self.links.remove(key).map(|link| link.served).filter(|served| !served.is_finished());
         let Some(before) = before else {
             let child = start(&dir, &task)?;
-            self.connect(key, |key, events, orders| {
-                serve(key, dir, task.run, Some(child), orders, events)
-            });
+            self.connect(key, |key, events, orders| serve(key, dir, task.run, Some(child), orders, events));
             return Ok(());
         };
         // It tells of its pod's end before it has cleared away, and until then holds the lock and the groups.

@@ -227,8 +227,11 @@ impl Cgroup {
     /// Every process of the group and of those below it.
     pub fn processes(&self) -> Result<Vec<Pid>, CgroupError> {
         let (mut pids, dir) = (Vec::new(), self.processes_dir()?);
-        collect(&dir, 0, &mut pids)
-            .map_err(|source| CgroupError::Io { action: "list the processes of", path: dir, source })?;
+        collect(&dir, 0, &mut pids).map_err(|source| CgroupError::Io {
+            action: "list the processes of",
+            path: dir,
+            source,
+        })?;
         Ok(pids)
     }
 

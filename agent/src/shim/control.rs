@@ -67,7 +67,8 @@ impl Server {
                 continue;
             }
             let (received, unsent) = (Vec::new(), Vec::new());
-            let mut connection = Connection { stream, received, unsent, follow: false, log: None, open: true };
+            let mut connection =
+                Connection { stream, received, unsent, follow: false, log: None, open: true };
             greeting.iter().for_each(|report| connection.send(report));
             self.connections.push(connection);
         }

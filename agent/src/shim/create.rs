@@ -22,6 +22,7 @@ use super::process;
 use super::rootfs::{self, Home, Inside};
 use super::seccomp;
 use super::spec::{self, Pod};
+use super::sys;
 use crate::task::{ImageProcess, Root, Task, file};
 
 /// The pod as it waits for its start.
@@ -195,7 +196,7 @@ fn nofile_hard() -> u64 {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the pointer is to a local.
     match unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } {
-        0 => limit.rlim_max,
+        0 => sys::wide(limit.rlim_max),
         _ => 1024,
     }
 }

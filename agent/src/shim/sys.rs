@@ -9,19 +9,29 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use berth_protocol::units::{BootMs, Timestamp};
-use nix::sys::time::TimeSpec;
+use nix::sys::time::{TimeSpec, TimeValLike};
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use nix::time::clock_gettime;
 
 /// Milliseconds of CLOCK_BOOTTIME, which goes on while the machine sleeps.
 pub fn boot_now() -> BootMs {
     let time = clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).unwrap_or(TimeSpec::new(0, 0));
-    let ms = time.tv_sec() * 1000 + time.tv_nsec() / 1_000_000;
-    BootMs(u64::try_from(ms).unwrap_or(0))
+    BootMs(u64::try_from(time.num_milliseconds()).unwrap_or(0))
 }
 
 pub fn now() -> Timestamp {
     Timestamp::from_system(SystemTime::now())
+}
+
+/// A number of the C library's, which is narrower on 32-bit machines.
+pub fn wide(n: impl Into<u64>) -> u64 {
+    n.into()
+}
+
+/// The nearest time that this machine's C library can say: 32-bit ones end in 2038.
+pub fn time_spec(seconds: i64, nanoseconds: u32) -> TimeSpec {
+    let last = (isize::MAX as i64).min(i64::MAX / 1_000_000_000 - 1);
+    TimeSpec::seconds(seconds.clamp(-last, last)) + TimeSpec::nanoseconds(nanoseconds.into())
 }
 
 /// An alarm on CLOCK_BOOTTIME, readable once its time has come.
@@ -39,7 +49,7 @@ impl Alarm {
         // Zero would switch it off; a time long past rings at once.
         let ms = at.0.max(1);
         let seconds = i64::try_from(ms / 1000).unwrap_or(i64::MAX);
-        let time = TimeSpec::new(seconds, (ms % 1000) as i64 * 1_000_000);
+        let time = time_spec(seconds, (ms % 1000) as u32 * 1_000_000);
         Ok(self.0.set(Expiration::OneShot(time), TimerSetTimeFlags::TFD_TIMER_ABSTIME)?)
     }
 }

@@ -8,12 +8,13 @@ use std::io::Read as _;
 use std::str::FromStr;
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, bail};
 use berth_protocol::codec;
-use berth_protocol::ids::{ClientId, RequestId};
+use berth_protocol::ids::{ClientId, ClusterName, RequestId};
 use berth_protocol::limits::PACKET_BYTES_MAX;
 use berth_protocol::message::query::{Page, Query, QueryReply, QueryRequest};
 use berth_protocol::topic::{Topic, filter};
+use berth_protocol::units::Millis;
 use rumqttc::{
     AsyncClient, ConnectReturnCode, ConnectionError, Event, EventLoop, MqttOptions, NetworkOptions, Outgoing,
     Packet, QoS, SubscribeFilter, SubscribeReasonCode,
@@ -35,7 +36,7 @@ const RECONNECT_MAX: Duration = Duration::from_secs(2);
 /// A submit or a command is sent again after the first, doubling to the last; a question, which changes nothing,
 /// after the second already.
 pub const RESEND_MIN: Duration = Duration::from_secs(2);
-const ASK_AGAIN_MIN: Duration = Duration::from_millis(500);
+pub const ASK_AGAIN_MIN: Duration = Duration::from_millis(500);
 const RESEND_MAX: Duration = Duration::from_secs(30);
 
 /// `mqtt://[user:password@]host[:port]`
@@ -58,6 +59,13 @@ impl FromStr for BrokerUrl {
     fn from_str(text: &str) -> Result<Self, String> {
         let rest = match text.split_once("://") {
             Some(("mqtt" | "tcp", rest)) => rest,
+            // Without the rest, which may hold a password.
+            Some(("mqtts", _)) => {
+                return Err(
+                    "`mqtts://` asks for TLS, which this version does not have yet: write mqtt://HOST:PORT"
+                        .into(),
+                );
+            }
             Some((scheme, _)) => {
                 return Err(format!("`{scheme}` is not spoken here: write mqtt://HOST[:PORT]"));
             }
@@ -145,6 +153,17 @@ pub struct Session {
 pub struct Refused {
     pub code: String,
     pub message: String,
+}
+
+/// Nobody has answered for as long as the settings say; whoever has the time may ask again.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "no answer from the controller of cluster `{cluster}` through {broker} for {patience}; is berth-controller running?"
+)]
+pub struct NoAnswer {
+    cluster: ClusterName,
+    broker: BrokerUrl,
+    patience: Millis,
 }
 
 impl Session {
@@ -287,6 +306,11 @@ impl Session {
         Ok(None)
     }
 
+    /// The connection is broken: what is published now would wait in line, and the line is short.
+    pub fn is_down(&self) -> bool {
+        self.down
+    }
+
     /// Publishes `payload` as it is, at least once where the connection holds.
     pub fn publish(&self, topic: &Topic, payload: Vec<u8>) -> anyhow::Result<()> {
         let topic = topic.render(&self.settings.cluster);
@@ -314,15 +338,21 @@ impl Session {
         let mut again = Resend::new(ASK_AGAIN_MIN, patience);
         let mut ids = Vec::new();
         loop {
-            ids.push(self.ask(&query)?);
-            let reply = self
+            if !self.is_down() {
+                ids.push(self.ask(&query)?);
+            }
+            let heard = self
                 .hear_until(again.next(), |news| match news {
-                    News::Reply(reply) if ids.contains(&reply.id) => Some(reply.clone()),
+                    News::Reply(reply) if ids.contains(&reply.id) => Some(Some(reply.clone())),
+                    News::Reconnected => Some(None),
                     _ => None,
                 })
                 .await?;
-            if let Some(reply) = reply {
-                return result(reply);
+            match heard {
+                Some(Some(reply)) => return result(reply),
+                // Asked anew at once; who listens next has missed something all the same.
+                Some(None) => self.deferred.push_back(News::Reconnected),
+                None => {}
             }
             if again.is_over() {
                 return Err(self.no_answer(patience));
@@ -347,12 +377,8 @@ impl Session {
     }
 
     pub fn no_answer(&self, patience: Duration) -> anyhow::Error {
-        anyhow!(
-            "no answer from the controller of cluster `{}` through {} for {}; is berth-controller running?",
-            self.settings.cluster,
-            self.settings.broker,
-            in_words(patience)
-        )
+        let Settings { cluster, broker, .. } = self.settings.clone();
+        NoAnswer { cluster, broker, patience: millis(patience) }.into()
     }
 
     /// Says goodbye, without waiting for anybody.
@@ -438,8 +464,12 @@ fn connection_error(error: &ConnectionError) -> String {
     }
 }
 
+fn millis(span: Duration) -> Millis {
+    Millis(u64::try_from(span.as_millis()).unwrap_or(u64::MAX))
+}
+
 pub fn in_words(span: Duration) -> String {
-    berth_protocol::units::Millis(u64::try_from(span.as_millis()).unwrap_or(u64::MAX)).to_string()
+    millis(span).to_string()
 }
 
 /// Eight bytes of the kernel's: names must differ between clients, nothing more.
@@ -466,6 +496,10 @@ mod tests {
             ("mqtt://[::1]:9", Ok("mqtt://[::1]:9")),
             ("h:1883", Err("`h:1883` is not a broker's URL: write mqtt://HOST[:PORT]")),
             ("http://h", Err("`http` is not spoken here: write mqtt://HOST[:PORT]")),
+            (
+                "mqtts://user:word@h",
+                Err("`mqtts://` asks for TLS, which this version does not have yet: write mqtt://HOST:PORT"),
+            ),
             ("mqtt://", Err("`mqtt://` names no host: write mqtt://HOST[:PORT]")),
             ("mqtt://h:x", Err("`x` is not a port: write a number up to 65535")),
         ] {

@@ -2,11 +2,13 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use anyhow::{Context as _, anyhow, ensure};
+use anyhow::{Context as _, anyhow, bail};
+use berth_protocol::ids::Namespace;
 use berth_protocol::message::query::{OutputRow, Query};
+use berth_protocol::pod::NO_OUTPUTS;
 use flate2::read::GzDecoder;
 
-use super::command::{Cp, CpSource};
+use super::command::{Cp, CpSource, LogTarget};
 use super::config::Settings;
 use super::connect::Session;
 use super::depot::Depot;
@@ -17,12 +19,16 @@ pub async fn cp(settings: &Settings, args: Cp) -> anyhow::Result<u8> {
     let CpSource { target, path } = &args.source;
     let namespace = &settings.namespace;
     let mut session = Session::open(settings, Vec::new()).await?;
-    let query = Query::Outputs { namespace: namespace.clone(), job: target.job.clone() };
-    let rows = session.pages(|_| query.clone()).await?;
+    let of_job = |after| Query::Outputs { namespace: namespace.clone(), job: target.job.clone(), after };
+    let rows = session.pages(of_job).await?;
     let rows: Vec<OutputRow> = rows.into_iter().map(serde_json::from_value).collect::<Result<_, _>>()?;
     let rows: Vec<OutputRow> =
         rows.into_iter().filter(|row| target.pod.as_ref().is_none_or(|pod| *pod == row.pod)).collect();
-    ensure!(!rows.is_empty(), "job {namespace}/{} has no outputs in the depot", target.job);
+    if rows.is_empty() {
+        let why = why_none(&mut session, namespace, target).await?;
+        let why = why.map(|why| format!(": {why}")).unwrap_or_default();
+        bail!("job {namespace}/{} has no outputs in the depot{why}", target.job);
+    }
     let depot = Depot::of(&mut session, namespace).await?;
     std::fs::create_dir_all(&args.dir).with_context(|| format!("cannot make {}", args.dir.display()))?;
     let many = rows.iter().any(|row| row.pod != rows[0].pod);
@@ -50,6 +56,20 @@ pub async fn cp(settings: &Settings, args: Cp) -> anyhow::Result<u8> {
         Some(path) if found == 0 => Err(anyhow!("the outputs of {} hold no {}", target.job, path.display())),
         _ => Ok(0),
     }
+}
+
+/// What the first pod that was to leave some says of it.
+async fn why_none(
+    session: &mut Session,
+    namespace: &Namespace,
+    target: &LogTarget,
+) -> anyhow::Result<Option<String>> {
+    let (namespace, job) = (Some(namespace.clone()), Some(target.job.clone()));
+    let of_job = |after| Query::Pods { namespace: namespace.clone(), job: job.clone(), after };
+    let rows = session.pages(of_job).await?;
+    let pod = target.pod.as_ref().map(ToString::to_string);
+    let mut wanted = rows.iter().filter(|row| pod.is_none() || row["pod"].as_str() == pod.as_deref());
+    Ok(wanted.find_map(|row| Some(row["message"].as_str()?.split_once(NO_OUTPUTS)?.1.to_owned())))
 }
 
 /// Of each pod what its last epoch left.

@@ -5,15 +5,20 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use berth_protocol::ids::{Digest, Namespace};
+use berth_protocol::limits::LOG_RECORD_BYTES_MAX;
+use berth_protocol::log::{RecordError, read_record};
 use berth_protocol::message::node::DepotAccess;
-use berth_protocol::message::query::Query;
+use berth_protocol::message::query::{LogSource, Query};
+use tokio::sync::mpsc;
 
 use super::connect::Session;
+use super::order::Line;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A depot that says nothing for this long is gone.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 
+#[derive(Clone)]
 pub struct Depot {
     agent: ureq::Agent,
     access: DepotAccess,
@@ -107,6 +112,46 @@ impl Depot {
             .with_context(|| format!("cannot reach the depot at {}", self.access.url))?;
         let body = refused("GET", &url, response)?.into_body();
         Ok(BufReader::with_capacity(64 * 1024, body.into_reader()))
+    }
+
+    /// Reads the stored log of `from` piece by piece, as long as somebody takes them; the number of its last record.
+    pub fn read_log(
+        &self,
+        path: &str,
+        from: &LogSource,
+        to: &mpsc::Sender<Vec<Line>>,
+    ) -> anyhow::Result<u64> {
+        let mut reader = self.get(path)?;
+        let mut buffer = Vec::new();
+        let mut last = 0;
+        loop {
+            let more = reader.by_ref().take(4 * LOG_RECORD_BYTES_MAX as u64).read_to_end(&mut buffer)?;
+            let (mut at, mut lines) = (0, Vec::new());
+            loop {
+                match read_record(&buffer[at..]) {
+                    Ok((record, length)) => {
+                        last = record.seq;
+                        at += length;
+                        lines.push(Line {
+                            pod: from.pod.clone(),
+                            epoch: from.epoch,
+                            seq: record.seq,
+                            at: record.at,
+                            container: record.container.clone(),
+                            stream: record.stream,
+                            bytes: record.bytes.to_vec(),
+                        });
+                    }
+                    Err(RecordError::Torn) => break,
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            buffer.drain(..at);
+            let taken = to.blocking_send(lines).is_ok();
+            if !taken || more == 0 {
+                return Ok(last);
+            }
+        }
     }
 }
 

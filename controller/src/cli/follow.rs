@@ -3,18 +3,18 @@
 //! Agents publish while somebody asks for it; what is lost on the way is asked for again, or comes from the depot.
 
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use berth_protocol::codec;
 use berth_protocol::ids::{Epoch, Generation, JobName, Namespace, PodName, RequestId};
-use berth_protocol::limits::{FOLLOW_MS, LOG_RECORD_BYTES_MAX};
-use berth_protocol::log::{LogMessage, RecordError, read_record};
+use berth_protocol::limits::FOLLOW_MS;
+use berth_protocol::log::LogMessage;
 use berth_protocol::message::query::{LogSource, LogSources, Query};
 use berth_protocol::message::user::{Answer, Command, JobCommand, Verdict};
 use berth_protocol::topic::{JobTopic, Topic};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
 use super::connect::{Message, News, RESEND_MIN, Refused, Session, result};
@@ -34,6 +34,8 @@ const GAP_MAX: Duration = Duration::from_secs(5);
 const STUCK: Duration = Duration::from_secs(5);
 /// After the job's end its records may take this long.
 const TAIL: Duration = Duration::from_secs(20);
+/// Pieces of a stored log that may wait to be shown.
+const PIECES_MAX: usize = 4;
 /// Without `-f`: a running pod that says nothing for this long has said what it had.
 const QUIET: Duration = Duration::from_millis(500);
 
@@ -154,7 +156,7 @@ impl<'a> Follow<'a> {
             tokio::select! {
                 biased;
                 () = interrupted(&mut self.interrupts) => self.interrupt()?,
-                news = self.session.next() => self.hear(news?)?,
+                news = self.session.next() => self.hear(news?).await?,
                 () = sleep_until(wake) => {}
             }
             self.show()?;
@@ -191,6 +193,10 @@ impl<'a> Follow<'a> {
     }
 
     fn wake(&self) -> Instant {
+        if self.session.is_down() {
+            // News of its return come before.
+            return Instant::now() + RENEW;
+        }
         let mut wake = match &self.asked {
             Some((_, at)) => *at + RESEND_MIN,
             None => self.ask_at,
@@ -209,6 +215,10 @@ impl<'a> Follow<'a> {
 
     /// What is due by time alone.
     fn tick(&mut self) -> anyhow::Result<()> {
+        // There is nobody to ask, and nothing can come that would be late.
+        if self.session.is_down() {
+            return Ok(());
+        }
         let now = Instant::now();
         self.cancel_again(now)?;
         if self.ended() && self.ended_at.is_none() {
@@ -242,14 +252,15 @@ impl<'a> Follow<'a> {
         Ok(())
     }
 
-    fn hear(&mut self, news: News) -> anyhow::Result<()> {
+    async fn hear(&mut self, news: News) -> anyhow::Result<()> {
         match news {
             News::Message(message) => self.hear_message(&message),
             News::Reply(reply) if self.asked.as_ref().is_some_and(|(id, _)| *id == reply.id) => {
                 self.asked = None;
                 match result(reply) {
                     Ok(value) => {
-                        self.list(serde_json::from_value(value).context("the list of logs is unreadable")?)
+                        let list = serde_json::from_value(value).context("the list of logs is unreadable")?;
+                        self.list(list).await
                     }
                     // The question can overtake the job that it is about.
                     Err(e) if self.seen_or_submitted() && e.is::<Refused>() => {
@@ -261,7 +272,9 @@ impl<'a> Follow<'a> {
             }
             News::Reply(_) => Ok(()),
             News::Reconnected => {
-                self.ask_at = Instant::now();
+                // Whatever is still to come has its whole time again.
+                (self.ask_at, self.moved_at) = (Instant::now(), Instant::now());
+                self.ended_at = self.ended_at.map(|_| Instant::now());
                 self.asked = None;
                 self.pages.clear();
                 self.next_page = None;
@@ -338,7 +351,7 @@ impl<'a> Follow<'a> {
     }
 
     /// The controller's list of the job's logs.
-    fn list(&mut self, sources: LogSources) -> anyhow::Result<()> {
+    async fn list(&mut self, sources: LogSources) -> anyhow::Result<()> {
         let LogSources { sources, finished, many, containers, depot, next } = sources;
         let wanted: Vec<LogSource> = sources.into_iter().filter(|source| self.wants(&source.pod)).collect();
         self.pages.extend(wanted);
@@ -364,7 +377,7 @@ impl<'a> Follow<'a> {
             else {
                 continue;
             };
-            if let Err(error) = self.fetch(&depot, source, path) {
+            if let Err(error) = self.fetch(&depot, source, path).await {
                 // Whoever reads our output has gone: then there is nothing to go on for.
                 if error.chain().any(|cause| cause.is::<Unshown>()) {
                     return Err(error);
@@ -399,40 +412,18 @@ impl<'a> Follow<'a> {
         self.ask_at = Instant::now() + pause;
     }
 
-    /// Takes a whole stored log in.
-    fn fetch(&mut self, depot: &Depot, source: &LogSource, path: &str) -> anyhow::Result<()> {
-        let mut reader = depot.get(path)?;
-        let mut buffer = Vec::new();
-        let mut last = 0;
-        loop {
-            let more = reader.by_ref().take(4 * LOG_RECORD_BYTES_MAX as u64).read_to_end(&mut buffer)?;
-            let mut at = 0;
-            loop {
-                match read_record(&buffer[at..]) {
-                    Ok((record, length)) => {
-                        last = record.seq;
-                        let line = Line {
-                            pod: source.pod.clone(),
-                            epoch: source.epoch,
-                            seq: record.seq,
-                            at: record.at,
-                            container: record.container.clone(),
-                            stream: record.stream,
-                            bytes: record.bytes.to_vec(),
-                        };
-                        at += length;
-                        self.order.insert(line);
-                    }
-                    Err(RecordError::Torn) => break,
-                    Err(error) => return Err(error.into()),
-                }
+    /// Takes a whole stored log in. It is read beside the runtime's thread, which keeps the session alive meanwhile.
+    async fn fetch(&mut self, depot: &Depot, source: &LogSource, path: &str) -> anyhow::Result<()> {
+        let (to, mut pieces) = mpsc::channel(PIECES_MAX);
+        let (depot, from, path) = (depot.clone(), source.clone(), path.to_owned());
+        let reading = tokio::task::spawn_blocking(move || depot.read_log(&path, &from, &to));
+        while let Some(lines) = pieces.recv().await {
+            for line in lines {
+                self.order.insert(line);
             }
-            buffer.drain(..at);
             self.show()?;
-            if more == 0 {
-                break;
-            }
         }
+        let last = reading.await??;
         if !self.order.has_total(&source.pod, source.epoch) {
             self.order.ended(&source.pod, source.epoch, last);
         }

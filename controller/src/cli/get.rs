@@ -128,7 +128,7 @@ impl Wanted {
             }
             (Kind::Outputs, job, _) => {
                 let job = job.clone().context("no job named")?;
-                session.pages(|_| Query::Outputs { namespace: here(), job: job.clone() }).await
+                session.pages(|after| Query::Outputs { namespace: here(), job: job.clone(), after }).await
             }
         }
     }

@@ -10,11 +10,11 @@ use berth_protocol::message::query::{PodRow, Query};
 use berth_protocol::message::user::{JobPhase, JobStatus, PodStatus};
 use berth_protocol::topic::{JobTopic, Topic, filter};
 use serde_json::Value;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::command::{Format, Wait};
 use super::config::Settings;
-use super::connect::{News, Session};
+use super::connect::{ASK_AGAIN_MIN, News, NoAnswer, Session};
 use super::{exit, print_value, render};
 
 /// A status is asked for this often, in case the one that mattered was lost on its way.
@@ -55,11 +55,15 @@ pub async fn wait(settings: &Settings, args: Wait) -> anyhow::Result<u8> {
     let [_, status, _] = filter::job(&settings.cluster, namespace, &args.job);
     let deadline = args.timeout.map(|timeout| Instant::now() + timeout);
     let mut session = Session::open(settings, vec![status]).await?;
-    let ended = until_final(&mut session, namespace, &args.job, Generation(0));
-    let seen = match deadline {
+    let ended = async {
+        let seen = until_final(&mut session, namespace, &args.job, Generation(0)).await?;
+        let code = exit_code(&mut session, &seen.status).await?;
+        anyhow::Ok((seen, code))
+    };
+    let (seen, code) = match deadline {
         None => ended.await?,
         Some(deadline) => match timeout_at(deadline, ended).await {
-            Ok(seen) => seen?,
+            Ok(ended) => ended?,
             Err(_) => {
                 eprintln!("berth: job {namespace}/{} has not ended in time", args.job);
                 session.close().await;
@@ -67,10 +71,24 @@ pub async fn wait(settings: &Settings, args: Wait) -> anyhow::Result<u8> {
             }
         },
     };
-    let code = exit_code(&mut session, &seen.status).await?;
     report(settings, &seen)?;
     session.close().await;
     Ok(code)
+}
+
+/// Where nobody has answered: `None`, after a pause. The job goes on whoever is away, so that it is asked again for as
+/// long as the user waits.
+async fn answered<T>(answer: anyhow::Result<T>, told: &mut bool) -> anyhow::Result<Option<T>> {
+    match answer {
+        Err(error) if error.is::<NoAnswer>() => {
+            if !std::mem::replace(told, true) {
+                eprintln!("berth: {error} Asking again until there is one");
+            }
+            sleep(ASK_AGAIN_MIN).await;
+            Ok(None)
+        }
+        answer => answer.map(Some),
+    }
 }
 
 /// Waits for the end of the job's `generation` or a later one.
@@ -82,9 +100,12 @@ pub async fn until_final(
 ) -> anyhow::Result<Seen> {
     let query = Query::Job { namespace: namespace.clone(), job: job.clone() };
     let topic = Topic::job(namespace, job, JobTopic::Status);
-    let mut told = None;
+    let (mut told, mut unanswered) = (None, false);
     loop {
-        let mut seen = Seen::from_detail(session.query(query.clone()).await?)?;
+        let answer = session.query(query.clone()).await;
+        let Some(detail) = answered(answer, &mut unanswered).await? else { continue };
+        unanswered = false;
+        let mut seen = Seen::from_detail(detail)?;
         let until = Instant::now() + REFRESH;
         loop {
             if seen.status.phase.is_final() && seen.status.generation >= generation {
@@ -125,9 +146,14 @@ pub fn why(status: &JobStatus) -> Option<String> {
 pub async fn exit_code(session: &mut Session, status: &JobStatus) -> anyhow::Result<u8> {
     let pods: Vec<PodStatus> = if status.phase == JobPhase::Failed && is_partial(status) {
         let (namespace, job) = (Some(status.namespace.clone()), Some(status.job.clone()));
-        let rows = session
-            .pages(|after| Query::Pods { namespace: namespace.clone(), job: job.clone(), after })
-            .await?;
+        let of_job = |after| Query::Pods { namespace: namespace.clone(), job: job.clone(), after };
+        let mut unanswered = false;
+        let rows = loop {
+            let rows = session.pages(of_job).await;
+            if let Some(rows) = answered(rows, &mut unanswered).await? {
+                break rows;
+            }
+        };
         rows.into_iter()
             .map(|row| Ok(serde_json::from_value::<PodRow>(row)?.status))
             .collect::<anyhow::Result<_>>()?

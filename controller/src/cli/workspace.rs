@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow};
 use berth_protocol::ids::{Digest, Namespace};
+use berth_protocol::limits::WORKSPACE_BYTES_MAX;
 use berth_protocol::units::Bytes;
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -17,8 +18,6 @@ use super::connect::Session;
 use super::depot::Depot;
 use super::render;
 
-/// The archive's size at most.
-const ARCHIVE_BYTES_MAX: u64 = 100 << 20;
 /// Files and directories at most.
 const ENTRIES_MAX: usize = 100_000;
 pub const IGNORE_FILE: &str = ".berthignore";
@@ -33,7 +32,7 @@ pub struct Packed {
 /// Packs `dir` and brings it to the depot, where it is not there already.
 pub async fn take_along(session: &mut Session, namespace: &Namespace, dir: &Path) -> anyhow::Result<Packed> {
     let progress = Progress::new();
-    let packed = pack(dir, ARCHIVE_BYTES_MAX, &progress)?;
+    let packed = pack(dir, WORKSPACE_BYTES_MAX, &progress)?;
     let depot = Depot::of(session, namespace).await?;
     let Packed { digest, bytes, mut file } = packed;
     // Beside the runtime's thread, which keeps the session with the broker alive meanwhile.
@@ -264,7 +263,7 @@ mod tests {
         .unwrap();
 
         let progress = Progress { terminal: false };
-        let mut packed = pack(dir.path(), ARCHIVE_BYTES_MAX, &progress).unwrap();
+        let mut packed = pack(dir.path(), WORKSPACE_BYTES_MAX, &progress).unwrap();
         let files = unpacked(&mut packed);
         let names: Vec<&str> =
             files.keys().map(String::as_str).filter(|name| !name.starts_with("long")).collect();
@@ -274,7 +273,7 @@ mod tests {
         assert_eq!(files["main.py"].1, "-> train.py");
         assert_eq!(files[&format!("{}/deep", "long".repeat(40))].1, "v");
         // The same directory is the same blob: it travels once.
-        assert_eq!(pack(dir.path(), ARCHIVE_BYTES_MAX, &progress).unwrap().digest, packed.digest);
+        assert_eq!(pack(dir.path(), WORKSPACE_BYTES_MAX, &progress).unwrap().digest, packed.digest);
         packed.file.rewind().unwrap();
         let mut bytes = Vec::new();
         packed.file.read_to_end(&mut bytes).unwrap();

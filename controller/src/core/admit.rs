@@ -104,6 +104,7 @@ impl Controller {
         let file = JobFile { spec, written, generation, seq: self.next_seq, submitted_at: now.wall };
         self.next_seq += 1;
         let run = JobRun { suspended: file.spec.suspend, ..JobRun::default() };
+        self.name_blob(file.spec.pod.workspace.as_ref().map(|workspace| workspace.digest), None);
         self.cluster.names.insert((file.spec.namespace.clone(), file.spec.name.clone()), uid.clone());
         self.cluster.jobs.insert(uid.clone(), Job::new(file, run, template));
         self.dirty.jobs.insert(uid.clone());

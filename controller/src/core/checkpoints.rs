@@ -143,11 +143,6 @@ impl Controller {
         if let Some(log) = job.log_mut(id.index, epoch) {
             log.kept = log.kept.max(info.log_records);
         }
-        let dropped = job.change(id.index, |pod| {
-            pod.saved.trouble = None;
-            pod.saved.checkpoints.insert(0, digest);
-            pod.saved.checkpoints.split_off(keep.min(pod.saved.checkpoints.len()))
-        });
         job.run.checkpoint = Some(CheckpointStatus {
             id: digest,
             at: info.at,
@@ -158,14 +153,33 @@ impl Controller {
         let record =
             Checkpoint { info, uid: id.uid.clone(), index: id.index, epoch, node, spec, imported: None };
         self.cluster.checkpoints.insert(digest, record);
-        self.cluster.name(digest);
         self.counters.checkpoints += 1;
         self.dirty.checkpoints.insert(digest);
         self.dirty.runs.insert(id.uid.clone());
-        self.dirty.pods.insert(id.clone());
         self.dirty.status.insert(id.uid.clone());
-        self.let_go(dropped.into_iter().flatten());
+        self.change_saved(id, |saved| {
+            saved.trouble = None;
+            saved.checkpoints.insert(0, digest);
+            saved.checkpoints.truncate(keep);
+        });
         self.arm_interval(now, &id.uid);
+    }
+
+    /// The one way in which a pod's list of checkpoints changes: what it names anew is counted before what it names no
+    /// more is let go.
+    pub(super) fn change_saved(&mut self, id: &PodId, change: impl FnOnce(&mut Saved)) {
+        let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
+        let lists = job.change(id.index, |pod| {
+            let before = pod.saved.checkpoints.clone();
+            change(&mut pod.saved);
+            (before, pod.saved.checkpoints.clone())
+        });
+        let Some((before, after)) = lists else { return };
+        for new in after.iter().filter(|new| !before.contains(new)) {
+            self.cluster.named_checkpoints.add(*new);
+        }
+        self.dirty.pods.insert(id.clone());
+        self.let_go(before.into_iter().filter(|old| !after.contains(old)));
     }
 
     pub(super) fn imported(&mut self, now: Now, imported: Imported) {
@@ -177,7 +191,7 @@ impl Controller {
         let (uid, index) = (pod.uid, pod.index);
         let record = Checkpoint { info, uid, index, epoch, node, spec, imported: Some(now.wall) };
         self.cluster.checkpoints.insert(id, record);
-        self.cluster.name(id);
+        self.cluster.named_checkpoints.add(id);
         self.dirty.checkpoints.insert(id);
     }
 
@@ -254,7 +268,7 @@ impl Controller {
     /// A pod of a job lets its checkpoints go.
     pub(super) fn let_go(&mut self, checkpoints: impl IntoIterator<Item = Digest>) {
         for id in checkpoints {
-            if self.cluster.unname(&id) {
+            if self.cluster.named_checkpoints.remove(&id) {
                 self.cluster.checkpoints.remove(&id);
                 self.dirty.checkpoints.insert(id);
                 self.effect(Effect::DeleteCheckpoint(id));

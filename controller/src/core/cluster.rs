@@ -7,7 +7,7 @@ use berth_protocol::ids::{
     RequestId, SessionNonce, Term,
 };
 use berth_protocol::job::JobSpec;
-use berth_protocol::message::user::{CheckpointStatus, JobPhase};
+use berth_protocol::message::user::{CheckpointStatus, JobPhase, NodeState};
 use berth_protocol::pod::PodPhase;
 use berth_protocol::resources::{Inventory, Usage};
 use berth_protocol::units::{BootMs, Millis, Timestamp};
@@ -24,8 +24,10 @@ pub(super) struct Cluster {
     pub names: BTreeMap<(Namespace, JobName), JobUid>,
     pub nodes: BTreeMap<NodeId, Node>,
     pub checkpoints: BTreeMap<Digest, Checkpoint>,
-    /// How many pods name a checkpoint.
-    names_of: BTreeMap<Digest, usize>,
+    /// Checkpoints that pods name, or that were imported.
+    pub named_checkpoints: Names,
+    /// Blobs that pods name as their outputs, jobs as their workspace.
+    pub named_blobs: Names,
     /// Ids of commands that took effect, and when.
     pub requests: BTreeMap<RequestId, Timestamp>,
     /// The same, oldest first.
@@ -34,19 +36,23 @@ pub(super) struct Cluster {
     pub rejected: BTreeMap<(Namespace, JobName), Timestamp>,
 }
 
-impl Cluster {
-    /// One more pod names a checkpoint.
-    pub fn name(&mut self, checkpoint: Digest) {
-        *self.names_of.entry(checkpoint).or_default() += 1;
+/// How many name each thing of the depot: what nobody names may go.
+#[derive(Default)]
+pub(super) struct Names(BTreeMap<Digest, usize>);
+
+impl Names {
+    /// One more does.
+    pub fn add(&mut self, id: Digest) {
+        *self.0.entry(id).or_default() += 1;
     }
 
     /// One less does; true: it was the last.
-    pub fn unname(&mut self, checkpoint: &Digest) -> bool {
-        let Some(count) = self.names_of.get_mut(checkpoint) else { return true };
+    pub fn remove(&mut self, id: &Digest) -> bool {
+        let Some(count) = self.0.get_mut(id) else { return true };
         *count -= 1;
         let last = *count == 0;
         if last {
-            self.names_of.remove(checkpoint);
+            self.0.remove(id);
         }
         last
     }
@@ -151,6 +157,9 @@ pub(super) struct Pod {
     pub logs: Vec<EpochLog>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<Output>,
+    /// Why the epoch's are not in the depot, where it has ended and is to have some; for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_outputs: Option<String>,
     #[serde(default, skip_serializing_if = "Saved::is_empty")]
     pub saved: Saved,
 }
@@ -319,6 +328,7 @@ impl Pod {
             state: PodState::Waiting { until: None, last: None },
             logs: Vec::new(),
             output: None,
+            no_outputs: None,
             saved: Saved::default(),
         }
     }
@@ -391,6 +401,8 @@ pub(super) struct Node {
     /// Counts changes of what decides where pods may go.
     pub version: u64,
     pub published: Option<BootMs>,
+    /// As what the counters have it.
+    pub counted: Option<NodeState>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

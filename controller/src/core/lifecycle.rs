@@ -11,7 +11,7 @@ use super::checkpoints::{Leaving, cut_logs, is_failed_restore};
 use super::cluster::{Assignment, Charge, Ending, EpochLog, Job, JobRun, Pod, PodState, Verdict};
 use super::epoch::{ending, vanished};
 use super::expiry::EXPIRY;
-use super::retry::{backoff, failed};
+use super::retry::failed;
 use super::timers::Timer;
 use super::{Controller, Now};
 
@@ -142,6 +142,7 @@ impl Controller {
         let placed = job.change(index, |pod| {
             pod.epoch = pod.epoch.next();
             pod.saved.target = None;
+            pod.no_outputs = None;
             cut_logs(pod, mark);
             pod.state = PodState::Placed(Box::new(assignment));
             pod.logs.push(EpochLog {
@@ -292,7 +293,7 @@ impl Controller {
 
     fn retry(&mut self, now: Now, id: &PodId, ending: Ending, failures: u32) {
         let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
-        let wait = backoff(id, &job.file.spec, failures);
+        let wait = job.file.spec.pod.restart.backoff(id, failures);
         job.change(id.index, |pod| {
             pod.restarts += 1;
             pod.state = PodState::Waiting { until: Some(now.wall.plus(wait)), last: Some(Box::new(ending)) };
@@ -382,7 +383,10 @@ impl Controller {
             self.scheduler.count_out(&job.file.spec, charge);
             self.scheduler.count_in(&spec, charge);
         }
-        (job.file.spec, job.file.written, job.template) = (spec, written, template);
+        (job.file.written, job.template) = (written, template);
+        let old = std::mem::replace(&mut job.file.spec, spec).pod.workspace;
+        let new = job.file.spec.pod.workspace.as_ref().map(|workspace| workspace.digest);
+        self.name_blob(new, old.map(|workspace| workspace.digest));
         self.begin_anew(now, uid)
     }
 

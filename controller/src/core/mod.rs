@@ -8,6 +8,7 @@ mod drain;
 mod epoch;
 mod expiry;
 mod faults;
+mod fit;
 mod inventory;
 mod lifecycle;
 mod moves;
@@ -262,7 +263,6 @@ impl Controller {
             self.wake_sleepers(uid, now);
             self.arm_interval(now, uid);
             self.reconcile(now, uid);
-            self.dirty.status.insert(uid.clone());
         }
         self.timers.arm(Timer::Sweep, now.boot.plus(SWEEP));
         // What was reconciled is what the entries said: there is nothing to write or to tell before the bus is up.
@@ -280,7 +280,7 @@ impl Controller {
             match event {
                 Event::Message { topic, payload } => self.message(now, topic, &payload),
                 Event::BusUp => self.bus_up(now),
-                Event::BusDown => self.bus_up = false,
+                Event::BusDown => self.bus_down(now),
                 Event::DepotListed(manifests) => self.depot_listed(now, manifests),
                 Event::Priced(prices) => self.priced(*prices),
                 Event::Imported(imported) => self.imported(now, *imported),
@@ -380,11 +380,20 @@ impl Controller {
 
     fn bus_up(&mut self, now: Now) {
         self.bus_up = true;
+        // Blindness that was the bus' alone ends with it.
+        if self.blind {
+            self.judge_blindness(now);
+        }
         self.count_silence_anew(now);
         // The broker may have forgotten what it retained.
         self.dirty.states.extend(self.cluster.nodes.keys().cloned());
         self.republish = self.cluster.jobs.keys().next().cloned();
         self.timers.arm(Timer::Republish, now.boot);
+    }
+
+    fn bus_down(&mut self, now: Now) {
+        self.bus_up = false;
+        self.judge_blindness(now);
     }
 
     fn wake(&mut self, now: Now, timer: Timer) {

@@ -231,33 +231,31 @@ impl Controller {
         let written = Digest::of(format!("restored {id}").as_bytes());
         self.forget_rejection(&spec.namespace.clone(), name, false);
         let uid = self.new_job(now, spec, written, template);
-        self.cluster.name(id);
         if let Some(job) = self.cluster.jobs.get_mut(&uid) {
-            let mut pod = Pod::waiting(job.file.generation, Epoch(0));
-            pod.saved.checkpoints.push(id);
-            pod.saved.target = node;
-            job.put(0, pod);
-            self.dirty.pods.insert(uid.pod(0));
+            job.put(0, Pod::waiting(job.file.generation, Epoch(0)));
         }
+        self.change_saved(&uid.pod(0), |saved| {
+            saved.checkpoints.push(id);
+            saved.target = node;
+        });
         self.reconcile(now, &uid);
         uid
     }
 
     /// Stops a pod, to go on from an earlier checkpoint of its.
     fn set_back(&mut self, now: Now, uid: &JobUid, index: u32, id: Digest, node: Option<NodeId>) {
-        let Some(job) = self.cluster.jobs.get_mut(uid) else { return };
-        job.change(index, |pod| {
-            pod.saved.checkpoints.retain(|other| *other != id);
-            pod.saved.checkpoints.insert(0, id);
-            pod.saved.unusable.remove(&id);
-            pod.saved.failed_on.clear();
-            pod.saved.target = node;
+        self.change_saved(&uid.pod(index), |saved| {
+            saved.checkpoints.retain(|other| *other != id);
+            saved.checkpoints.insert(0, id);
+            saved.unusable.remove(&id);
+            saved.failed_on.clear();
+            saved.target = node;
         });
-        if let Some(assignment) = job.assignment_mut(index) {
+        let assignment = self.cluster.jobs.get_mut(uid).and_then(|job| job.assignment_mut(index));
+        if let Some(assignment) = assignment {
             (assignment.goal, assignment.leaving) = (Goal::Stop, Some(Leaving::Restore));
             self.dirty.desired.insert(assignment.node.clone());
         }
-        self.dirty.pods.insert(uid.pod(index));
         self.dirty.status.insert(uid.clone());
         self.reconcile(now, uid);
     }

@@ -49,6 +49,7 @@ pub(super) fn forgotten_node(record: NodeRecord, now: Now) -> Node {
         specs: BTreeSet::new(),
         version: 0,
         published: None,
+        counted: None,
     }
 }
 
@@ -267,12 +268,13 @@ impl Controller {
         let PodEvent { pod, epoch, run, change } = event;
         match change {
             PodChange::LogStored => return self.log_stored(&pod, epoch),
-            PodChange::OutputsStored { digest, bytes, error: _ } => {
-                if let Some(digest) = digest {
-                    self.output_stored(&pod, Output { epoch, digest, bytes, at });
-                }
-                return;
+            PodChange::OutputsStored { digest: Some(digest), bytes, .. } => {
+                return self.output_stored(&pod, Output { epoch, digest, bytes, at });
             }
+            PodChange::OutputsStored { digest: None, error: Some(why), .. } => {
+                return self.outputs_missing(&pod, epoch, why);
+            }
+            PodChange::OutputsStored { .. } => return,
             _ => {}
         }
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
@@ -334,20 +336,25 @@ impl Controller {
     }
 
     /// More than half of the nodes silent at once, or no bus: then it is the controller that hears nothing.
-    fn judge_blindness(&mut self, now: Now) {
+    pub(super) fn judge_blindness(&mut self, now: Now) {
         let present = || self.cluster.nodes.values().filter(|node| node.liveness != Liveness::Lost);
         let silent = present().filter(|node| node.liveness == Liveness::Silent).count();
         let blind = !self.bus_up || (silent >= BLIND_NODES_MIN && silent * 2 > present().count());
-        if self.blind && !blind {
-            self.count_silence_anew(now);
-        }
         if self.blind != blind {
             self.blind = blind;
+            if !blind {
+                self.count_silence_anew(now);
+            }
             let nodes = self.cluster.nodes.values().filter(|node| node.liveness != Liveness::Lost).count();
             self.note(if blind { Note::Blind { silent, nodes } } else { Note::Sighted });
             let silent = self.cluster.nodes.iter().filter(|(_, node)| node.liveness == Liveness::Silent);
             self.dirty.states.extend(silent.map(|(id, _)| id.clone()));
         }
+    }
+
+    /// Silence says something of the nodes.
+    fn hears(&self) -> bool {
+        self.bus_up && !self.blind
     }
 
     /// Whoever was silent while the controller heard nothing gets the whole time again.
@@ -384,7 +391,7 @@ impl Controller {
         let drain = node.record.drain.as_ref().filter(|_| !node.pods.is_empty());
         let drain = drain.and_then(|drain| drain.deadline).map(|at| now.boot.plus(at.since(now.wall)));
         let mut due = [resend, node.ack, drain].into_iter().flatten().min();
-        if !self.blind {
+        if self.hears() {
             due = [due, silence, pods].into_iter().flatten().min();
         }
         if let Some(at) = due {
@@ -414,7 +421,7 @@ impl Controller {
             self.refresh_room(id);
             self.judge_blindness(now);
         }
-        if self.blind {
+        if !self.hears() {
             return;
         }
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };

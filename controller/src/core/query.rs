@@ -1,7 +1,7 @@
 //! Answers to what the CLI asks; changes nothing but who follows a log, and what nodes take.
 
 use berth_protocol::codec::CodecError;
-use berth_protocol::ids::{ClientId, Epoch, JobName, JobUid, Namespace, NodeId, RequestId};
+use berth_protocol::ids::{ClientId, Epoch, JobName, JobUid, Namespace, NodeId, PodName, RequestId};
 use berth_protocol::job;
 use berth_protocol::limits::{FOLLOW_MS, MESSAGE_BYTES_MAX, QUERY_PAGE_ROWS_MAX};
 use berth_protocol::message::node::DepotAccess;
@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use super::cluster::{Job, PodState};
 use super::token::{self, Scope};
-use super::{Controller, Now};
+use super::{Controller, Now, fit};
 
 /// A client's depot token.
 const TOKEN_LIFE: Millis = Millis(600_000);
@@ -24,6 +24,8 @@ const TOKEN_LIFE: Millis = Millis(600_000);
 const ROWS_BYTES_MAX: usize = MESSAGE_BYTES_MAX - 2 * 1024;
 /// What stands around the sources of logs: the depot's address and token.
 const LOGS_FRAME_BYTES: usize = 4 * 1024;
+/// What stands between a job's status and its file.
+const DETAIL_FRAME_BYTES: usize = 16;
 
 pub(super) type Answer = Result<Value, QueryError>;
 
@@ -107,10 +109,13 @@ impl Controller {
             Query::Jobs { namespace, after } => self.jobs_page(namespace.as_ref(), after.as_deref()),
             Query::Job { namespace, job } => {
                 let uid = self.find(&namespace, &job)?;
-                let status =
+                let mut status =
                     self.job_status(&uid).ok_or_else(|| not_found(format!("there is no job {job}")))?;
                 let (_, job) = self.job_at(&namespace, &job)?;
-                value(&JobDetail { status, spec: job::render(&job.file.spec) })
+                let spec = job::render(&job.file.spec);
+                let rest = spec.to_string().len() + DETAIL_FRAME_BYTES;
+                fit::status(&mut status, ROWS_BYTES_MAX.saturating_sub(rest));
+                value(&JobDetail { status, spec })
             }
             Query::Pods { namespace, job, after } => {
                 self.pods_page(namespace.as_ref(), job.as_ref(), after.as_deref())
@@ -128,21 +133,7 @@ impl Controller {
             Query::Logs { namespace, job, follow, from, after } => {
                 self.logs(now, &namespace, &job, follow, &from, after.as_deref())
             }
-            Query::Outputs { namespace, job } => {
-                let (_, found) = self.job_at(&namespace, &job)?;
-                page(found.pods().iter().filter_map(|(index, pod)| {
-                    let output = pod.output.as_ref()?;
-                    let row = OutputRow {
-                        pod: job.pod(*index),
-                        epoch: output.epoch,
-                        digest: output.digest,
-                        bytes: output.bytes,
-                        path: format!("/v1/blobs/{}", output.digest.hex()),
-                        at: output.at,
-                    };
-                    Some((row.pod.to_string(), row))
-                }))
-            }
+            Query::Outputs { namespace, job, after } => self.outputs_page(&namespace, &job, after.as_deref()),
             Query::Depot { namespace } => value(&self.depot(now, namespace)),
             Query::Checkpoints { namespace, job, after } => {
                 self.checkpoints_page(namespace.as_ref(), job.as_ref(), after.as_deref())
@@ -189,7 +180,11 @@ impl Controller {
 
     fn jobs_page(&mut self, namespace: Option<&Namespace>, after: Option<&str>) -> Answer {
         let names = self.names_after(namespace, after);
-        page(names.into_iter().filter_map(|(key, uid)| Some((key, self.job_status(&uid)?))))
+        page(names.into_iter().filter_map(|(key, uid)| {
+            let mut status = self.job_status(&uid)?;
+            fit::status(&mut status, ROWS_BYTES_MAX);
+            Some((key, status))
+        }))
     }
 
     /// Pods in the order of their jobs' names; `after` is `namespace/job/index`.
@@ -219,6 +214,25 @@ impl Controller {
             let status = self.pod_status(job, index)?;
             let row = PodRow { namespace: namespace.clone(), job: name.clone(), status };
             Some((format!("{namespace}/{name}/{index}"), row))
+        }))
+    }
+
+    /// What a job's pods have left in the depot; `after` is a pod's name.
+    fn outputs_page(&self, namespace: &Namespace, name: &JobName, after: Option<&str>) -> Answer {
+        let (_, job) = self.job_at(namespace, name)?;
+        let after = after.and_then(|text| PodName::parse(text).ok()).map(|pod| pod.index);
+        let pods = job.pods().iter().filter(|(index, _)| after.is_none_or(|after| **index > after));
+        page(pods.filter_map(|(index, pod)| {
+            let output = pod.output.as_ref()?;
+            let row = OutputRow {
+                pod: name.pod(*index),
+                epoch: output.epoch,
+                digest: output.digest,
+                bytes: output.bytes,
+                path: format!("/v1/blobs/{}", output.digest.hex()),
+                at: output.at,
+            };
+            Some((row.pod.to_string(), row))
         }))
     }
 

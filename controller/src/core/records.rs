@@ -79,7 +79,9 @@ pub(super) fn load(entries: Vec<(String, Vec<u8>)>, now: Now) -> Result<Cluster,
             ("job", uid) => {
                 let uid = JobUid::parse(uid).map_err(|_| unknown())?;
                 let file: JobFile = read(&key, &value)?;
-                cluster.names.insert((file.spec.namespace.clone(), file.spec.name.clone()), uid.clone());
+                if let Some(workspace) = &file.spec.pod.workspace {
+                    cluster.named_blobs.add(workspace.digest);
+                }
                 let template = template_digest(&file.spec.pod);
                 cluster.jobs.insert(uid, Job::new(file, JobRun::default(), template));
             }
@@ -92,7 +94,7 @@ pub(super) fn load(entries: Vec<(String, Vec<u8>)>, now: Now) -> Result<Cluster,
                 let id = Digest::parse(&format!("sha256:{hex}")).map_err(|_| unknown())?;
                 let found: Checkpoint = read(&key, &value)?;
                 if found.imported.is_some() {
-                    cluster.name(id);
+                    cluster.named_checkpoints.add(id);
                 }
                 cluster.checkpoints.insert(id, found);
             }
@@ -115,6 +117,13 @@ pub(super) fn load(entries: Vec<(String, Vec<u8>)>, now: Now) -> Result<Cluster,
     for (key, value) in later {
         belonging(&mut cluster, &key, &value)?;
     }
+    // The name of a job that is being forgotten may be a restored one's already: that comes last.
+    for expired in [true, false] {
+        for (uid, job) in cluster.jobs.iter().filter(|(_, job)| job.run.expired == expired) {
+            let name = (job.file.spec.namespace.clone(), job.file.spec.name.clone());
+            cluster.names.insert(name, uid.clone());
+        }
+    }
     Ok(cluster)
 }
 
@@ -136,9 +145,10 @@ fn belonging(cluster: &mut Cluster, key: &str, value: &[u8]) -> Result<(), LoadE
         Some(index) => {
             let index = index.parse().map_err(|_| unknown())?;
             let pod: Pod = read(key, value)?;
-            let named = pod.saved.checkpoints.clone();
+            let (named, output) = (pod.saved.checkpoints.clone(), pod.output.as_ref().map(|o| o.digest));
             job.put(index, pod);
-            named.into_iter().for_each(|id| cluster.name(id));
+            named.into_iter().for_each(|id| cluster.named_checkpoints.add(id));
+            output.into_iter().for_each(|id| cluster.named_blobs.add(id));
         }
     }
     Ok(())

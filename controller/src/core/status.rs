@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 
 use berth_protocol::ids::{JobUid, NodeId};
-use berth_protocol::limits::{STATUS_PODS_MAX, STATUS_PUBLISH_MS_MIN};
+use berth_protocol::limits::{MESSAGE_BYTES_MAX, STATUS_PODS_MAX, STATUS_PUBLISH_MS_MIN};
 use berth_protocol::message::node::PullProgress;
 use berth_protocol::message::user::{
     Amounts, DrainStatus, JobPhase, JobStatus, NodeState, NodeStatus, PodStatus,
 };
-use berth_protocol::pod::{Goal, PodPhase};
+use berth_protocol::pod::{Goal, NO_OUTPUTS, PodPhase};
 use berth_protocol::topic::{JobTopic, Topic};
 use berth_protocol::units::{Bytes, MilliCpu, Millis};
 
@@ -16,7 +16,7 @@ use super::checkpoints::Leaving;
 use super::cluster::{Assignment, Job, Liveness, Node, PodState};
 use super::schedule::explain;
 use super::timers::Timer;
-use super::{Controller, Now};
+use super::{Controller, Now, fit};
 
 impl Controller {
     pub(super) fn job_status(&mut self, uid: &JobUid) -> Option<JobStatus> {
@@ -171,6 +171,12 @@ impl Controller {
                 status.finished_at = Some(ending.finished_at);
             }
         }
+        if let Some(why) = &pod.no_outputs {
+            let failed = status.exit_code.filter(|code| *code != 0);
+            let end = failed.map(|code| format!("ended with exit code {code}"));
+            let before = status.message.or(end).map(|end| format!("{end}; ")).unwrap_or_default();
+            status.message = Some(format!("{before}{NO_OUTPUTS}{why}"));
+        }
         Some(status)
     }
 
@@ -215,13 +221,12 @@ impl Controller {
     }
 
     pub(super) fn publish_state(&mut self, now: Now, id: &NodeId) {
-        let mut counts: BTreeMap<&'static str, u64> = BTreeMap::new();
-        for node in self.cluster.nodes.values() {
-            *counts.entry(state_word(node_state(node))).or_default() += 1;
-        }
-        self.counters.nodes = counts;
         let Some(status) = self.node_status(id) else { return };
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
+        if let Some(old) = node.counted.replace(status.state) {
+            take(&mut self.counters.nodes, state_word(old), 1);
+        }
+        *self.counters.nodes.entry(state_word(status.state)).or_default() += 1;
         // Of a node not heard since the start nothing is known yet.
         if node.session.is_none() && node.liveness == Liveness::Silent {
             return;
@@ -311,8 +316,8 @@ impl Controller {
         if job.run.expired {
             return;
         }
-        let status = self.job_status(uid);
-        let Some(status) = status else { return };
+        let Some(mut status) = self.job_status(uid) else { return };
+        fit::status(&mut status, MESSAGE_BYTES_MAX);
         if let Some(job) = self.cluster.jobs.get_mut(uid) {
             job.published = Some(now.boot);
         }

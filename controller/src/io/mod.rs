@@ -5,6 +5,7 @@ pub mod bus;
 pub mod clock;
 pub mod depot;
 pub mod http;
+pub mod memory;
 pub mod metrics;
 pub mod random;
 pub mod store;

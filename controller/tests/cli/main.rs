@@ -446,6 +446,39 @@ fn wait_ends_with_the_jobs_code() {
 }
 
 #[test]
+fn wait_outlives_a_controller_that_does_not_answer_in_time() {
+    let broker = Broker::start();
+    let port = broker.port();
+    let (tx, rx) = mpsc::channel();
+    let mut asked = 0;
+    let _controller = Controller::start(&broker, move |bus, request| {
+        let Request::Query { client, id, query: Query::Job { .. } } = request else { return };
+        asked += 1;
+        let mut detail = match asked {
+            1 => status("j", 1, "Running", json!([])),
+            2..5 => return,
+            _ => status("j", 1, "Failed", json!([pod("j-0", 1, "Failed", 4, 0)])),
+        };
+        detail["spec"] = json!({});
+        bus.reply(&client, &id, detail);
+        let _ = tx.send(());
+    });
+    let child = berth(&broker, &["wait", "j", "--request-timeout", "300ms"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    rx.recv_timeout(DEADLINE).unwrap();
+    drop(broker);
+    std::thread::sleep(Duration::from_millis(500));
+    let broker = Broker::start_on(port);
+    let ended = Ended::of(child.wait_with_output().unwrap());
+    drop(broker);
+    assert_eq!(ended.code, 4, "{ended:?}");
+    assert_eq!(ended.err.matches("Asking again until there is one").count(), 1, "{ended:?}");
+}
+
+#[test]
 fn lists_are_exactly_the_protocols_json() {
     let broker = Broker::start();
     // A field of a later version is passed on.
@@ -581,6 +614,39 @@ fn outputs_are_copied() {
     assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o640);
     let ended = output(&broker, &["cp", "j:/srv/other", to.to_str().unwrap()]);
     assert_eq!((ended.code, ended.err.as_str()), (125, "berth: the outputs of j hold no srv/other\n"));
+}
+
+#[test]
+fn outputs_are_listed_to_the_last_page_and_their_absence_is_explained() {
+    let broker = Broker::start();
+    let _controller = Controller::start(&broker, |bus, request| match request {
+        Request::Query { client, id, query: Query::Outputs { job, after, .. } } => {
+            let digest = format!("sha256:{}", "0".repeat(64));
+            let row = |pod: &str| {
+                json!({"pod": pod, "epoch": 1, "digest": digest, "bytes": 100, "path": "v1/blobs/x",
+                    "at": "2026-01-01T00:00:00.000Z"})
+            };
+            let page = match (job.as_str(), after.as_deref()) {
+                ("none", _) => json!({"rows": []}),
+                (_, None) => json!({"rows": [row("j-0")], "next": "j-0"}),
+                (_, Some(_)) => json!({"rows": [row("j-1")]}),
+            };
+            bus.reply(&client, &id, page);
+        }
+        Request::Query { client, id, query: Query::Pods { .. } } => {
+            let mut row = pod("none-0", 1, "Succeeded", 0, 1);
+            (row["namespace"], row["job"]) = (json!("default"), json!("none"));
+            row["message"] = json!("no outputs in the depot: none was there");
+            bus.reply(&client, &id, json!({"rows": [row]}));
+        }
+        _ => {}
+    });
+    let listed = output(&broker, &["get", "outputs", "j", "-o", "json"]).json();
+    assert_eq!((&listed[0]["pod"], &listed[1]["pod"]), (&json!("j-0"), &json!("j-1")));
+    let dir = tempfile::tempdir().unwrap();
+    let ended = output(&broker, &["cp", "none", dir.path().to_str().unwrap()]);
+    let err = "berth: job default/none has no outputs in the depot: none was there\n";
+    assert_eq!((ended.code, ended.err.as_str()), (125, err));
 }
 
 #[test]

@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use super::report::Report;
 use super::written::{self, Body, File};
 use super::{
-    Checkpoint, ContainerSpec, JobSpec, OnDisconnect, Placement, PodTemplate, Preference, Restart,
-    SecretMount, Volume, VolumeSource, Workspace, schema,
+    Checkpoint, CheckpointMode, ContainerSpec, JobSpec, OnDisconnect, Placement, PodTemplate, Preference,
+    Restart, SecretMount, Volume, VolumeSource, Workspace, schema,
 };
 use crate::ids::{ContainerName, JobName, Namespace};
 use crate::limits::{GPU_MILLI_FULL, SPEC_BYTES_MAX};
@@ -34,6 +34,7 @@ pub(super) fn job(file: File, topic: Option<(&Namespace, &JobName)>, report: &mu
     let containers = containers(&file, report);
     mounts(&file, report);
     saved_volumes(&file, parallelism, report);
+    asked_to_save(&file, report);
     let restart = restart(&file, report);
     let on_disconnect = on_disconnect(&file, report);
     let placement = placement(&file);
@@ -211,6 +212,15 @@ fn saved_volumes(file: &File, parallelism: u32, report: &mut Report) {
             let message = format!("its {parallelism} pods at once would each set the volume back for all");
             report.error(&at, message);
         }
+    }
+}
+
+/// What saves itself has to be asked to.
+fn asked_to_save(file: &File, report: &mut Report) {
+    let Some(written) = &file.checkpoint else { return };
+    let asked = written.signal.is_some() || written.ready.is_some();
+    if written.mode == Some(CheckpointMode::Cooperative) && !asked && !report.doubts("checkpoint") {
+        report.error("checkpoint.mode", "cooperative needs `signal` or `ready` to ask the program by".into());
     }
 }
 

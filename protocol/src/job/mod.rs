@@ -28,7 +28,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{ContainerName, JobName, Namespace, SecretName, VolumeName};
+use crate::ids::{ContainerName, Digest, JobName, Namespace, SecretName, VolumeName};
 use crate::limits;
 use crate::resources::{Limits, Resources};
 use crate::units::{Bytes, Millis};
@@ -241,7 +241,7 @@ pub enum TcpPolicy {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Workspace {
-    pub digest: crate::ids::Digest,
+    pub digest: Digest,
     pub bytes: Bytes,
     /// Where it is unpacked, absolute, in each container.
     pub path: String,
@@ -277,6 +277,18 @@ impl PodTemplate {
     /// What the pod asks of a node: the sum of its containers. The parser has refused what does not add up.
     pub fn resources(&self) -> Resources {
         Resources::sum(self.containers.iter().map(|c| &c.resources)).unwrap_or_default()
+    }
+}
+
+impl Restart {
+    /// The pause before the start that follows `failures` failures: doubling from `retry_min` to `retry_max`, less up
+    /// to a tenth that `name` decides, so that a crowd does not come back at once. The same for the same name and count.
+    pub fn backoff(&self, name: &impl std::fmt::Display, failures: u32) -> Millis {
+        let doubled = self.retry_min.0.saturating_mul(1 << failures.saturating_sub(1).min(32));
+        let whole = doubled.min(self.retry_max.0);
+        let digest = Digest::of(format!("{name}/{failures}").as_bytes()).hex();
+        let share = u64::from_str_radix(&digest[..4], 16).unwrap_or(0);
+        Millis(whole - (whole / 10).saturating_mul(share) / 0xffff)
     }
 }
 

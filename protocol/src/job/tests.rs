@@ -6,7 +6,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::LazyLock;
 
 use super::*;
-use crate::ids::Digest;
 use crate::message::user::FieldError;
 use crate::units::MilliCpu;
 
@@ -363,6 +362,14 @@ fn relations() {
             "3:19 volumes[0].mount: the root itself cannot be a mount: name a directory below it",
         ),
         ("secrets: [{mount: /a}]", "3:11 secrets[0].name: required, such as \"wandb\""),
+        (
+            "checkpoint: {mode: cooperative, grace: 10s}",
+            "3:20 checkpoint.mode: cooperative needs `signal` or `ready` to ask the program by",
+        ),
+        (
+            "checkpoint: {mode: cooperative, signal: USR1}",
+            "3:41 checkpoint.signal: `USR1` is not a choice here, did you mean `SIGUSR1`?",
+        ),
     ] {
         check_field(text, expect);
     }
@@ -372,6 +379,30 @@ fn relations() {
         "resources: {memory: lots}\nlimits: {memory: 64Mi}",
         "3:21 resources.memory: `lots` is not a size: write a whole number and a unit, such as 500Mi, 4Gi or 8GB",
     );
+}
+
+#[test]
+fn what_is_asked_may_save_itself() {
+    for by in ["signal: SIGUSR1", "ready: /run/saved"] {
+        let job = spec(&format!("name: a\nimage: host\ncheckpoint: {{mode: cooperative, {by}}}\n"));
+        assert!(job.pod.checkpoint.asks(), "{by}");
+    }
+}
+
+#[test]
+fn pauses_double_and_differ_by_a_tenth_at_most() {
+    let restart = Restart::default();
+    for (failures, whole) in
+        [(0, 10_000), (1, 10_000), (2, 20_000), (5, 160_000), (6, 300_000), (u32::MAX, 300_000)]
+    {
+        let pauses: BTreeSet<Millis> =
+            (0..50).map(|pod| restart.backoff(&format!("u1-{pod}"), failures)).collect();
+        assert!(pauses.iter().all(|pause| (whole / 10 * 9..=whole).contains(&pause.0)), "{pauses:?}");
+        assert!(pauses.len() > 40, "{pauses:?}");
+    }
+    assert_eq!(restart.backoff(&"u1-0", 3), restart.backoff(&"u1-0", 3));
+    let endless = Restart { retry_min: Millis(u64::MAX), retry_max: Millis(u64::MAX), ..restart };
+    assert!(endless.backoff(&"u1-0", 9) <= endless.retry_max);
 }
 
 #[test]

@@ -44,7 +44,12 @@ pub enum Query {
         after: Option<String>,
     },
     /// `Page<OutputRow>`
-    Outputs { namespace: Namespace, job: JobName },
+    Outputs {
+        namespace: Namespace,
+        job: JobName,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<String>,
+    },
     /// `Page<CheckpointRow>`, the newest of a pod first; without a namespace: all.
     Checkpoints { namespace: Option<Namespace>, job: Option<JobName>, after: Option<String> },
     /// `CheckpointDetail`; the id may be a beginning of the digest's digits that names only one.

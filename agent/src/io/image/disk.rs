@@ -19,6 +19,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use super::{Digest, ImageRecord, ImageRef};
+use crate::shim::sys::wide;
 
 /// A record has at most 128 KiB of configuration and 127 layers; JSON may escape each byte into six.
 const RECORD_BYTES_MAX: u64 = 1 << 20;
@@ -242,8 +243,8 @@ impl Disk {
     /// Per mille of the file system that is taken, as `df` counts.
     pub fn used_permille(&self) -> io::Result<u64> {
         let stat = nix::sys::statvfs::statvfs(&self.root)?;
-        let used = stat.blocks() - stat.blocks_free();
-        let usable = used + stat.blocks_available();
+        let used = wide(stat.blocks()) - wide(stat.blocks_free());
+        let usable = used + wide(stat.blocks_available());
         Ok(used * 1000 / usable.max(1))
     }
 }

@@ -24,6 +24,7 @@ use xattr::FileExt;
 
 use super::error::clip;
 use super::tar_stream::{Entry, Kind, TarError, TarStream};
+use crate::shim::sys::time_spec;
 
 /// Twice what the largest images in use have; each costs an inode.
 const ENTRIES_MAX: u64 = 2_000_000;
@@ -456,7 +457,7 @@ fn unless_unsupported(result: io::Result<()>) -> io::Result<()> {
 }
 
 fn mtime(entry: &Entry) -> TimeSpec {
-    TimeSpec::new(entry.mtime.0, entry.mtime.1.into())
+    time_spec(entry.mtime.0, entry.mtime.1)
 }
 
 #[cfg(test)]

@@ -29,7 +29,7 @@ const PULL_TIME_MAX: Duration = Duration::from_secs(6 * 3600);
 /// How long threads that unpack have to notice that they should stop.
 const STOP_TIME_MAX: Duration = Duration::from_secs(10);
 /// Far above what a pull needs (zstd's largest window is 128 MiB, and three layers are unpacked at once).
-const DATA_BYTES_MAX: u64 = 1 << 30;
+const DATA_BYTES_MAX: libc::rlim_t = 1 << 30;
 const NICENESS: i32 = 10;
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -12,6 +12,7 @@ use berth_protocol::units::{Bytes, MilliCpu};
 use sysinfo::{MemoryRefreshKind, System};
 
 use super::bounded;
+use crate::shim::sys::wide;
 
 /// Features of a processor in the inventory, and the length of one: x86-64 has some 200 of at most 20 bytes.
 const CPU_FEATURES_MAX: usize = 512;
@@ -168,9 +169,10 @@ impl Meter {
         }
         reading.load_milli = System::load_average().map_or(0, |load| (load.one * 1000.0) as u64);
         if let Ok(disk) = nix::sys::statvfs::statvfs(data_dir) {
-            let bytes = |blocks: u64| Bytes(blocks.saturating_mul(disk.fragment_size()));
-            reading.disk_total = bytes(disk.blocks());
-            reading.disk_used = bytes(disk.blocks().saturating_sub(disk.blocks_free()));
+            let bytes = |blocks: u64| Bytes(blocks.saturating_mul(wide(disk.fragment_size())));
+            let blocks = wide(disk.blocks());
+            reading.disk_total = bytes(blocks);
+            reading.disk_used = bytes(blocks.saturating_sub(wide(disk.blocks_free())));
         }
         reading
     }

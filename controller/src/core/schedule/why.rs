@@ -8,7 +8,7 @@ use berth_protocol::limits::QUERY_PAGE_ROWS_MAX;
 use berth_protocol::message::query::{Explanation, Freeing, NodeVerdict, PodSeat, ReasonCount};
 
 use super::super::Controller;
-use super::super::cluster::{Job, Liveness};
+use super::super::cluster::{Job, Liveness, Verdict};
 use super::explain::{self, Reason};
 use super::hold::Kind;
 use super::problem::Zoning;
@@ -175,7 +175,9 @@ impl Controller {
         let order = self.scheduler.queue.in_order(|namespace| ledger.share(namespace));
         let ahead = order.iter().position(|other| *other == uid).unwrap_or(0);
         let summary = match ready {
-            0 if job.is_finished() => "it has ended".to_owned(),
+            0 if job.is_finished() => {
+                job.run.verdict.as_ref().map_or_else(|| "it has ended".to_owned(), ended)
+            }
             0 if job.run.suspended => "it is suspended: `berth resume` lets it go on".to_owned(),
             0 if !job.waiting().is_empty() => "it waits before its next start after a failure".to_owned(),
             0 => format!("no pod waits; one more would fit {fit} of {} nodes", verdicts.len()),
@@ -269,6 +271,13 @@ impl Controller {
         };
         job.placed().iter().take(QUERY_PAGE_ROWS_MAX).filter_map(seat).collect()
     }
+}
+
+/// `it has ended: Failed, ImageNotFound: there is no such image`
+fn ended(verdict: &Verdict) -> String {
+    let reason = verdict.reason.as_ref().map(|reason| format!(", {reason}")).unwrap_or_default();
+    let message = verdict.message.as_ref().map(|message| format!(": {message}")).unwrap_or_default();
+    format!("it has ended: {:?}{reason}{message}", verdict.phase)
 }
 
 /// `a, b and 3 more`

@@ -45,6 +45,16 @@ fn rejected(answer: &Answer) -> (&str, &str) {
     }
 }
 
+/// Saves the job's pod where it is; returns which checkpoint that is.
+fn saved(world: &mut World, job: &str) -> Digest {
+    let last = |world: &World| status(world, job).checkpoint.map(|checkpoint| checkpoint.id);
+    let before = last(world);
+    let answer = world.command_with(job, "checkpoint", r#""node":null"#);
+    assert_eq!(rejected(&answer).0, "accepted", "{answer:?}");
+    world.until("it is saved", |w| last(w) != before);
+    last(world).unwrap()
+}
+
 fn two_nodes() -> World {
     let mut world = World::new();
     world.add("n1", inventory(4, 0));
@@ -283,6 +293,55 @@ fn copies_and_the_way_back() {
     assert_eq!(world.status("a"), None);
     assert!(world.depot.is_empty());
     assert!(!world.store.keys().any(|key| key.starts_with("checkpoint/")));
+}
+
+#[test]
+fn what_a_copy_began_with_stays_however_often_its_own_job_lets_it_go() {
+    let mut world = two_nodes();
+    let mut job = long("a");
+    job.pod.checkpoint.keep = 1;
+    world.submit(&job);
+    running(&mut world, "a");
+    world.run(10_000);
+    let first = saved(&mut world, "a");
+    world.command_with("b", "restore", &format!(r#""checkpoint":"{first}""#));
+    running(&mut world, "b");
+    saved(&mut world, "a");
+    let answer = world.command_with("a", "restore", &format!(r#""checkpoint":"{first}""#));
+    assert_eq!(rejected(&answer).0, "accepted", "{answer:?}");
+    world.until("it is set back", |w| status(w, "a").pods[0].epoch.0 == 2 && node_of(w, "a").is_some());
+    for _ in 0..3 {
+        saved(&mut world, "a");
+        assert!(world.depot.contains_key(&first), "the copy names it");
+    }
+    assert!(world.controller.cluster.checkpoints.contains_key(&first));
+    assert_eq!(world.depot.len(), 2);
+}
+
+#[test]
+fn a_job_restored_under_the_name_of_one_that_is_being_forgotten_keeps_it() {
+    for restarts in [false, true] {
+        let mut world = two_nodes();
+        let mut job = long("a");
+        job.ttl = Millis::from_secs(60);
+        world.submit(&job);
+        running(&mut world, "a");
+        world.run(10_000);
+        let id = saved(&mut world, "a");
+        world.command("a", "c1", "cancel");
+        ends(&mut world, "a");
+        world.until("its status is cleared", |w| w.status("a").is_none());
+        let answer = world.command_with("a", "restore", &format!(r#""checkpoint":"{id}""#));
+        assert_eq!(rejected(&answer).0, "accepted", "{answer:?}");
+        if restarts {
+            world.restart_controller();
+        }
+        world.run(30_000);
+        assert_eq!(world.controller.cluster.jobs.len(), 1, "the other is forgotten");
+        assert!(node_of(&world, "a").is_some());
+        let found = world.query(r#"{"job":{"namespace":"default","job":"a"}}"#);
+        assert_eq!(found["result"]["phase"], "Running", "{found}");
+    }
 }
 
 #[test]

@@ -335,10 +335,15 @@ impl World {
 
     /// The controller dies and comes back from what it stored.
     pub fn restart_controller(&mut self) {
+        self.restart_controller_alone();
+        self.feed(Event::BusUp);
+    }
+
+    /// And finds no broker.
+    pub fn restart_controller_alone(&mut self) {
         self.term += 1;
         let entries = self.store.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
         self.controller = Controller::load(config(self.term), entries, at(self.now)).unwrap();
-        self.feed(Event::BusUp);
     }
 
     pub fn add(&mut self, name: &str, inventory: Inventory) -> NodeId {

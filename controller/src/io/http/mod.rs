@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use berth_protocol::chunk::GrantRequest;
 use berth_protocol::ids::{Digest, Epoch, JobUid, NodeId};
+use berth_protocol::limits::{OUTPUT_BYTES_MAX, WORKSPACE_BYTES_MAX};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
@@ -39,8 +40,6 @@ const SILENCE_MAX: Duration = Duration::from_secs(60);
 const INQUIRY_TIMEOUT: Duration = Duration::from_secs(2);
 const HEADER_BYTES_MAX: usize = 16 * 1024;
 
-const BLOB_BYTES_MAX: u64 = 1 << 30;
-const WORKSPACE_BYTES_MAX: u64 = 100 << 20;
 const LOG_BYTES_MAX: u64 = 256 << 20;
 
 #[derive(Debug, thiserror::Error)]
@@ -189,7 +188,7 @@ fn number<T: std::str::FromStr + ToString>(text: &str) -> Option<T> {
 /// The most bytes that `scope` may put there; `None`: it may not.
 fn put_bytes_max(scope: &Scope, item: &Item) -> Option<u64> {
     match (scope, item) {
-        (Scope::Node(_), Item::Blob(_)) => Some(BLOB_BYTES_MAX),
+        (Scope::Node(_), Item::Blob(_)) => Some(OUTPUT_BYTES_MAX),
         (Scope::Node(_), Item::Log { .. }) => Some(LOG_BYTES_MAX),
         (Scope::Namespace(_), Item::Blob(_)) => Some(WORKSPACE_BYTES_MAX),
         (Scope::Namespace(_), Item::Log { .. }) | (Scope::Save { .. } | Scope::Load { .. }, _) => None,

@@ -141,6 +141,10 @@ prop_compose! {
         keep in 1..=100u32,
     ) -> Checkpoint {
         let tcp = if keep_tcp { TcpPolicy::Keep } else { TcpPolicy::Close };
+        let mode = match mode {
+            CheckpointMode::Cooperative if signal.is_none() && ready.is_none() => CheckpointMode::Auto,
+            mode => mode,
+        };
         Checkpoint { mode, interval, signal, grace, ready, quiesce, resume, tcp, keep }
     }
 }
