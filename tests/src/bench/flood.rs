@@ -40,7 +40,7 @@ fn seconds() -> u64 {
     std::env::var("BENCH_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(60)
 }
 
-/// As many as go through, for a minute; then half of what is asked, and how long each job waits for its first pod.
+/// Half of what is asked, and how long each job waits for its first pod; then as many as go through, for a minute.
 pub fn flood() -> Result<Vec<Figure>> {
     let world = World::new(Broker::Embedded)?;
     let (placed, seen) = mpsc::channel();
@@ -54,9 +54,23 @@ pub fn flood() -> Result<Vec<Figure>> {
     tide.submit()?;
     tide.drain(0).with_context(|| world.said())?;
 
+    tide.waits.clear();
+    let pause = Duration::from_secs_f64(PODS_PER_JOB as f64 / (ASKED_PER_SECOND / 2.0));
+    let begun = Instant::now();
+    let length = Duration::from_secs(seconds());
+    let mut due = begun;
+    while begun.elapsed() < length / 3 {
+        while due <= Instant::now() {
+            tide.submit()?;
+            due += pause;
+        }
+        tide.hear(due.saturating_duration_since(Instant::now()))?;
+    }
+    tide.drain(0).with_context(|| world.said())?;
+    let waits = std::mem::take(&mut tide.waits);
+
     let cpu = cpu_time(world.controller.pid())?;
     let (begun, before) = (Instant::now(), tide.pods);
-    let length = Duration::from_secs(seconds());
     while begun.elapsed() < length {
         while tide.submitted.len() < WINDOW_JOBS {
             tide.submit()?;
@@ -68,19 +82,7 @@ pub fn flood() -> Result<Vec<Figure>> {
     let busy = (cpu_time(world.controller.pid())? - cpu).as_secs_f64() / took * 100.0;
     tide.drain(0).with_context(|| world.said())?;
 
-    tide.waits.clear();
-    let pause = Duration::from_secs_f64(PODS_PER_JOB as f64 / (ASKED_PER_SECOND / 2.0));
-    let begun = Instant::now();
-    let mut due = begun;
-    while begun.elapsed() < length / 3 {
-        while due <= Instant::now() {
-            tide.submit()?;
-            due += pause;
-        }
-        tide.hear(due.saturating_duration_since(Instant::now()))?;
-    }
-    tide.drain(0).with_context(|| world.said())?;
-    let wait = |percent: f64| percentile(&tide.waits, percent).context("nothing was placed");
+    let wait = |percent: f64| percentile(&waits, percent).context("nothing was placed");
     Ok(vec![
         Figure::at_least("pods a second, submit to end, simulated agents", rate, "1/s", ASKED_PER_SECOND),
         Figure::peer("controller CPU meanwhile", busy, "%"),

@@ -10,7 +10,7 @@ use super::throughput::many_jobs;
 use super::world::{Broker, World, host_job, program};
 
 /// After a start, and after work: until heartbeats are calm and files are gone.
-const SETTLE: Duration = Duration::from_secs(5);
+const SETTLE: Duration = Duration::from_secs(10);
 const IDLE: Duration = Duration::from_secs(60);
 const JOBS: usize = 1000;
 const SLEEPERS: usize = 20;

@@ -186,7 +186,7 @@ fn pass(jobs: usize) -> Result<f64> {
         let topic = Topic::job(&namespace, &JobName::parse(&format!("j{i}"))?, JobTopic::Submit);
         controller.step(now(2), Event::Message { topic, payload: file.to_string().into_bytes() });
     }
-    let waiting = controller.counters().pods.get("Pending").copied().unwrap_or(0);
+    let waiting = controller.counters().pods.get("pending").copied().unwrap_or(0);
     ensure!(waiting == jobs as u64, "{waiting} of {jobs} wait: {:?}", controller.counters().pods);
     let client = Topic::QueryRequest { client: ClientId::parse("bench")? };
     let mut ask = |verb: &str| -> Step {

@@ -10,15 +10,15 @@ use berth_tests::bench::{flood, footprint, growth, latency, slurm, throughput};
 
 type Measure = fn() -> Result<Vec<Figure>>;
 
-/// The quiet ones first: what comes later leaves dirty pages to be written.
+/// The quiet ones first: thousands of containers leave pages to write and groups to take apart, minutes of it.
 const MEASURES: [(&str, Measure); 11] = [
     ("binary", footprint::binary),
-    ("daemons", footprint::daemons),
-    ("controller", footprint::controller_alone),
-    ("shim", footprint::shim),
     ("host", || latency::submit_to_output("host")),
     ("bridge", || latency::submit_to_output("bridge")),
     ("run", latency::run_command),
+    ("controller", footprint::controller_alone),
+    ("shim", footprint::shim),
+    ("daemons", footprint::daemons),
     ("array", throughput::array),
     ("crowd", throughput::crowd),
     ("growth", growth::growth),
