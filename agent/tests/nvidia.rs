@@ -94,6 +94,14 @@ async fn inventory_and_usage() {
     let lost = GpuShare { uuid: probe.inventory().gpus[1].uuid.clone(), milli: 1000 };
     assert!(probe.grants(&[lost]).unwrap_err().to_string().contains("unhealthy"));
 
+    machine.state("0.mig=0");
+    probe.sample().await;
+    machine.state(&format!("0.draw={} 1.hold={}", 1 << 30, 9_u64 << 30));
+    assert!(probe.sample().await.changed);
+    let outside =
+        |probe: &Probe| probe.inventory().gpus.iter().map(|gpu| gpu.outside.0 >> 30).collect::<Vec<_>>();
+    assert_eq!(outside(&probe), [0, 8], "a desktop is let pass; others' work counts, in steps");
+
     machine.state("0.mig=1");
     assert!(probe.sample().await.changed);
     assert!(probe.inventory().gpus[0].mig);
@@ -193,5 +201,23 @@ async fn no_library_is_no_gpu() {
         let mut gpus = Gpus::new(empty.path().to_owned(), library, WAIT);
         gpus.refresh(WAIT).await;
         assert!(gpus.snapshot().found.is_empty());
+    }
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn what_pods_hold_is_not_others() {
+    let machine = Machine::new();
+    let groups = machine.dir.path().join("proc/4242");
+    std::fs::create_dir_all(&groups).unwrap();
+    let mut gpus = machine.gpus();
+    machine.state(&format!("0.hold={}", 4_u64 << 30));
+    for (cgroup, held) in [
+        ("0::/user.slice/session-1.scope", 4_u64 << 30),
+        ("9:memory:/berth/a1.01234567/j-0.1\n0::/", 0),
+        ("0::/berth/a1.01234567/j-0.1/main", 0),
+    ] {
+        std::fs::write(groups.join("cgroup"), cgroup).unwrap();
+        gpus.refresh(WAIT).await;
+        assert_eq!(gpus.snapshot().found[0].gpu.outside, Bytes(held), "{cgroup}");
     }
 }

@@ -172,6 +172,7 @@ mod tests {
             pci: None,
             unhealthy: None,
             mig: false,
+            outside: Bytes::ZERO,
         };
         Inventory {
             hostname: "n".to_owned(),

@@ -57,6 +57,21 @@ pub struct Gpu {
     /// Split by MIG: not handed out whole.
     #[serde(default)]
     pub mig: bool,
+    /// Memory that programs outside berth hold, where it is more than a desktop takes.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub outside: Bytes,
+}
+
+fn is_zero(bytes: &Bytes) -> bool {
+    *bytes == Bytes::ZERO
+}
+
+impl Gpu {
+    /// Thousandths of the device that are berth's to hand out: what others hold of its memory is theirs.
+    pub fn milli(&self) -> u32 {
+        let theirs = u128::from(self.outside.0.min(self.memory.0)) * 1000;
+        1000 - theirs.div_ceil(u128::from(self.memory.0.max(1))).min(1000) as u32
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -84,8 +99,8 @@ pub enum CgroupVersion {
     V2,
 }
 
-/// What a node is and has: told at hello and whenever it changes. Amounts are what pods may use, the system's
-/// share already taken off.
+/// What a node is and has: told at hello and whenever it changes. Amounts are what pods may use: the system's share is
+/// taken off, and what other programs of the machine use beyond it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Inventory {

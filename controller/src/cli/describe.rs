@@ -235,7 +235,17 @@ fn node(node: &NodeStatus, now: Timestamp, colour: bool) -> String {
     let mut out = facts.render();
     for gpu in &node.gpus {
         let health = gpu.unhealthy.as_ref().map(|why| format!(", unhealthy: {why}")).unwrap_or_default();
-        out.push_str(&format!("GPU {}: {}, {}{health}\n", gpu.uuid, gpu.model, render::size(gpu.memory)));
+        let theirs = if gpu.outside.0 > 0 {
+            format!(", {} of it held by other programs", render::size(gpu.outside))
+        } else {
+            String::new()
+        };
+        out.push_str(&format!(
+            "GPU {}: {}, {}{theirs}{health}\n",
+            gpu.uuid,
+            gpu.model,
+            render::size(gpu.memory)
+        ));
     }
     out
 }

@@ -207,6 +207,7 @@ mod tests {
             pci: None,
             unhealthy: None,
             mig: false,
+            outside: Bytes::ZERO,
         };
         Found { gpu, usage: None, nodes: nodes.iter().map(PathBuf::from).collect() }
     }

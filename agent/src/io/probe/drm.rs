@@ -67,6 +67,7 @@ impl Drm {
             pci: Some(identity.pci),
             unhealthy: memory_errors(&device),
             mig: false,
+            outside: Bytes::ZERO,
         };
         let sensors = first_dir(&device.join("hwmon"));
         let sensor = |name: &str| sensors.as_ref().and_then(|dir| number(dir, name));

@@ -149,7 +149,7 @@ fn serve(root: &Path, nvml: Option<&Path>, asks: &Receiver<()>, answers: &mpsc::
         let failure = match nvidia::present(root, nvml).then(|| nvidia::load(nvml)) {
             Some(Ok(library)) => {
                 // Answers this question and those that follow, while the driver is well.
-                match serve_session(Session::new(&library), &mut records, &mut drm, asks, answers) {
+                match serve_session(Session::new(&library, root), &mut records, &mut drm, asks, answers) {
                     Some(failure) => Some(failure),
                     None => return,
                 }

@@ -6,6 +6,7 @@
 //! - [`host`]: processors, memory, disk, load, texts about the system
 //! - [`cgroup`]: how control groups are mounted, and the limits that the agent itself runs under
 //! - [`gpus`]: asks the drivers from a thread of its own; [`nvidia`] through NVML, [`drm`] for AMD and Intel
+//! - `outside`: what other programs of the machine use of all that
 //! - [`devices`]: how an allotted GPU reaches a container; [`cdi`] finds the names of CDI specifications
 //! - [`criu`]: finds a CRIU that works
 
@@ -17,18 +18,20 @@ pub mod drm;
 pub mod gpus;
 pub mod host;
 pub mod nvidia;
+mod outside;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use berth_protocol::resources::{GpuShare, Inventory, Usage};
+use berth_protocol::resources::{Gpu, GpuShare, Inventory, Usage};
 use berth_protocol::units::{Bytes, MilliCpu};
 
 use crate::task::DeviceGrant;
 use devices::GrantError;
 use gpus::Gpus;
 use host::Meter;
+use outside::Outside;
 
 /// How long the first look at the GPUs may take: without persistence mode the NVIDIA driver brings each device up
 /// first. A hello that goes out sooner would tell of a node without GPUs.
@@ -74,6 +77,8 @@ pub struct Probe {
     meter: Meter,
     limits: cgroup::OwnLimits,
     gpus: Gpus,
+    outside: Outside,
+    looked_at: Option<Instant>,
     inventory: Inventory,
 }
 
@@ -109,7 +114,8 @@ impl Probe {
         };
         let gpus = Gpus::new(config.root.clone(), config.nvml.clone(), Duration::from_millis(STUCK_MS));
         let limits = cgroup::OwnLimits::find(&config.root, &mounts);
-        let mut probe = Self { config, meter: Meter::new(), limits, gpus, inventory };
+        let (meter, outside) = (Meter::new(), Outside::default());
+        let mut probe = Self { config, meter, limits, gpus, outside, looked_at: None, inventory };
         probe.look(Duration::from_millis(FIRST_ANSWER_MS_MAX)).await;
         probe
     }
@@ -138,26 +144,34 @@ impl Probe {
         self.gpus.refresh(wait).await;
         let reading = self.meter.read(&self.config.data_dir);
         let limit = self.limits.read();
+        let since = self.looked_at.replace(Instant::now()).map_or(0.0, |at| at.elapsed().as_secs_f64());
+        let (cpu_taken, memory_taken) = self.outside.take(since, reading.cpu_used, reading.memory_used);
+        // Who names the cores to offer has thought of what else runs here.
+        let capacity = self.config.capacity;
+        let cpu_taken =
+            capacity.map_or(cpu_taken, |(cpu, _)| if cpu.0 == u64::MAX { cpu_taken } else { MilliCpu::ZERO });
         let cpu = offered(
             reading.cpu_total.min(limit.cpu.unwrap_or(MilliCpu(u64::MAX))),
-            self.config.reserved_cpu,
-            self.config.capacity.map(|(cpu, _)| cpu),
+            self.config.reserved_cpu.max(cpu_taken),
+            capacity.map(|(cpu, _)| cpu),
             MilliCpu::saturating_sub,
         );
         let memory = offered(
             reading.memory_total.min(limit.memory.unwrap_or(Bytes(u64::MAX))),
-            self.config.reserved_memory,
-            self.config.capacity.map(|(_, memory)| memory),
+            self.config.reserved_memory.max(memory_taken),
+            capacity.map(|(_, memory)| memory),
             Bytes::saturating_sub,
         );
         let snapshot = self.gpus.snapshot();
+        let mut gpus: Vec<Gpu> = snapshot.found.iter().map(|found| found.gpu.clone()).collect();
+        gpus.iter_mut().for_each(|gpu| self.outside.settle(gpu));
         let known = &mut self.inventory;
         let same = (known.cpu, known.memory, known.disk) == (cpu, memory, reading.disk_total)
-            && known.gpus.iter().eq(snapshot.found.iter().map(|found| &found.gpu))
+            && known.gpus == gpus
             && (&known.gpu_driver, &known.cuda) == (&snapshot.driver, &snapshot.cuda);
         if !same {
             (known.cpu, known.memory, known.disk) = (cpu, memory, reading.disk_total);
-            known.gpus = snapshot.found.iter().map(|found| found.gpu.clone()).collect();
+            known.gpus = gpus;
             known.gpu_driver.clone_from(&snapshot.driver);
             known.cuda.clone_from(&snapshot.cuda);
         }
@@ -223,7 +237,7 @@ mod tests {
         assert!(!inventory.kernel.is_empty() && !inventory.arch.is_empty() && !inventory.os.is_empty());
         assert!(!inventory.cpu_model.is_empty() && !inventory.cpu_features.is_empty(), "{inventory:?}");
 
-        let reserved = Bytes(64 * Bytes::MIB);
+        let reserved = Bytes(inventory.memory.0 / 2 + (64 << 20));
         let mut part = Probe::new(ProbeConfig {
             capacity: Some((MilliCpu(250), Bytes(u64::MAX))),
             reserved_memory: reserved,
@@ -231,9 +245,12 @@ mod tests {
         })
         .await;
         assert_eq!(part.inventory().cpu, MilliCpu(250));
-        assert_eq!(part.inventory().memory, inventory.memory.saturating_sub(reserved));
+        let (less, all) = (part.inventory().memory, inventory.memory);
+        assert!(
+            less < all && less.0 + reserved.0 >= all.0,
+            "{less} of {all} less what others use, or {reserved}"
+        );
         let sample = part.sample().await;
-        assert!(!sample.changed, "{sample:?}");
         assert!(sample.usage.memory.0 > 0 && sample.usage.disk.0 > 0);
     }
 }

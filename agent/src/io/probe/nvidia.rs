@@ -7,6 +7,7 @@
 //! Sources: NVML API Reference; NVIDIA, "GPU Deployment and Management: Xid Errors".
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use berth_protocol::limits::GPUS_PER_NODE_MAX;
@@ -14,7 +15,7 @@ use berth_protocol::resources::{Gpu, GpuUsage, GpuVendor};
 use berth_protocol::units::Bytes;
 use nvml_wrapper::bitmasks::event::EventTypes;
 use nvml_wrapper::enum_wrappers::device::{EccCounter, MemoryError, TemperatureSensor};
-use nvml_wrapper::enums::device::SampleValue;
+use nvml_wrapper::enums::device::{SampleValue, UsedGpuMemory};
 use nvml_wrapper::enums::event::XidError;
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::structs::device::FieldId;
@@ -91,6 +92,7 @@ impl Record {
 #[derive(Debug)]
 pub struct Session<'n> {
     nvml: &'n Nvml,
+    root: &'n Path,
     /// One set a device, so that a lost one says nothing about the others.
     events: BTreeMap<String, EventSet<'n>>,
     pub driver: Option<String>,
@@ -98,10 +100,11 @@ pub struct Session<'n> {
 }
 
 impl<'n> Session<'n> {
-    pub fn new(nvml: &'n Nvml) -> Self {
+    pub fn new(nvml: &'n Nvml, root: &'n Path) -> Self {
         let cuda = nvml.sys_cuda_driver_version().ok();
         Self {
             nvml,
+            root,
             events: BTreeMap::new(),
             driver: nvml.sys_driver_version().ok().map(|text| bounded(&text, NAME_BYTES_MAX)),
             cuda: cuda.map(|version| format!("{}.{}", version / 1000, version % 1000 / 10)),
@@ -134,7 +137,7 @@ impl<'n> Session<'n> {
 
     fn look(&mut self, device: &Device<'n>, index: u32, records: &mut Records) -> Result<String, NvmlError> {
         let uuid = device.uuid()?;
-        let found = read(device, &uuid)?;
+        let found = read(device, &uuid, self.root)?;
         let record = records.by_uuid.entry(uuid.clone()).or_insert_with(|| Record {
             found: found.clone(),
             index,
@@ -197,11 +200,12 @@ fn nameless(index: u32, error: &NvmlError) -> Found {
         pci: None,
         unhealthy: Some(error.to_string()),
         mig: false,
+        outside: Bytes::ZERO,
     };
     Found { gpu, usage: None, nodes: Vec::new() }
 }
 
-fn read(device: &Device<'_>, uuid: &str) -> Result<Found, NvmlError> {
+fn read(device: &Device<'_>, uuid: &str, root: &Path) -> Result<Found, NvmlError> {
     let model = bounded(&device.name()?, NAME_BYTES_MAX);
     // Devices that share the host's memory have none of their own to tell.
     let memory = optional(device.memory_info())?;
@@ -217,6 +221,7 @@ fn read(device: &Device<'_>, uuid: &str) -> Result<Found, NvmlError> {
             .map(|pci| format!("{:04x}:{:02x}:{:02x}.0", pci.domain, pci.bus, pci.device)),
         unhealthy: memory_errors(device)?,
         mig: optional(device.mig_mode())?.is_some_and(|mode| mode.current != 0),
+        outside: outside(device, root)?,
     };
     let usage = GpuUsage {
         uuid: uuid.to_owned(),
@@ -227,6 +232,29 @@ fn read(device: &Device<'_>, uuid: &str) -> Result<Found, NvmlError> {
     };
     let nodes = optional(device.minor_number())?.map(|minor| PathBuf::from(format!("/dev/nvidia{minor}")));
     Ok(Found { gpu, usage: Some(usage), nodes: nodes.into_iter().collect() })
+}
+
+/// Memory that programs hold which are none of berth's pods.
+fn outside(device: &Device<'_>, root: &Path) -> Result<Bytes, NvmlError> {
+    let compute = optional(device.running_compute_processes())?.unwrap_or_default();
+    let graphics = optional(device.running_graphics_processes())?.unwrap_or_default();
+    // A program that does both is listed twice.
+    let by_pid: BTreeMap<u32, u64> = compute
+        .into_iter()
+        .chain(graphics)
+        .filter_map(|process| match process.used_gpu_memory {
+            UsedGpuMemory::Used(bytes) => Some((process.pid, bytes)),
+            UsedGpuMemory::Unavailable => None,
+        })
+        .collect();
+    let theirs = by_pid.iter().filter(|(pid, _)| !is_pod(root, **pid));
+    Ok(Bytes(theirs.fold(0, |sum, (_, bytes)| sum.saturating_add(*bytes))))
+}
+
+/// Whether a process lives in one of berth's control groups.
+fn is_pod(root: &Path, pid: u32) -> bool {
+    let groups = fs::read_to_string(root.join(format!("proc/{pid}/cgroup"))).unwrap_or_default();
+    groups.lines().any(|line| line.splitn(3, ':').nth(2).is_some_and(|path| path.starts_with("/berth/")))
 }
 
 /// Why the device's memory is not to be trusted, where it is not.

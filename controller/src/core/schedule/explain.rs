@@ -83,12 +83,13 @@ fn rounded(bytes: u64) -> String {
 }
 
 /// Everything that stands against one more pod of `spec` in `room`; empty where it fits.
-/// `closed` says why the node takes no pods at all.
+/// `closed` says why the node takes no pods at all, `taken` of how many devices programs outside berth hold a part.
 pub fn reasons(
     room: &Room,
     shape: &Shape,
     refusals: &[Refusal],
     closed: Option<&str>,
+    taken: usize,
     spec: &JobSpec,
 ) -> Vec<Reason> {
     let mut all = Vec::new();
@@ -131,7 +132,7 @@ pub fn reasons(
     }
     let fitting = room.devices.iter().filter(|device| device.fits(shape)).count();
     if fitting < shape.gpus {
-        all.push(Reason::new(NEEDS, gpu(shape, spec), devices(room, shape, fitting)));
+        all.push(Reason::new(NEEDS, gpu(shape, spec), devices(room, shape, fitting, taken)));
     }
     if room.slots == 0 {
         all.push(Reason::new(HAS, "as many pods as a node may", ""));
@@ -156,7 +157,7 @@ fn gpu(shape: &Shape, spec: &JobSpec) -> String {
     format!("{amount}{model}{memory}")
 }
 
-fn devices(room: &Room, shape: &Shape, fitting: usize) -> String {
+fn devices(room: &Room, shape: &Shape, fitting: usize, taken: usize) -> String {
     let has = room.devices.len();
     if has == 0 {
         return "it has none".to_owned();
@@ -164,7 +165,11 @@ fn devices(room: &Room, shape: &Shape, fitting: usize) -> String {
     let other = room.devices.iter().filter(|d| shape.models.as_ref().is_some_and(|m| !m.contains(&d.model)));
     let (other, broken) = (other.count(), room.devices.iter().filter(|d| !d.usable).count());
     let mut text = format!("{fitting} of its {has} will do");
-    for (count, what) in [(other, "of another model"), (broken, "unhealthy or split")] {
+    for (count, what) in [
+        (other, "of another model"),
+        (broken, "unhealthy or split"),
+        (taken, "in part held by other programs"),
+    ] {
         if count > 0 {
             text.push_str(&format!(", {count} {what}"));
         }

@@ -195,8 +195,8 @@ impl Scheduler {
         let devices = has.gpus.iter().map(|gpu| Device {
             usable: gpu.unhealthy.is_none() && !gpu.mig,
             model: self.model(&gpu.model),
-            milli: 1000,
-            memory_bytes: gpu.memory.0,
+            milli: gpu.milli(),
+            memory_bytes: gpu.memory.0.saturating_sub(gpu.outside.0),
         });
         let mut room = Room {
             open,

@@ -122,7 +122,9 @@ impl Controller {
             });
             let refusals = book.map_or(&[][..], |book| book.refusals(room));
             let free = &self.scheduler.rooms()[room];
-            let mut reasons = explain::reasons(free, &shape, refusals, closed, &job.file.spec);
+            let gpus = node.map(|node| &node.record.inventory.gpus[..]).unwrap_or_default();
+            let taken = gpus.iter().filter(|gpu| gpu.outside.0 > 0).count();
+            let mut reasons = explain::reasons(free, &shape, refusals, closed, taken, &job.file.spec);
             let own =
                 book.filter(|book| book.zoning == Zoning::Apart).and_then(|book| book.sites().get(room));
             if own.is_some_and(|site| zoned.contains_key(&site.zone)) {

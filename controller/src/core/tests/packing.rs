@@ -357,3 +357,21 @@ fn inventories_that_lie_are_cut_down_told_once_and_harm_nobody() {
     let rooms = world.controller.scheduler.rooms();
     assert_eq!(rooms.iter().map(|room| room.cpu_milli).sum::<u64>(), 100, "no more comes free than there is");
 }
+
+#[test]
+fn what_others_hold_of_a_device_is_not_promised() {
+    let mut world = World::new();
+    let mut desktop = node(16, 1);
+    // A game.
+    desktop.gpus[0].outside = Bytes(desktop.gpus[0].memory.0 / 2);
+    world.add("desktop", desktop);
+    world.run(100);
+    world.submit(&job("whole", 1_000, Some((1, 1000))));
+    world.submit(&job("most", 1_000, Some((1, 600))));
+    world.submit(&job("share", 1_000, Some((1, 500))));
+    world.run(5_000);
+    assert_eq!(["whole", "most"].map(|name| node_of(&world, name)), [None, None]);
+    assert!(node_of(&world, "share").is_some());
+    let why = world.query(r#"{"explain":{"namespace":"default","job":"whole"}}"#);
+    assert!(why.to_string().contains("1 in part held by other programs"), "{why:#}");
+}

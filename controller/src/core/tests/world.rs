@@ -78,6 +78,7 @@ pub fn inventory(cores: u64, gpus: usize) -> Inventory {
         pci: None,
         unhealthy: None,
         mig: false,
+        outside: Bytes::ZERO,
     };
     Inventory {
         hostname: "host".to_owned(),
