@@ -49,6 +49,7 @@ install: ## install programs, CRIU, units, manual and sample configuration below
 release: ## Debian packages for x86_64 and aarch64, the agent for armv7 too, into target/debian/
 	@tests/setup release
 	@systemd/package
+	@[ "$$(dpkg --print-architecture)" = arm64 ] || systemd/package --test arm64
 
 clean: ## remove everything built
 	$(CARGO) clean

@@ -12,6 +12,9 @@ use crate::units::{Bytes, MilliCpu};
 pub struct Resources {
     pub cpu: MilliCpu,
     pub memory: Bytes,
+    /// What its scratch volumes may grow to.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub disk: Bytes,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu: Option<GpuRequest>,
 }
@@ -175,7 +178,8 @@ impl Resources {
             };
             let cpu = sum.cpu.checked_add(part.cpu)?;
             let memory = sum.memory.checked_add(part.memory)?;
-            Some(Resources { cpu, memory, gpu })
+            let disk = sum.disk.checked_add(part.disk)?;
+            Some(Resources { cpu, memory, disk, gpu })
         })
     }
 }

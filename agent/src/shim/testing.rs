@@ -14,7 +14,7 @@ pub fn container() -> ContainerSpec {
         env: Default::default(),
         working_dir: None,
         user: None,
-        resources: Resources { cpu: MilliCpu(100), memory: Bytes(128 << 20), gpu: None },
+        resources: Resources { cpu: MilliCpu(100), memory: Bytes(128 << 20), ..Resources::default() },
         limits: Limits { cpu: MilliCpu(1000), memory: Bytes(256 << 20) },
         read_only_root: false,
         capabilities: Default::default(),

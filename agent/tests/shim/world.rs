@@ -61,7 +61,7 @@ pub fn container(name: &str, command: Vec<String>) -> ContainerSpec {
         env: Default::default(),
         working_dir: None,
         user: None,
-        resources: Resources { cpu: MilliCpu(100), memory: Bytes(32 << 20), gpu: None },
+        resources: Resources { cpu: MilliCpu(100), memory: Bytes(32 << 20), ..Resources::default() },
         limits: Limits { cpu: MilliCpu(2000), memory: Bytes(64 << 20) },
         read_only_root: false,
         capabilities: Default::default(),

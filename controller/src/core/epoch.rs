@@ -58,6 +58,8 @@ pub(super) struct Assignment {
 pub(super) struct Charge {
     pub cpu: MilliCpu,
     pub memory: Bytes,
+    #[serde(default)]
+    pub disk: Bytes,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gpus: Vec<GpuShare>,
     /// Of each of the devices.

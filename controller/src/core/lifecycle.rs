@@ -175,11 +175,17 @@ impl Controller {
         let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
         let Some(assignment) = job.assignment(id.index).cloned() else { return };
         self.scheduler.count_out(&job.file.spec, &assignment.charge);
+        let mut counted = true;
         if let Some(node) = self.cluster.nodes.get_mut(&assignment.node) {
             node.pods.remove(id);
             node.held = None;
-            self.scheduler.release(&assignment.node, &node.record.inventory, id, &assignment.charge);
+            counted =
+                self.scheduler.release(&assignment.node, &node.record.inventory, id, &assignment.charge);
         }
+        if !counted {
+            self.refresh_room(&assignment.node);
+        }
+        let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
         self.dirty.desired.insert(assignment.node.clone());
         self.dirty.pods.insert(id.clone());
         self.dirty.status.insert(id.uid.clone());

@@ -193,7 +193,7 @@ fn resources(body: &Body, prefix: &str, report: &mut Report) -> (Resources, Limi
             format!("a share of {} thousandths is of one device, and `count` is {}", gpu.milli, gpu.count);
         report.error(&format!("{prefix}resources.gpu.milli"), message);
     }
-    (Resources { cpu, memory, gpu }, limits)
+    (Resources { cpu, memory, disk: Bytes::ZERO, gpu }, limits)
 }
 
 /// What is set back with one pod is that pod's alone.

@@ -274,9 +274,16 @@ pub struct Preference {
 }
 
 impl PodTemplate {
-    /// What the pod asks of a node: the sum of its containers. The parser has refused what does not add up.
+    /// What the pod asks of a node: the sum of its containers, and room for its scratch volumes. The parser has refused
+    /// what does not add up.
     pub fn resources(&self) -> Resources {
-        Resources::sum(self.containers.iter().map(|c| &c.resources)).unwrap_or_default()
+        let mut sum = Resources::sum(self.containers.iter().map(|c| &c.resources)).unwrap_or_default();
+        for volume in &self.volumes {
+            if let VolumeSource::Scratch(size) = volume.source {
+                sum.disk = Bytes(sum.disk.0.saturating_add(size.0));
+            }
+        }
+        sum
     }
 }
 

@@ -97,7 +97,10 @@ fn the_defaults_of_the_contract() {
     assert_eq!(job.namespace.as_str(), "default");
     let main = &job.pod.containers[0];
     assert!(main.command.is_empty() && main.working_dir.is_none() && main.user.is_none());
-    assert_eq!(main.resources, Resources { cpu: MilliCpu(100), memory: Bytes(128 << 20), gpu: None });
+    assert_eq!(
+        main.resources,
+        Resources { cpu: MilliCpu(100), memory: Bytes(128 << 20), ..Resources::default() }
+    );
     assert_eq!(main.limits, Limits { cpu: MilliCpu(100), memory: Bytes(128 << 20) });
     assert_eq!(job.pod.network, Network::Bridge);
     assert_eq!(job.pod.restart.policy, RestartPolicy::Never);

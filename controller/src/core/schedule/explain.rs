@@ -130,6 +130,10 @@ pub fn reasons(
         let free = format!("{} are free", rounded(room.memory_bytes));
         all.push(Reason::new(NEEDS, format!("{} of memory", Bytes(shape.memory_bytes)), free));
     }
+    if room.disk_bytes < shape.disk_bytes {
+        let free = format!("{} are free", rounded(room.disk_bytes));
+        all.push(Reason::new(NEEDS, format!("{} of disk", Bytes(shape.disk_bytes)), free));
+    }
     let fitting = room.devices.iter().filter(|device| device.fits(shape)).count();
     if fitting < shape.gpus {
         all.push(Reason::new(NEEDS, gpu(shape, spec), devices(room, shape, fitting, taken)));

@@ -83,6 +83,8 @@ pub(super) struct Scheduler {
     /// The version at which particular pods were last looked at, and whether there are new ones.
     particular_at: u64,
     pub particular_wanted: bool,
+    /// Rooms whose pods take more than the node says it has now: what one of them gives back is not free.
+    overfull: BTreeSet<usize>,
     /// Seats kept free for pods on their way to them.
     pub reserved: BTreeMap<PodId, Reserved>,
     /// When it was last looked whom moves could help.
@@ -208,12 +210,17 @@ impl Scheduler {
             size: Size { cpu_milli: has.cpu.0, memory_bytes: has.memory.0 },
         };
         let empty = room.clone();
+        let mut whole = true;
         for charge in charges {
-            take(&mut room, has, charge);
+            whole &= take(&mut room, has, charge);
         }
-        if let Some(index) = self.index.get(id) {
-            self.reserved_in(*index).for_each(|charge| take(&mut room, has, charge));
-        }
+        let index = self.index.get(id).copied().unwrap_or(self.nodes.len());
+        self.reserved_in(index).for_each(|charge| whole &= take(&mut room, has, charge));
+        if whole {
+            self.overfull.remove(&index)
+        } else {
+            self.overfull.insert(index)
+        };
         let size = |room: &Room| if room.open { Sum::of_room(room) } else { Sum::default() };
         match self.index.get(id).copied() {
             Some(index) => {
@@ -244,13 +251,15 @@ impl Scheduler {
         self.wanted = true;
     }
 
-    /// A pod has left the node.
-    pub fn release(&mut self, id: &NodeId, has: &Inventory, pod: &PodId, charge: &Charge) {
-        let Some(index) = self.index.get(id).copied() else { return };
+    /// A pod has left the node. `false`: its room is to be made anew, since its pods take more than there is.
+    #[must_use]
+    pub fn release(&mut self, id: &NodeId, has: &Inventory, pod: &PodId, charge: &Charge) -> bool {
+        let Some(index) = self.index.get(id).copied() else { return true };
         self.engine.change(index, |room| give(room, has, charge));
         self.holds.left(index, pod, |spare| give(spare, has, charge));
         self.version += 1;
         self.wanted = true;
+        !self.overfull.contains(&index)
     }
 
     pub fn shape(&self, wants: &Resources) -> Shape {
@@ -262,7 +271,7 @@ impl Scheduler {
         Shape {
             cpu_milli: wants.cpu.0,
             memory_bytes: wants.memory.0,
-            disk_bytes: 0,
+            disk_bytes: wants.disk.0,
             gpus: gpu.map_or(0, |gpu| gpu.count as usize),
             gpu_milli: gpu.map_or(0, |gpu| gpu.milli),
             gpu_memory_bytes: gpu.and_then(|gpu| gpu.memory).map_or(0, |memory| memory.0),
@@ -271,16 +280,26 @@ impl Scheduler {
     }
 }
 
-/// Takes a pod in that is there already, whether or not the node still has what it takes.
-fn take(room: &mut Room, has: &Inventory, charge: &Charge) {
-    room.slots = room.slots.saturating_sub(1);
-    room.cpu_milli = room.cpu_milli.saturating_sub(charge.cpu.0);
-    room.memory_bytes = room.memory_bytes.saturating_sub(charge.memory.0);
+/// Takes a pod in that is there already, whether or not the node still has what it takes; tells whether it has.
+fn take(room: &mut Room, has: &Inventory, charge: &Charge) -> bool {
+    let mut whole = room.slots > 0;
+    let mut less = |left: &mut u64, amount: u64| {
+        whole &= *left >= amount;
+        *left = left.saturating_sub(amount);
+    };
+    less(&mut room.cpu_milli, charge.cpu.0);
+    less(&mut room.memory_bytes, charge.memory.0);
+    less(&mut room.disk_bytes, charge.disk.0);
     for share in &charge.gpus {
         let Some(i) = has.gpus.iter().position(|gpu| gpu.uuid == share.uuid) else { continue };
-        room.devices[i].milli = room.devices[i].milli.saturating_sub(share.milli);
-        room.devices[i].memory_bytes = room.devices[i].memory_bytes.saturating_sub(charge.gpu_memory.0);
+        let device = &mut room.devices[i];
+        let mut milli = u64::from(device.milli);
+        less(&mut milli, share.milli.into());
+        device.milli = milli as u32;
+        less(&mut device.memory_bytes, charge.gpu_memory.0);
     }
+    room.slots = room.slots.saturating_sub(1);
+    whole
 }
 
 /// Gives back what `take` took; no more than there is.
@@ -288,11 +307,13 @@ fn give(room: &mut Room, has: &Inventory, charge: &Charge) {
     room.slots += 1;
     room.cpu_milli = (room.cpu_milli + charge.cpu.0).min(has.cpu.0);
     room.memory_bytes = (room.memory_bytes + charge.memory.0).min(has.memory.0);
+    room.disk_bytes = (room.disk_bytes + charge.disk.0).min(has.disk.0);
     for share in &charge.gpus {
         let Some(i) = has.gpus.iter().position(|gpu| gpu.uuid == share.uuid) else { continue };
-        let device = &mut room.devices[i];
-        device.milli = (device.milli + share.milli).min(1000);
-        device.memory_bytes = (device.memory_bytes + charge.gpu_memory.0).min(has.gpus[i].memory.0);
+        let (device, gpu) = (&mut room.devices[i], &has.gpus[i]);
+        device.milli = (device.milli + share.milli).min(gpu.milli());
+        device.memory_bytes =
+            (device.memory_bytes + charge.gpu_memory.0).min(gpu.memory.0.saturating_sub(gpu.outside.0));
     }
 }
 

@@ -283,6 +283,7 @@ impl Controller {
         let charge = Charge {
             cpu: MilliCpu(shape.cpu_milli),
             memory: Bytes(shape.memory_bytes),
+            disk: Bytes(shape.disk_bytes),
             gpus: seat.devices.iter().map(share).collect(),
             gpu_memory: Bytes(shape.gpu_memory_bytes),
         };

@@ -61,8 +61,10 @@ impl Controller {
     pub(in crate::core) fn unreserve(&mut self, pod: &PodId) {
         let Some(reserved) = self.scheduler.reserved.remove(pod) else { return };
         let id = self.scheduler.nodes[reserved.seat.room].clone();
-        if let Some(node) = self.cluster.nodes.get(&id) {
-            self.scheduler.release(&id, &node.record.inventory, pod, &reserved.charge);
+        if let Some(node) = self.cluster.nodes.get(&id)
+            && !self.scheduler.release(&id, &node.record.inventory, pod, &reserved.charge)
+        {
+            self.refresh_room(&id);
         }
     }
 

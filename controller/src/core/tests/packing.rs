@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use berth_protocol::ids::NodeId;
-use berth_protocol::job::{CheckpointMode, JobSpec};
+use berth_protocol::job::{CheckpointMode, JobSpec, Volume, VolumeSource};
 use berth_protocol::message::user::JobPhase;
 use berth_protocol::resources::{Gpu, GpuRequest, Inventory};
 use berth_protocol::units::{Bytes, MilliCpu};
@@ -374,4 +374,46 @@ fn what_others_hold_of_a_device_is_not_promised() {
     assert!(node_of(&world, "share").is_some());
     let why = world.query(r#"{"explain":{"namespace":"default","job":"whole"}}"#);
     assert!(why.to_string().contains("1 in part held by other programs"), "{why:#}");
+}
+
+#[test]
+fn what_one_gives_back_where_too_much_is_taken_is_not_free() {
+    let mut world = World::new();
+    let id = world.add("a", node(4, 1));
+    world.run(100);
+    for name in ["one", "two", "three"] {
+        world.submit(&job(name, 1_000, Some((1, 300))));
+    }
+    world.run(5_000);
+    let agent = world.agents.get_mut(&id).unwrap();
+    agent.inventory.cpu = MilliCpu(2_000);
+    agent.inventory.gpus[0].outside = Bytes(agent.inventory.gpus[0].memory.0 / 2);
+    agent.restart();
+    world.run(30_000);
+    world.command("one", "c1", "cancel");
+    world.run(60_000);
+    let room = &world.controller.scheduler.rooms()[0];
+    assert_eq!((room.cpu_milli, room.devices[0].milli), (0, 0), "two pods of three are there");
+    world.command("two", "c2", "cancel");
+    world.run(60_000);
+    let room = &world.controller.scheduler.rooms()[0];
+    assert_eq!((room.cpu_milli, room.devices[0].milli), (1_000, 200));
+}
+
+#[test]
+fn scratch_volumes_take_disk() {
+    let mut world = World::new();
+    world.add("a", node(8, 0));
+    world.run(100);
+    let disk = world.controller.scheduler.rooms()[0].disk_bytes;
+    for name in ["one", "two"] {
+        let mut job = job(name, 100, None);
+        let source = VolumeSource::Scratch(Bytes(disk / 3 * 2));
+        job.pod.volumes.push(Volume { mount: "/scratch".to_owned(), source, read_only: false, save: false });
+        world.submit(&job);
+    }
+    world.run(5_000);
+    assert_eq!(["one", "two"].map(|name| node_of(&world, name).is_some()), [true, false]);
+    let why = world.query(r#"{"explain":{"namespace":"default","job":"two"}}"#);
+    assert!(why.to_string().contains("of disk"), "{why:#}");
 }

@@ -35,7 +35,7 @@ pub fn spec(name: &str) -> JobSpec {
         env: BTreeMap::new(),
         working_dir: None,
         user: None,
-        resources: Resources { cpu: MilliCpu(1000), memory: Bytes(128 * Bytes::MIB), gpu: None },
+        resources: Resources { cpu: MilliCpu(1000), memory: Bytes(128 * Bytes::MIB), ..Resources::default() },
         limits: Limits { cpu: MilliCpu(1000), memory: Bytes(128 * Bytes::MIB) },
         read_only_root: false,
         capabilities: BTreeSet::new(),

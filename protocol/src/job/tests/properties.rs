@@ -47,7 +47,7 @@ prop_compose! {
     fn resources()(a in cpu(), b in cpu(), c in memory(), d in memory(), gpu in option::of(gpu()))
         -> (Resources, Limits)
     {
-        (Resources { cpu: a.min(b), memory: c.min(d), gpu }, Limits { cpu: a.max(b), memory: c.max(d) })
+        (Resources { cpu: a.min(b), memory: c.min(d), disk: Bytes::ZERO, gpu }, Limits { cpu: a.max(b), memory: c.max(d) })
     }
 }
 
