@@ -73,6 +73,9 @@ pub const IMAGE_NAME_BYTES_MAX: usize = 128;
 pub const CPU_FEATURES_MAX: usize = 512;
 pub const VERSION_BYTES_MAX: usize = 128;
 
+/// Scratch volumes up to this size are memory, charged to who writes it; larger ones lie on the node's disk.
+pub const SCRATCH_MEMORY_BYTES_MAX: u64 = 64 << 20;
+
 /// What a pod's outputs may take, packed.
 pub const OUTPUT_BYTES_MAX: u64 = 8 << 30;
 /// What the directory that travels with a job may take, packed.

@@ -6,12 +6,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use berth_protocol::job::VolumeSource;
+use berth_protocol::limits::SCRATCH_MEMORY_BYTES_MAX;
 use berth_protocol::units::{BootMs, Bytes, Millis};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{ForkResult, Pid, fork};
 
 use super::error::ShimError;
-use super::rootfs::{self, Home, SCRATCH_TMPFS_BYTES_MAX};
+use super::rootfs::{self, Home};
 use crate::task::Task;
 
 /// Between two counts. A pod may be over its quota for so long, and the time that counting takes.
@@ -42,7 +43,7 @@ impl Meter {
         for (index, volume) in task.template.volumes.iter().enumerate() {
             // Smaller ones are a tmpfs, which has its bound of the kernel.
             if let VolumeSource::Scratch(max) = volume.source
-                && max.0 > SCRATCH_TMPFS_BYTES_MAX
+                && max.0 > SCRATCH_MEMORY_BYTES_MAX
             {
                 let dirs = vec![rootfs::volume_dir(dir, index)];
                 quotas.push(Quota { dirs, max, what: format!("volume {}", volume.mount) });

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use berth_protocol::ids::ContainerName;
 use berth_protocol::job::VolumeSource;
+use berth_protocol::limits::SCRATCH_MEMORY_BYTES_MAX;
 use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
@@ -19,9 +20,6 @@ use super::error::ShimError;
 use super::sys;
 use crate::task::{Root, Task};
 
-/// Scratch up to this size is memory (charged to who writes it), above it a directory beside the writable layers,
-/// whose size the file system does not bound.
-pub const SCRATCH_TMPFS_BYTES_MAX: u64 = 64 << 20;
 /// The image's files that the shim reads.
 const IMAGE_FILE_BYTES_MAX: u64 = 4 << 20;
 
@@ -221,7 +219,7 @@ pub fn prepare_volumes(task: &Task, pod_dir: &Path) -> Result<(), ShimError> {
                 // For any user of the container, as /tmp.
                 let mode = fs::Permissions::from_mode(0o1777);
                 fs::set_permissions(&at, mode).map_err(ShimError::io("set the mode of", &at))?;
-                if size.0 <= SCRATCH_TMPFS_BYTES_MAX {
+                if size.0 <= SCRATCH_MEMORY_BYTES_MAX {
                     let options = format!("size={},mode=1777", size.0);
                     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
                     mount(Some("scratch"), &at, Some("tmpfs"), flags, Some(options.as_str()))

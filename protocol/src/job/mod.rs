@@ -279,7 +279,9 @@ impl PodTemplate {
     pub fn resources(&self) -> Resources {
         let mut sum = Resources::sum(self.containers.iter().map(|c| &c.resources)).unwrap_or_default();
         for volume in &self.volumes {
-            if let VolumeSource::Scratch(size) = volume.source {
+            if let VolumeSource::Scratch(size) = volume.source
+                && size.0 > limits::SCRATCH_MEMORY_BYTES_MAX
+            {
                 sum.disk = Bytes(sum.disk.0.saturating_add(size.0));
             }
         }
