@@ -163,6 +163,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let mut collect_at = tokio::time::Instant::now() + COLLECT_FIRST;
     let mut trim_at = Some(tokio::time::Instant::now() + TRIM_AFTER);
     agency.journal.append(&first.records)?;
+    if damaged > 0 {
+        // What could not be read is not to be found again at the next start.
+        agency.journal.rewrite(agency.core.ledger())?;
+    }
     agency.perform(first.actions).await;
     notify::notify("READY=1");
     for source in agency.config.notices.clone() {

@@ -210,6 +210,8 @@ pub struct Identity {
 
 /// Unacknowledged events are sent again after this long.
 const EVENTS_RESEND: Millis = Millis::from_secs(5);
+/// What a message has beside its events.
+const MESSAGE_HEAD_BYTES: usize = 1024;
 
 pub struct Agent {
     ledger: Ledger,
@@ -229,6 +231,8 @@ pub struct Agent {
     /// The operator was told of a controller that this node does not belong to.
     said_foreign: bool,
     leaving: Option<Leaves>,
+    /// An earlier inventory is still on its way to the controller.
+    inventory_untold: bool,
     out: Step,
 }
 
@@ -250,6 +254,7 @@ impl Agent {
             resend_at: None,
             said_foreign: false,
             leaving: None,
+            inventory_untold: false,
             out: Step::default(),
             ledger,
         };
@@ -292,8 +297,8 @@ impl Agent {
             Event::Lease(lease) => self.lease(now, lease),
             Event::Inventory(inventory) => {
                 if *inventory != self.inventory {
-                    self.inventory = (*inventory).clone();
-                    self.event(now, NodeEvent::Inventory(inventory));
+                    self.inventory = *inventory;
+                    self.tell_inventory(now);
                 }
             }
             Event::Leaving(leaving) => self.leaves(now, leaving),
@@ -347,12 +352,18 @@ impl Agent {
     }
 
     fn event(&mut self, now: Now, event: NodeEvent) -> u64 {
-        if self.ledger.outbox.len() >= limits::OUTBOX_EVENTS_MAX && matches!(event, NodeEvent::Inventory(_)) {
-            return self.ledger.last_event;
-        }
         let n = self.ledger.last_event + 1;
         self.record(Record::Event { event: Box::new(NumberedEvent { n, at: now.wall, event }) });
         n
+    }
+
+    /// One at a time: of many changes that an outage collects the last one says all.
+    fn tell_inventory(&mut self, now: Now) {
+        let is_inventory = |event: &NumberedEvent| matches!(event.event, NodeEvent::Inventory(_));
+        self.inventory_untold = self.ledger.outbox.iter().any(is_inventory);
+        if !self.inventory_untold {
+            self.event(now, NodeEvent::Inventory(Box::new(self.inventory.clone())));
+        }
     }
 
     fn pod_event(&mut self, now: Now, key: &PodKey, run: Run, change: PodChange) -> u64 {
@@ -484,6 +495,9 @@ impl Agent {
         if acks {
             self.record(Record::Acked { n: lease.acked });
             self.resend_at = self.resend_at.filter(|_| !self.ledger.outbox.is_empty());
+            if self.inventory_untold {
+                self.tell_inventory(now);
+            }
         }
         for key in &grown {
             self.renewed(key);
@@ -609,16 +623,35 @@ impl Agent {
         let from = self.sent_event;
         let waiting: Vec<NumberedEvent> =
             self.ledger.outbox.iter().filter(|event| event.n > from).cloned().collect();
-        for events in waiting.chunks(limits::EVENTS_PER_MESSAGE_MAX) {
-            let message =
-                Events { nonce: self.nonce.clone(), ledger: ledger.clone(), events: events.to_vec() };
+        let any = !waiting.is_empty();
+        for events in messages(waiting) {
+            let message = Events { nonce: self.nonce.clone(), ledger: ledger.clone(), events };
             self.act(Action::Events(message));
         }
         self.sent_event = self.ledger.last_event;
-        if !waiting.is_empty() {
+        if any {
             self.resend_at = Some(now.boot.plus(EVENTS_RESEND));
             let soon = self.last_heartbeat.plus(Millis(limits::HEARTBEAT_RETRY_MS));
             self.next_heartbeat = self.next_heartbeat.min(soon.max(now.boot));
         }
     }
+}
+
+/// Events in parts that a message holds, by number and by size.
+fn messages(events: Vec<NumberedEvent>) -> Vec<Vec<NumberedEvent>> {
+    let mut parts: Vec<Vec<NumberedEvent>> = Vec::new();
+    let mut bytes = usize::MAX;
+    for event in events {
+        let size = serde_json::to_vec(&event).map_or(0, |json| json.len() + 1);
+        let full = parts.last().is_some_and(|part| part.len() >= limits::EVENTS_PER_MESSAGE_MAX);
+        if full || bytes.saturating_add(size) > limits::MESSAGE_BYTES_MAX - MESSAGE_HEAD_BYTES {
+            parts.push(Vec::new());
+            bytes = 0;
+        }
+        bytes += size;
+        if let Some(part) = parts.last_mut() {
+            part.push(event);
+        }
+    }
+    parts
 }

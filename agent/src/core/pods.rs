@@ -98,7 +98,8 @@ impl Agent {
         if entry.ended.is_some() {
             return live.store_at.filter(|_| !live.storing);
         }
-        let end = matches!(live.shim, Shim::Running).then(|| self.lease_end(key, entry)).flatten();
+        let end =
+            matches!(live.shim, Shim::Running | Shim::Unknown).then(|| self.lease_end(key, entry)).flatten();
         [live.prep_at, live.retry_at, end, live.checkpoint.wake()].into_iter().flatten().min()
     }
 
@@ -128,7 +129,7 @@ impl Agent {
         let run = entry.run;
         let over = self.lease_end(key, entry).is_some_and(|end| end <= now.boot);
         let Some(live) = self.live.get_mut(key) else { return };
-        if over && live.shim == Shim::Running {
+        if over && matches!(live.shim, Shim::Running | Shim::Unknown) {
             live.shim = Shim::Dying;
             self.warn(format!("pod {key} ran past its lease, its shim does not answer: killing it"));
             self.act(Action::Kill { key: key.clone(), run });
@@ -391,6 +392,7 @@ impl Agent {
             // The shim was found again: it may not have heard the last grant or order.
             self.renewed(key);
             self.ask_saving(key);
+            self.let_go_on(key, shim);
         }
         // Of one found again too: it may have come so far while nobody listened, and twice told is once known.
         if before != shim {
@@ -402,6 +404,18 @@ impl Agent {
             }
         }
         self.reconcile(now, key);
+    }
+
+    /// One found again may not have heard that nothing holds it any more. Both orders do nothing where nothing does.
+    fn let_go_on(&mut self, key: &PodKey, shim: Shim) {
+        let free = |entry: &&PodEntry| {
+            let checkpoints = &entry.checkpoints;
+            !checkpoints.hold && !checkpoints.saving && entry.desired.goal == Goal::Run && !entry.unnamed
+        };
+        if shim == Shim::Paused && self.ledger.pods.get(key).filter(free).is_some() {
+            self.act(Action::Order { key: key.clone(), order: Order::Release });
+            self.act(Action::Order { key: key.clone(), order: Order::Pause { pause: false } });
+        }
     }
 
     /// As after a restart of the agent: what the shim says next tells where it is, and what it is to do is said again.

@@ -531,3 +531,58 @@ fn a_pod_that_stays_after_all_is_let_go() {
     assert!(lines.contains(&"release u-0.1".to_owned()), "{lines:?}");
     assert!(!bench.wait(10_000).iter().any(|line| line.starts_with("stop")));
 }
+
+#[test]
+fn inventories_of_an_outage_are_told_as_one() {
+    let mut bench = Bench::running(&template(RestartPolicy::Never));
+    bench.event(Event::BusDown);
+    for memory in 1..=40 {
+        bench.event(Event::Inventory(Box::new(Inventory { memory: Bytes(memory), ..inventory() })));
+    }
+    let told = |bench: &Bench| -> Vec<u64> {
+        let inventory = |event: &NumberedEvent| match &event.event {
+            NodeEvent::Inventory(inventory) => Some(inventory.memory.0),
+            NodeEvent::Pod(_) => None,
+        };
+        bench.disk.outbox.iter().filter_map(inventory).collect()
+    };
+    assert_eq!(told(&bench), [1]);
+    bench.event(Event::BusUp);
+    bench.grant();
+    assert_eq!(told(&bench), [40], "acknowledged, and followed by the last");
+    bench.grant();
+    assert_eq!(told(&bench), [] as [u64; 0]);
+}
+
+#[test]
+fn no_message_is_larger_than_one_may_be() {
+    let labels = (0..64).map(|i| (format!("label-{i}"), "x".repeat(60))).collect();
+    let large = Box::new(Inventory { labels, ..inventory() });
+    let event = |n: u64| NumberedEvent { n, at: Timestamp(0), event: NodeEvent::Inventory(large.clone()) };
+    let events: Vec<NumberedEvent> = (1..=200).map(event).collect();
+    let parts = super::messages(events.clone());
+    assert_eq!(parts.concat(), events);
+    for part in parts {
+        let bytes = serde_json::to_vec(&part).unwrap().len();
+        assert!((1..=limits::EVENTS_PER_MESSAGE_MAX).contains(&part.len()));
+        assert!(bytes + super::MESSAGE_HEAD_BYTES <= limits::MESSAGE_BYTES_MAX, "{bytes}");
+    }
+}
+
+#[test]
+fn one_found_standing_still_for_no_reason_is_let_go_on() {
+    let template = template(RestartPolicy::Never);
+    let mut bench = Bench::running(&template);
+    bench.event(Event::Reconnected { key: key(0, 1) });
+    let paused = Report::Paused { run: Run(1), fenced: false };
+    let lines = bench.report(&key(0, 1), paused);
+    assert!(
+        lines.contains(&"release u-0.1".into()) && lines.contains(&"pause u-0.1 false".into()),
+        "{lines:?}"
+    );
+    // One that is to stand still does.
+    bench.desired(&[]);
+    bench.event(Event::Reconnected { key: key(0, 1) });
+    let lines = bench.report(&key(0, 1), Report::Paused { run: Run(1), fenced: false });
+    assert!(!lines.iter().any(|line| line.starts_with("release") || line.ends_with("false")), "{lines:?}");
+}

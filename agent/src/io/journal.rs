@@ -104,8 +104,14 @@ impl Journal {
     /// Rewrites the journal from `ledger` where it has grown enough for that to pay.
     pub fn compact(&mut self, ledger: &Ledger) -> Result<(), JournalError> {
         if self.bytes < COMPACT_BYTES_MIN.max(4 * self.snapshot_bytes) {
-            return Ok(());
+            Ok(())
+        } else {
+            self.rewrite(ledger)
         }
+    }
+
+    /// Puts `ledger`, and nothing else, in the place of all that was written.
+    pub fn rewrite(&mut self, ledger: &Ledger) -> Result<(), JournalError> {
         let mut out = Vec::new();
         let new = self.dir.join(FILE_NEW);
         let mut rewrite = || -> io::Result<File> {

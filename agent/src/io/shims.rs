@@ -94,14 +94,17 @@ impl Shims {
     pub fn launch(&mut self, key: &PodKey, task: Task) -> Result<(), ShimError> {
         let dir = self.pod_dir(key);
         let before = self.links.remove(key).map(|link| link.served).filter(|served| !served.is_finished());
-        let Some(before) = before else {
+        let Some(mut before) = before else {
             let child = start(&dir, &task)?;
             self.connect(key, |key, events, orders| serve(key, dir, task.run, Some(child), orders, events));
             return Ok(());
         };
         // It tells of its pod's end before it has cleared away, and until then holds the lock and the groups.
         self.connect(key, |key, events, orders| async move {
-            let _ = before.await;
+            if timeout(2 * END_MAX, &mut before).await.is_err() {
+                before.abort();
+                beside(&dir, clear_away).await;
+            }
             match start(&dir, &task) {
                 Ok(child) => serve(key, dir, task.run, Some(child), orders, events).await,
                 Err(error) => {
@@ -132,11 +135,16 @@ impl Shims {
             link.served.abort();
         }
         let (dir, events, key) = (self.pod_dir(key), self.events.clone(), key.clone());
-        tokio::spawn(async move {
-            beside(&dir, clear_away).await;
+        let kill = move || {
+            clear_away(&dir);
             let exit = read_exit(&dir, run);
             let _ = events.send(Event::Gone { key, run, exit, why: None });
-        });
+        };
+        // A thread of its own: a pod beyond its lease must not outlive it because files are being removed.
+        let thread = std::thread::Builder::new().name("kill".to_owned()).spawn(kill);
+        if let Err(error) = thread {
+            tracing::error!("cannot end a pod: no thread: {error}");
+        }
     }
 
     /// Removes the pod's directory once its shim has ended.

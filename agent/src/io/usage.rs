@@ -22,6 +22,8 @@ pub struct PodUsage {
     pub cpu_usec: u64,
     /// Held, less file pages that the kernel would drop first.
     pub memory: Bytes,
+    /// Of that, what no file backs: it cannot be dropped.
+    pub anonymous: Bytes,
     /// Version 2 only, on kernels with PSI.
     pub pressure: Option<Pressure>,
 }
@@ -49,6 +51,12 @@ pub fn pod_usage(path: &Path) -> Option<PodUsage> {
     let group = load(path);
     let memory = group.controller_of::<MemController>().filter(|memory| memory.exists())?.memory_stat();
     let reclaimable = if group.v2() { memory.stat.inactive_file } else { memory.stat.total_inactive_file };
+    let stat = |name: &str| memory.stat.raw.get(name).copied().unwrap_or(0);
+    let anonymous = if group.v2() {
+        ["anon", "shmem", "slab_unreclaimable", "kernel_stack", "pagetables"].map(stat).iter().sum()
+    } else {
+        stat("total_rss") + stat("total_shmem")
+    };
     let cpu_usec = if group.v2() {
         let cpu = group.controller_of::<CpuController>()?.cpu();
         field(&cpu.stat, "usage_usec").unwrap_or(0)
@@ -60,6 +68,7 @@ pub fn pod_usage(path: &Path) -> Option<PodUsage> {
     Some(PodUsage {
         cpu_usec,
         memory: Bytes(memory.usage_in_bytes.saturating_sub(reclaimable)),
+        anonymous: Bytes(anonymous),
         pressure: group.v2().then(|| pressure(&unified(path))).flatten(),
     })
 }

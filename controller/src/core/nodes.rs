@@ -107,7 +107,7 @@ impl Controller {
         for pod in hello.pods.iter().filter(|held| node.pods.get(&held.pod) != Some(&held.epoch)) {
             if !jobs.contains_key(&pod.pod.uid) {
                 node.unknown.insert(pod.pod.clone());
-            } else if pod.alive {
+            } else {
                 node.record.strays.insert(pod.pod.clone(), pod.epoch);
             }
         }

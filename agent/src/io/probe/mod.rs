@@ -150,18 +150,23 @@ impl Probe {
         let capacity = self.config.capacity;
         let cpu_taken =
             capacity.map_or(cpu_taken, |(cpu, _)| if cpu.0 == u64::MAX { cpu_taken } else { MilliCpu::ZERO });
+        // What others use is of the machine, and a limit of the agent's own is beside it.
+        let within = |machine: MilliCpu| machine.min(limit.cpu.unwrap_or(machine));
         let cpu = offered(
-            reading.cpu_total.min(limit.cpu.unwrap_or(MilliCpu(u64::MAX))),
-            self.config.reserved_cpu.max(cpu_taken),
+            within(reading.cpu_total),
+            self.config.reserved_cpu,
             capacity.map(|(cpu, _)| cpu),
             MilliCpu::saturating_sub,
-        );
+        )
+        .min(reading.cpu_total.saturating_sub(cpu_taken));
+        let within = |machine: Bytes| machine.min(limit.memory.unwrap_or(machine));
         let memory = offered(
-            reading.memory_total.min(limit.memory.unwrap_or(Bytes(u64::MAX))),
-            self.config.reserved_memory.max(memory_taken),
+            within(reading.memory_total),
+            self.config.reserved_memory,
             capacity.map(|(_, memory)| memory),
             Bytes::saturating_sub,
-        );
+        )
+        .min(reading.memory_total.saturating_sub(memory_taken));
         let snapshot = self.gpus.snapshot();
         let mut gpus: Vec<Gpu> = snapshot.found.iter().map(|found| found.gpu.clone()).collect();
         gpus.iter_mut().for_each(|gpu| self.outside.settle(gpu));

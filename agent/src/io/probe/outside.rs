@@ -47,6 +47,7 @@ impl Outside {
         self.less(pod_usage(Path::new(PODS)).unwrap_or_default(), seconds, cpu, memory)
     }
 
+    /// `memory` is what the machine could not make available: of the pods' that is what no file backs.
     fn less(&mut self, pods: PodUsage, seconds: f64, cpu: MilliCpu, memory: Bytes) -> (MilliCpu, Bytes) {
         let before = self.pods_cpu_usec.replace(pods.cpu_usec);
         if let Some(before) = before.filter(|_| seconds > 0.0) {
@@ -56,7 +57,7 @@ impl Outside {
             self.cpu_mean += (theirs - self.cpu_mean) * weight;
         }
         let cpu = self.cpu.of(self.cpu_mean as u64 / CPU_STEP * CPU_STEP);
-        let memory = memory.0.saturating_sub(pods.memory.0).next_multiple_of(MEMORY_STEP);
+        let memory = memory.0.saturating_sub(pods.anonymous.0).next_multiple_of(MEMORY_STEP);
         (MilliCpu(cpu), Bytes(self.memory.of(memory)))
     }
 
@@ -76,7 +77,7 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn pods(cpu_usec: u64, memory: u64) -> PodUsage {
-        PodUsage { cpu_usec, memory: Bytes(memory), pressure: None }
+        PodUsage { cpu_usec, anonymous: Bytes(memory), ..PodUsage::default() }
     }
 
     #[test]

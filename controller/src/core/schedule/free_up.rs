@@ -11,6 +11,7 @@ const EXACT_MAX: usize = 10;
 pub struct Load {
     pub cpu_milli: u64,
     pub memory_bytes: u64,
+    pub disk_bytes: u64,
     /// Device, thousandths and memory of it.
     pub devices: Vec<(usize, u32, u64)>,
     pub cost: u64,
@@ -22,6 +23,7 @@ impl Load {
         room.slots += 1;
         room.cpu_milli += self.cpu_milli;
         room.memory_bytes += self.memory_bytes;
+        room.disk_bytes += self.disk_bytes;
         for (device, milli, memory) in &self.devices {
             room.devices[*device].milli += milli;
             room.devices[*device].memory_bytes += memory;
@@ -101,7 +103,7 @@ mod tests {
             |(cpu_milli, memory_bytes, devices, cost)| {
                 let devices =
                     devices.into_iter().map(|(i, milli, memory)| (i, milli * 100, memory)).collect();
-                Load { cpu_milli, memory_bytes, devices, cost }
+                Load { cpu_milli, memory_bytes, disk_bytes: 0, devices, cost }
             },
         )
     }

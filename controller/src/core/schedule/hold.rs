@@ -100,10 +100,14 @@ impl Holds {
         true
     }
 
-    /// The room is no longer what it was: whoever held it looks anew.
-    pub fn drop_room(&mut self, room: usize) -> bool {
-        let Some(uid) = self.rooms.get(&room).cloned() else { return false };
-        self.drop(&uid)
+    /// The room is no longer what it was. What it lost is taken from what was spare; where that does not do, or the room
+    /// is another one, whoever held it looks anew.
+    pub fn resized(&mut self, room: usize, was: &Room, is: &Room) {
+        let Some(uid) = self.rooms.get(&room).cloned() else { return };
+        let held = self.jobs.get_mut(&uid).and_then(|hold| hold.rooms.get_mut(&room));
+        if held.is_none_or(|held| !lessen(&mut held.spare, was, is)) {
+            self.drop(&uid);
+        }
     }
 
     /// Whether a pod of `uid` may take these devices of the room.
@@ -116,6 +120,7 @@ impl Holds {
         spare.slots > 0
             && spare.cpu_milli >= shape.cpu_milli
             && spare.memory_bytes >= shape.memory_bytes
+            && spare.disk_bytes >= shape.disk_bytes
             && devices.iter().all(|device| spare.devices[*device].fits(shape))
     }
 
@@ -125,6 +130,7 @@ impl Holds {
         let mut less = free.clone();
         less.cpu_milli = less.cpu_milli.min(held.spare.cpu_milli);
         less.memory_bytes = less.memory_bytes.min(held.spare.memory_bytes);
+        less.disk_bytes = less.disk_bytes.min(held.spare.disk_bytes);
         less.slots = less.slots.min(held.spare.slots);
         for (device, spare) in less.devices.iter_mut().zip(&held.spare.devices) {
             device.milli = device.milli.min(spare.milli);
@@ -169,5 +175,62 @@ impl Holds {
             give(&mut held.spare);
         }
         waited
+    }
+}
+
+/// Takes from `spare` what a room lost; `false` where there is less, or the room is another one.
+fn lessen(spare: &mut Room, was: &Room, is: &Room) -> bool {
+    let kinds = |room: &Room| room.devices.iter().map(|d| (d.usable, d.model)).collect::<Vec<_>>();
+    let mut enough = was.open == is.open && kinds(was) == kinds(is);
+    let mut less = |left: &mut u64, was: u64, is: u64| match left.checked_sub(was.saturating_sub(is)) {
+        Some(rest) => *left = rest,
+        None => enough = false,
+    };
+    less(&mut spare.cpu_milli, was.cpu_milli, is.cpu_milli);
+    less(&mut spare.memory_bytes, was.memory_bytes, is.memory_bytes);
+    less(&mut spare.disk_bytes, was.disk_bytes, is.disk_bytes);
+    let mut slots = spare.slots as u64;
+    less(&mut slots, was.slots as u64, is.slots as u64);
+    spare.slots = slots as usize;
+    for (device, (was, is)) in spare.devices.iter_mut().zip(was.devices.iter().zip(&is.devices)) {
+        let mut milli = u64::from(device.milli);
+        less(&mut milli, was.milli.into(), is.milli.into());
+        device.milli = milli as u32;
+        less(&mut device.memory_bytes, was.memory_bytes, is.memory_bytes);
+    }
+    enough
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::schedule::problem::{Device, Shape, Size};
+
+    #[test]
+    fn a_hold_outlives_what_its_room_can_spare() {
+        let room = |cpu_milli: u64, disk_bytes: u64, milli: u32| Room {
+            open: true,
+            cpu_milli,
+            memory_bytes: 10,
+            disk_bytes,
+            slots: 4,
+            devices: vec![Device { usable: true, model: 0, milli, memory_bytes: 10 }],
+            size: Size { cpu_milli: 4000, memory_bytes: 10 },
+        };
+        let uid = JobUid::parse("u").unwrap();
+        let held = || Held { spare: room(1000, 5, 500), pods: 1, waits_for: BTreeSet::new() };
+        let mut holds = Holds::default();
+        holds.add(&uid, Kind::Head, BootMs(0), BTreeMap::from([(0, held())]));
+        let other = JobUid::parse("v").unwrap();
+        let wants = |disk_bytes| Shape { disk_bytes, ..Shape::default() };
+        assert!(holds.allow(&other, 0, &wants(5), &[]) && !holds.allow(&other, 0, &wants(6), &[]));
+        assert_eq!(holds.reduced(0, &room(4000, 100, 1000)).disk_bytes, 5);
+        holds.resized(0, &room(4000, 100, 1000), &room(3500, 100, 750));
+        let spare = holds.holder(0).map(|(_, held)| (held.spare.cpu_milli, held.spare.devices[0].milli));
+        assert_eq!(spare, Some((500, 250)));
+        holds.resized(0, &room(3500, 100, 750), &room(4000, 100, 1000));
+        assert!(holds.holder(0).is_some(), "more is no reason");
+        holds.resized(0, &room(4000, 100, 1000), &room(3000, 100, 1000));
+        assert!(holds.holder(0).is_none(), "it can no longer be kept");
     }
 }

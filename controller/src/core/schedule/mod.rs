@@ -229,11 +229,11 @@ impl Scheduler {
                     Arc::make_mut(&mut self.empty)[index] = empty;
                     self.market.room_changed();
                 }
+                self.holds.resized(index, &self.engine.rooms()[index], &room);
                 self.engine.refresh(index, room);
                 if std::mem::replace(&mut self.versions[index], node.version) != node.version {
                     self.inventories += 1;
                 }
-                self.holds.drop_room(index);
             }
             None => {
                 self.index.insert(id.clone(), self.nodes.len());

@@ -66,7 +66,10 @@ impl Controller {
         let Some(reserved) = self.scheduler.reserved.get(&id).cloned() else { return };
         let Some(job) = self.cluster.jobs.get(uid) else { return };
         let (shape, room) = (self.scheduler.shape(&job.file.spec.pod.resources()), reserved.seat.room);
-        let same = Shape { models: None, ..shape.clone() } == Shape { models: None, ..reserved.shape };
+        // A version before this one charged no disk.
+        let disk_bytes = reserved.shape.disk_bytes;
+        let same =
+            Shape { models: None, disk_bytes, ..shape.clone() } == Shape { models: None, ..reserved.shape };
         let book = job.class.and_then(|class| self.scheduler.classes.get(class)).map(Class::book);
         let site = book.and_then(|book| self.scheduler.books.get(book)?.sites().get(room));
         let suits = self.scheduler.rooms()[room].open

@@ -164,6 +164,9 @@ impl Controller {
             let zoned = scheduler.zoned(cluster.jobs.get(uid)?);
             let holder = |room: usize| scheduler.holds.holder(room).map(|(holder, _)| holder);
             let allowed = |room: usize| {
+                if scheduler.overfull.contains(&room) {
+                    return false;
+                }
                 let apart = |zone| book.zoning != Zoning::Apart || !zoned.contains_key(&zone);
                 holder(room).is_none_or(|holder| holder == uid)
                     && book.sites().get(room).is_some_and(|site| site.eligible && apart(site.zone))

@@ -65,7 +65,7 @@ impl<'a> Residents<'a> {
             let shape = Shape {
                 cpu_milli: charge.cpu.0,
                 memory_bytes: charge.memory.0,
-                disk_bytes: 0,
+                disk_bytes: charge.disk.0,
                 gpus: charge.gpus.len(),
                 gpu_milli: charge.gpus.first().map_or(0, |share| share.milli),
                 gpu_memory_bytes: charge.gpu_memory.0,

@@ -183,6 +183,8 @@ impl Controller {
                 let site = book.sites().get(*room);
                 let apart = |zone| book.zoning != Zoning::Apart || !zoned.contains_key(&zone);
                 self.scheduler.rooms()[*room].open
+                    // What leaves an overfull room frees less than it takes.
+                    && !self.scheduler.overfull.contains(room)
                     && !self.scheduler.holds.is_held(*room)
                     && site.is_some_and(|site| site.eligible && apart(site.zone))
             };
@@ -254,6 +256,7 @@ impl Controller {
             loads.push(Load {
                 cpu_milli: charge.cpu.0,
                 memory_bytes: charge.memory.0,
+                disk_bytes: charge.disk.0,
                 devices: devices.collect(),
                 cost: cost(job, assignment),
             });
