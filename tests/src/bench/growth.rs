@@ -203,7 +203,7 @@ fn pass(jobs: usize) -> Result<f64> {
 
 /// A chart with both axes in powers of ten, the `place`th of three.
 fn chart(title: &str, along: &str, points: &[(f64, f64)], place: usize) -> String {
-    let left = 60.0 + 410.0 * place as f64;
+    let left = 76.0 + 410.0 * place as f64;
     let (wide, top, high) = (310.0, 60.0, 250.0);
     let span = |of: fn(&(f64, f64)) -> f64| {
         let logs = || points.iter().map(of).map(|value| value.max(1e-6).log10());
