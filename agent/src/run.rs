@@ -32,7 +32,7 @@ use crate::io::probe::{Probe, ProbeConfig};
 use crate::io::shims::Shims;
 use crate::io::{checkpoint, clock, departure, notify};
 use crate::shim;
-use crate::shim::cgroup::CgroupError;
+use crate::shim::cgroup::{Cgroup, CgroupError};
 use crate::task::{Order, Report, Task};
 
 /// Events taken together before the disk is synced for all of them.
@@ -242,6 +242,13 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     tracing::info!("ending; pods go on under their supervisors");
     if let Some(bridge) = agency.bridge.take() {
         bridge.close();
+    }
+    // Where no pod is left, nor anything that the ledger does not know, nothing of this agent stays in the kernel.
+    if agency.core.is_empty()
+        && agency.scan().is_ok_and(|alive| alive.is_empty())
+        && let Ok(groups) = Cgroup::new(&agency.cgroup_parent())
+    {
+        let _ = groups.remove();
     }
     agency.bus.disconnect();
     // The farewell is on its way when the connection's task has run once more.

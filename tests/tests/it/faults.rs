@@ -118,3 +118,35 @@ fn a_nodes_own_fault_is_not_the_jobs() {
     assert_eq!(status["pods"][0]["node"], "a2");
     assert_eq!(cluster.logs("elsewhere"), "here\n");
 }
+
+#[test]
+fn an_agent_that_ends_without_pods_leaves_no_control_group() {
+    let mut cluster = Cluster::new();
+    // A name of its own: other tests of this machine have agents as well.
+    let node = format!("leaves-{}", cluster.port);
+    let agent = cluster.agent(&node, &[]);
+    let groups = || -> Vec<std::path::PathBuf> {
+        let mounts = std::fs::read_dir("/sys/fs/cgroup").expect("control groups are mounted").flatten();
+        let parents = mounts.map(|mount| mount.path().join("berth"));
+        let parents = parents.chain(["/sys/fs/cgroup/berth".into()]);
+        let own = |path: &std::path::PathBuf| path.to_string_lossy().contains(&node);
+        parents
+            .flat_map(|parent| std::fs::read_dir(parent).into_iter().flatten().flatten())
+            .map(|entry| entry.path())
+            .filter(own)
+            .collect()
+    };
+    cluster.submit("short", "image: host\ncommand: [\"true\"]\nresources: {cpu: 100m, memory: 32Mi}\n");
+    cluster.until_phase("short", "Succeeded", 30);
+    assert!(!groups().is_empty(), "its pod was in none");
+    // The controller hears of the end before the agent hears that it did.
+    until("the pod's directory is gone", 30, || {
+        let pods = cluster.dir.path().join(&node).join("pods");
+        std::fs::read_dir(pods).ok()?.next().is_none().then_some(())
+    });
+    let child = &mut cluster.agents[agent].child;
+    let ended = std::process::Command::new("kill").arg(child.id().to_string()).status();
+    assert!(ended.is_ok_and(|status| status.success()));
+    child.wait().expect("it ends");
+    assert_eq!(groups(), [] as [std::path::PathBuf; 0]);
+}
