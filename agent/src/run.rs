@@ -13,7 +13,7 @@ use berth_protocol::ids::{Digest, IdError, LedgerId, SessionNonce};
 use berth_protocol::job::PodTemplate;
 use berth_protocol::message::node::{DepotAccess, HeldPod, NodeRequest};
 use berth_protocol::topic::{NodeTopic, Topic};
-use berth_protocol::units::{Bytes, MilliCpu, Millis};
+use berth_protocol::units::Millis;
 use futures_util::FutureExt;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -263,13 +263,9 @@ fn give_memory_back() {
 }
 
 fn probe_config(config: &Config, bridge: bool) -> ProbeConfig {
-    let capacity = (config.capacity.cpu.is_some() || config.capacity.memory.is_some()).then(|| {
-        (config.capacity.cpu.unwrap_or(MilliCpu(u64::MAX)), config.capacity.memory.unwrap_or(Bytes(u64::MAX)))
-    });
     ProbeConfig {
-        capacity,
-        reserved_cpu: config.reserved.cpu.unwrap_or_default(),
-        reserved_memory: config.reserved.memory.unwrap_or_default(),
+        capacity: config.capacity,
+        reserved: config.reserved,
         data_dir: config.data_dir.clone(),
         labels: config.labels.clone(),
         taints: config.taints.clone(),

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::{Bytes, MilliCpu};
+use crate::units::{Bytes, MilliCpu, is_zero};
 
 /// What one container (or, summed, one pod) asks for.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -63,10 +63,6 @@ pub struct Gpu {
     /// Memory that programs outside berth hold, where it is more than a desktop takes.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub outside: Bytes,
-}
-
-fn is_zero(bytes: &Bytes) -> bool {
-    *bytes == Bytes::ZERO
 }
 
 impl Gpu {

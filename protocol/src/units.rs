@@ -10,6 +10,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::limits::{CPU_MILLI_MAX, DURATION_MS_MAX, MEMORY_BYTES_MAX};
 
+/// For fields that are left out of a message where they say nothing.
+pub(crate) fn is_zero<T: Default + PartialEq>(n: &T) -> bool {
+    *n == T::default()
+}
+
 /// Why a text is not a quantity.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum UnitError {

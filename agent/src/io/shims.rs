@@ -138,12 +138,13 @@ impl Shims {
         let kill = move || {
             clear_away(&dir);
             let exit = read_exit(&dir, run);
-            let _ = events.send(Event::Gone { key, run, exit, why: None });
+            let _ = events.send(Event::Gone { key: key.clone(), run, exit, why: None });
         };
-        // A thread of its own: a pod beyond its lease must not outlive it because files are being removed.
-        let thread = std::thread::Builder::new().name("kill".to_owned()).spawn(kill);
-        if let Err(error) = thread {
-            tracing::error!("cannot end a pod: no thread: {error}");
+        // A thread of its own: a pod beyond its lease must not outlive it because files are being removed. Without one
+        // the agent waits: the pod must go.
+        let thread = std::thread::Builder::new().name("kill".to_owned());
+        if thread.spawn(kill.clone()).is_err() {
+            kill();
         }
     }
 

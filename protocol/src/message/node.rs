@@ -13,7 +13,7 @@ use crate::ids::{
 };
 use crate::pod::{Goal, Outcome};
 use crate::resources::{GpuShare, Inventory, Usage};
-use crate::units::{BootMs, Bytes, Millis, Timestamp};
+use crate::units::{BootMs, Bytes, Millis, Timestamp, is_zero};
 
 /// `hello`: the agent's first word in a session, repeated until a lease answers one of its heartbeats.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -275,10 +275,6 @@ pub struct DesiredPod {
     /// How often the pod was begun anew after failures, in its earlier epochs.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub restarts: u64,
-}
-
-fn is_zero(n: &u64) -> bool {
-    *n == 0
 }
 
 /// `spec`: a pod template, whose digest is of these very bytes.

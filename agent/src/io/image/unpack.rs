@@ -461,5 +461,4 @@ fn mtime(entry: &Entry) -> TimeSpec {
 }
 
 #[cfg(test)]
-#[path = "unpack_tests.rs"]
 mod tests;

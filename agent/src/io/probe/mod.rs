@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 use berth_protocol::resources::{Gpu, GpuShare, Inventory, Usage};
 use berth_protocol::units::{Bytes, MilliCpu};
 
+use crate::config::Amounts;
 use crate::task::DeviceGrant;
 use devices::GrantError;
 use gpus::Gpus;
@@ -49,10 +50,9 @@ pub struct ProbeConfig {
     /// The NVML library in place of `libnvidia-ml.so.1`.
     pub nvml: Option<PathBuf>,
     /// Offer no more than this (`--capacity`); what the machine has less the reserve remains the upper bound.
-    pub capacity: Option<(MilliCpu, Bytes)>,
+    pub capacity: Amounts,
     /// Kept back for the system and berth itself.
-    pub reserved_cpu: MilliCpu,
-    pub reserved_memory: Bytes,
+    pub reserved: Amounts,
     /// The agent's data directory: its file system is the node's disk.
     pub data_dir: PathBuf,
     pub labels: BTreeMap<String, String>,
@@ -146,27 +146,23 @@ impl Probe {
         let limit = self.limits.read();
         let since = self.looked_at.replace(Instant::now()).map_or(0.0, |at| at.elapsed().as_secs_f64());
         let (cpu_taken, memory_taken) = self.outside.take(since, reading.cpu_used, reading.memory_used);
+        let (capacity, reserved) = (self.config.capacity, self.config.reserved);
         // Who names the cores to offer has thought of what else runs here.
-        let capacity = self.config.capacity;
-        let cpu_taken =
-            capacity.map_or(cpu_taken, |(cpu, _)| if cpu.0 == u64::MAX { cpu_taken } else { MilliCpu::ZERO });
-        // What others use is of the machine, and a limit of the agent's own is beside it.
-        let within = |machine: MilliCpu| machine.min(limit.cpu.unwrap_or(machine));
-        let cpu = offered(
-            within(reading.cpu_total),
-            self.config.reserved_cpu,
-            capacity.map(|(cpu, _)| cpu),
-            MilliCpu::saturating_sub,
-        )
-        .min(reading.cpu_total.saturating_sub(cpu_taken));
-        let within = |machine: Bytes| machine.min(limit.memory.unwrap_or(machine));
-        let memory = offered(
-            within(reading.memory_total),
-            self.config.reserved_memory,
-            capacity.map(|(_, memory)| memory),
-            Bytes::saturating_sub,
-        )
-        .min(reading.memory_total.saturating_sub(memory_taken));
+        let cpu_taken = if capacity.cpu.is_some() { MilliCpu::ZERO } else { cpu_taken };
+        let cpu = MilliCpu(offered(
+            reading.cpu_total.0,
+            cpu_taken.0,
+            limit.cpu.map(|cpu| cpu.0),
+            reserved.cpu.unwrap_or_default().0,
+            capacity.cpu.map(|cpu| cpu.0),
+        ));
+        let memory = Bytes(offered(
+            reading.memory_total.0,
+            memory_taken.0,
+            limit.memory.map(|memory| memory.0),
+            reserved.memory.unwrap_or_default().0,
+            capacity.memory.map(|memory| memory.0),
+        ));
         let snapshot = self.gpus.snapshot();
         let mut gpus: Vec<Gpu> = snapshot.found.iter().map(|found| found.gpu.clone()).collect();
         gpus.iter_mut().for_each(|gpu| self.outside.settle(gpu));
@@ -191,10 +187,11 @@ impl Probe {
     }
 }
 
-/// What pods may use: the machine less the reserve, and no more than the configuration offers.
-fn offered<T: Ord + Copy>(machine: T, reserved: T, capacity: Option<T>, less: impl Fn(T, T) -> T) -> T {
-    let free = less(machine, reserved);
-    capacity.map_or(free, |capacity| capacity.min(free))
+/// What pods may use: what others leave of the machine, the agent's own limit less the reserve, and no more than the
+/// configuration offers.
+fn offered(machine: u64, taken: u64, limit: Option<u64>, reserved: u64, capacity: Option<u64>) -> u64 {
+    let own = limit.map_or(machine, |limit| limit.min(machine)).saturating_sub(reserved);
+    own.min(machine.saturating_sub(taken)).min(capacity.unwrap_or(u64::MAX))
 }
 
 /// Cuts a text from the machine to what a message may carry of it, and takes control characters out.
@@ -217,13 +214,13 @@ mod tests {
     proptest! {
         #[test]
         fn capacity_never_exceeds_the_machine(
-            machine in any::<u64>(), reserved in any::<u64>(), capacity in any::<Option<u64>>()
+            machine in any::<u64>(), taken in any::<u64>(), limit in any::<Option<u64>>(),
+            reserved in any::<u64>(), capacity in any::<Option<u64>>()
         ) {
-            let got = offered(
-                Bytes(machine), Bytes(reserved), capacity.map(Bytes), Bytes::saturating_sub,
-            );
-            prop_assert!(got.0 <= machine.saturating_sub(reserved));
-            prop_assert!(capacity.is_none_or(|capacity| got.0 <= capacity));
+            let got = offered(machine, taken, limit, reserved, capacity);
+            prop_assert!(got <= machine.saturating_sub(reserved.max(taken)));
+            prop_assert!(limit.is_none_or(|limit| got <= limit.saturating_sub(reserved)));
+            prop_assert!(capacity.is_none_or(|capacity| got <= capacity));
         }
 
         #[test]
@@ -244,8 +241,8 @@ mod tests {
 
         let reserved = Bytes(inventory.memory.0 / 2 + (64 << 20));
         let mut part = Probe::new(ProbeConfig {
-            capacity: Some((MilliCpu(250), Bytes(u64::MAX))),
-            reserved_memory: reserved,
+            capacity: Amounts { cpu: Some(MilliCpu(250)), memory: None },
+            reserved: Amounts { cpu: None, memory: Some(reserved) },
             ..whole
         })
         .await;

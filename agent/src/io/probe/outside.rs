@@ -17,22 +17,32 @@ const CPU_STEP: u64 = 500;
 const MEMORY_STEP: u64 = 256 * Bytes::MIB;
 /// A desktop holds some of its GPU at all times: less than an eighth is nobody's loss.
 const GPU_PARTS: u64 = 8;
-/// Samples that what was seen is remembered, a heartbeat apart.
-const REMEMBERED: usize = 6;
+/// The last minute, in spans of ten seconds: heartbeats come sooner where something waits.
+const SPANS: usize = 6;
+const SPAN_S: f64 = 10.0;
 
+/// The most of each of the last spans.
 #[derive(Debug, Default)]
 struct Peak(VecDeque<u64>);
 
 impl Peak {
-    fn of(&mut self, value: u64) -> u64 {
-        self.0.truncate(REMEMBERED - 1);
-        self.0.push_front(value);
+    fn of(&mut self, value: u64, new_span: bool) -> u64 {
+        match self.0.front_mut() {
+            Some(newest) if !new_span => *newest = value.max(*newest),
+            _ => {
+                self.0.truncate(SPANS - 1);
+                self.0.push_front(value);
+            }
+        }
         self.0.iter().copied().max().unwrap_or(value)
     }
 }
 
 #[derive(Debug, Default)]
 pub struct Outside {
+    /// Of the newest span so far, and whether it began at this sample.
+    span_s: f64,
+    new_span: bool,
     /// Of all pods, at the last sample.
     pods_cpu_usec: Option<u64>,
     cpu_mean: f64,
@@ -49,6 +59,11 @@ impl Outside {
 
     /// `memory` is what the machine could not make available: of the pods' that is what no file backs.
     fn less(&mut self, pods: PodUsage, seconds: f64, cpu: MilliCpu, memory: Bytes) -> (MilliCpu, Bytes) {
+        self.span_s += seconds;
+        self.new_span = self.span_s >= SPAN_S;
+        if self.new_span {
+            self.span_s = 0.0;
+        }
         let before = self.pods_cpu_usec.replace(pods.cpu_usec);
         if let Some(before) = before.filter(|_| seconds > 0.0) {
             let pods = pods.cpu_usec.saturating_sub(before) as f64 / 1000.0 / seconds;
@@ -56,17 +71,17 @@ impl Outside {
             let weight = 1.0 - (-seconds / CPU_MEAN_S).exp();
             self.cpu_mean += (theirs - self.cpu_mean) * weight;
         }
-        let cpu = self.cpu.of(self.cpu_mean as u64 / CPU_STEP * CPU_STEP);
+        let cpu = self.cpu.of(self.cpu_mean as u64 / CPU_STEP * CPU_STEP, self.new_span);
         let memory = memory.0.saturating_sub(pods.anonymous.0).next_multiple_of(MEMORY_STEP);
-        (MilliCpu(cpu), Bytes(self.memory.of(memory)))
+        (MilliCpu(cpu), Bytes(self.memory.of(memory, self.new_span)))
     }
 
-    /// Puts into steps what others hold of the device now.
+    /// Puts into steps what others hold of the device; after `take`, of the same sample.
     pub fn settle(&mut self, gpu: &mut Gpu) {
         let step = (gpu.memory.0 / GPU_PARTS).max(1);
         let theirs = gpu.outside.0 / step * step;
         let peak = self.gpus.entry(gpu.uuid.clone()).or_default();
-        gpu.outside = Bytes(peak.of(theirs));
+        gpu.outside = Bytes(peak.of(theirs, self.new_span));
     }
 }
 
@@ -89,6 +104,12 @@ mod tests {
         assert_eq!(at(GIB / 2), 2 * GIB + MEMORY_STEP);
         let after: Vec<u64> = (0..5).map(|_| at(GIB / 2)).collect();
         assert_eq!((after[3], after[4]), (2 * GIB + MEMORY_STEP, 0));
+        // A minute is one however often it is looked.
+        let mut outside = Outside::default();
+        let mut at = |used: u64| outside.less(pods(0, 0), 2.0, MilliCpu(0), Bytes(used)).1.0;
+        assert_eq!(at(GIB), GIB);
+        let after: Vec<u64> = (0..40).map(|_| at(0)).collect();
+        assert_eq!((after[23], after[34]), (GIB, 0));
     }
 
     #[test]
