@@ -131,7 +131,8 @@ pub fn reasons(
         all.push(Reason::new(NEEDS, format!("{} of memory", Bytes(shape.memory_bytes)), free));
     }
     if room.disk_bytes < shape.disk_bytes {
-        let free = format!("{} are free", rounded(room.disk_bytes));
+        // Of its size: what files already fill is not known here.
+        let free = format!("{} are not promised to others", rounded(room.disk_bytes));
         all.push(Reason::new(NEEDS, format!("{} of disk", Bytes(shape.disk_bytes)), free));
     }
     let fitting = room.devices.iter().filter(|device| device.fits(shape)).count();
