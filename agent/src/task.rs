@@ -10,7 +10,9 @@
 //! | `exit-{run}.json` | shim, durably, before anyone is told | [`Exit`]; nothing of the run is alive |
 //! | `outputs.tar.gz` | shim, before the exit file | what the template's `outputs` name, where any was there |
 //! | `log/` | shim | the epoch's log, all runs of it, in segments named by their first record's seq |
-//! | `root/{container}/…` | shim | a container's file system while it lives |
+//! | `root/` | shim | what containers have written, each in `{container}.upper` beside its overlay's own `{container}.work` |
+//! | `checkpoint/` | the pod's programs, as `/run/berth/checkpoint` | what they save of themselves |
+//! | `run/` | shim | in its mount namespace alone a tmpfs: all that lives as long as the run |
 //! | `checkpoints/{level}/` | shim | a checkpoint, whole once it has this name: [`Saved`] in `saved.json`, and each container's part |
 //! | `restore/` | agent | the checkpoint to begin from, laid out likewise |
 //!
@@ -260,8 +262,18 @@ pub mod file {
     /// Within a checkpoint: the checkpoint directory of the containers.
     pub const KEPT: &str = "kept.tar";
 
+    /// What containers have written.
+    pub const ROOT_DIR: &str = "root";
+    /// What ends with a run.
+    pub const RUN_DIR: &str = "run";
+    /// libcontainer's own records.
+    pub const STATE_DIR: &str = "run/state";
+    /// What containers see as `/etc/hostname`, `/etc/hosts` and `/etc/resolv.conf`.
+    pub const ETC_DIR: &str = "run/etc";
+    /// The pod's network namespace, bound.
+    pub const NETNS: &str = "run/netns";
     /// What containers see as `/run/berth`.
-    pub const BERTH_DIR: &str = "berth";
+    pub const BERTH_DIR: &str = "run/berth";
     /// In it: facts that may change, a word that the pod is to save itself, and the checkpoint directory.
     pub const POD: &str = "pod.json";
     pub const SAVE: &str = "save";

@@ -117,8 +117,9 @@ fn a_counter_moves_again_and_again_without_a_gap() {
         all.push_str(&now.output());
         (now, agent) = (next, its_agent);
         let written = |path: &str| fs::read_to_string(now.dir.join(path)).unwrap();
-        assert_eq!(written("root/main/upper/only-here"), "kept\n", "{cycle}");
-        assert!(written("berth/pod.json").contains(&format!("\"epoch\":{}", now.task.epoch)));
+        assert_eq!(written("root/main.upper/only-here"), "kept\n", "{cycle}");
+        let facts = fs::read_to_string(now.run_berth(file::POD)).unwrap();
+        assert!(facts.contains(&format!("\"epoch\":{}", now.task.epoch)));
     }
     wait_for("output", || log_records(&now) > 1);
     agent.order(&Order::Stop { grace: Millis::ZERO });
@@ -312,13 +313,13 @@ fn a_program_that_saves_itself_and_ends_with_85_begins_anew_here_and_elsewhere()
     let (mut next, agent) = moved_saved_itself(&mut pod, &mut agent);
     wait_for("a beginning elsewhere", || begun_from(&next).len() == 1);
     let state: u64 =
-        fs::read_to_string(next.dir.join("root/main/upper/state")).unwrap().trim().parse().unwrap();
+        fs::read_to_string(next.dir.join("root/main.upper/state")).unwrap().trim().parse().unwrap();
     assert!(state > begun_from(&pod)[1], "it did not go on from its file");
     assert_eq!(begun_from(&next), [state]);
     let written = |path: &str| fs::read_to_string(next.dir.join(path)).unwrap();
-    assert_eq!(written("berth/checkpoint/state"), format!("{state}\n"));
-    assert_eq!(written("root/main/upper/asked"), "2\n");
-    assert!(!next.dir.join("berth/save").exists());
+    assert_eq!(written("checkpoint/state"), format!("{state}\n"));
+    assert_eq!(written("root/main.upper/asked"), "2\n");
+    assert!(!next.run_berth(file::SAVE).exists());
     next.task.restore = false;
     ended(next, agent);
 }
@@ -454,7 +455,7 @@ fn hooks_run_in_the_container_around_a_dump() {
     (policy.quiesce, policy.resume) = (hook("quiesce"), hook("resume"));
     let mut agent = now.start();
     agent.running();
-    let lines = |pod: &Pod| fs::read_to_string(pod.dir.join("berth/hooks")).unwrap_or_default();
+    let lines = |pod: &Pod| fs::read_to_string(pod.run_berth("hooks")).unwrap_or_default();
     let line = |pod: &Pod, name: &str| {
         format!("{name} the job 0 NoNewPrivs:1 berth-init digits-{}\n", pod.task.pod.index)
     };
@@ -494,7 +495,7 @@ fn a_quiesce_hook_that_fails_refuses_the_dump_and_the_pod_goes_on() {
         let why = saved(&mut agent, 1, true).unwrap_err();
         assert!(why.contains(expect), "{why}");
         if expect.contains("no lock") {
-            let status = fs::read_to_string(pod.dir.join("berth/status")).unwrap();
+            let status = fs::read_to_string(pod.run_berth("status")).unwrap();
             for line in
                 ["CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2", "CapBnd:\t00000000a80425fb"]
             {

@@ -246,7 +246,7 @@ fn agents_come_and_go() {
     let mut second = pod.connect();
     second.running();
     drop(first);
-    fs::write(pod.dir.join("berth/go"), "").unwrap();
+    fs::write(pod.run_berth("go"), "").unwrap();
     assert_eq!(second.exited().outcome.cause, Cause::Success);
     pod.wait();
 }

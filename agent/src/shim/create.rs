@@ -37,18 +37,18 @@ pub struct Made {
 pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimError> {
     let own_network = spec::own_network(&task.template);
     rootfs::enter_private_mounts().map_err(ShimError::Namespace)?;
+    rootfs::mount_run(dir)?;
     cgroup.create()?;
     let init = Init::spawn(&spec::hostname(task), own_network).map_err(ShimError::Namespace)?;
     let network = own_network.then(|| network::set_up(task, dir, &init)).transpose()?;
-    network::write_files(task, dir).map_err(ShimError::io("write below", dir.join("etc")))?;
-    let berth = dir.join(file::BERTH_DIR);
-    prepare_berth(task, &berth).map_err(ShimError::io("write below", berth))?;
+    network::write_files(task, dir).map_err(ShimError::io("write below", dir.join(file::ETC_DIR)))?;
+    prepare_berth(task, dir).map_err(ShimError::io("prepare /run/berth in", dir))?;
     rootfs::prepare_volumes(task, dir)?;
     let saved = task.restore.then(|| restore::open(task, dir)).transpose()?;
     // What saved itself begins as any program does, with its files as they were.
     let saved = saved.filter(|saved| saved.kind == CheckpointKind::Criu);
-    let state = dir.join("state");
-    clear(&state).map_err(ShimError::io("clear", &state))?;
+    let state = dir.join(file::STATE_DIR);
+    super::make_private_dir(&state).map_err(ShimError::io("make", &state))?;
     let pod = Pod {
         task,
         dir,
@@ -82,7 +82,7 @@ fn container(dir: &Path, spec: &ContainerSpec, own: Cgroup, oci: &Value) -> Resu
     Container::create(container::Plan {
         name: &spec.name,
         home: &Home::new(dir, &spec.name),
-        state: &dir.join("state"),
+        state: &dir.join(file::STATE_DIR),
         cgroup: own,
         command: process["args"][0].as_str().unwrap_or_default(),
         env: &texts(&process["env"]),
@@ -93,7 +93,7 @@ fn container(dir: &Path, spec: &ContainerSpec, own: Cgroup, oci: &Value) -> Resu
 
 /// A container whose processes have ended, made anew where it was, its files as they left them.
 pub fn again(dir: &Path, spec: &ContainerSpec, own: Cgroup) -> Result<Container, ShimError> {
-    let state = dir.join("state").join(spec.name.as_str());
+    let state = dir.join(file::STATE_DIR).join(spec.name.as_str());
     match fs::remove_dir_all(&state) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(ShimError::io("clear", &state)(e)),
         _ => {}
@@ -106,7 +106,9 @@ pub fn again(dir: &Path, spec: &ContainerSpec, own: Cgroup) -> Result<Container,
 /// Makes a container's file system and writes its configuration, which is returned.
 fn describe(pod: &Pod, spec: &ContainerSpec, root: &Root, own: &Cgroup) -> Result<Value, ShimError> {
     let home = Home::new(pod.dir, &spec.name);
-    super::make_private_dir(home.dir()).map_err(ShimError::io("make", home.dir()))?;
+    for private in [home.dir(), &pod.dir.join(file::ROOT_DIR)] {
+        super::make_private_dir(private).map_err(ShimError::io("make", private))?;
+    }
     let parts = pod.task.restore.then(|| Parts::to_restore(pod.dir));
     rootfs::mount_root(root, &home, parts.as_ref().map(|parts| parts.upper(&spec.name)).as_deref())?;
     if let Some(workspace) = &pod.task.workspace {
@@ -157,16 +159,18 @@ fn describe(pod: &Pod, spec: &ContainerSpec, root: &Root, own: &Cgroup) -> Resul
 
 /// What a program may want to know about itself and its environment cannot say, since it may change, and where what it
 /// saves for itself is kept: in every container below `/run/berth`.
-fn prepare_berth(task: &Task, berth: &Path) -> io::Result<()> {
-    clear(berth)?;
-    let kept = berth.join(file::CHECKPOINT_DIR);
-    fs::create_dir(&kept)?;
-    let archive = Parts::new(berth.with_file_name(file::RESTORE_DIR)).kept();
+fn prepare_berth(task: &Task, dir: &Path) -> io::Result<()> {
+    let (berth, kept) = (dir.join(file::BERTH_DIR), dir.join(file::CHECKPOINT_DIR));
+    // Where the one is mounted within the other.
+    let point = berth.join(file::CHECKPOINT_DIR);
+    fs::create_dir_all(&point)?;
+    clear(&kept)?;
+    let archive = Parts::to_restore(dir).kept();
     if task.restore && archive.exists() {
         archive::unpack(&archive, &kept)?;
     }
     // For any user of the container, as /tmp is.
-    for dir in [berth, &kept] {
+    for dir in [&berth, &kept] {
         fs::set_permissions(dir, fs::Permissions::from_mode(0o1777))?;
     }
     let template = &task.template;

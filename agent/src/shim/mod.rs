@@ -176,9 +176,9 @@ fn pod_cgroup(task: &Task) -> Result<Cgroup, CgroupError> {
 
 /// Removes a run's files; with `keep_written` not what containers have written, for outputs are in there.
 fn clear(dir: &Path, keep_written: bool) -> Result<(), CleanUpError> {
-    let mut names = vec!["state", file::BERTH_DIR, "etc", "netns", file::SOCKET, file::RESTORE_DIR];
+    let mut names = vec![file::RUN_DIR, file::CHECKPOINT_DIR, file::SOCKET, file::RESTORE_DIR];
     if !keep_written {
-        names.extend(["root", "volumes"]);
+        names.extend([file::ROOT_DIR, "volumes"]);
     }
     for name in names {
         let path = dir.join(name);

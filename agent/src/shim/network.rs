@@ -13,7 +13,7 @@ use nix::mount::{MsFlags, mount};
 use super::init::Init;
 use super::netlink::{self, Netlink};
 use super::spec;
-use crate::task::{BridgeAddress, Task};
+use crate::task::{BridgeAddress, Task, file};
 
 const LOOPBACK: u32 = 1;
 /// The link in the pod, and the index that it is given.
@@ -45,12 +45,12 @@ fn node_link(address: Ipv4Addr) -> String {
 
 /// Names the namespace of the pod's init by a file in the pod's directory, and wires it. Returns the file.
 pub fn set_up(task: &Task, dir: &Path, init: &Init) -> Result<PathBuf, NetworkError> {
-    let file = dir.join("netns");
-    File::create(&file).map_err(io_error("cannot make the network namespace's file"))?;
+    let bound = dir.join(file::NETNS);
+    File::create(&bound).map_err(io_error("cannot make the network namespace's file"))?;
     let source = init.namespace("net");
-    mount(Some(source.as_str()), &file, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+    mount(Some(source.as_str()), &bound, None::<&str>, MsFlags::MS_BIND, None::<&str>)
         .map_err(|e| io_error("cannot name the network namespace")(e.into()))?;
-    let namespace = File::open(&file).map_err(io_error("cannot open the network namespace"))?;
+    let namespace = File::open(&bound).map_err(io_error("cannot open the network namespace"))?;
     let inside = Netlink::open_in(&namespace).map_err(io_error("cannot enter the network namespace"))?;
     let mut requests = vec![netlink::set_up(LOOPBACK)];
     if task.template.network == berth_protocol::job::Network::Bridge {
@@ -76,7 +76,7 @@ pub fn set_up(task: &Task, dir: &Path, init: &Init) -> Result<PathBuf, NetworkEr
         ]);
     }
     inside.send(requests).map_err(io_error("cannot set up the pod's links"))?;
-    Ok(file)
+    Ok(bound)
 }
 
 /// Takes away the node's end of the link; that of the pod goes with it.
@@ -109,7 +109,7 @@ pub fn addresses(task: &Task) -> io::Result<Vec<IpAddr>> {
 
 /// Writes `etc/hostname`, `etc/hosts` and `etc/resolv.conf` for the pod's containers.
 pub fn write_files(task: &Task, dir: &Path) -> io::Result<()> {
-    let etc = dir.join("etc");
+    let etc = dir.join(file::ETC_DIR);
     fs::create_dir_all(&etc)?;
     let hostname = spec::hostname(task);
     let own = spec::own_network(&task.template);

@@ -173,13 +173,12 @@ fn mounts(pod: &Pod, container: &Container) -> Vec<Value> {
         mount("sysfs", "/sys", &["nosuid", "noexec", "nodev", "ro"]),
     ];
     all.push(cgroups(pod, spec));
-    all.push(bind(pod.dir.join(file::BERTH_DIR), "/run/berth", &["nosuid", "nodev", "noexec"]));
-    for file in ["hostname", "hosts", "resolv.conf"] {
-        all.push(bind(
-            pod.dir.join("etc").join(file),
-            format!("/etc/{file}"),
-            &["nosuid", "nodev", "noexec"],
-        ));
+    let harmless = ["nosuid", "nodev", "noexec"];
+    all.push(bind(pod.dir.join(file::BERTH_DIR), "/run/berth", &harmless));
+    let kept = Path::new("/run/berth").join(file::CHECKPOINT_DIR);
+    all.push(bind(pod.dir.join(file::CHECKPOINT_DIR), kept, &harmless));
+    for name in ["hostname", "hosts", "resolv.conf"] {
+        all.push(bind(pod.dir.join(file::ETC_DIR).join(name), format!("/etc/{name}"), &harmless));
     }
     all.extend(container.device_files.iter().map(|path| bind(path, path, &["ro", "nosuid", "nodev"])));
     all.extend(volumes(pod, template));

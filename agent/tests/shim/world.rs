@@ -181,6 +181,12 @@ impl Pod {
         self.shim.as_ref().unwrap().id() as i32
     }
 
+    /// A file of `/run/berth`, which is in the shim's mount namespace alone.
+    pub fn run_berth(&self, name: &str) -> PathBuf {
+        let root = PathBuf::from(format!("/proc/{}/root", self.shim_pid()));
+        root.join(self.dir.strip_prefix("/").unwrap()).join(file::BERTH_DIR).join(name)
+    }
+
     pub fn wait(&mut self) {
         let status = self.shim.take().unwrap().wait().unwrap();
         assert!(status.success(), "shim: {status}");

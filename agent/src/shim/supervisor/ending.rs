@@ -7,7 +7,7 @@ use berth_protocol::ids::Run;
 
 use super::super::exit::{self, Facts};
 use super::super::pump::drain_rest;
-use super::super::rootfs::{self, Home};
+use super::super::rootfs;
 use super::super::sys;
 use super::{Phase, Supervisor};
 use crate::task::{Exit, Report, file};
@@ -95,15 +95,10 @@ impl Supervisor {
     }
 
     fn unmount(&self) -> io::Result<()> {
-        for container in &self.task.template.containers {
-            let home = Home::new(&self.dir, &container.name);
-            for mounted in [home.rootfs(), home.workspace(), home.cgroups()] {
-                rootfs::unmount(&mounted)?;
-            }
-        }
         for index in 0..self.task.template.volumes.len() {
             rootfs::unmount(&rootfs::volume_dir(&self.dir, index))?;
         }
-        rootfs::unmount(&self.dir.join("netns"))
+        // With all that is mounted within.
+        rootfs::unmount(&self.dir.join(file::RUN_DIR))
     }
 }

@@ -323,7 +323,7 @@ impl Supervisor {
                 saving.archivers.push(archive::pack(&from, &to)?);
             }
         }
-        let kept = self.dir.join(file::BERTH_DIR).join(file::CHECKPOINT_DIR);
+        let kept = self.dir.join(file::CHECKPOINT_DIR);
         saving.archivers.push(archive::pack(&kept, &saving.half.kept())?);
         fs::create_dir_all(saving.half.dir().join("volumes"))?;
         for (index, (volume, given)) in self.task.template.volumes.iter().zip(&self.task.volumes).enumerate()
