@@ -20,7 +20,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::core::Event;
 use crate::core::ledger::PodKey;
-use crate::shim;
+use crate::shim::{self, sys};
 use crate::task::{Exit, Order, Task, file};
 
 /// A shim that does not open its socket within this time counts as dead.
@@ -83,6 +83,8 @@ pub struct Shims {
 impl Shims {
     /// `dir` holds a directory for each pod.
     pub fn new(dir: PathBuf, events: mpsc::UnboundedSender<Event>) -> Self {
+        // A file system without such an attribute does as well.
+        let _ = fs::create_dir_all(&dir).and_then(|()| sys::spread_directories(&dir));
         Self { dir, links: BTreeMap::new(), events }
     }
 

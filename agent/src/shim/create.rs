@@ -60,7 +60,11 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
     };
     let (mut containers, mut revivals) = (Vec::new(), Vec::new());
     for (index, (spec, root)) in task.template.containers.iter().zip(&task.roots).enumerate() {
-        let own = cgroup.child(spec.name.as_str());
+        // What is in the only container is in the pod: one group does for both.
+        let own = match task.template.containers.len() {
+            1 => cgroup.clone(),
+            _ => cgroup.child(spec.name.as_str()),
+        };
         let oci = describe(&pod, spec, root, &own)?;
         match &saved {
             Some(saved) => {
@@ -106,9 +110,7 @@ pub fn again(dir: &Path, spec: &ContainerSpec, own: Cgroup) -> Result<Container,
 /// Makes a container's file system and writes its configuration, which is returned.
 fn describe(pod: &Pod, spec: &ContainerSpec, root: &Root, own: &Cgroup) -> Result<Value, ShimError> {
     let home = Home::new(pod.dir, &spec.name);
-    for private in [home.dir(), &pod.dir.join(file::ROOT_DIR)] {
-        super::make_private_dir(private).map_err(ShimError::io("make", private))?;
-    }
+    super::make_private_dir(home.dir()).map_err(ShimError::io("make", home.dir()))?;
     let parts = pod.task.restore.then(|| Parts::to_restore(pod.dir));
     rootfs::mount_root(root, &home, parts.as_ref().map(|parts| parts.upper(&spec.name)).as_deref())?;
     if let Some(workspace) = &pod.task.workspace {
@@ -161,10 +163,9 @@ fn describe(pod: &Pod, spec: &ContainerSpec, root: &Root, own: &Cgroup) -> Resul
 /// saves for itself is kept: in every container below `/run/berth`.
 fn prepare_berth(task: &Task, dir: &Path) -> io::Result<()> {
     let (berth, kept) = (dir.join(file::BERTH_DIR), dir.join(file::CHECKPOINT_DIR));
-    // Where the one is mounted within the other.
-    let point = berth.join(file::CHECKPOINT_DIR);
-    fs::create_dir_all(&point)?;
     clear(&kept)?;
+    fs::create_dir(&berth)?;
+    rootfs::bind(&kept, &berth.join(file::CHECKPOINT_DIR), rootfs::HARMLESS)?;
     let archive = Parts::to_restore(dir).kept();
     if task.restore && archive.exists() {
         archive::unpack(&archive, &kept)?;

@@ -20,6 +20,8 @@ use super::error::ShimError;
 use super::sys;
 use crate::task::{Root, Task, file};
 
+/// Of what no program need be started from.
+pub const HARMLESS: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
 /// The image's files that the shim reads.
 const IMAGE_FILE_BYTES_MAX: u64 = 4 << 20;
 
@@ -127,21 +129,24 @@ pub fn mount_workspace(workspace: &Path, home: &Home, written: Option<&Path>) ->
 pub fn mount_cgroups(groups: &[PathBuf], home: &Home) -> Result<(), ShimError> {
     let at = home.cgroups();
     make_dir(&at, 0o755)?;
-    let failed = |e: nix::Error| ShimError::io("mount control groups at", &at)(e.into());
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     for group in groups {
         // Its hierarchy: the first part below the mounts' common directory.
         let Some(name) = group.strip_prefix("/sys/fs/cgroup").ok().and_then(|path| path.iter().next()) else {
             continue;
         };
-        let point = at.join(name);
-        make_dir(&point, 0o755)?;
-        let none = None::<&str>;
-        mount(Some(group), &point, none, MsFlags::MS_BIND, none).map_err(failed)?;
-        let flags = flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        mount(none, &point, none, flags, none).map_err(failed)?;
+        bind(group, &at.join(name), HARMLESS | MsFlags::MS_RDONLY)
+            .map_err(ShimError::io("mount control groups at", &at))?;
     }
     Ok(())
+}
+
+/// Makes the directory `to` and shows `from` there.
+pub fn bind(from: &Path, to: &Path, flags: MsFlags) -> io::Result<()> {
+    fs::create_dir(to)?;
+    let none = None::<&str>;
+    mount(Some(from), to, none, MsFlags::MS_BIND, none)?;
+    // The first call minds no flags.
+    Ok(mount(none, to, none, flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT, none)?)
 }
 
 /// The container's root as its run left it, read-only at `at`: for collecting outputs once the shim has gone.

@@ -175,8 +175,6 @@ fn mounts(pod: &Pod, container: &Container) -> Vec<Value> {
     all.push(cgroups(pod, spec));
     let harmless = ["nosuid", "nodev", "noexec"];
     all.push(bind(pod.dir.join(file::BERTH_DIR), "/run/berth", &harmless));
-    let kept = Path::new("/run/berth").join(file::CHECKPOINT_DIR);
-    all.push(bind(pod.dir.join(file::CHECKPOINT_DIR), kept, &harmless));
     for name in ["hostname", "hosts", "resolv.conf"] {
         all.push(bind(pod.dir.join(file::ETC_DIR).join(name), format!("/etc/{name}"), &harmless));
     }

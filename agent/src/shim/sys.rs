@@ -34,6 +34,27 @@ pub fn time_spec(seconds: i64, nanoseconds: u32) -> TimeSpec {
     TimeSpec::seconds(seconds.clamp(-last, last)) + TimeSpec::nanoseconds(nanoseconds.into())
 }
 
+/// Tells ext2 to ext4 that the directories in `dir` have nothing to do with each other (`chattr +T`), so that each gets
+/// a block group of its own for its files. Otherwise all share one, and where the file system has no journal every new
+/// file steps over each inode deleted there in the minutes before: milliseconds a pod, once hundreds have come and gone.
+pub fn spread_directories(dir: &Path) -> io::Result<()> {
+    /// `FS_TOPDIR_FL` of linux/fs.h.
+    const TOP_OF_HIERARCHIES: libc::c_uint = 0x0002_0000;
+    let dir = File::open(dir)?;
+    let mut flags: libc::c_uint = 0;
+    // SAFETY: both take a pointer to an int, whatever their numbers say; it is to a local.
+    unsafe {
+        if libc::ioctl(dir.as_raw_fd(), libc::FS_IOC_GETFLAGS, &mut flags) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        flags |= TOP_OF_HIERARCHIES;
+        match libc::ioctl(dir.as_raw_fd(), libc::FS_IOC_SETFLAGS, &flags) {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
 /// An alarm on CLOCK_BOOTTIME, readable once its time has come.
 pub struct Alarm(TimerFd);
 
