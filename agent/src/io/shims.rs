@@ -45,7 +45,8 @@ pub enum ShimError {
 /// Moves this process to the control group that it is in. The kernel lets a process into another group only after a
 /// grace period of all processors, 6 to 20 ms, which it skips where somebody has waited just before (`rcu_sync` in
 /// `cgroup_threadgroup_rwsem`). So the wait happens here while the shim gets ready, not later before its container;
-/// the moves after the first keep the way open for a shim that takes longer.
+/// the moves after the first keep the way open for a shim that takes longer. Who waits holds the lock that making a
+/// group takes, so the pod's groups are there before.
 fn open_groups() {
     let thread = std::thread::Builder::new().name("groups".to_owned()).stack_size(STACK_BYTES);
     let keep_open = || {
@@ -190,6 +191,9 @@ impl Shims {
 /// The shim's process, for the run that the task describes. No fsync: after a crash of the machine there is nothing
 /// left that the task names.
 fn start(dir: &Path, task: &Task) -> Result<Child, ShimError> {
+    // What cannot be made the shim will say.
+    let _ = shim::make_groups(task);
+    open_groups();
     let path = dir.join(file::TASK);
     let write = || -> io::Result<()> {
         fs::create_dir_all(dir)?;
@@ -197,7 +201,6 @@ fn start(dir: &Path, task: &Task) -> Result<Child, ShimError> {
         fs::write(&path, serde_json::to_vec(task)?)
     };
     write().map_err(|source| ShimError::Task { path: path.clone(), source })?;
-    open_groups();
     Command::new("/proc/self/exe")
         .arg0("berth-agent")
         .arg("shim")

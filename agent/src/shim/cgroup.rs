@@ -155,9 +155,10 @@ impl Cgroup {
         self.dir("freezer")
     }
 
-    /// Makes the group in every hierarchy; libcontainer makes the containers' below it.
+    /// Makes the group in every hierarchy.
     pub fn create(&self) -> Result<(), CgroupError> {
-        for dir in self.dirs() {
+        // To ask for what is there would wait for whoever makes another beside it.
+        for dir in self.dirs().into_iter().filter(|dir| !dir.is_dir()) {
             fs::create_dir_all(&dir).map_err(|source| CgroupError::Io {
                 action: "make",
                 path: dir,

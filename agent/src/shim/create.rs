@@ -38,7 +38,6 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
     let own_network = spec::own_network(&task.template);
     rootfs::enter_private_mounts().map_err(ShimError::Namespace)?;
     rootfs::mount_run(dir)?;
-    cgroup.create()?;
     let init = Init::spawn(&spec::hostname(task), own_network).map_err(ShimError::Namespace)?;
     let network = own_network.then(|| network::set_up(task, dir, &init)).transpose()?;
     network::write_files(task, dir).map_err(ShimError::io("write below", dir.join(file::ETC_DIR)))?;
@@ -49,6 +48,10 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
     let saved = saved.filter(|saved| saved.kind == CheckpointKind::Criu);
     let state = dir.join(file::STATE_DIR);
     super::make_private_dir(&state).map_err(ShimError::io("make", &state))?;
+    let specs = || task.template.containers.iter();
+    let furnished = specs().zip(&task.roots).map(|(spec, root)| furnish(task, dir, spec, root));
+    let furnished = furnished.collect::<Result<Vec<_>, _>>()?;
+    super::make_groups(task)?;
     let pod = Pod {
         task,
         dir,
@@ -59,13 +62,9 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
         nofile_hard: nofile_hard(),
     };
     let (mut containers, mut revivals) = (Vec::new(), Vec::new());
-    for (index, (spec, root)) in task.template.containers.iter().zip(&task.roots).enumerate() {
-        // What is in the only container is in the pod: one group does for both.
-        let own = match task.template.containers.len() {
-            1 => cgroup.clone(),
-            _ => cgroup.child(spec.name.as_str()),
-        };
-        let oci = describe(&pod, spec, root, &own)?;
+    for (index, (spec, furnished)) in specs().zip(&furnished).enumerate() {
+        let own = super::container_cgroup(task, cgroup, &spec.name);
+        let oci = describe(&pod, furnished, &own)?;
         match &saved {
             Some(saved) => {
                 let container = &saved.containers[index];
@@ -77,7 +76,7 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
     Ok(Made { init, containers, revivals })
 }
 
-/// Makes a container of what `describe` has left.
+/// Makes a container of what `furnish` and `describe` have left.
 fn container(dir: &Path, spec: &ContainerSpec, own: Cgroup, oci: &Value) -> Result<Container, ShimError> {
     let texts = |what: &Value| -> Vec<String> {
         what.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
@@ -107,13 +106,18 @@ pub fn again(dir: &Path, spec: &ContainerSpec, own: Cgroup) -> Result<Container,
     container(dir, spec, own, &oci)
 }
 
-/// Makes a container's file system and writes its configuration, which is returned.
-fn describe(pod: &Pod, spec: &ContainerSpec, root: &Root, own: &Cgroup) -> Result<Value, ShimError> {
-    let home = Home::new(pod.dir, &spec.name);
+/// Makes a container's file system and finds out in it what its program is to be.
+fn furnish<'a>(
+    task: &Task,
+    dir: &Path,
+    spec: &'a ContainerSpec,
+    root: &'a Root,
+) -> Result<spec::Container<'a>, ShimError> {
+    let home = Home::new(dir, &spec.name);
     super::make_private_dir(home.dir()).map_err(ShimError::io("make", home.dir()))?;
-    let parts = pod.task.restore.then(|| Parts::to_restore(pod.dir));
+    let parts = task.restore.then(|| Parts::to_restore(dir));
     rootfs::mount_root(root, &home, parts.as_ref().map(|parts| parts.upper(&spec.name)).as_deref())?;
-    if let Some(workspace) = &pod.task.workspace {
+    if let Some(workspace) = &task.workspace {
         let written = parts.as_ref().map(|parts| parts.workspace(&spec.name));
         rootfs::mount_workspace(workspace, &home, written.as_deref())?;
     }
@@ -136,10 +140,10 @@ fn describe(pod: &Pod, spec: &ContainerSpec, root: &Root, own: &Cgroup) -> Resul
     if args.is_empty() {
         return Err(ShimError::NoCommand { container: spec.name.clone() });
     }
-    let granted = devices::direct(&pod.task.devices)?;
-    let hostname = spec::hostname(pod.task);
-    let env = process::env(spec, image, granted.env.into_iter(), &hostname, &user.home, pod.task.pod.index);
-    let container = spec::Container {
+    let granted = devices::direct(&task.devices)?;
+    let hostname = spec::hostname(task);
+    let env = process::env(spec, image, granted.env.into_iter(), &hostname, &user.home, task.pod.index);
+    Ok(spec::Container {
         spec,
         root,
         args,
@@ -148,12 +152,16 @@ fn describe(pod: &Pod, spec: &ContainerSpec, root: &Root, own: &Cgroup) -> Resul
         cwd: cwd.to_owned(),
         devices: granted.nodes,
         device_files: granted.files,
-    };
+    })
+}
+
+/// Shows a container its control groups and writes its configuration, which is returned.
+fn describe(pod: &Pod, container: &spec::Container, own: &Cgroup) -> Result<Value, ShimError> {
+    let home = Home::new(pod.dir, &container.spec.name);
     if !own.is_v2() {
-        own.create()?;
         rootfs::mount_cgroups(&own.dirs(), &home)?;
     }
-    let oci = devices::inject(&pod.task.devices, spec::oci(pod, &container, &own.absolute()))?;
+    let oci = devices::inject(&pod.task.devices, spec::oci(pod, container, &own.absolute()))?;
     let config = home.dir().join("config.json");
     fs::write(&config, oci.to_string()).map_err(ShimError::io("write", &config))?;
     Ok(oci)

@@ -37,6 +37,7 @@ use std::process::ExitCode;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use berth_protocol::ids::ContainerName;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::unistd::Pid;
@@ -168,6 +169,24 @@ fn end(task: &Task) -> Result<(), CleanUpError> {
     cgroup.kill(Duration::from_millis(KILL_MS_MAX))?;
     cgroup.remove()?;
     network::clean_up(task).map_err(CleanUpError::Network)
+}
+
+/// Makes a pod's groups and its containers'; that some are there is fine.
+pub fn make_groups(task: &Task) -> Result<(), CgroupError> {
+    let pod = pod_cgroup(task)?;
+    pod.create()?;
+    let containers =
+        task.template.containers.iter().map(|container| container_cgroup(task, &pod, &container.name));
+    // On v2 libcontainer makes them.
+    containers.filter(|group| !group.is_v2()).try_for_each(|group| group.create())
+}
+
+/// What is in a pod's only container is in the pod: one group does for both.
+fn container_cgroup(task: &Task, pod: &Cgroup, name: &ContainerName) -> Cgroup {
+    match task.template.containers.len() {
+        1 => pod.clone(),
+        _ => pod.child(name.as_str()),
+    }
 }
 
 fn pod_cgroup(task: &Task) -> Result<Cgroup, CgroupError> {
