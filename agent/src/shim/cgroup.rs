@@ -4,6 +4,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -48,8 +49,17 @@ pub enum Layout {
 }
 
 impl Layout {
-    /// Looks at the mounts; a few µs.
-    pub fn detect() -> Result<Self, CgroupError> {
+    /// Looks at the mounts, once.
+    pub fn detect() -> Result<&'static Self, CgroupError> {
+        static FOUND: OnceLock<Layout> = OnceLock::new();
+        if let Some(found) = FOUND.get() {
+            return Ok(found);
+        }
+        let found = Self::look()?;
+        Ok(FOUND.get_or_init(|| found))
+    }
+
+    fn look() -> Result<Self, CgroupError> {
         if Path::new(MOUNT).join("cgroup.controllers").exists() {
             return Ok(Layout::V2);
         }
@@ -79,7 +89,7 @@ impl Layout {
 /// The groups of one pod, or one of its containers.
 #[derive(Debug, Clone)]
 pub struct Cgroup {
-    layout: Layout,
+    layout: &'static Layout,
     /// Below each mount, without a leading slash.
     path: PathBuf,
 }
@@ -123,11 +133,11 @@ impl Cgroup {
     }
 
     pub fn child(&self, name: &str) -> Self {
-        Self { layout: self.layout.clone(), path: self.path.join(name) }
+        Self { layout: self.layout, path: self.path.join(name) }
     }
 
     pub fn is_v2(&self) -> bool {
-        self.layout == Layout::V2
+        *self.layout == Layout::V2
     }
 
     /// As the OCI configuration wants it.
@@ -137,14 +147,14 @@ impl Cgroup {
 
     /// The group's directory in each hierarchy.
     pub fn dirs(&self) -> Vec<PathBuf> {
-        match &self.layout {
+        match self.layout {
             Layout::V1(roots) => roots.iter().map(|root| root.join(&self.path)).collect(),
             Layout::V2 => vec![Path::new(MOUNT).join(&self.path)],
         }
     }
 
     fn dir(&self, controller: &'static str) -> Result<PathBuf, CgroupError> {
-        Ok(match &self.layout {
+        Ok(match self.layout {
             Layout::V1(roots) => Layout::root(roots, controller)?.join(&self.path),
             Layout::V2 => Path::new(MOUNT).join(&self.path),
         })
@@ -173,7 +183,7 @@ impl Cgroup {
 
     /// A new v1 group allows no processor and no memory node, and takes no process: it gets those of the one above.
     pub fn fill_cpuset(&self) -> Result<(), CgroupError> {
-        let Layout::V1(roots) = &self.layout else { return Ok(()) };
+        let Layout::V1(roots) = self.layout else { return Ok(()) };
         let Ok(mut dir) = Layout::root(roots, "cpuset") else { return Ok(()) };
         for part in &self.path {
             let above = dir.clone();
