@@ -147,7 +147,7 @@ Exit codes: the job's own (of several pods the first that failed), 128 + signal,
   berth cp digits/digits-1:/srv/app/model .     of one pod")]
     Cp(Cp),
     /// Cancel jobs: their pods are stopped with their grace
-    #[command(after_help = "Examples:\n  berth cancel digits")]
+    #[command(visible_alias = "delete", after_help = "Examples:\n  berth cancel digits")]
     Cancel(JobNames),
     /// Stop a job's pods until it is resumed
     #[command(after_help = "Examples:\n  berth suspend digits")]

@@ -31,7 +31,18 @@ pub async fn defrag(settings: &Settings, args: Defrag) -> anyhow::Result<u8> {
 
 fn words(plan: &DefragPlan, dry_run: bool) -> String {
     if plan.moves.is_empty() {
-        return "nothing to gain: no move would let a waiting job fit, or leave fewer fragments\n".to_owned();
+        let mut text =
+            "nothing to gain: no move would let a waiting job fit, or leave fewer fragments\n".to_owned();
+        let held: u32 = plan.stay.values().sum();
+        if held > 0 {
+            let reasons: Vec<String> = plan.stay.iter().map(|(why, n)| format!("{n} {why}")).collect();
+            text.push_str(&format!(
+                "{held} pod{} may not be moved: {}\n",
+                if held == 1 { "" } else { "s" },
+                reasons.join(", ")
+            ));
+        }
+        return text;
     }
     let mut table = Table::new(vec!["NAMESPACE", "POD", "FROM", "TO", "CPU", "MEMORY", "GPU"]);
     for step in &plan.moves {
@@ -89,7 +100,13 @@ mod tests {
             gpu_milli: 500,
         };
         let serves = Some(Served { namespace, job, node: node("n1") });
-        let mut plan = DefragPlan { moves: vec![step], serves, fragments_milli: None, executed: false };
+        let mut plan = DefragPlan {
+            moves: vec![step],
+            serves,
+            fragments_milli: None,
+            stay: Default::default(),
+            executed: false,
+        };
         let said = words(&plan, true);
         assert!(
             said.ends_with("1 pod would move (at most 4Gi of memory); then job lab/digits fits on n1\n"),
@@ -102,5 +119,10 @@ mod tests {
         assert!(said.contains("1 pod being moved, one after the other"), "{said}");
         plan.moves.clear();
         assert!(words(&plan, true).starts_with("nothing to gain"));
+        plan.stay.insert("running for less than a minute".to_owned(), 2);
+        plan.stay.insert("of a gang".to_owned(), 1);
+        let said = words(&plan, true);
+        let reasons = "3 pods may not be moved: 1 of a gang, 2 running for less than a minute\n";
+        assert!(said.ends_with(reasons), "{said}");
     }
 }

@@ -1,7 +1,7 @@
 //! Plans of moves carried out: one pod after another is saved and goes on at the seat that is kept for it. Decides
 //! nothing but whether a plan still holds; one that does not is dropped.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use berth_protocol::ids::{Epoch, JobUid, PodId};
 use berth_protocol::message::query::{DefragPlan, PlannedMove, QueryError, Served};
@@ -13,7 +13,7 @@ use super::query::{Answer, value};
 use super::schedule::hold::Kind;
 use super::schedule::moves::MOVES_MAX;
 use super::schedule::relocate::Reserved;
-use super::schedule::residents::is_movable;
+use super::schedule::residents::{immovable, is_movable};
 use super::timers::Timer;
 use super::{Controller, Now};
 
@@ -192,17 +192,36 @@ impl Controller {
             let Some(spec) = self.cluster.jobs.get(&uid).map(|job| &job.file.spec) else { continue };
             let serves = Some(Served { namespace: spec.namespace.clone(), job: spec.name.clone(), node });
             let executed = execute && self.relocate(now, &uid, plan, &pods);
-            return value(&DefragPlan { moves: planned, serves, fragments_milli: None, executed });
+            let (fragments_milli, stay) = (None, BTreeMap::new());
+            return value(&DefragPlan { moves: planned, serves, fragments_milli, stay, executed });
         }
         let (steps, before, after) = self.plan_defrag(now, moves);
-        let planned = steps.iter().filter_map(|(pod, step)| self.planned(pod, step.to.room)).collect();
+        let planned: Vec<PlannedMove> =
+            steps.iter().filter_map(|(pod, step)| self.planned(pod, step.to.room)).collect();
         let executed = execute && !steps.is_empty();
         if executed {
             let steps = steps.into_iter().filter_map(|(pod, step)| self.step_of(&pod, step)).collect();
             self.relocations.push(Relocation::new(None, steps));
             self.tend_relocations(now);
         }
-        value(&DefragPlan { moves: planned, serves: None, fragments_milli: Some((before, after)), executed })
+        let stay = if planned.is_empty() { self.who_stays(now) } else { BTreeMap::new() };
+        let fragments_milli = Some((before, after));
+        value(&DefragPlan { moves: planned, serves: None, fragments_milli, stay, executed })
+    }
+
+    /// The pods that may not be moved, counted by why not.
+    fn who_stays(&self, now: Now) -> BTreeMap<String, u32> {
+        let mut stay = BTreeMap::new();
+        for node in self.cluster.nodes.values() {
+            for id in node.pods.keys() {
+                let Some(job) = self.cluster.jobs.get(&id.uid) else { continue };
+                let Some(assignment) = job.assignment(id.index) else { continue };
+                if let Some(why) = immovable(job, id.index, assignment, node, now) {
+                    *stay.entry(why.to_owned()).or_default() += 1;
+                }
+            }
+        }
+        stay
     }
 
     fn planned(&self, id: &PodId, room: usize) -> Option<PlannedMove> {

@@ -1,5 +1,7 @@
 //! Questions that the CLI asks over `query/{client}/request` and their replies.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -81,6 +83,9 @@ pub struct DefragPlan {
     /// moves. Not told where the moves serve a job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fragments_milli: Option<(u64, u64)>,
+    /// Where there is nothing to move: how many pods may not be, by the reason.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub stay: BTreeMap<String, u32>,
     /// They are being made.
     pub executed: bool,
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use berth_protocol::checkpoint::Needs;
 use berth_protocol::ids::PodId;
-use berth_protocol::job::VolumeSource;
+use berth_protocol::job::{Volume, VolumeSource};
 use berth_protocol::pod::{Goal, PodPhase};
 use berth_protocol::units::Millis;
 
@@ -92,19 +92,44 @@ pub(in crate::core) fn is_movable(
     node: &Node,
     now: Now,
 ) -> bool {
+    immovable(job, index, assignment, node, now).is_none()
+}
+
+/// Why the pod may not be asked to go on elsewhere, as one says it of several.
+pub(in crate::core) fn immovable(
+    job: &Job,
+    index: u32,
+    assignment: &Assignment,
+    node: &Node,
+    now: Now,
+) -> Option<&'static str> {
     let spec = &job.file.spec;
-    let Some(pod) = job.pod(index) else { return false };
-    let named = |source: &VolumeSource| matches!(source, VolumeSource::Named(_));
-    assignment.goal == Goal::Run
-        && assignment.phase == PodPhase::Running
-        && assignment.started_at.is_some_and(|at| now.wall.since(at) >= REST)
-        && pod.generation == job.file.generation
-        // One that could not be saved a moment ago is left alone until a checkpoint of it succeeds.
-        && pod.saved.trouble.is_none()
-        && spec.preemptible
-        && !spec.gang
-        && !spec.pod.volumes.iter().any(|volume| named(&volume.source))
-        && unsavable(spec, &node.record.inventory).is_none()
+    let named = |volume: &Volume| matches!(volume.source, VolumeSource::Named(_));
+    let pod = job.pod(index)?;
+    if assignment.goal != Goal::Run || assignment.phase != PodPhase::Running {
+        return Some("starting or leaving");
+    }
+    if pod.generation != job.file.generation {
+        return Some("of a job that has been changed");
+    }
+    // One that could not be saved a moment ago is left alone until a checkpoint of it succeeds.
+    if pod.saved.trouble.is_some() {
+        return Some("could not be saved the last time");
+    }
+    if !spec.preemptible {
+        return Some("not preemptible");
+    }
+    if spec.gang {
+        return Some("of a gang");
+    }
+    if spec.pod.volumes.iter().any(named) {
+        return Some("bound to a named volume");
+    }
+    if unsavable(spec, &node.record.inventory).is_some() {
+        return Some("cannot be saved (no CRIU, or checkpoint mode none)");
+    }
+    let rested = assignment.started_at.is_some_and(|at| now.wall.since(at) >= REST);
+    (!rested).then_some("running for less than a minute")
 }
 
 /// What a move costs: what the pod occupies, for the time that its memory takes to go and come.

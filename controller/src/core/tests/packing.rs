@@ -262,6 +262,7 @@ fn an_operator_is_told_the_moves_and_has_them_made() {
     world.run(5_000);
     let plan = world.query(r#"{"defrag":{"moves":8,"execute":false}}"#)["result"].clone();
     assert_eq!(plan["serves"]["job"], "whole", "{plan}");
+    assert!(plan["stay"].is_null(), "{plan}");
     assert_eq!(
         (plan["moves"][0]["pod"].as_str(), plan["executed"].as_bool()),
         (Some("small-0"), Some(false))
@@ -271,6 +272,26 @@ fn an_operator_is_told_the_moves_and_has_them_made() {
     assert_eq!((&told["moves"], told["executed"].as_bool()), (&plan["moves"], Some(true)));
     world.until("it runs", |w| w.status("whole").unwrap().phase == JobPhase::Running);
     assert_eq!(node_of(&world, "small"), Some(nodes[1].clone()));
+}
+
+#[test]
+fn who_may_not_be_moved_is_told() {
+    let mut world = World::new();
+    let _nodes = [world.add("a", node(6, 0)), world.add("b", node(6, 0))];
+    world.run(100);
+    let mut still = job("still", 2_000, None);
+    (still.preemptible, still.pod.containers[0].command[1]) = (false, "600000".to_owned());
+    let mut young = job("young", 2_000, None);
+    young.pod.containers[0].command[1] = "600000".to_owned();
+    world.submit(&still);
+    world.submit(&young);
+    world.run(10_000);
+    let plan = world.query(r#"{"defrag":{"moves":8,"execute":false}}"#)["result"].clone();
+    let stay = serde_json::json!({"not preemptible": 1, "running for less than a minute": 1});
+    assert_eq!((plan["moves"].as_array().map(Vec::len), &plan["stay"]), (Some(0), &stay), "{plan}");
+    world.run(60_000);
+    let plan = world.query(r#"{"defrag":{"moves":8,"execute":false}}"#)["result"].clone();
+    assert_eq!(plan["stay"], serde_json::json!({"not preemptible": 1}), "{plan}");
 }
 
 #[test]
