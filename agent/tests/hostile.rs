@@ -5,7 +5,7 @@
 #[path = "shim/world.rs"]
 mod world;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -31,6 +31,8 @@ const MUTATIONS: u64 = 200;
 struct Shelf {
     frames: BTreeMap<ChunkId, Vec<u8>>,
     manifests: BTreeMap<String, Vec<u8>>,
+    /// Chunks fetched.
+    asked: usize,
 }
 
 struct Depot {
@@ -100,6 +102,7 @@ fn answer(stream: &TcpStream, shelf: &Mutex<Shelf>) -> Option<()> {
         },
         ("POST", ["checkpoints", _, "chunks"]) => {
             let ids = read_ids(&body).unwrap();
+            shelf.asked += ids.len();
             (200, ids.iter().flat_map(|id| shelf.frames.get(id).cloned().unwrap_or_default()).collect())
         }
         _ => (405, Vec::new()),
@@ -337,6 +340,26 @@ fn two_hundred_hands_are_laid_on_checkpoints_and_each_is_refused() {
         (shelf.frames, shelf.manifests) = (frames, manifests);
     }
     assert!(harmless * 20 < MUTATIONS, "{harmless} mutations changed nothing");
+
+    // Of the checkpoint before, kept here, comes what is the same, and nothing that is not what its name says.
+    let before = scene.dir("before");
+    let kept = before.join(older.hex());
+    assert_eq!(scene.fetch(older, &kept, &none), Said::Fetched);
+    let asked = || std::mem::take(&mut scene.depot.shelf.lock().unwrap().asked);
+    asked();
+    let distinct = ids.iter().collect::<BTreeSet<_>>().len();
+    let whole = scene.dir("whole");
+    assert_eq!(scene.fetch(newer, &whole, &before), Said::Fetched);
+    assert!(tree(&whole) == expected);
+    let lacked = asked();
+    assert!(lacked * 2 < distinct, "{lacked} of {distinct} chunks were fetched again");
+    let pages = kept.join("containers/main/images/pages-1.img");
+    let length = fs::metadata(&pages).unwrap().len();
+    fs::write(&pages, vec![7; length as usize]).unwrap();
+    let whole = scene.dir("whole-again");
+    assert_eq!(scene.fetch(newer, &whole, &before), Said::Fetched);
+    assert!(tree(&whole) == expected, "altered chunks were used");
+    assert!(asked() > lacked);
 
     // What the node has kept is looked at as closely.
     let kept = none.join(newer.hex());

@@ -51,6 +51,13 @@ pub fn write_frame(file: &File, offset: u64, id: ChunkId, bytes: u32, out: &mut 
     Ok(())
 }
 
+/// The chunk at `offset` of the file at `path`, if it is what its id says.
+pub fn read_chunk(path: &Path, offset: u64, id: ChunkId, bytes: u32) -> Option<Vec<u8>> {
+    let mut content = vec![0; bytes as usize];
+    File::open(path).and_then(|file| file.read_exact_at(&mut content, offset)).ok()?;
+    (ChunkId::of(&content) == id).then_some(content)
+}
+
 /// A frame's content, if it is what its id says.
 pub fn read_frame(frame: &Frame) -> Option<Vec<u8>> {
     let content = match frame.encoding {

@@ -20,7 +20,10 @@ use super::{Fetch, Said, TransferError, chunks, say, verify};
 use crate::shim::checkpoint::Parts;
 use crate::task::{Saved, file};
 
-/// Where a chunk goes.
+/// Kept checkpoints in which chunks are looked for: each has a manifest to read.
+const HELD_LOOKED_AT_MAX: usize = 64;
+
+/// Where a chunk goes, or lies.
 #[derive(Debug, Clone)]
 struct Place {
     path: PathBuf,
@@ -30,7 +33,7 @@ struct Place {
 pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
     let mut client = Client::new(&order.access, order.rate);
     let cached = order.cache.join(order.checkpoint.hex());
-    let manifest = manifest(&mut client, &order.checkpoint, &cached).await?;
+    let (manifest, text) = manifest(&mut client, &order.checkpoint, &cached).await?;
     is_of(&manifest, order)?;
     let half = order.dir.with_extension("half");
     let wrong = |e| TransferError::io(format!("cannot write below {}", half.display()))(e);
@@ -55,6 +58,14 @@ pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
     }
     let total: u64 = lengths.values().map(|bytes| u64::from(*bytes)).sum();
     let mut done = 0;
+    for (id, part) in held(&order.cache, &wanted) {
+        if let Some(content) = chunks::read_chunk(&part.path, part.offset, id, lengths[&id]) {
+            done += content.len() as u64;
+            put(&content, &wanted[&id]).map_err(wrong)?;
+            wanted.remove(&id);
+        }
+    }
+    say(&Said::Progress { done, total });
     let ids: Vec<ChunkId> = wanted.keys().copied().collect();
     let path = format!("/v1/checkpoints/{}/chunks", order.checkpoint.hex());
     for asked in ids.chunks(CHUNKS_FETCHED_MAX / 4) {
@@ -69,10 +80,7 @@ pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
             let broken = || TransferError::Unfit(format!("the depot's chunk {id} is not what its name says"));
             let content = content.ok_or_else(broken)?;
             done += content.len() as u64;
-            for place in &wanted[id] {
-                let file = File::options().write(true).open(&place.path).map_err(wrong)?;
-                file.write_all_at(&content, place.offset).map_err(wrong)?;
-            }
+            put(&content, &wanted[id]).map_err(wrong)?;
         }
         say(&Said::Progress { done, total });
     }
@@ -87,21 +95,66 @@ pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
             verify::verify(&parts.images(&container.name), container)?;
         }
     }
+    fs::write(half.join(MANIFEST), &text).map_err(wrong)?;
     if order.dir.exists() {
         fs::remove_dir_all(&order.dir).map_err(wrong)?;
     }
     fs::rename(&half, &order.dir).map_err(wrong)
 }
 
-async fn manifest(client: &mut Client<'_>, id: &Digest, cached: &Path) -> Result<Manifest, TransferError> {
+/// The manifest, and its very bytes.
+async fn manifest(
+    client: &mut Client<'_>,
+    id: &Digest,
+    cached: &Path,
+) -> Result<(Manifest, Vec<u8>), TransferError> {
     if let Ok(bytes) = fs::read(cached.join(MANIFEST))
         && let Ok(manifest) = Manifest::parse(id, &bytes)
     {
-        return Ok(manifest);
+        return Ok((manifest, bytes));
     }
     let path = format!("/v1/checkpoints/{}", id.hex());
     let bytes = client.ask(Method::GET, &path, Vec::new(), MANIFEST_BYTES_MAX).await?;
-    Manifest::parse(id, &bytes).map_err(|e| TransferError::Unfit(format!("the checkpoint is refused: {e}")))
+    let manifest = Manifest::parse(id, &bytes);
+    Ok((
+        manifest.map_err(|e| TransferError::Unfit(format!("the checkpoint is refused: {e}")))?,
+        bytes.to_vec(),
+    ))
+}
+
+/// Where this node has chunks that are wanted: most of a pod's memory is as it was in its checkpoint before. What is
+/// found is still to be held against its name.
+fn held(cache: &Path, wanted: &BTreeMap<ChunkId, Vec<Place>>) -> BTreeMap<ChunkId, Place> {
+    let mut found = BTreeMap::new();
+    for dir in fs::read_dir(cache).into_iter().flatten().flatten().take(HELD_LOOKED_AT_MAX) {
+        let dir = dir.path();
+        let manifest = || {
+            let id = Digest::parse(&format!("sha256:{}", dir.file_name()?.to_str()?)).ok()?;
+            Manifest::parse(&id, &fs::read(dir.join(MANIFEST)).ok()?).ok()
+        };
+        let Some(manifest) = manifest() else { continue };
+        let Ok(files) = places(&manifest, &manifest.template.volumes, &Parts::new(dir.clone())) else {
+            continue;
+        };
+        for (path, saved) in files {
+            let mut offset = 0;
+            for piece in &saved.pieces {
+                if let Piece::Chunk { id, .. } = piece
+                    && wanted.contains_key(id)
+                {
+                    found.entry(*id).or_insert_with(|| Place { path: path.clone(), offset });
+                }
+                offset += piece.bytes();
+            }
+        }
+    }
+    found
+}
+
+fn put(content: &[u8], places: &[Place]) -> io::Result<()> {
+    places.iter().try_for_each(|place| {
+        File::options().write(true).open(&place.path)?.write_all_at(content, place.offset)
+    })
 }
 
 /// The checkpoint must be of the very pod that is to come: nothing in it says what may be mounted or who may run.
