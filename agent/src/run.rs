@@ -130,7 +130,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let mut searching = found.is_err();
     let criu = found.ok().and_then(Result::ok).flatten();
     probe.set_criu(criu.as_ref().map(|criu| criu.version.clone()));
-    let (core, first) = Agent::start(ledger, identity, probe.inventory().clone(), clock::now());
+    let (mut inventory, held) = (probe.inventory().clone(), preparer.held());
+    inventory.images = held.borrow().clone();
+    tokio::spawn(stores::tell_images(held, events.clone()));
+    let (core, first) = Agent::start(ledger, identity, inventory, clock::now());
     tracing::warn!(
         "--dev: whoever reaches the broker runs programs on this machine; for one person's machine and for tests only"
     );

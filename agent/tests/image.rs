@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use berth_agent::io::image::{
     Digest, ImageError, ImageRecord, ImageRef, ImageStore, Progress, RegistryConfig, StoreConfig,
 };
+use berth_protocol::image::Images;
 use image_support::*;
 use serde_json::json;
 
@@ -141,9 +142,11 @@ async fn an_archive_is_read_in_place() {
     let record = store.ensure(&reference(&to), |_| {}).await.unwrap();
     assert!(top_layer(&store, &record).join("added").exists());
     assert!(store.lookup(&reference(&to)).unwrap().is_some());
+    assert_eq!(*store.held().borrow(), Images::cut([reference(&to).name()]));
     // Another archive of the same name is another image.
     fs::write(&archive, tar(&[("manifest.json", b"[]")])).unwrap();
     assert!(store.lookup(&reference(&to)).unwrap().is_none());
+    assert!(store.held().borrow().is_empty());
     fails(&store, &reference(&to), "ImageMalformed").await;
     fs::write(&archive, "no archive at all").unwrap();
     fails(&store, &reference(&to), "ImageMalformed").await;
@@ -455,24 +458,38 @@ async fn the_longest_unused_is_collected_first() {
         let image = layout.image(ARCHITECTURE, &[(gzip(&shared), shared.clone()), (gzip(&own), own)]);
         layout.tag(&format!("v{number}"), image);
     }
+    let mut held = store.held();
+    let named = |numbers: &[u64]| {
+        Images::cut(numbers.iter().map(|number| layout.reference(&format!("v{number}")).name()))
+    };
     for number in 0..3 {
         records.push(store.ensure(&layout.reference(&format!("v{number}")), |_| {}).await.unwrap());
+        assert!(held.has_changed().unwrap());
+        assert_eq!(held.borrow_and_update().iter().count(), records.len());
     }
+    // What is used again is no news, and whoever opens the store finds the same.
+    store.ensure(&layout.reference("v2"), |_| {}).await.unwrap();
+    assert!(!held.has_changed().unwrap());
+    assert_eq!(*held.borrow(), named(&[2, 1, 0]));
+    assert_eq!(*store_with(&store_path, RegistryConfig::default()).held().borrow(), named(&[2, 1, 0]));
     // A dead worker's leftovers.
     fs::create_dir_all(store_path.join("tmp/1-1/layer/tree")).unwrap();
     assert_tidy_except_leftover(&store_path, 4);
     let none = BTreeSet::new();
     let soon = store.collect(&none, 10, now_ms()).await.unwrap();
     assert_eq!((soon.images, soon.layers, soon.leftovers), (0, 0, 1), "used a moment ago");
+    assert!(!held.has_changed().unwrap());
     let later = now_ms() + 3_600_000;
     // 10 of 16 MiB are taken; the first image is in use, the second goes.
     let in_use: BTreeSet<_> = records[0].layers.iter().copied().collect();
     let collected = store.collect(&in_use, 50, later).await.unwrap();
     assert_eq!((collected.images, collected.layers, collected.bytes), (1, 1, 3 << 20));
+    assert_eq!(*held.borrow_and_update(), named(&[2, 0]));
     let here = |number: usize| store.lookup(&layout.reference(&format!("v{number}"))).unwrap().is_some();
     assert_eq!([here(0), here(1), here(2)], [true, false, true]);
     let collected = store.collect(&none, 0, later).await.unwrap();
     assert_eq!((collected.images, collected.layers), (2, 3));
+    assert!(held.borrow_and_update().is_empty());
     assert_tidy(&store_path, 0);
     assert_eq!((count(&store_path.join("locks")), count(&store_path.join("records"))), (0, 0));
 }

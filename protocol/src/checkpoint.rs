@@ -194,6 +194,7 @@ mod tests {
             host_image: false,
             bridge: true,
             agent_version: String::new(),
+            images: Default::default(),
         }
     }
 

@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod chunk;
 pub mod codec;
 pub mod ids;
+pub mod image;
 pub mod job;
 pub mod limits;
 pub mod log;

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::image::Images;
 use crate::units::{Bytes, MilliCpu, is_zero};
 
 /// What one container (or, summed, one pod) asks for.
@@ -136,6 +137,17 @@ pub struct Inventory {
     /// Can give pods a network of their own.
     pub bridge: bool,
     pub agent_version: String,
+    /// Told anew when one comes or goes, not when another one is used.
+    #[serde(default, skip_serializing_if = "Images::is_empty")]
+    pub images: Images,
+}
+
+impl Inventory {
+    /// Nothing differs but the images, by which no node is chosen or passed over: they decide between equals alone.
+    pub fn is_but_for_images(&self, other: &Inventory) -> bool {
+        let images = other.images.clone();
+        Inventory { images, ..self.clone() } == *other
+    }
 }
 
 /// What a node uses now, all of it, berth's pods or not.
@@ -177,5 +189,28 @@ impl Resources {
             let disk = sum.disk.checked_add(part.disk)?;
             Some(Resources { cpu, memory, disk, gpu })
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::ImageName;
+
+    #[test]
+    fn inventories_of_versions_without_images_are_read_and_written_as_before() {
+        let before = r#"{"hostname":"h","arch":"x86_64","kernel":"6","os":"Debian","cpu":1000,"memory":1024,
+            "disk":1024,"cpuModel":"m","cgroup":"v2","hostImage":true,"bridge":true,"agentVersion":"0.1.0"}"#;
+        let mut has: Inventory = serde_json::from_str(before).unwrap();
+        assert!(has.images.is_empty());
+        let plain = has.clone();
+        assert!(!serde_json::to_string(&has).unwrap().contains("images"));
+        has.images = Images::cut(["python:3.12-slim", "oci:/srv/layout"].map(|t| ImageName::parse(t).unwrap()));
+        assert!(has.is_but_for_images(&plain) && plain.is_but_for_images(&has) && has != plain);
+        let json = serde_json::to_string(&has).unwrap();
+        assert!(json.contains(r#""images":["docker.io/library/python:3.12-slim","oci:/srv/layout"]"#), "{json}");
+        assert_eq!(serde_json::from_str::<Inventory>(&json).unwrap(), has);
+        has.bridge = false;
+        assert!(!has.is_but_for_images(&plain));
     }
 }

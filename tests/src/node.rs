@@ -132,6 +132,7 @@ impl Node {
             host_image: true,
             bridge: true,
             agent_version: "0".into(),
+            images: Default::default(),
         }
     }
 

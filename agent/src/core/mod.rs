@@ -18,6 +18,7 @@ use std::path::PathBuf;
 
 use berth_protocol::checkpoint::CheckpointInfo;
 use berth_protocol::ids::{BootId, Digest, Generation, HardwareId, LedgerId, Run, SessionNonce, StoreId};
+use berth_protocol::image::Images;
 use berth_protocol::job::PodTemplate;
 use berth_protocol::limits;
 use berth_protocol::message::node::{
@@ -97,7 +98,10 @@ pub enum Event {
         level: u64,
         result: Result<Box<CheckpointInfo>, NotStored>,
     },
+    /// What a probe sees; its images are `Images`' to tell.
     Inventory(Box<Inventory>),
+    /// Those that are here now.
+    Images(Images),
     /// The machine is about to go, or is no longer.
     Leaving(Option<Leaves>),
     Tick,
@@ -295,12 +299,11 @@ impl Agent {
             Event::Desired(desired) => self.desired(now, desired),
             Event::Spec { digest, template } => self.spec(now, digest, template),
             Event::Lease(lease) => self.lease(now, lease),
-            Event::Inventory(inventory) => {
-                if *inventory != self.inventory {
-                    self.inventory = *inventory;
-                    self.tell_inventory(now);
-                }
+            Event::Inventory(mut inventory) => {
+                inventory.images.clone_from(&self.inventory.images);
+                self.inventory(now, *inventory);
             }
+            Event::Images(images) => self.inventory(now, Inventory { images, ..self.inventory.clone() }),
             Event::Leaving(leaving) => self.leaves(now, leaving),
             Event::Tick => self.tick(now),
             Event::Pulling { key, done, total } => self.pulling(now, &key, done, total),
@@ -355,6 +358,13 @@ impl Agent {
         let n = self.ledger.last_event + 1;
         self.record(Record::Event { event: Box::new(NumberedEvent { n, at: now.wall, event }) });
         n
+    }
+
+    fn inventory(&mut self, now: Now, inventory: Inventory) {
+        if inventory != self.inventory {
+            self.inventory = inventory;
+            self.tell_inventory(now);
+        }
     }
 
     /// One at a time: of many changes that an outage collects the last one says all.

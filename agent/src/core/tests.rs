@@ -2,6 +2,7 @@
 
 use berth_protocol::checkpoint::{CheckpointInfo, CheckpointKind};
 use berth_protocol::ids::{Epoch, Generation, JobUid, StoreId, Term};
+use berth_protocol::image::ImageName;
 use berth_protocol::job::{Network, RestartPolicy};
 use berth_protocol::message::node::Covers;
 use berth_protocol::pod::{Cause, Goal, Outcome, VACATED};
@@ -59,6 +60,7 @@ fn inventory() -> Inventory {
         host_image: true,
         bridge: true,
         agent_version: "0".into(),
+        images: Images::default(),
     }
 }
 
@@ -552,6 +554,32 @@ fn inventories_of_an_outage_are_told_as_one() {
     assert_eq!(told(&bench), [40], "acknowledged, and followed by the last");
     bench.grant();
     assert_eq!(told(&bench), [] as [u64; 0]);
+}
+
+#[test]
+fn images_are_told_when_they_come_and_go_and_a_probe_leaves_them_alone() {
+    let mut bench = Bench::running(&template(RestartPolicy::Never));
+    let told = |bench: &Bench| {
+        let inventory = |event: &NumberedEvent| match &event.event {
+            NodeEvent::Inventory(inventory) => Some((inventory.memory.0, inventory.images.iter().count())),
+            NodeEvent::Pod(_) => None,
+        };
+        bench.disk.outbox.iter().filter_map(inventory).collect::<Vec<_>>()
+    };
+    bench.grant();
+    let image = |name: &str| ImageName::parse(name).unwrap();
+    let one = Images::cut([image("python:3.12-slim")]);
+    bench.event(Event::Images(one.clone()));
+    assert_eq!(told(&bench), [(1 << 30, 1)]);
+    bench.grant();
+    bench.event(Event::Images(one));
+    bench.event(Event::Inventory(Box::new(inventory())));
+    assert!(told(&bench).is_empty(), "nothing is new");
+    bench.event(Event::Inventory(Box::new(Inventory { memory: Bytes(5), ..inventory() })));
+    assert_eq!(told(&bench), [(5, 1)]);
+    bench.grant();
+    bench.event(Event::Images(Images::default()));
+    assert_eq!(told(&bench), [(5, 0)]);
 }
 
 #[test]

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use berth_protocol::chunk::{GrantFor, GrantRequest};
 use berth_protocol::ids::Digest;
+use berth_protocol::image::Images;
 use berth_protocol::job::{PodTemplate, Volume, VolumeSource, Workspace};
 use berth_protocol::message::node::DepotAccess;
 use berth_protocol::pod::RESTORE_FAILED;
@@ -17,6 +18,7 @@ use berth_protocol::units::Bytes;
 use tokio::process::Command;
 use tokio::sync::Mutex;
 use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::watch;
 
 use super::checkpoint;
 use super::depot;
@@ -88,6 +90,11 @@ impl Preparer {
             host_paths: canonical("--allow-host-path", &config.host_paths),
             image_paths: config.image_paths.as_deref().map(|paths| canonical("--allow-image-path", paths)),
         })
+    }
+
+    /// The images here, and word of each one that comes or goes.
+    pub fn held(&self) -> watch::Receiver<Images> {
+        self.images.held()
     }
 
     /// Brings the checkpoint that a pod is to begin from here, verified; `dir` is the pod's.
@@ -187,7 +194,7 @@ impl Preparer {
                 Err(unready("HostImageForbidden", message.into(), false))
             };
         }
-        let reference = ImageRef::parse(image)?;
+        let reference = ImageRef::parse(image).map_err(ImageError::from)?;
         self.permit_path(&reference)?;
         let record = match self.images.lookup(&reference)? {
             Some(record) if !reference.floats() => record,

@@ -1,4 +1,5 @@
-//! What leaves the node for the depot: logs, outputs, checkpoints, each in a task of its own that ends with an event.
+//! What leaves the node for the depot: logs, outputs, checkpoints, each in a task of its own that ends with an event;
+//! and word of what the image store holds.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,9 +8,11 @@ use std::sync::Arc;
 use berth_protocol::checkpoint::{CheckpointKind, Needs};
 use berth_protocol::chunk::{GrantFor, GrantRequest};
 use berth_protocol::ids::{Digest, Run};
+use berth_protocol::image::Images;
 use berth_protocol::message::node::DepotAccess;
 use berth_protocol::units::Bytes;
-use tokio::sync::Mutex;
+use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::{Mutex, watch};
 
 use super::Agency;
 use crate::core::Event;
@@ -40,6 +43,14 @@ async fn put_log(
     let _turn = turn.lock().await;
     let access = access.ok_or(DepotError::NoAccess)?;
     depot::put_log(access, &key.pod, key.epoch, logs::segments(dir).await).await
+}
+
+/// Tells the core of the images that come and go, as long as there is a store.
+pub(super) async fn tell_images(mut held: watch::Receiver<Images>, events: UnboundedSender<Event>) {
+    while held.changed().await.is_ok() {
+        let images = held.borrow_and_update().clone();
+        let _ = events.send(Event::Images(images));
+    }
 }
 
 impl Agency {

@@ -233,6 +233,9 @@ fn node(node: &NodeStatus, now: Timestamp, colour: bool) -> String {
         );
     }
     let mut out = facts.render();
+    for image in node.images.iter() {
+        out.push_str(&format!("Image {image}\n"));
+    }
     for gpu in &node.gpus {
         let health = gpu.unhealthy.as_ref().map(|why| format!(", unhealthy: {why}")).unwrap_or_default();
         let theirs = if gpu.outside.0 > 0 {

@@ -180,16 +180,20 @@ pub fn checkpoints(rows: &[CheckpointRow], view: View) -> Table {
 
 /// The summary, and a table of all nodes.
 pub fn explanation(explained: &Explanation) -> (String, Table) {
-    let mut table = Table::new(vec!["NODE", "FITS", "PODS", "WHY NOT"]);
+    // Not of jobs that run on the nodes' own files.
+    let images = explained.nodes.iter().any(|verdict| verdict.has_image.is_some());
+    let (first, image): (&[_], &[_]) = (&["NODE", "FITS", "PODS"], if images { &["IMAGE"] } else { &[] });
+    let mut table = Table::new([first, image, &["WHY NOT"]].concat());
     for verdict in &explained.nodes {
         let pods: Vec<String> = verdict.pods.iter().map(ToString::to_string).collect();
         let fits = if verdict.fits { Cell::toned("yes", Tone::Good) } else { Cell::toned("no", Tone::Bad) };
-        table.push(vec![
-            verdict.node.as_str().into(),
-            fits,
-            pods.join(",").into(),
-            verdict.reasons.join("; ").into(),
-        ]);
+        let mut row = vec![verdict.node.as_str().into(), fits, pods.join(",").into()];
+        if images {
+            let words = |has| if has { "has the image" } else { "would pull the image" };
+            row.push(verdict.has_image.map_or("", words).into());
+        }
+        row.push(verdict.reasons.join("; ").into());
+        table.push(row);
     }
     let mut head = format!("job {}/{}: {}\n", explained.namespace, explained.job, explained.summary);
     if explained.waiting > 0 && explained.ahead > 0 {

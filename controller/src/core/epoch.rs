@@ -44,6 +44,9 @@ pub(super) struct Assignment {
     /// Of the pod, when this epoch was placed.
     #[serde(default)]
     pub restarts: u64,
+    /// The node held the pod's images when this epoch was placed.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub had_images: bool,
     /// The last failure within this epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last: Option<Box<Ending>>,

@@ -1,5 +1,6 @@
 //! What a node says it has, cut down to what a machine could have: sums over a fleet stay far from overflow, and no
-//! device counts twice. Whatever else a node claims is taken as it is; below what runs there, nothing is free.
+//! device counts twice. Whatever else a node claims is taken as it is; below what runs there, nothing is free. And what
+//! follows when it says something else.
 
 use std::collections::BTreeSet;
 
@@ -55,5 +56,28 @@ impl Controller {
             self.note(Note::InventoryCut { node: id.clone(), claims: cut.join(", ") });
         }
         claimed
+    }
+
+    /// The node has something else than before.
+    pub(super) fn inventory_changed(&mut self, id: &NodeId, claimed: Inventory) {
+        let has = self.believed(id, claimed);
+        let Some(node) = self.cluster.nodes.get_mut(id) else { return };
+        let only_images = has.is_but_for_images(&node.record.inventory);
+        node.record.inventory = has;
+        self.dirty.nodes.insert(id.clone());
+        // Images come and go with the pods themselves: nothing fits for them that did not, and nobody is told.
+        if !only_images {
+            node.version += 1;
+            self.dirty.states.insert(id.clone());
+            self.refresh_room(id);
+        }
+        self.restock(id);
+    }
+
+    /// The scheduler learns which images the node holds.
+    pub(super) fn restock(&mut self, id: &NodeId) {
+        if let Some(node) = self.cluster.nodes.get(id) {
+            self.scheduler.restock(id, &node.record.inventory.images);
+        }
     }
 }

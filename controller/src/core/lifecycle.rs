@@ -135,6 +135,7 @@ impl Controller {
             named: (self.config.term, node.generation.next()),
             failures: u64::from(job.run.failures),
             restarts: job.pod(index).map_or(0, |pod| u64::from(pod.restarts)),
+            had_images: self.scheduler.has_images(&job.file.spec.pod, &id) == Some(true),
             last: None,
             progress: None,
         };

@@ -255,6 +255,7 @@ impl Controller {
         let ids: Vec<NodeId> = self.cluster.nodes.keys().cloned().collect();
         for id in &ids {
             self.refresh_room(id);
+            self.restock(id);
             self.watch(id, now);
             self.timers.arm(Timer::Leave(id.clone()), now.boot);
         }

@@ -77,7 +77,7 @@ impl Controller {
             self.cluster.nodes.entry(id.clone()).or_insert_with(|| forgotten_node(record.clone(), now));
         let same_ledger = node.outbox.as_ref().is_some_and(|outbox| outbox.ledger == hello.ledger);
         let stranger = known && node.record.hardware != hello.hardware;
-        if node.record.inventory != record.inventory || !known {
+        if !node.record.inventory.is_but_for_images(&record.inventory) || !known {
             node.version += 1;
         }
         let drain = node.record.drain.take().filter(|_| !stranger);
@@ -131,6 +131,7 @@ impl Controller {
         }
         self.heard_from(now, id);
         self.refresh_room(id);
+        self.restock(id);
         self.settle_absent(now, id);
         self.dirty.states.insert(id.clone());
     }
@@ -239,16 +240,7 @@ impl Controller {
             acked = event.n;
             match event.event {
                 NodeEvent::Pod(change) => self.pod_event(now, id, event.at, change),
-                NodeEvent::Inventory(inventory) => {
-                    let inventory = self.believed(id, *inventory);
-                    if let Some(node) = self.cluster.nodes.get_mut(id) {
-                        node.record.inventory = inventory;
-                        node.version += 1;
-                        self.dirty.nodes.insert(id.clone());
-                        self.dirty.states.insert(id.clone());
-                        self.refresh_room(id);
-                    }
-                }
+                NodeEvent::Inventory(inventory) => self.inventory_changed(id, *inventory),
             }
         }
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };

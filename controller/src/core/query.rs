@@ -9,6 +9,7 @@ use berth_protocol::message::query::{
     ControllerVersion, JobDetail, LogPosition, LogSource, LogSources, OutputRow, Page, PodRow, Query,
     QueryError, QueryReply, QueryRequest,
 };
+use berth_protocol::message::user::NodeStatus;
 use berth_protocol::topic::Topic;
 use berth_protocol::units::Millis;
 use serde::Serialize;
@@ -126,7 +127,9 @@ impl Controller {
                 page(nodes.filter_map(|id| Some((id.to_string(), self.node_status(id)?))))
             }
             Query::Node { node } => {
-                let status = self.node_status(&node);
+                let images = self.cluster.nodes.get(&node).map(|node| node.record.inventory.images.clone());
+                let status = self.node_status(&node).zip(images);
+                let status = status.map(|(status, images)| NodeStatus { images, ..status });
                 value(&status.ok_or_else(|| not_found(format!("there is no node {node}")))?)
             }
             Query::Explain { namespace, job } => self.explain(namespace, job),

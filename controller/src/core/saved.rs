@@ -80,7 +80,8 @@ impl Controller {
         }
         let nodes = self.cluster.nodes.keys().take(QUERY_PAGE_ROWS_MAX).map(|node| {
             let reasons = self.unfit_for(id, node);
-            NodeVerdict { node: node.clone(), fits: reasons.is_empty(), reasons, pods: Vec::new() }
+            let has_image = self.scheduler.has_images(&found.spec.pod, node);
+            NodeVerdict { node: node.clone(), fits: reasons.is_empty(), reasons, pods: Vec::new(), has_image }
         });
         value(&CheckpointDetail {
             row: self.checkpoint_row(id, found),

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use berth_protocol::ids::{JobUid, NodeId};
+use berth_protocol::image::Images;
 use berth_protocol::limits::{MESSAGE_BYTES_MAX, STATUS_PODS_MAX, STATUS_PUBLISH_MS_MIN};
 use berth_protocol::message::node::PullProgress;
 use berth_protocol::message::user::{
@@ -264,6 +265,7 @@ impl Controller {
             agent_version: has.agent_version.clone(),
             criu: has.criu.clone(),
             pods: u32::try_from(node.pods.len()).unwrap_or(u32::MAX),
+            images: Images::default(),
             drain: node.record.drain.as_ref().map(|drain| DrainStatus {
                 since: drain.since,
                 deadline: drain.deadline,

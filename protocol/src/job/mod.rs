@@ -29,6 +29,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{ContainerName, Digest, JobName, Namespace, SecretName, VolumeName};
+use crate::image::ImageName;
 use crate::limits;
 use crate::resources::{Limits, Resources};
 use crate::units::{Bytes, Millis};
@@ -107,6 +108,14 @@ pub struct ContainerSpec {
     pub capabilities: BTreeSet<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub secrets: Vec<SecretMount>,
+}
+
+impl ContainerSpec {
+    /// The image to be on the node before it starts; none where it runs on the node's own files, or that is no name of
+    /// an image.
+    pub fn image_name(&self) -> Option<ImageName> {
+        if self.image == "host" { None } else { ImageName::parse(&self.image).ok() }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

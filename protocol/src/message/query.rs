@@ -29,7 +29,7 @@ pub enum Query {
     Pods { namespace: Option<Namespace>, job: Option<JobName>, after: Option<String> },
     /// `Page<NodeStatus>`
     Nodes { after: Option<String> },
-    /// `NodeStatus`
+    /// `NodeStatus`, with its images.
     Node { node: NodeId },
     /// `Explanation`
     Explain { namespace: Namespace, job: JobName },
@@ -245,6 +245,9 @@ pub struct NodeVerdict {
     /// The job's pods that are there.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pods: Vec<PodName>,
+    /// It holds what a pod of the job would otherwise pull first; none where that is nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub has_image: Option<bool>,
 }
 
 /// A job's logs: one source a pod and epoch, in order.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{Digest, Epoch, Generation, JobName, JobUid, Namespace, NodeId, PodName, RequestId};
+use crate::image::Images;
 use crate::pod::PodPhase;
 use crate::resources::{Gpu, Usage};
 use crate::units::{Bytes, MilliCpu, Timestamp, rfc3339};
@@ -205,6 +206,9 @@ pub struct NodeStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub criu: Option<String>,
     pub pods: u32,
+    /// Told where one node is asked for; on `state` and in lists they would be most of what is sent.
+    #[serde(default, skip_serializing_if = "Images::is_empty")]
+    pub images: Images,
     /// Being emptied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain: Option<DrainStatus>,

@@ -194,6 +194,7 @@ pub(super) fn inventory(agent: &str) -> Inventory {
         host_image: true,
         bridge: true,
         agent_version: "0.1.0".to_owned(),
+        images: Default::default(),
     }
 }
 

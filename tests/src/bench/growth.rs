@@ -126,7 +126,7 @@ fn fill(nodes: usize) -> Result<(f64, f64)> {
     let begun = Instant::now();
     let mut seated = 0;
     for shape in &pods {
-        if let Some(seat) = engine.place(shape, None) {
+        if let Some(seat) = engine.place(shape, &[], None) {
             engine.charge(shape, &seat);
             seated += 1;
         }

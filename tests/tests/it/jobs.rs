@@ -1,6 +1,6 @@
 //! Jobs from submit to log and exit code.
 
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use serde_json::json;
 
@@ -266,9 +266,18 @@ fn outputs_and_the_working_directory_travel_through_the_depot() {
     assert_eq!(std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("`{path}`: {error}")), "made\n");
 }
 
-#[test]
-fn an_image_comes_from_a_real_registry() {
-    let mut cluster = Cluster::new();
+/// A registry that ends with its handle.
+struct Registry(Child);
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A real registry on loopback, and the image that it has.
+fn registry_with_busybox(cluster: &Cluster) -> (Registry, String) {
     let layout = cluster.dir.path().join("image");
     busybox_layout(&layout);
     let port = crate::cluster::free_port();
@@ -279,13 +288,14 @@ fn an_image_comes_from_a_real_registry() {
         store.display()
     );
     std::fs::write(&config, yaml).expect("written");
-    let mut registry = Command::new("docker-registry")
+    let registry = Command::new("docker-registry")
         .arg("serve")
         .arg(&config)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
         .expect("docker-registry starts");
+    let registry = Registry(registry);
     let image = format!("127.0.0.1:{port}/lab/box:1");
     until("the image is pushed", 20, || {
         let copy = Command::new("skopeo")
@@ -296,6 +306,13 @@ fn an_image_comes_from_a_real_registry() {
             .status();
         copy.ok().filter(|status| status.success())
     });
+    (registry, image)
+}
+
+#[test]
+fn an_image_comes_from_a_real_registry() {
+    let mut cluster = Cluster::new();
+    let (registry, image) = registry_with_busybox(&cluster);
     cluster.agent("a1", &[]);
     let output = cluster.run(&[
         "run",
@@ -311,8 +328,7 @@ fn an_image_comes_from_a_real_registry() {
         "echo pulled",
     ]);
     assert_eq!(String::from_utf8_lossy(&output.stdout), "pulled\n", "{}", text(&output));
-    let _ = registry.kill();
-    let _ = registry.wait();
+    drop(registry);
     // What is here needs no registry.
     let output = cluster.run(&[
         "run",
@@ -328,6 +344,32 @@ fn an_image_comes_from_a_real_registry() {
         "echo kept",
     ]);
     assert_eq!(String::from_utf8_lossy(&output.stdout), "kept\n", "{}", text(&output));
+}
+
+#[test]
+fn of_equal_nodes_the_one_that_has_the_image_is_taken() {
+    let mut cluster = Cluster::new();
+    let (_registry, image) = registry_with_busybox(&cluster);
+    for node in ["a1", "a2"] {
+        cluster.agent(node, &["--capacity", "cpu=1,memory=256Mi"]);
+    }
+    let job = |more: &str| format!("image: {image}\nresources: {{cpu: 100m, memory: 32Mi}}\n{more}");
+    let node = |name: &str| cluster.until_phase(name, "Succeeded", 60)["pods"][0]["node"].clone();
+    cluster.submit("first", &job("affinity: node.name == \"a2\"\n"));
+    assert_eq!(node("first"), "a2");
+    until("the controller knows what a2 holds", 20, || {
+        let images = cluster.json(&["describe", "node", "a2"])?["images"].take();
+        images.as_array()?.contains(&json!(image)).then_some(())
+    });
+    // Of nodes that are equal otherwise the one that came first is taken.
+    cluster.submit("plain", &host("true"));
+    cluster.submit("second", &job(""));
+    assert_eq!((node("plain"), node("second")), (json!("a1"), json!("a2")), "{}", cluster.logs_of_all());
+    let explained = cluster.json(&["explain", "second"]).unwrap_or_default();
+    let has = |i: usize| (explained["nodes"][i]["node"].clone(), explained["nodes"][i]["hasImage"].clone());
+    assert_eq!([has(0), has(1)], [(json!("a1"), json!(false)), (json!("a2"), json!(true))], "{explained:#}");
+    let said = text(&cluster.run(&["explain", "second"]));
+    assert!(said.contains("has the image") && said.contains("would pull the image"), "{said}");
 }
 
 #[test]

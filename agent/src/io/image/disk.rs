@@ -9,12 +9,14 @@
 //! tmp/<worker>/                flock on the directory itself: whoever holds it is alive
 //! ```
 
+use std::cmp::Reverse;
 use std::fs::{self, DirBuilder, File, FileTimes};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use berth_protocol::image::Images;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
@@ -91,11 +93,19 @@ impl Disk {
     /// is pulled again and the record replaced.
     pub fn record(&self, reference: &ImageRef) -> io::Result<Option<ImageRecord>> {
         let record = read_record(&self.record_path(reference))?;
-        let complete = |record: &ImageRecord| {
-            record.reference == *reference
-                && record.layers.iter().all(|layer| self.layer_tree(layer).is_dir())
-        };
-        Ok(record.filter(complete))
+        Ok(record.filter(|record| record.reference == *reference && self.is_complete(record)))
+    }
+
+    fn is_complete(&self, record: &ImageRecord) -> bool {
+        record.layers.iter().all(|layer| self.layer_tree(layer).is_dir())
+    }
+
+    /// Of the images whose layers are all here the most recently used.
+    pub fn images(&self) -> io::Result<Images> {
+        let mut records = self.records()?;
+        records.sort_by_key(|record| Reverse(record.last_used_ms));
+        let complete = records.iter().filter(|record| self.is_complete(record));
+        Ok(Images::cut(complete.map(|record| record.reference.name())))
     }
 
     /// All images here.

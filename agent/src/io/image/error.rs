@@ -3,6 +3,7 @@
 use std::io;
 use std::path::Path;
 
+use berth_protocol::image::ImageRefError;
 use serde::{Deserialize, Serialize};
 
 /// How much of a text from outside (a registry's answer, a name in an archive) a message repeats.
@@ -46,6 +47,12 @@ pub enum ImageError {
     TooLarge { image: String, why: String },
     #[error("image {image} could not be brought to this node: {why}; see the agent's log")]
     Failed { image: String, why: String },
+}
+
+impl From<ImageRefError> for ImageError {
+    fn from(error: ImageRefError) -> ImageError {
+        ImageError::ReferenceInvalid { reference: error.reference, why: error.why.to_owned() }
+    }
 }
 
 impl ImageError {

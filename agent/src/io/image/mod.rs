@@ -1,4 +1,4 @@
-//! Owns the node's container images: references, pulling, unpacking into overlayfs layers, and collecting what
+//! Owns the node's container images: pulling, unpacking into overlayfs layers, and collecting what
 //! is no longer used; it knows nothing of pods, and mounts nothing.
 //!
 //! Two processes share this code. The daemon uses [`ImageStore`]: it reads small records and never parses an
@@ -16,7 +16,6 @@ mod layout;
 mod manifest;
 mod pull;
 mod record;
-mod reference;
 mod registry;
 mod source;
 mod store;
@@ -25,9 +24,9 @@ mod unpack;
 mod worker;
 
 pub use collect::Collected;
+pub use berth_protocol::image::{ImageRef, RegistryName};
 pub use digest::Digest;
 pub use error::ImageError;
 pub use record::{ImageConfig, ImageRecord, Progress, RegistryConfig};
-pub use reference::{ImageRef, RegistryName};
 pub use store::{ImageStore, StoreConfig};
 pub use worker::worker_main;

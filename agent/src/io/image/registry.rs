@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{Seek, Write};
 use std::time::Duration;
 
+use berth_protocol::image::{is_host, is_loopback};
 use futures_util::StreamExt;
 use oci_client::Reference;
 use oci_client::client::{BlobResponse, Client, ClientConfig, ClientProtocol};
@@ -15,7 +16,6 @@ use super::auth::AuthFile;
 use super::digest::Digester;
 use super::error::{chain, clip};
 use super::manifest::DOCUMENT_BYTES_MAX;
-use super::reference::{is_host, is_loopback};
 use super::{Digest, ImageError, RegistryConfig, RegistryName};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

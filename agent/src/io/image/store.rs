@@ -1,5 +1,5 @@
-//! Owns the daemon's side of images: looks records up, starts workers, lets many wait for one pull; it never parses
-//! an image.
+//! Owns the daemon's side of images: looks records up, starts workers, lets many wait for one pull, and keeps the list
+//! of what is here; it never parses an image.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -8,6 +8,7 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use berth_protocol::image::Images;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::{Semaphore, watch};
@@ -54,6 +55,8 @@ pub struct ImageStore {
     config: Arc<StoreConfig>,
     workers: Arc<Semaphore>,
     flights: Arc<Mutex<BTreeMap<ImageRef, watch::Sender<Flight>>>>,
+    /// Read from the disk at the start and after a collection; in between what happens here changes it.
+    held: watch::Sender<Images>,
 }
 
 /// A pull that some wait for.
@@ -67,17 +70,40 @@ impl ImageStore {
     /// Opens the store in `directory`, which is made if it is missing. [`ImageStore::collect`] should be called once
     /// after this: it removes what an earlier process left half-made.
     pub fn open(directory: &Path, config: StoreConfig) -> io::Result<ImageStore> {
+        let disk = Disk::open(directory)?;
         Ok(ImageStore {
-            disk: Disk::open(directory)?,
+            held: watch::Sender::new(listed(&disk)),
+            disk,
             config: Arc::new(config),
             workers: Arc::new(Semaphore::new(WORKERS_MAX)),
             flights: Arc::default(),
         })
     }
 
+    /// The images here, and word of each one that comes or goes.
+    pub fn held(&self) -> watch::Receiver<Images> {
+        self.held.subscribe()
+    }
+
+    /// The image is here, and in use.
+    fn used(&self, reference: &ImageRef) {
+        // Which one was used last is worth no message of its own.
+        self.held.send_if_modified(|held| held.used(reference.name()));
+    }
+
     /// The image if it is complete here, marked as used. For layouts and archives: if the source is still what it
     /// was when the image was read.
     pub fn lookup(&self, reference: &ImageRef) -> Result<Option<ImageRecord>, ImageError> {
+        let found = self.look(reference)?;
+        if found.is_some() {
+            self.used(reference);
+        } else {
+            self.held.send_if_modified(|held| held.gone(&reference.name()));
+        }
+        Ok(found)
+    }
+
+    fn look(&self, reference: &ImageRef) -> Result<Option<ImageRecord>, ImageError> {
         let failed = |error: io::Error| ImageError::disk(reference, self.disk.root(), &error);
         let Some(mut record) = self.disk.record(reference).map_err(failed)? else { return Ok(None) };
         let stamp = match reference {
@@ -146,7 +172,12 @@ impl ImageStore {
             used_permille_max: u64::from(used_percent_max) * 10,
             now_ms,
         };
-        match self.run(&request, |_| {}, std::future::pending()).await {
+        let answer = self.run(&request, |_| {}, std::future::pending()).await;
+        // One that failed may have removed some before.
+        if !matches!(&answer, Ok(Report::Collected(Collected { images: 0, .. }))) {
+            self.held.send_replace(listed(&self.disk));
+        }
+        match answer {
             Ok(Report::Collected(collected)) => Ok(collected),
             Ok(Report::Failed(error)) => Err(error),
             Ok(_) => Err(failed(&"collection", "the worker answered something else")),
@@ -187,7 +218,10 @@ impl ImageStore {
             }
         };
         let result = match self.run(&request, progressed, deserted).await {
-            Ok(Report::Pulled(record)) => Ok(*record),
+            Ok(Report::Pulled(record)) => {
+                self.used(&record.reference);
+                Ok(*record)
+            }
             Ok(Report::Failed(error)) => Err(error),
             Ok(_) => Err(failed(&reference, "the worker answered something else")),
             Err(error) => Err(failed(&reference, &error.to_string())),
@@ -248,6 +282,12 @@ impl ImageStore {
             }
         }
     }
+}
+
+/// The images on the disk. Where it cannot be read nobody knows of any, and each is found when it is asked for.
+fn listed(disk: &Disk) -> Images {
+    let images = disk.images();
+    images.inspect_err(|error| tracing::warn!("cannot tell which images are here: {error}")).unwrap_or_default()
 }
 
 async fn next_report(reports: &mut (impl AsyncBufReadExt + Unpin)) -> io::Result<Option<Report>> {

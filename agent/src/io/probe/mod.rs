@@ -24,6 +24,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use berth_protocol::image::Images;
 use berth_protocol::resources::{Gpu, GpuShare, Inventory, Usage};
 use berth_protocol::units::{Bytes, MilliCpu};
 
@@ -111,6 +112,7 @@ impl Probe {
             host_image: config.host_image,
             bridge: config.bridge,
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            images: Images::default(),
         };
         let gpus = Gpus::new(config.root.clone(), config.nvml.clone(), Duration::from_millis(STUCK_MS));
         let limits = cgroup::OwnLimits::find(&config.root, &mounts);
@@ -120,6 +122,7 @@ impl Probe {
         probe
     }
 
+    /// Without images: the machine says nothing of those.
     pub fn inventory(&self) -> &Inventory {
         &self.inventory
     }

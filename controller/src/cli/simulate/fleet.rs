@@ -40,7 +40,7 @@ impl Fleet {
 
     /// Seats a pod in a room if it fits one.
     pub fn place(&mut self, pod: usize, shape: &Shape) -> bool {
-        let Some(seat) = self.engine.place(shape, None) else { return false };
+        let Some(seat) = self.engine.place(shape, &[], None) else { return false };
         self.engine.charge(shape, &seat);
         self.settle(pod, shape, seat);
         true
@@ -61,8 +61,9 @@ impl Fleet {
         if self.seats.len() <= pod {
             self.seats.resize(pod + 1, None);
         }
-        let devices = seat.devices.clone();
-        let tenant = Tenant { pod, shape: shape.clone(), devices, movable: true, work: work(shape) };
+        // Lists of pods name no images.
+        let (images, devices) = (Vec::new(), seat.devices.clone());
+        let tenant = Tenant { pod, shape: shape.clone(), images, devices, movable: true, work: work(shape) };
         self.tenants.0[seat.room].push(tenant);
         self.seats[pod] = Some(seat);
     }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use super::images::{Holders, ImageId};
 use super::index::{BLOCK, Row};
 use super::policy::{Cell, Class, Policy, Sigmoid, Verdict, fragments, value};
 use super::prices::{Demand, Prices};
@@ -26,6 +27,11 @@ pub struct Engine {
     /// Devices of the room that has most.
     stride: usize,
     segments: Vec<Segment>,
+    /// By block: its segment.
+    segment_of: Vec<usize>,
+    /// By room: the images that it holds.
+    stocks: Vec<Vec<ImageId>>,
+    holders: Holders,
     /// Some room has devices of several models.
     mixed: bool,
     classes: Vec<(Class, Row)>,
@@ -66,6 +72,9 @@ impl Engine {
             remainders: Vec::new(),
             stride: 0,
             segments: Vec::new(),
+            segment_of: Vec::new(),
+            stocks: Vec::new(),
+            holders: Holders::default(),
             mixed: false,
             classes: Vec::new(),
             known: BTreeMap::new(),
@@ -89,9 +98,7 @@ impl Engine {
     pub fn refresh(&mut self, index: usize, room: Room) {
         let models = models(&room);
         let stays = self.slots.get(index).is_some_and(|slot| {
-            let segment =
-                self.segments.iter().find(|segment| segment.blocks.contains(&(slot / BLOCK as u32)));
-            segment.is_some_and(|segment| segment.models == models) && room.devices.len() <= self.stride
+            self.segment(*slot as usize / BLOCK).models == models && room.devices.len() <= self.stride
         });
         if stays {
             self.rooms[index] = room;
@@ -100,6 +107,7 @@ impl Engine {
         let fresh = index == self.rooms.len();
         if fresh {
             self.rooms.push(room);
+            self.stocks.push(Vec::new());
         } else {
             self.rooms[index] = room;
         }
@@ -119,11 +127,33 @@ impl Engine {
         self.update(index);
     }
 
+    /// Images that a room holds.
+    pub fn stock(&self, room: usize) -> &[ImageId] {
+        &self.stocks[room]
+    }
+
+    /// Makes a room's images what they are now. No score depends on them.
+    pub fn restock(&mut self, room: usize, images: Vec<ImageId>) {
+        let slot = self.slots[room] as usize;
+        for image in std::mem::replace(&mut self.stocks[room], images) {
+            self.holders.unset(image, slot);
+        }
+        self.shelve(room);
+    }
+
+    fn shelve(&mut self, room: usize) {
+        for image in &self.stocks[room] {
+            self.holders.set(*image, self.slots[room] as usize);
+        }
+    }
+
     /// Gives every room its slot anew, in the order of the rooms.
     fn lay_out(&mut self) {
         self.stride = self.rooms.iter().map(|room| room.devices.len()).max().unwrap_or(0);
         self.mixed = self.rooms.iter().any(|room| models(room).len() > 1);
         self.segments.clear();
+        self.segment_of.clear();
+        self.holders.clear();
         self.slots.clear();
         self.cells.clear();
         self.remainders.clear();
@@ -134,18 +164,19 @@ impl Engine {
         for index in 0..self.rooms.len() {
             self.seat_room(index, models(&self.rooms[index]));
             self.update(index);
+            self.shelve(index);
         }
     }
 
     fn seat_room(&mut self, index: usize, models: Vec<usize>) {
-        let segment =
-            self.segments.iter().position(|segment| segment.models == models).unwrap_or_else(|| {
-                self.segments.push(Segment { models, blocks: Vec::new(), filled: BLOCK });
-                self.segments.len() - 1
-            });
-        let segment = &mut self.segments[segment];
+        let number = self.segments.iter().position(|segment| segment.models == models).unwrap_or_else(|| {
+            self.segments.push(Segment { models, blocks: Vec::new(), filled: BLOCK });
+            self.segments.len() - 1
+        });
+        let segment = &mut self.segments[number];
         if segment.filled == BLOCK {
             segment.filled = 0;
+            self.segment_of.push(number);
             segment.blocks.push((self.cells.len() / BLOCK) as u32);
             self.cells.resize(self.cells.len() + BLOCK, Cell::default());
             self.remainders.resize(self.cells.len() * self.stride, 0);
@@ -220,8 +251,14 @@ impl Engine {
         self.update(seat.room);
     }
 
-    /// The best seat of those rooms that `allowed` lets through.
-    pub fn place(&mut self, shape: &Shape, allowed: Option<&dyn Fn(usize) -> bool>) -> Option<Seat> {
+    /// The best seat of those rooms that `allowed` lets through: of equals one in a room that holds all of `images`, the
+    /// first then.
+    pub fn place(
+        &mut self,
+        shape: &Shape,
+        images: &[ImageId],
+        allowed: Option<&dyn Fn(usize) -> bool>,
+    ) -> Option<Seat> {
         let class = self.class(shape);
         let row = &self.classes[class].1;
         let mut best: Option<(u8, u32, usize)> = None;
@@ -236,7 +273,9 @@ impl Engine {
                 best = Some((score, room, slot));
             }
         }
-        let mut slot = best?.2;
+        let (score, _, mut slot) = best?;
+        let equal = |room: usize| allowed.is_none_or(|allowed| allowed(room));
+        slot = self.at_hand(row, shape, images, score, equal).unwrap_or(slot);
         if self.policy == Policy::Random {
             slot = self.any(class, shape, allowed)?;
         }
@@ -250,8 +289,14 @@ impl Engine {
         Some(self.seat(class, shape, self.slots[room] as usize))
     }
 
-    /// The best seat by `rank` first, the lowest, and by score then; without a rank a room is out of the question.
-    pub fn place_by<R: Ord>(&mut self, shape: &Shape, rank: impl Fn(usize) -> Option<R>) -> Option<Seat> {
+    /// The best seat by `rank` first, the lowest, by score then, and of equals as `place` has it; without a rank a room
+    /// is out of the question.
+    pub fn place_by<R: Ord>(
+        &mut self,
+        shape: &Shape,
+        images: &[ImageId],
+        rank: impl Fn(usize) -> Option<R>,
+    ) -> Option<Seat> {
         let class = self.class(shape);
         let row = &self.classes[class].1;
         let rooms = self.segments.iter().filter(|segment| segment.holds(shape));
@@ -263,8 +308,44 @@ impl Engine {
             let room = self.cells[slot].room;
             Some(((rank(room as usize)?, u8::MAX - row.score(slot), room), slot))
         });
-        let slot = ranked.min_by(|a, b| a.0.cmp(&b.0))?.1;
+        let ((best, short, _), slot) = ranked.min_by(|a, b| a.0.cmp(&b.0))?;
+        let equal = |room: usize| rank(room).is_some_and(|rank| rank == best);
+        let slot = self.at_hand(row, shape, images, u8::MAX - short, equal).unwrap_or(slot);
         Some(self.seat(class, shape, slot))
+    }
+
+    /// Of the rooms of that very score that `equal` lets through, and that hold all of `images`, the first one's slot.
+    fn at_hand(
+        &self,
+        row: &Row,
+        shape: &Shape,
+        images: &[ImageId],
+        score: u8,
+        equal: impl Fn(usize) -> bool,
+    ) -> Option<usize> {
+        let mut first: Option<(u32, usize)> = None;
+        for (block, mut bits) in self.holders.of(images) {
+            if row.highest(block) < score || !self.segment(block).holds(shape) {
+                continue;
+            }
+            while bits != 0 {
+                let slot = block * BLOCK + bits.trailing_zeros() as usize;
+                let room = self.cells[slot].room;
+                if row.score(slot) == score && equal(room as usize) {
+                    // Rooms of a block are in order.
+                    if first.is_none_or(|(other, _)| room < other) {
+                        first = Some((room, slot));
+                    }
+                    break;
+                }
+                bits &= bits - 1;
+            }
+        }
+        first.map(|(_, slot)| slot)
+    }
+
+    fn segment(&self, block: usize) -> &Segment {
+        &self.segments[self.segment_of[block]]
     }
 
     fn any(&mut self, class: usize, shape: &Shape, allowed: Option<&dyn Fn(usize) -> bool>) -> Option<usize> {
@@ -415,3 +496,6 @@ fn models(room: &Room) -> Vec<usize> {
     models.dedup();
     models
 }
+
+#[cfg(test)]
+mod tests;

@@ -32,6 +32,12 @@ impl Row {
         self.scores[slot]
     }
 
+    /// The highest score of a block.
+    #[inline]
+    pub fn highest(&self, block: usize) -> u8 {
+        self.maxima[block]
+    }
+
     #[inline]
     pub fn set(&mut self, slot: usize, score: u8) {
         let block = slot / BLOCK;

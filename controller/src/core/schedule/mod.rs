@@ -5,6 +5,7 @@ pub mod engine;
 pub mod explain;
 mod free_up;
 pub mod hold;
+pub mod images;
 mod index;
 pub mod market;
 pub mod moves;
@@ -30,13 +31,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use berth_protocol::ids::{JobUid, Namespace, NodeId, PodId};
-use berth_protocol::job::{JobSpec, Volume, VolumeSource};
+use berth_protocol::image::{ImageName, Images};
+use berth_protocol::job::{ContainerSpec, JobSpec, PodTemplate, Volume, VolumeSource};
 use berth_protocol::limits::PODS_PER_NODE_MAX;
 use berth_protocol::resources::{Inventory, Resources};
 use berth_protocol::units::BootMs;
 
 use self::engine::Engine;
 use self::hold::Holds;
+use self::images::{Catalogue, ImageId};
 use self::market::Market;
 use self::place::Classes;
 use self::problem::{Device, Room, Seat, Shape, Size};
@@ -76,6 +79,7 @@ pub(super) struct Scheduler {
     layout: u64,
     /// Names of device models, by number.
     models: Vec<String>,
+    images: Catalogue,
     /// Counts what may let a pod fit that did not: room freed, a node changed.
     pub version: u64,
     /// Something changed since the last pass.
@@ -251,6 +255,33 @@ impl Scheduler {
         self.wanted = true;
     }
 
+    /// Makes the node's images what it says that it holds. Nobody waits for an image, so nothing is looked at again.
+    pub fn restock(&mut self, id: &NodeId, images: &Images) {
+        let Some(room) = self.room(id) else { return };
+        // Taken before others are given back: what stays keeps its number.
+        let now: Vec<ImageId> = images.iter().map(|name| self.images.take(name)).collect();
+        self.engine.stock(room).iter().for_each(|image| self.images.give_back(*image));
+        self.engine.restock(room, now);
+    }
+
+    /// Those of the pod's images that some node holds.
+    pub fn images_of(&self, pod: &PodTemplate) -> Vec<ImageId> {
+        if self.images.is_empty() {
+            return Vec::new();
+        }
+        let mut images: Vec<ImageId> = names(pod).filter_map(|name| self.images.id(&name)).collect();
+        images.sort_unstable();
+        images.dedup();
+        images
+    }
+
+    /// Whether the node holds all of the pod's images. None: it needs none.
+    pub fn has_images(&self, pod: &PodTemplate, node: &NodeId) -> Option<bool> {
+        let stock = self.engine.stock(self.room(node)?);
+        let has = |name: ImageName| self.images.id(&name).is_some_and(|image| stock.contains(&image));
+        names(pod).map(has).reduce(|all, one| all && one)
+    }
+
     /// A pod has left the node. `false`: its room is to be made anew, since its pods take more than there is.
     #[must_use]
     pub fn release(&mut self, id: &NodeId, has: &Inventory, pod: &PodId, charge: &Charge) -> bool {
@@ -278,6 +309,10 @@ impl Scheduler {
             models: gpu.filter(|gpu| !gpu.model.is_empty()).map(|gpu| matching(&gpu.model)),
         }
     }
+}
+
+fn names(pod: &PodTemplate) -> impl Iterator<Item = ImageName> + '_ {
+    pod.containers.iter().filter_map(ContainerSpec::image_name)
 }
 
 /// Takes a pod in that is there already, whether or not the node still has what it takes; tells whether it has.

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::engine::Engine;
+use super::images::ImageId;
 use super::problem::{Room, Seat, Shape};
 
 /// Moves for the sake of one pod, at most.
@@ -17,6 +18,8 @@ pub struct Tenant {
     /// The caller's name for it.
     pub pod: usize,
     pub shape: Shape,
+    /// What a room that holds them need not pull.
+    pub images: Vec<ImageId>,
     pub devices: Vec<usize>,
     /// May be moved at all.
     pub movable: bool,
@@ -82,7 +85,7 @@ pub fn plan(
         able.retain(|i| {
             let moved = &tenants.of(room)[*i].shape;
             if !homes.contains_key(moved) {
-                homes.insert(moved.clone(), engine.place(moved, None).is_some());
+                homes.insert(moved.clone(), engine.place(moved, &[], None).is_some());
             }
             homes[moved]
         });
@@ -198,7 +201,7 @@ fn work_out(engine: &mut Engine, tenants: &dyn Tenants, draft: &Draft, shape: &S
     let mut moves: Vec<Move> = Vec::new();
     for tenant in &leaving {
         let elsewhere = |room: usize| room != draft.room && tenants.may(tenant.pod, room);
-        let Some(to) = engine.place(&tenant.shape, Some(&elsewhere)) else { break };
+        let Some(to) = engine.place(&tenant.shape, &tenant.images, Some(&elsewhere)) else { break };
         let from = Seat { room: draft.room, devices: tenant.devices.clone() };
         engine.charge(&tenant.shape, &to);
         engine.release(&tenant.shape, &from);
@@ -240,7 +243,7 @@ pub fn defrag(engine: &mut Engine, tenants: &dyn Tenants, moves_max: usize) -> V
 /// Moves the pod to the best seat elsewhere, if that leaves fewer fragments.
 fn improve(engine: &mut Engine, tenants: &dyn Tenants, room: usize, tenant: &Tenant) -> Option<(i64, Move)> {
     let elsewhere = |other: usize| other != room && tenants.may(tenant.pod, other);
-    let to = engine.place(&tenant.shape, Some(&elsewhere))?;
+    let to = engine.place(&tenant.shape, &tenant.images, Some(&elsewhere))?;
     let before = engine.fragments(room) + engine.fragments(to.room);
     let from = Seat { room, devices: tenant.devices.clone() };
     let step = Move { pod: tenant.pod, shape: tenant.shape.clone(), from, to };
@@ -301,10 +304,12 @@ mod tests {
         let mut tenants = ByRoom(vec![Vec::new(); rooms.len()]);
         for (pod, (cpu, gpus, tenths, movable)) in pods.iter().enumerate() {
             let shape = shape(*cpu, *gpus, *tenths);
-            let Some(seat) = engine.place(&shape, None) else { continue };
+            let Some(seat) = engine.place(&shape, &[], None) else { continue };
             engine.charge(&shape, &seat);
             let devices = seat.devices.clone();
-            tenants.0[seat.room].push(Tenant { pod, shape, devices, movable: *movable, work: *cpu });
+            let images = Vec::new();
+            let tenant = Tenant { pod, shape, images, devices, movable: *movable, work: *cpu };
+            tenants.0[seat.room].push(tenant);
         }
         (engine, tenants)
     }
@@ -327,14 +332,29 @@ mod tests {
             let (shape, seat) = (shape(cpu, 1, tenths), Seat { room: index, devices: vec![0] });
             engine.charge(&shape, &seat);
             let devices = seat.devices;
-            tenants.0[index].push(Tenant { pod: index, shape, devices, movable: true, work: cpu });
+            let images = Vec::new();
+            tenants.0[index].push(Tenant { pod: index, shape, images, devices, movable: true, work: cpu });
         }
         let whole = shape(1, 1, 10);
-        assert_eq!(engine.place(&whole, None), None);
+        assert_eq!(engine.place(&whole, &[], None), None);
         assert_eq!(plan(&mut engine, &tenants, &whole, &|_| true, 0), None);
         let plan = plan(&mut engine, &tenants, &whole, &|_| true, 1).expect("one move frees a device");
         assert_eq!(plan.seat, Seat { room: 1, devices: vec![0] });
         assert_eq!((plan.moves[0].pod, plan.moves[0].to.room), (1, 0));
+    }
+
+    #[test]
+    fn of_seats_as_good_a_pod_moves_to_where_its_image_is() {
+        let (mut engine, mut tenants) = fill(&[(8, 0), (4, 0), (4, 0)], &[(2, 0, 0, true)]);
+        engine.restock(2, vec![5]);
+        let wanted = shape(8, 0, 0);
+        let mut goes_to = |tenants: &ByRoom| {
+            let plan = plan(&mut engine, tenants, &wanted, &|_| true, 1).expect("one move frees the first room");
+            plan.moves[0].to.room
+        };
+        assert_eq!(goes_to(&tenants), 1);
+        tenants.0[0][0].images = vec![5];
+        assert_eq!(goes_to(&tenants), 2);
     }
 
     proptest! {
@@ -348,7 +368,7 @@ mod tests {
             let (mut engine, tenants) = fill(&rooms, &pods);
             let before = engine.rooms().to_vec();
             let wanted = shape(wanted.0, wanted.1, wanted.2);
-            let fits = engine.place(&wanted, None).is_some();
+            let fits = engine.place(&wanted, &[], None).is_some();
             if !fits && let Some(plan) = plan(&mut engine, &tenants, &wanted, &|_| true, moves_max) {
                 prop_assert!(!plan.moves.is_empty() && plan.moves.len() <= moves_max);
                 for step in &plan.moves {

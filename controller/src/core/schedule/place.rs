@@ -10,6 +10,7 @@ use berth_protocol::units::{Bytes, MilliCpu};
 use super::super::cluster::{Charge, Job, Node};
 use super::super::{Controller, Now};
 use super::Scheduler;
+use super::images::ImageId;
 use super::problem::{Seat, Shape, Zoning};
 use super::quota::Sum;
 use super::rulebook::BookId;
@@ -147,6 +148,7 @@ impl Scheduler {
         &mut self,
         uid: &JobUid,
         shape: &Shape,
+        images: &[ImageId],
         book: BookId,
         zoned: &BTreeMap<usize, usize>,
         homes: &BTreeSet<usize>,
@@ -167,7 +169,7 @@ impl Scheduler {
         }
         let plain = book.zoning == Zoning::Free && !book.has_preferences();
         if plain && book.is_everywhere() && !holds.is_any() {
-            return engine.place(shape, None);
+            return engine.place(shape, images, None);
         }
         // The engine may choose devices of a held room that are not spare: then another room does.
         let mut passed = BTreeSet::new();
@@ -179,13 +181,13 @@ impl Scheduler {
                 .collect();
             let allowed = |room: usize| open(room) && !spare.contains(&room) && !passed.contains(&room);
             let seat = if plain {
-                engine.place(shape, Some(&allowed))?
+                engine.place(shape, images, Some(&allowed))?
             } else {
                 let rank = |room: usize| {
                     let crowd = if book.zoning == Zoning::Spread { crowd(room) } else { 0 };
                     allowed(room).then(|| (-book.sites()[room].bonus, crowd))
                 };
-                engine.place_by(shape, rank)?
+                engine.place_by(shape, images, rank)?
             };
             if holds.allow(uid, seat.room, shape, &seat.devices) {
                 return Some(seat);
@@ -224,10 +226,13 @@ impl Controller {
         }
         let mut zoned = self.scheduler.zoned(job);
         let homes = self.homes(job);
+        let images = self.scheduler.images_of(&spec.pod);
         let mut seats: Vec<Seat> = Vec::new();
         while seats.len() < pods {
-            let job_over = !gang && !seats.is_empty() && self.over_quota(uid, &wants, seats.len() + 1);
-            let seat = (!job_over).then(|| self.scheduler.pick(uid, &shape, book, &zoned, &homes)).flatten();
+            if !gang && !seats.is_empty() && self.over_quota(uid, &wants, seats.len() + 1) {
+                break;
+            }
+            let seat = self.scheduler.pick(uid, &shape, &images, book, &zoned, &homes);
             let Some(seat) = seat else { break };
             self.scheduler.charge(uid, &shape, &seat);
             let zone = self.scheduler.books.get(book).map_or(0, |book| book.sites()[seat.room].zone);

@@ -3,6 +3,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::images::ImageId;
+
 /// What a node has free.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Room {
@@ -71,6 +73,8 @@ pub enum Zoning {
 #[derive(Debug, Clone)]
 pub struct Ask<'a> {
     pub shape: Shape,
+    /// Of rooms as good as another one that holds all of these is taken.
+    pub images: Vec<ImageId>,
     pub pods: usize,
     /// All or none.
     pub gang: bool,

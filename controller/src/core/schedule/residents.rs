@@ -78,7 +78,8 @@ impl<'a> Residents<'a> {
             let mut pods = self.pods.borrow_mut();
             pods.push(id.clone());
             let (pod, work) = (pods.len() - 1, work(assignment));
-            Some(Tenant { pod, shape, devices, movable, work })
+            let images = self.controller.scheduler.images_of(&job.file.spec.pod);
+            Some(Tenant { pod, shape, images, devices, movable, work })
         });
         tenants.collect()
     }

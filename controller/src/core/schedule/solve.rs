@@ -1,5 +1,5 @@
-//! Serves asks in their order: preference and zones first, then the engine's score. An ask that fits nowhere holds back
-//! no other.
+//! Serves asks in their order: preference and zones first, then the engine's score, then a room that holds the images.
+//! An ask that fits nowhere holds back no other.
 
 use std::collections::BTreeMap;
 
@@ -27,9 +27,9 @@ fn serve(ask: &Ask<'_>, engine: &mut Engine, seats: &mut Vec<Seat>) {
     let plain = ask.zoning == Zoning::Free && ask.sites.iter().all(|site| site.bonus == 0);
     while seats.len() < ask.pods {
         let seat = match (plain, everywhere) {
-            (true, true) => engine.place(&ask.shape, None),
-            (true, false) => engine.place(&ask.shape, Some(&|room| ask.sites[room].eligible)),
-            (false, _) => engine.place_by(&ask.shape, |room| rank(ask, &zoned, room)),
+            (true, true) => engine.place(&ask.shape, &ask.images, None),
+            (true, false) => engine.place(&ask.shape, &ask.images, Some(&|room| ask.sites[room].eligible)),
+            (false, _) => engine.place_by(&ask.shape, &ask.images, |room| rank(ask, &zoned, room)),
         };
         let Some(seat) = seat else { break };
         engine.charge(&ask.shape, &seat);
@@ -106,11 +106,12 @@ mod tests {
         )
     }
 
-    type Draft = (Shape, usize, bool, u8, Vec<(bool, i64, usize)>);
+    type Draft = (Shape, usize, bool, u8, Vec<(bool, i64, usize)>, BTreeSet<usize>);
 
     fn draft() -> impl Strategy<Value = Draft> {
         let sites = proptest::collection::vec((prop::bool::weighted(0.8), -2..3i64, 0..3usize), 5);
-        (shape(), 0..6usize, any::<bool>(), 0..3u8, sites)
+        let images = proptest::collection::btree_set(0..3usize, 0..3);
+        (shape(), 0..6usize, any::<bool>(), 0..3u8, sites, images)
     }
 
     fn policy() -> impl Strategy<Value = Policy> {
@@ -127,8 +128,9 @@ mod tests {
     }
 
     fn asks<'a>(drafts: &[Draft], sites: &'a [Vec<Site>], rooms: usize) -> Vec<Ask<'a>> {
-        let asks = drafts.iter().zip(sites).map(|((shape, pods, gang, zoning, _), sites)| Ask {
+        let asks = drafts.iter().zip(sites).map(|((shape, pods, gang, zoning, _, images), sites)| Ask {
             shape: shape.clone(),
+            images: images.iter().copied().collect(),
             pods: *pods,
             gang: *gang,
             zoning: [Zoning::Free, Zoning::Spread, Zoning::Apart][usize::from(*zoning)],
@@ -142,6 +144,7 @@ mod tests {
         let mut engine = Engine::new(policy, 7);
         for (index, room) in rooms.iter().enumerate() {
             engine.refresh(index, room.clone());
+            engine.restock(index, (0..3).filter(|image| index >> image & 1 == 1).collect());
         }
         engine.adopt(prices.clone());
         engine

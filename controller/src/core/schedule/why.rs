@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use berth_protocol::ids::{JobUid, NodeId, PodId, PodName};
+use berth_protocol::job::PodTemplate;
 use berth_protocol::limits::QUERY_PAGE_ROWS_MAX;
 use berth_protocol::message::query::{Explanation, Freeing, NodeVerdict, PodSeat, ReasonCount};
 
@@ -170,9 +171,11 @@ impl Controller {
             .iter()
             .filter(|(_, reasons)| !reasons.is_empty())
             .min_by_key(|(room, reasons)| (reasons.len(), reasons[0].distance(), *room));
-        let nearest = nearest.map(|(room, reasons)| self.verdict_row(*room, reasons, &pods_on));
-        let nodes = verdicts.iter().take(QUERY_PAGE_ROWS_MAX);
-        let nodes = nodes.map(|(room, reasons)| self.verdict_row(*room, reasons, &pods_on)).collect();
+        let row = |(room, reasons): &(usize, Vec<Reason>)| {
+            self.verdict_row(&job.file.spec.pod, *room, reasons, &pods_on)
+        };
+        let nearest = nearest.map(row);
+        let nodes = verdicts.iter().take(QUERY_PAGE_ROWS_MAX).map(row).collect();
         let ledger = &self.scheduler.ledger;
         let order = self.scheduler.queue.in_order(|namespace| ledger.share(namespace));
         let ahead = order.iter().position(|other| *other == uid).unwrap_or(0);
@@ -205,6 +208,7 @@ impl Controller {
 
     fn verdict_row(
         &self,
+        pod: &PodTemplate,
         room: usize,
         reasons: &[Reason],
         pods_on: &dyn Fn(&NodeId) -> Vec<PodName>,
@@ -212,7 +216,8 @@ impl Controller {
         let node = self.scheduler.nodes[room].clone();
         let pods = pods_on(&node);
         let reasons: Vec<String> = reasons.iter().map(|reason| reason.text.clone()).collect();
-        NodeVerdict { node, fits: reasons.is_empty(), reasons, pods }
+        let has_image = self.scheduler.has_images(pod, &node);
+        NodeVerdict { node, fits: reasons.is_empty(), reasons, pods, has_image }
     }
 
     /// The least that would have to end for the next pod to start, whatever the priorities.
@@ -269,6 +274,9 @@ impl Controller {
                 _ => {}
             }
             why.push("of the nodes that fit equally well by that, the one it fragments least".to_owned());
+            if assignment.had_images {
+                why.push("the node had the image already".to_owned());
+            }
             Some(PodSeat { pod: job.file.spec.name.pod(*index), node: assignment.node.clone(), why })
         };
         job.placed().iter().take(QUERY_PAGE_ROWS_MAX).filter_map(seat).collect()

@@ -100,6 +100,7 @@ pub fn inventory(cores: u64, gpus: usize) -> Inventory {
         host_image: false,
         bridge: true,
         agent_version: "0.1.0".to_owned(),
+        images: Default::default(),
     }
 }
 

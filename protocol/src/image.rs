@@ -1,4 +1,4 @@
-//! Owns what an image may be called; parses names, touches nothing.
+//! Owns what an image may be called, and the list of those that a node says it holds; parses names, touches nothing.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -6,9 +6,11 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Digest, ImageError};
+use crate::ids::Digest;
+use crate::limits::{IMAGES_PER_NODE_BYTES_MAX, IMAGES_PER_NODE_MAX};
 
 const REFERENCE_BYTES_MAX: usize = 1024;
+const REFERENCE_SHOWN_CHARS_MAX: usize = 300;
 /// Of registry host and repository together (distribution's `NameTotalLengthMax`).
 const NAME_BYTES_MAX: usize = 255;
 const TAG_BYTES_MAX: usize = 128;
@@ -38,16 +40,28 @@ pub struct RegistryName {
     pub digest: Option<Digest>,
 }
 
+/// Why a text is no reference.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{reference}` is not an image reference: {why}")]
+pub struct ImageRefError {
+    /// As much of it as fits a message.
+    pub reference: String,
+    pub why: &'static str,
+}
+
 impl ImageRef {
     /// Reads a reference as a person writes it.
-    ///
-    /// # Errors
-    /// [`ImageError::ReferenceInvalid`]
-    pub fn parse(text: &str) -> Result<ImageRef, ImageError> {
-        parse(text).map_err(|why| ImageError::ReferenceInvalid {
-            reference: super::error::clip(text),
-            why: why.to_owned(),
+    pub fn parse(text: &str) -> Result<ImageRef, ImageRefError> {
+        let clean = |c: char| if c.is_control() { ' ' } else { c };
+        parse(text).map_err(|why| ImageRefError {
+            reference: text.chars().take(REFERENCE_SHOWN_CHARS_MAX).map(clean).collect(),
+            why,
         })
+    }
+
+    /// What this reference and every other spelling of it are compared by.
+    pub fn name(&self) -> ImageName {
+        ImageName(self.to_string().into())
     }
 
     /// Whether the name is expected to mean something else tomorrow: `latest`, given or implied.
@@ -88,7 +102,7 @@ fn registry_name(text: &str) -> Result<RegistryName, &'static str> {
     let (text, digest) = match text.split_once('@') {
         Some((name, digest)) => (
             name,
-            Some(digest.parse::<Digest>().map_err(|_| "the digest must be sha256:<64 hexadecimal digits>")?),
+            Some(Digest::parse(digest).map_err(|_| "the digest must be sha256:<64 hexadecimal digits>")?),
         ),
         None => (text, None),
     };
@@ -158,7 +172,7 @@ fn is_component(component: &str) -> bool {
 }
 
 /// `name.example`, `10.0.0.1`, `[::1]`, each with a port or without. Nothing in it may end the host part of a URL.
-pub(super) fn is_host(host: &str) -> bool {
+pub fn is_host(host: &str) -> bool {
     let (name, port) = match host.rsplit_once(':') {
         Some((name, port)) if !port.ends_with(']') => (name, Some(port)),
         _ => (host, None),
@@ -181,7 +195,7 @@ pub(super) fn is_host(host: &str) -> bool {
 }
 
 /// Whether `host` (with a port or without) is this machine.
-pub(super) fn is_loopback(host: &str) -> bool {
+pub fn is_loopback(host: &str) -> bool {
     let name = match host.rsplit_once(':') {
         Some((name, port)) if !port.ends_with(']') => name,
         _ => host,
@@ -215,17 +229,17 @@ impl fmt::Display for RegistryName {
 }
 
 impl FromStr for ImageRef {
-    type Err = ImageError;
+    type Err = ImageRefError;
 
-    fn from_str(text: &str) -> Result<ImageRef, ImageError> {
+    fn from_str(text: &str) -> Result<ImageRef, ImageRefError> {
         ImageRef::parse(text)
     }
 }
 
 impl TryFrom<String> for ImageRef {
-    type Error = ImageError;
+    type Error = ImageRefError;
 
-    fn try_from(text: String) -> Result<ImageRef, ImageError> {
+    fn try_from(text: String) -> Result<ImageRef, ImageRefError> {
         ImageRef::parse(&text)
     }
 }
@@ -233,6 +247,105 @@ impl TryFrom<String> for ImageRef {
 impl From<ImageRef> for String {
     fn from(reference: ImageRef) -> String {
         reference.to_string()
+    }
+}
+
+/// An image in the one spelling that all its references share: `docker.io/library/python:latest` for `python`.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ImageName(Box<str>);
+
+impl ImageName {
+    pub fn parse(text: &str) -> Result<ImageName, ImageRefError> {
+        Ok(ImageRef::parse(text)?.name())
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ImageName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl fmt::Debug for ImageName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl TryFrom<String> for ImageName {
+    type Error = ImageRefError;
+
+    fn try_from(text: String) -> Result<ImageName, ImageRefError> {
+        ImageName::parse(&text)
+    }
+}
+
+impl From<ImageName> for String {
+    fn from(name: ImageName) -> String {
+        name.0.into()
+    }
+}
+
+/// Images that a node holds, ready to run: each once, the most recently used first, and no more of them than
+/// `IMAGES_PER_NODE_MAX` and `IMAGES_PER_NODE_BYTES_MAX` allow. A hint: what is not listed may be there all the same.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct Images(Vec<ImageName>);
+
+impl Images {
+    /// As many of `names`, from the first, as may be listed.
+    pub fn cut(names: impl IntoIterator<Item = ImageName>) -> Images {
+        let (mut kept, mut bytes) = (Vec::new(), 0);
+        for name in names {
+            if kept.contains(&name) {
+                continue;
+            }
+            bytes += name.0.len();
+            if kept.len() == IMAGES_PER_NODE_MAX || bytes > IMAGES_PER_NODE_BYTES_MAX {
+                break;
+            }
+            kept.push(name);
+        }
+        Images(kept)
+    }
+
+    /// The image is here and has just been used. True: the list did not have it.
+    pub fn used(&mut self, name: ImageName) -> bool {
+        if let Some(at) = self.0.iter().position(|known| *known == name) {
+            self.0[..=at].rotate_right(1);
+            return false;
+        }
+        let before = std::mem::take(&mut self.0);
+        *self = Images::cut([name].into_iter().chain(before));
+        true
+    }
+
+    /// The image is no longer here. True: the list had it.
+    pub fn gone(&mut self, name: &ImageName) -> bool {
+        let before = self.0.len();
+        self.0.retain(|known| known != name);
+        self.0.len() < before
+    }
+
+    pub fn iter(&self) -> std::slice::Iter<'_, ImageName> {
+        self.0.iter()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// A name that this version cannot read, or one too many, costs the message nothing: it is left out.
+impl<'de> Deserialize<'de> for Images {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let texts = Vec::<String>::deserialize(deserializer)?;
+        Ok(Images::cut(texts.iter().filter_map(|text| ImageName::parse(text).ok())))
     }
 }
 
@@ -306,8 +419,7 @@ mod tests {
             ".example.com/a",
             "a/../b",
         ] {
-            let error = ImageRef::parse(text).expect_err(text);
-            assert_eq!(error.reason(), "ImageReferenceInvalid");
+            ImageRef::parse(text).expect_err(text);
         }
         assert!(ImageRef::parse(&"a".repeat(256)).is_err());
         assert!(ImageRef::parse(&format!("a:{}", "b".repeat(129))).is_err());
@@ -337,5 +449,64 @@ mod tests {
         fn never_panics(text in any::<String>()) {
             let _ = ImageRef::parse(&text);
         }
+
+        /// Whatever happens to them, the list is one that a message may carry, and comes back from it as it was.
+        #[test]
+        fn a_list_stays_within_its_bounds(
+            steps in proptest::collection::vec((any::<bool>(), 0..90usize, 1..230usize), 0..200),
+        ) {
+            let mut images = Images::default();
+            for (used, number, length) in steps {
+                let name = name(&format!("a{number}/{}", "b".repeat(length)));
+                let listed = images.iter().any(|known| *known == name);
+                if used {
+                    prop_assert_eq!(images.used(name.clone()), !listed);
+                    prop_assert_eq!(images.iter().next(), Some(&name));
+                } else {
+                    prop_assert_eq!(images.gone(&name), listed);
+                    prop_assert!(!images.iter().any(|known| *known == name));
+                }
+                let bytes: usize = images.iter().map(|name| name.as_str().len()).sum();
+                prop_assert!(images.iter().count() <= IMAGES_PER_NODE_MAX && bytes <= IMAGES_PER_NODE_BYTES_MAX);
+                let json = serde_json::to_string(&images).unwrap();
+                prop_assert_eq!(serde_json::from_str::<Images>(&json).unwrap(), images.clone());
+            }
+        }
+    }
+
+    fn name(text: &str) -> ImageName {
+        ImageName::parse(text).unwrap()
+    }
+
+    #[test]
+    fn spellings_of_one_image_are_one_name() {
+        let python = name("docker.io/library/python:latest");
+        for text in ["python", "library/python", "index.docker.io/library/python", "python:latest"] {
+            assert_eq!(name(text), python, "{text}");
+        }
+        assert_ne!(name("python:3"), python);
+    }
+
+    #[test]
+    fn the_longest_unused_are_left_out() {
+        let mut images = Images::default();
+        for number in 0..IMAGES_PER_NODE_MAX + 2 {
+            assert!(images.used(name(&format!("a:{number}"))));
+        }
+        assert_eq!(images.iter().count(), IMAGES_PER_NODE_MAX);
+        let tags: Vec<&str> = images.iter().filter_map(|name| name.as_str().rsplit(':').next()).collect();
+        assert_eq!((tags[0], tags[IMAGES_PER_NODE_MAX - 1]), ("65", "2"));
+        assert!(!images.used(name("a:2")), "it is known, and comes first from here on");
+        assert!(images.used(name("a:0")));
+        assert!(!images.gone(&name("a:3")) && images.gone(&name("a:2")));
+    }
+
+    #[test]
+    fn a_list_may_hold_what_this_version_does_not_know() {
+        let read = |json: &str| serde_json::from_str::<Images>(json).unwrap();
+        let known = read(r#"["python", "someday://x", "", "docker.io/library/python:latest", "a:1"]"#);
+        assert_eq!(known, Images::cut([name("python"), name("a:1")]));
+        let many: Vec<String> = (0..1000).map(|number| format!("a:{number}")).collect();
+        assert_eq!(read(&serde_json::to_string(&many).unwrap()).iter().count(), IMAGES_PER_NODE_MAX);
     }
 }
