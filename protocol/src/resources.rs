@@ -205,10 +205,14 @@ mod tests {
         assert!(has.images.is_empty());
         let plain = has.clone();
         assert!(!serde_json::to_string(&has).unwrap().contains("images"));
-        has.images = Images::cut(["python:3.12-slim", "oci:/srv/layout"].map(|t| ImageName::parse(t).unwrap()));
+        has.images =
+            Images::cut(["python:3.12-slim", "oci:/srv/layout"].map(|t| ImageName::parse(t).unwrap()));
         assert!(has.is_but_for_images(&plain) && plain.is_but_for_images(&has) && has != plain);
         let json = serde_json::to_string(&has).unwrap();
-        assert!(json.contains(r#""images":["docker.io/library/python:3.12-slim","oci:/srv/layout"]"#), "{json}");
+        assert!(
+            json.contains(r#""images":["docker.io/library/python:3.12-slim","oci:/srv/layout"]"#),
+            "{json}"
+        );
         assert_eq!(serde_json::from_str::<Inventory>(&json).unwrap(), has);
         has.bridge = false;
         assert!(!has.is_but_for_images(&plain));

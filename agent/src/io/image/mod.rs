@@ -23,8 +23,8 @@ mod tar_stream;
 mod unpack;
 mod worker;
 
-pub use collect::Collected;
 pub use berth_protocol::image::{ImageRef, RegistryName};
+pub use collect::Collected;
 pub use digest::Digest;
 pub use error::ImageError;
 pub use record::{ImageConfig, ImageRecord, Progress, RegistryConfig};

@@ -287,7 +287,9 @@ impl ImageStore {
 /// The images on the disk. Where it cannot be read nobody knows of any, and each is found when it is asked for.
 fn listed(disk: &Disk) -> Images {
     let images = disk.images();
-    images.inspect_err(|error| tracing::warn!("cannot tell which images are here: {error}")).unwrap_or_default()
+    images
+        .inspect_err(|error| tracing::warn!("cannot tell which images are here: {error}"))
+        .unwrap_or_default()
 }
 
 async fn next_report(reports: &mut (impl AsyncBufReadExt + Unpin)) -> io::Result<Option<Report>> {

@@ -349,7 +349,8 @@ mod tests {
         engine.restock(2, vec![5]);
         let wanted = shape(8, 0, 0);
         let mut goes_to = |tenants: &ByRoom| {
-            let plan = plan(&mut engine, tenants, &wanted, &|_| true, 1).expect("one move frees the first room");
+            let plan =
+                plan(&mut engine, tenants, &wanted, &|_| true, 1).expect("one move frees the first room");
             plan.moves[0].to.room
         };
         assert_eq!(goes_to(&tenants), 1);

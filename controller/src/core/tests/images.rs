@@ -26,7 +26,8 @@ fn job(name: &str, image: &str) -> JobSpec {
 /// How many of a job's pods each node has.
 fn placed(world: &World, job: &str) -> Vec<(String, usize)> {
     let status = world.status(job).unwrap();
-    let mut nodes: Vec<String> = status.pods.iter().filter_map(|p| Some(p.node.as_ref()?.to_string())).collect();
+    let mut nodes: Vec<String> =
+        status.pods.iter().filter_map(|p| Some(p.node.as_ref()?.to_string())).collect();
     nodes.sort();
     nodes.chunk_by(|a, b| a == b).map(|node| (node[0].clone(), node.len())).collect()
 }
@@ -66,8 +67,9 @@ fn of_equals_the_node_that_holds_the_image_is_taken() {
     ] {
         assert_eq!(submit(&mut world, &job(name, image)), on(&[(node, 1)]), "{name}");
     }
-    let mut explain =
-        |job: &str| world.query(&format!(r#"{{"explain":{{"namespace":"default","job":"{job}"}}}}"#))["result"].take();
+    let mut explain = |job: &str| {
+        world.query(&format!(r#"{{"explain":{{"namespace":"default","job":"{job}"}}}}"#))["result"].take()
+    };
     let same = explain("same");
     assert_eq!([&same["nodes"][0]["hasImage"], &same["nodes"][1]["hasImage"]], [&json!(false), &json!(true)]);
     let had = json!("the node had the image already");
