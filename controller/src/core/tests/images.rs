@@ -91,9 +91,14 @@ fn what_a_node_says_counts_from_then_on_and_is_remembered() {
     let b = world.add("b", holding(inventory(32, 0), &[]));
     world.run(100);
     let mut count = 0;
+    // One after the other, so that the nodes are equals each time.
     let mut next = |world: &mut World| {
         count += 1;
-        submit(world, &job(&format!("j{count}"), "python:3.12"))
+        let name = format!("j{count}");
+        let on = submit(world, &job(&name, "python:3.12"));
+        world.command(&name, "over", "cancel");
+        world.run(60_000);
+        on
     };
     assert_eq!(next(&mut world), on(&[("a", 1)]));
     let version = |world: &World| world.controller.cluster.nodes[&b].version;
@@ -102,7 +107,8 @@ fn what_a_node_says_counts_from_then_on_and_is_remembered() {
     assert_eq!(version(&world), before, "no rule is asked again for an image");
     assert_eq!(next(&mut world), on(&[("b", 1)]));
     world.restart_controller();
-    world.run(3_000);
+    // Until it may place anew.
+    world.run(60_000);
     assert_eq!(next(&mut world), on(&[("b", 1)]));
     tell(&mut world, &b, &["redis:7"]);
     assert_eq!(next(&mut world), on(&[("a", 1)]));
