@@ -136,6 +136,7 @@ impl Controller {
             failures: u64::from(job.run.failures),
             restarts: job.pod(index).map_or(0, |pod| u64::from(pod.restarts)),
             last: None,
+            unresumed: None,
             progress: None,
         };
         self.scheduler.count_in(&job.file.spec, &assignment.charge);
