@@ -198,6 +198,11 @@ pub enum Report {
         level: u64,
         why: String,
     },
+    /// The job's resume hook has not done its work; the pod goes on all the same.
+    ResumeFailed {
+        run: Run,
+        why: String,
+    },
 }
 
 /// A checkpoint as its shim made it.

@@ -507,3 +507,75 @@ fn a_quiesce_hook_that_fails_refuses_the_dump_and_the_pod_goes_on() {
         ended_with_checkpoints(pod, agent);
     }
 }
+
+/// What the shim says of a resume hook that has not done its work.
+fn unresumed(agent: &mut Agent) -> String {
+    agent.until(|report| match report {
+        Report::ResumeFailed { why, .. } => Some(why),
+        _ => None,
+    })
+}
+
+/// The pod's own numbers, without what berth says beside them.
+fn counted(pod: &Pod) -> String {
+    pod.output().lines().filter(|line| !line.starts_with("berth: ")).map(|line| format!("{line}\n")).collect()
+}
+
+#[test]
+fn a_resume_hook_that_fails_leaves_the_pod_running_and_why_is_told() {
+    let Some(criu) = criu() else { return };
+    for (command, expect) in [
+        (shell("echo no lock to be had >&2; exit 3"), "the resume hook ended with code 3: no lock to be had"),
+        (shell("sleep 60"), "the resume hook has not ended within checkpoint.grace"),
+        (vec!["/nonesuch".to_owned()], "the resume hook `/nonesuch` cannot be started"),
+    ] {
+        let mut now = pod(&criu, COUNTER);
+        let policy = &mut now.task.template.checkpoint;
+        (policy.resume, policy.grace) = (command, Millis(500));
+        let mut agent = now.start();
+        agent.running();
+        // It is no failure of the checkpoint, which is there before.
+        saved(&mut agent, 1, false).unwrap();
+        let why = unresumed(&mut agent);
+        assert!(why.starts_with(expect), "{why}");
+        assert!(now.output().contains(&format!("berth: {why}\n")), "{}", now.output());
+        assert_eq!(unresumed(&mut now.connect()), why, "told to an agent that comes later");
+        let before = log_records(&now);
+        wait_for("more output", || log_records(&now) > before + 3);
+        // Nothing stands against the next one, nor against a move; where it goes on it is told again.
+        saved(&mut agent, 2, false).unwrap();
+        unresumed(&mut agent);
+        fs::remove_dir_all(now.dir.join(file::CHECKPOINTS_DIR)).unwrap();
+        let (next, mut agent) = moved(&mut now, &mut agent);
+        assert_eq!(unresumed(&mut agent), why);
+        let before = log_records(&next);
+        wait_for("more output", || log_records(&next) > before + 3);
+        assert_counts(&(counted(&now) + &counted(&next)));
+        ended(next, agent);
+    }
+}
+
+#[test]
+fn a_resume_hook_that_stands_still_with_its_pod_has_its_time_afterwards() {
+    let Some(criu) = criu() else { return };
+    let mut pod = pod(&criu, COUNTER);
+    let policy = &mut pod.task.template.checkpoint;
+    policy.grace = Millis(1_000);
+    let hook =
+        "touch /run/berth/begun; until [ -e /run/berth/go ]; do sleep 0.01; done; touch /run/berth/resumed";
+    policy.resume = shell(hook);
+    let mut agent = pod.start();
+    agent.running();
+    saved(&mut agent, 1, false).unwrap();
+    wait_for("the hook", || pod.run_berth("begun").exists());
+    agent.order(&Order::Pause { pause: true });
+    agent.paused();
+    // Frozen for longer than its grace: that much time is what this is about.
+    std::thread::sleep(std::time::Duration::from_millis(1_500));
+    fs::write(pod.run_berth("go"), "").unwrap();
+    agent.order(&Order::Pause { pause: false });
+    agent.running();
+    wait_for("its end", || pod.run_berth("resumed").exists());
+    assert_counts(&pod.output());
+    ended_with_checkpoints(pod, agent);
+}

@@ -377,7 +377,13 @@ impl Agent {
                 self.pod_event(now, key, run, PodChange::Restoring);
                 return;
             }
+            Report::ResumeFailed { run, why } if run == current => {
+                self.warn(format!("pod {key}: {why}"));
+                self.pod_event(now, key, run, PodChange::ResumeFailed { why });
+                return;
+            }
             Report::Log { .. }
+            | Report::ResumeFailed { .. }
             | Report::Restoring { .. }
             | Report::Saved { .. }
             | Report::SaveFailed { .. } => return,

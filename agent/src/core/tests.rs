@@ -498,6 +498,15 @@ fn a_level_is_taken_once_and_what_failed_is_said() {
 }
 
 #[test]
+fn a_resume_hook_that_failed_is_told() {
+    let mut bench = Bench::running(&template(RestartPolicy::Never));
+    let failed = |run| Report::ResumeFailed { run: Run(run), why: "no".to_owned() };
+    let said = bench.report(&key(0, 1), failed(1));
+    assert!(said.contains(&"tell u-0.1 resumefailed { why: \"no\" }".to_owned()), "{said:?}");
+    assert_eq!(bench.report(&key(0, 1), failed(0)), [] as [&str; 0], "of an earlier run");
+}
+
+#[test]
 fn a_pod_that_leaves_stands_until_its_checkpoint_is_recorded() {
     let template = template(RestartPolicy::Never);
     let mut bench = Bench::running(&template);

@@ -380,6 +380,7 @@ impl Supervisor {
             Phase::Running(started_at) => vec![Report::Running { run, started_at }],
         };
         reports.extend(self.last_save.clone());
+        reports.extend(self.resuming.failed().cloned());
         if let Some(Freeze { confirmed: true, fenced }) = self.freeze {
             reports.push(Report::Paused { run, fenced });
         }

@@ -7,7 +7,9 @@ use anyhow::{Context as _, bail};
 use berth_protocol::codec;
 use berth_protocol::ids::{Digest, JobName, Namespace};
 use berth_protocol::message::query::{CheckpointDetail, Query};
-use berth_protocol::message::user::{Answer, CheckpointStatus, Command, JobCommand, JobStatus, Verdict};
+use berth_protocol::message::user::{
+    Answer, CheckpointStatus, Command, JobCommand, JobStatus, PodStatus, Verdict,
+};
 use berth_protocol::topic::{JobTopic, Topic};
 use serde_json::json;
 use tokio::time::Instant;
@@ -65,9 +67,20 @@ async fn look(session: &mut Session, namespace: &Namespace, job: &JobName) -> an
     Ok(Seen::from_detail(session.query(query).await?)?.status)
 }
 
-fn troubles(status: &JobStatus) -> Vec<String> {
-    let failed = |message: &&String| message.contains("checkpoint") && message.contains("failed");
-    status.pods.iter().filter_map(|pod| pod.message.as_ref()).filter(failed).cloned().collect()
+/// What the controller says of checkpoints that failed; each with its time, so that no two are the same.
+fn troubles(status: &JobStatus) -> Vec<&str> {
+    let messages = status.pods.iter().filter_map(|pod| pod.message.as_deref());
+    messages
+        .filter_map(|message| message.find("the last checkpoint of pod").map(|at| &message[at..]))
+        .collect()
+}
+
+/// Each pod that ran then has ended there, and with it what was asked of it.
+fn all_left(before: &JobStatus, now: &JobStatus) -> bool {
+    let mut ran =
+        before.pods.iter().filter(|pod| pod.started_at.is_some() && pod.finished_at.is_none()).peekable();
+    let left = |pod: &PodStatus| now.pods.iter().any(|other| other.pod == pod.pod && other.epoch > pod.epoch);
+    ran.peek().is_some() && ran.all(left)
 }
 
 /// Asks for a checkpoint and waits for it.
@@ -99,6 +112,9 @@ async fn take(
         }
         if now.phase.is_final() {
             bail!("job {namespace}/{job} ended before it was saved");
+        }
+        if all_left(&before, &now) {
+            bail!("job {namespace}/{job} was taken off its node before it was saved");
         }
         let progress = now.pods.iter().find_map(|pod| pod.message.clone()).unwrap_or_default();
         if terminal && progress != shown {

@@ -62,6 +62,8 @@ pub struct Follow<'a> {
     target: Target,
     until: Until,
     printer: Printer,
+    /// What stands before each line is known: of a job that was submitted here nothing.
+    named: bool,
     order: Order,
     /// The job's last status of the generation that is followed.
     seen: Option<Seen>,
@@ -95,6 +97,7 @@ impl<'a> Follow<'a> {
     pub fn new(session: &'a mut Session, target: Target, until: Until, printer: Printer) -> Self {
         let now = Instant::now();
         Self {
+            named: target.generation.0 > 0,
             session,
             target,
             until,
@@ -363,6 +366,7 @@ impl<'a> Follow<'a> {
         let sources = std::mem::take(&mut self.pages);
         self.printer.names |= many && self.target.pod.is_none();
         self.printer.containers |= containers;
+        self.named = true;
         let mut epochs: BTreeMap<&PodName, Vec<(Epoch, Option<u64>)>> = BTreeMap::new();
         for source in &sources {
             epochs.entry(&source.pod).or_default().push((source.epoch, source.records));
@@ -431,6 +435,10 @@ impl<'a> Follow<'a> {
     }
 
     fn show(&mut self) -> anyhow::Result<()> {
+        // Somebody else may be following, whose lines come before the list.
+        if !self.named {
+            return Ok(());
+        }
         let lines = self.order.ready();
         if !lines.is_empty() {
             self.moved_at = Instant::now();

@@ -215,7 +215,9 @@ impl Controller {
         let Some(assignment) = job.assignment_mut(id.index) else { return };
         assignment.answered = assignment.answered.max(level);
         assignment.phase = PodPhase::Running;
-        let mut trouble = format!("the last checkpoint of pod {name} failed: {why}");
+        // With the time: whoever waits for a checkpoint is to know this failure from the one before it.
+        let at = now.wall;
+        let mut trouble = format!("the last checkpoint of pod {name}, at {at}, failed: {why}");
         let mut again = false;
         match (&assignment.goal, &assignment.leaving) {
             (Goal::Vacate, Some(Leaving::Migrate { to } | Leaving::Move { to, .. })) => {

@@ -50,6 +50,9 @@ pub(super) struct Assignment {
     /// The last failure within this epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last: Option<Box<Ending>>,
+    /// Why the resume hook has not done its work, for people; until the next checkpoint begins.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unresumed: Option<String>,
     /// For people, such as a pull's progress; not kept.
     #[serde(skip)]
     pub progress: Option<String>,

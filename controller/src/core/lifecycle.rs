@@ -137,6 +137,7 @@ impl Controller {
             restarts: job.pod(index).map_or(0, |pod| u64::from(pod.restarts)),
             had_images: self.scheduler.has_images(&job.file.spec.pod, &id) == Some(true),
             last: None,
+            unresumed: None,
             progress: None,
         };
         self.scheduler.count_in(&job.file.spec, &assignment.charge);

@@ -287,6 +287,9 @@ impl Controller {
         else {
             return self.refuse("stale-event");
         };
+        if assignment.run != run || matches!(change, PodChange::Checkpointing { .. }) {
+            assignment.unresumed = None;
+        }
         assignment.run = run;
         let phase = match change {
             PodChange::Pulling => PodPhase::Pulling,
@@ -297,6 +300,12 @@ impl Controller {
             PodChange::Checkpointed { info } => return self.checkpointed(now, &pod, *info),
             PodChange::CheckpointFailed { level, why } => {
                 return self.checkpoint_failed(now, &pod, level, why);
+            }
+            PodChange::ResumeFailed { why } => {
+                assignment.unresumed = Some(why);
+                self.dirty.status.insert(pod.uid.clone());
+                self.dirty.pods.insert(pod);
+                return;
             }
             PodChange::Paused => PodPhase::Paused,
             PodChange::Retrying { outcome, .. } => return self.pod_retrying(now, &pod, &outcome),

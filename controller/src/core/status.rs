@@ -155,8 +155,10 @@ impl Controller {
                     status.exit_code = last.exit_code;
                     status.message = Some("waits for its next start after a failure".to_owned());
                 }
-                if let Some(trouble) = pod.saved.trouble.as_ref().filter(|_| status.message.is_none()) {
-                    status.message = Some(trouble.clone());
+                if status.message.is_none() {
+                    let troubles = [&assignment.unresumed, &pod.saved.trouble].into_iter().flatten();
+                    let troubles: Vec<&str> = troubles.map(String::as_str).collect();
+                    status.message = Some(troubles.join("; ")).filter(|text| !text.is_empty());
                 }
                 if let Some(progress) = &assignment.progress {
                     status.message = Some(progress.clone());

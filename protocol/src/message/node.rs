@@ -213,6 +213,11 @@ pub enum PodChange {
         /// A sentence for people.
         why: String,
     },
+    /// The job's resume hook has not done its work, after a checkpoint or where the pod goes on; it runs all the same.
+    ResumeFailed {
+        /// A sentence for people.
+        why: String,
+    },
     /// Frozen, by order or for want of a grant.
     Paused,
     /// The run is over, and the agent starts the next one by itself after `backoff`.

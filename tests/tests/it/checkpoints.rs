@@ -196,6 +196,48 @@ fn a_program_that_never_answers_is_saved_by_criu_or_runs_on_and_why_is_told() {
 }
 
 #[test]
+fn a_resume_hook_that_fails_shows_in_the_pods_message_and_the_pod_goes_on() {
+    let cluster = two_agents();
+    let hooks = "{resume: [sh, -c, \"echo no lock to be had; exit 3\"]}";
+    cluster.submit("counter", &counter(&format!("{{mode: criu, hooks: {hooks}}}")));
+    let (from, to) = places(&cluster, "counter");
+    until_line(&cluster, "counter", 20);
+    let why = "the resume hook ended with code 3: no lock to be had";
+    let told = |node: &str| {
+        until(&format!("it is told\n{}", cluster.logs_of_all()), 60, || {
+            let job = cluster.job("counter");
+            let pod = &job["pods"][0];
+            (running_at(&job)? == node && pod["message"] == why).then_some(())
+        });
+    };
+    done(&cluster, &["checkpoint", "counter"]);
+    told(&from);
+    let log = text(&cluster.run(&["logs", "counter"]));
+    assert!(log.contains(&format!("berth: {why}\n")), "{log}");
+    // A checkpoint is none the worse for it, and where it goes on the hook has its turn again.
+    done(&cluster, &["migrate", "counter", "--to", to]);
+    told(to);
+    let job = cluster.until_phase("counter", "Succeeded", 120);
+    assert_eq!((&job["migrations"], &job["failures"]), (&1.into(), &0.into()), "{job:#}");
+    whole(&cluster.logs("counter"));
+}
+
+#[test]
+fn each_checkpoint_that_fails_is_said_to_whoever_waits_for_it() {
+    let mut cluster = Cluster::new();
+    cluster.agent("a1", &["--capacity", "cpu=1,memory=1Gi"]);
+    let hooks = "{quiesce: [sh, -c, \"exit 3\"]}";
+    cluster.submit("counter", &counter(&format!("{{mode: criu, hooks: {hooks}}}")));
+    until_running(&cluster, "counter");
+    // The same words each time would have the second one waited for until its timeout.
+    for _ in 0..3 {
+        let output = cluster.run(&["checkpoint", "counter", "--timeout", "30s"]);
+        let why = "the quiesce hook ended with code 3";
+        assert!(!output.status.success() && text(&output).contains(why), "{}", text(&output));
+    }
+}
+
+#[test]
 fn suspended_and_forked_jobs_go_on_where_they_were() {
     let cluster = two_agents();
     cluster.submit("counter", &counter("{mode: criu}"));

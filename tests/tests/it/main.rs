@@ -2,5 +2,6 @@
 
 mod checkpoints;
 mod cluster;
+mod drain;
 mod faults;
 mod jobs;

@@ -168,6 +168,11 @@ impl Hook {
         self.give_up_at
     }
 
+    /// Its time counts from `now`.
+    pub fn give_time(&mut self, now: BootMs, within: Millis) {
+        self.give_up_at = now.plus(within);
+    }
+
     /// A child of the shim's has ended.
     pub fn ended(&mut self, pid: Pid, code: u8) {
         if self.pid == pid {

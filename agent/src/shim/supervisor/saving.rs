@@ -149,6 +149,7 @@ impl Supervisor {
         if !self.resuming.is_over() {
             return Err("the resume hook of the checkpoint before has not ended".to_owned());
         }
+        self.resuming.forget();
         let all = self.dir.join(file::CHECKPOINTS_DIR);
         let half = Parts::new(all.join(format!("{level}.half")));
         remove_all(half.dir()).map_err(|e| format!("cannot begin: {e}"))?;

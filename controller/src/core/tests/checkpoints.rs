@@ -2,6 +2,7 @@
 
 use berth_protocol::ids::{Digest, NodeId};
 use berth_protocol::job::{CheckpointMode, JobSpec};
+use berth_protocol::message::node::PodChange;
 use berth_protocol::message::user::{Answer, JobPhase, JobStatus, Verdict};
 use berth_protocol::pod::PodPhase;
 use berth_protocol::units::Millis;
@@ -210,6 +211,42 @@ fn what_cannot_be_saved_stays_until_the_deadline() {
     world.until("it is elsewhere", |w| node_of(w, "a").is_some_and(|at| at != node));
     assert!(world.now - began < 60_000);
     assert_eq!(status(&world, "a").evictions, 1);
+}
+
+#[test]
+fn each_checkpoint_that_fails_is_told_anew() {
+    let mut world = two_nodes();
+    world.submit(&long("a"));
+    running(&mut world, "a");
+    let node = node_of(&world, "a").unwrap();
+    world.agents.get_mut(&node).unwrap().dumps_fail = true;
+    let mut told = Vec::new();
+    for _ in 0..2 {
+        world.command_with("a", "checkpoint", r#""node":null"#);
+        world.run(10_000);
+        told.push(status(&world, "a").pods[0].message.clone().unwrap());
+    }
+    // Whoever waits for one tells it from the one before by its words.
+    assert!(told.iter().all(|message| message.contains("failed: no luck")), "{told:?}");
+    assert_ne!(told[0], told[1]);
+}
+
+#[test]
+fn a_resume_hook_that_failed_is_told_until_the_next_checkpoint() {
+    let mut world = two_nodes();
+    world.submit(&long("a"));
+    running(&mut world, "a");
+    let node = node_of(&world, "a").unwrap();
+    let now = world.now;
+    let agent = world.agents.get_mut(&node).unwrap();
+    let pod = agent.pods.keys().next().unwrap().clone();
+    agent.report(now, &pod, PodChange::ResumeFailed { why: "the resume hook ended with code 3".to_owned() });
+    world.run(10_000);
+    let told = status(&world, "a").pods[0].clone();
+    assert_eq!(told.message.as_deref(), Some("the resume hook ended with code 3"));
+    assert_eq!(told.phase, PodPhase::Running);
+    saved(&mut world, "a");
+    assert_eq!(status(&world, "a").pods[0].message, None);
 }
 
 #[test]

@@ -164,7 +164,7 @@ impl Agent {
         LedgerId::parse(&format!("ledger-{}", self.id)).unwrap()
     }
 
-    fn report(&mut self, now: u64, pod: &PodId, change: PodChange) {
+    pub fn report(&mut self, now: u64, pod: &PodId, change: PodChange) {
         let held = &self.pods[pod];
         let event = PodEvent { pod: pod.clone(), epoch: held.epoch, run: held.run, change };
         self.events_last += 1;
