@@ -167,7 +167,7 @@ fn packages_upgrades_and_reboots_on_a_real_host() {
     let after = machine.sh(pids);
     let (before, after): (Vec<_>, Vec<_>) = (before.lines().collect(), after.lines().collect());
     assert!(before[0] != after[0] && before[1] == after[1], "agent and shim: {before:?}, then {after:?}");
-    let bounds = "cat $(find /sys/fs/cgroup/berth -name main)/memory.max";
+    let bounds = "cat $(find /sys/fs/cgroup/berth -name '*-0.1')/memory.max";
     assert_eq!(machine.sh(bounds), "67108864\n");
     machine.sh("touch /var/lib/berth/agent/volumes/default/long/told/end");
     let job = machine.succeeded("long");
