@@ -271,6 +271,8 @@ pub mod file {
     pub const ROOT_DIR: &str = "root";
     /// What ends with a run.
     pub const RUN_DIR: &str = "run";
+    /// Containers' bundles, in directories of their names, which no other name here may be.
+    pub const BUNDLES_DIR: &str = "run/bundles";
     /// libcontainer's own records.
     pub const STATE_DIR: &str = "run/state";
     /// What containers see as `/etc/hostname`, `/etc/hosts` and `/etc/resolv.conf`.

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use berth_agent::shim;
 use berth_agent::task::{ImageProcess, Order, Report, Root};
+use berth_protocol::ids::ContainerName;
 use berth_protocol::pod::Cause;
 use berth_protocol::units::{Bytes, Millis};
 use world::*;
@@ -410,6 +411,19 @@ fn containers_share_a_pod_and_its_end() {
     assert_eq!((exit.outcome.exit_code, exit.outcome.cause), (Some(4), Cause::Failure), "{output}");
     assert_eq!(exit.containers.len(), 2);
     assert!(output.contains("told") && output.contains("hi\n"), "{output}");
+    pod.assert_clean();
+}
+
+#[test]
+fn no_containers_name_is_one_of_the_pods_own_files() {
+    let mut pod = Pod::new("ls /run/berth; cat /etc/hostname");
+    pod.main().name = ContainerName::parse("berth").unwrap();
+    for name in ["etc", "state", "netns"] {
+        pod.task.template.containers.push(container(name, shell("true")));
+        pod.task.roots.push(Root::Host);
+    }
+    let output = pod.succeed();
+    assert!(output.starts_with("checkpoint\npod.json\n"), "{output}");
     pod.assert_clean();
 }
 

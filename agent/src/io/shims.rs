@@ -191,9 +191,6 @@ impl Shims {
 /// The shim's process, for the run that the task describes. No fsync: after a crash of the machine there is nothing
 /// left that the task names.
 fn start(dir: &Path, task: &Task) -> Result<Child, ShimError> {
-    // What cannot be made the shim will say.
-    let _ = shim::make_groups(task);
-    open_groups();
     let path = dir.join(file::TASK);
     let write = || -> io::Result<()> {
         fs::create_dir_all(dir)?;
@@ -201,6 +198,9 @@ fn start(dir: &Path, task: &Task) -> Result<Child, ShimError> {
         fs::write(&path, serde_json::to_vec(task)?)
     };
     write().map_err(|source| ShimError::Task { path: path.clone(), source })?;
+    // What cannot be made the shim will say.
+    let _ = shim::make_groups(task);
+    open_groups();
     Command::new("/proc/self/exe")
         .arg0("berth-agent")
         .arg("shim")
@@ -208,6 +208,7 @@ fn start(dir: &Path, task: &Task) -> Result<Child, ShimError> {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .spawn()
+        .inspect_err(|_| drop(shim::clean_up(task, dir)))
         .map_err(ShimError::Spawn)
 }
 

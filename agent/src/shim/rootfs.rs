@@ -37,7 +37,7 @@ pub struct Home {
 
 impl Home {
     pub fn new(pod_dir: &Path, container: &ContainerName) -> Self {
-        let bundle = pod_dir.join(file::RUN_DIR).join(container.as_str());
+        let bundle = pod_dir.join(file::BUNDLES_DIR).join(container.as_str());
         Self { bundle, root: pod_dir.join(file::ROOT_DIR), container: container.clone() }
     }
     /// The OCI bundle: `config.json` lies here.
@@ -74,7 +74,7 @@ pub fn volume_dir(pod_dir: &Path, index: usize) -> PathBuf {
 
 /// A pod's files that end with its run: its configuration, records and mount points, and `/run/berth`, on which its
 /// programs may write.
-const RUN_BYTES_MAX: &str = "mode=700,size=4m";
+const RUN_OPTIONS: &str = "mode=700,size=4m,nr_inodes=4k";
 
 /// Makes `run/` in memory, for this mount namespace alone: it goes with the namespace whatever happens, and some thirty
 /// files on disk would take a third of the time of a pod's start.
@@ -83,7 +83,7 @@ pub fn mount_run(pod_dir: &Path) -> Result<(), ShimError> {
     make_dir(&at, 0o700)?;
     // The checkpoint directory beneath it says itself what it allows.
     let flags = MsFlags::MS_NOSUID;
-    mount(Some("berth"), &at, Some("tmpfs"), flags, Some(RUN_BYTES_MAX))
+    mount(Some("berth"), &at, Some("tmpfs"), flags, Some(RUN_OPTIONS))
         .map_err(|e| ShimError::io("mount a tmpfs at", &at)(e.into()))
 }
 

@@ -33,7 +33,7 @@ struct Place {
 pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
     let mut client = Client::new(&order.access, order.rate);
     let cached = order.cache.join(order.checkpoint.hex());
-    let (manifest, text) = manifest(&mut client, &order.checkpoint, &cached).await?;
+    let manifest = manifest(&mut client, &order.checkpoint, &cached).await?;
     is_of(&manifest, order)?;
     let half = order.dir.with_extension("half");
     let wrong = |e| TransferError::io(format!("cannot write below {}", half.display()))(e);
@@ -95,31 +95,21 @@ pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
             verify::verify(&parts.images(&container.name), container)?;
         }
     }
-    fs::write(half.join(MANIFEST), &text).map_err(wrong)?;
     if order.dir.exists() {
         fs::remove_dir_all(&order.dir).map_err(wrong)?;
     }
     fs::rename(&half, &order.dir).map_err(wrong)
 }
 
-/// The manifest, and its very bytes.
-async fn manifest(
-    client: &mut Client<'_>,
-    id: &Digest,
-    cached: &Path,
-) -> Result<(Manifest, Vec<u8>), TransferError> {
+async fn manifest(client: &mut Client<'_>, id: &Digest, cached: &Path) -> Result<Manifest, TransferError> {
     if let Ok(bytes) = fs::read(cached.join(MANIFEST))
         && let Ok(manifest) = Manifest::parse(id, &bytes)
     {
-        return Ok((manifest, bytes));
+        return Ok(manifest);
     }
     let path = format!("/v1/checkpoints/{}", id.hex());
     let bytes = client.ask(Method::GET, &path, Vec::new(), MANIFEST_BYTES_MAX).await?;
-    let manifest = Manifest::parse(id, &bytes);
-    Ok((
-        manifest.map_err(|e| TransferError::Unfit(format!("the checkpoint is refused: {e}")))?,
-        bytes.to_vec(),
-    ))
+    Manifest::parse(id, &bytes).map_err(|e| TransferError::Unfit(format!("the checkpoint is refused: {e}")))
 }
 
 /// Where this node has chunks that are wanted: most of a pod's memory is as it was in its checkpoint before. What is
