@@ -173,6 +173,31 @@ fn a_saved_pod_that_is_not_held_runs_on() {
 }
 
 #[test]
+fn a_criu_that_hangs_ends_with_its_shim() {
+    let Some(criu) = criu() else { return };
+    let mut pod = pod(&criu, COUNTER);
+    let mut agent = pod.start();
+    agent.running();
+    let children = format!("/proc/{0}/task/{0}/children", pod.shim_pid());
+    let children = || fs::read_to_string(&children).unwrap();
+    let before = children();
+    agent.order(&Order::Save { level: 1, hold: true });
+    let mut dumping = None;
+    wait_for("a criu", || {
+        let new = |pid: &&str| !before.split_whitespace().any(|other| other == *pid);
+        dumping = children().split_whitespace().find(new).and_then(|pid| pid.parse().ok());
+        dumping.is_some()
+    });
+    let dumping = nix::unistd::Pid::from_raw(dumping.unwrap());
+    nix::sys::signal::kill(dumping, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    pod.kill_shim();
+    wait_for("its criu's end", || !std::path::Path::new(&format!("/proc/{dumping}")).exists());
+    berth_agent::shim::clean_up(&pod.task, &pod.dir).unwrap();
+    fs::remove_dir_all(pod.dir.join(file::CHECKPOINTS_DIR)).unwrap();
+    pod.assert_clean();
+}
+
+#[test]
 fn containers_of_a_pod_come_along_together() {
     let Some(criu) = criu() else { return };
     let mut now = pod(&criu, "true");
