@@ -80,7 +80,7 @@ fn devices(milli: u64) -> String {
 #[cfg(test)]
 mod tests {
     use berth_protocol::ids::{JobName, Namespace, NodeId};
-    use berth_protocol::message::query::Served;
+    use berth_protocol::message::query::{Served, Stays};
     use berth_protocol::units::MilliCpu;
 
     use super::*;
@@ -119,8 +119,8 @@ mod tests {
         assert!(said.contains("1 pod being moved, one after the other"), "{said}");
         plan.moves.clear();
         assert!(words(&plan, true).starts_with("nothing to gain"));
-        plan.stay.insert("running for less than a minute".to_owned(), 2);
-        plan.stay.insert("of a gang".to_owned(), 1);
+        plan.stay.insert(Stays::Young, 2);
+        plan.stay.insert(Stays::Gang, 1);
         let said = words(&plan, true);
         let reasons = "3 pods may not be moved: 1 of a gang, 2 running for less than a minute\n";
         assert!(said.ends_with(reasons), "{said}");

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use berth_protocol::ids::{Epoch, JobUid, PodId};
-use berth_protocol::message::query::{DefragPlan, PlannedMove, QueryError, Served};
+use berth_protocol::message::query::{DefragPlan, PlannedMove, QueryError, Served, Stays};
 use berth_protocol::units::{BootMs, Millis};
 
 use super::checkpoints::Leaving;
@@ -13,7 +13,7 @@ use super::query::{Answer, value};
 use super::schedule::hold::Kind;
 use super::schedule::moves::MOVES_MAX;
 use super::schedule::relocate::Reserved;
-use super::schedule::residents::{immovable, is_movable};
+use super::schedule::residents::movable;
 use super::timers::Timer;
 use super::{Controller, Now};
 
@@ -157,7 +157,7 @@ impl Controller {
             .cluster
             .nodes
             .get(&assignment.node)
-            .is_some_and(|node| is_movable(job, id.index, assignment, node, now));
+            .is_some_and(|node| movable(job, id.index, assignment, node, now).is_ok());
         let kept = self.scheduler.reserved.contains_key(id);
         if !movable || !kept && !self.scheduler.reserve(id, step.reserved.clone()) {
             return false;
@@ -210,14 +210,14 @@ impl Controller {
     }
 
     /// The pods that may not be moved, counted by why not.
-    fn who_stays(&self, now: Now) -> BTreeMap<String, u32> {
+    fn who_stays(&self, now: Now) -> BTreeMap<Stays, u32> {
         let mut stay = BTreeMap::new();
         for node in self.cluster.nodes.values() {
             for id in node.pods.keys() {
                 let Some(job) = self.cluster.jobs.get(&id.uid) else { continue };
                 let Some(assignment) = job.assignment(id.index) else { continue };
-                if let Some(why) = immovable(job, id.index, assignment, node, now) {
-                    *stay.entry(why.to_owned()).or_default() += 1;
+                if let Err(why) = movable(job, id.index, assignment, node, now) {
+                    *stay.entry(why).or_default() += 1;
                 }
             }
         }

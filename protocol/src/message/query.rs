@@ -1,6 +1,7 @@
 //! Questions that the CLI asks over `query/{client}/request` and their replies.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -85,9 +86,43 @@ pub struct DefragPlan {
     pub fragments_milli: Option<(u64, u64)>,
     /// Where there is nothing to move: how many pods may not be, by the reason.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub stay: BTreeMap<String, u32>,
+    pub stay: BTreeMap<Stays, u32>,
     /// They are being made.
     pub executed: bool,
+}
+
+/// Why a pod may not be asked to go on elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Stays {
+    NotRunning,
+    Changed,
+    FailedToSave,
+    NotPreemptible,
+    Gang,
+    NamedVolume,
+    CannotBeSaved,
+    Young,
+    /// Of a later version.
+    #[serde(other)]
+    Other,
+}
+
+/// As one says it of several pods.
+impl fmt::Display for Stays {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Stays::NotRunning => "starting or leaving",
+            Stays::Changed => "of a job that has been changed",
+            Stays::FailedToSave => "could not be saved the last time",
+            Stays::NotPreemptible => "not preemptible",
+            Stays::Gang => "of a gang",
+            Stays::NamedVolume => "bound to a named volume",
+            Stays::CannotBeSaved => "cannot be saved (no CRIU, or checkpoint mode none)",
+            Stays::Young => "running for less than a minute",
+            Stays::Other => "for another reason",
+        })
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

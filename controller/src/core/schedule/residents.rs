@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use berth_protocol::checkpoint::Needs;
 use berth_protocol::ids::PodId;
 use berth_protocol::job::{Volume, VolumeSource};
+use berth_protocol::message::query::Stays;
 use berth_protocol::pod::{Goal, PodPhase};
 use berth_protocol::units::Millis;
 
@@ -74,7 +75,7 @@ impl<'a> Residents<'a> {
             let movable = devices.len() == charge.gpus.len()
                 && class.is_some()
                 && job.file.spec.priority <= self.priority
-                && is_movable(job, id.index, assignment, node, self.now);
+                && movable(job, id.index, assignment, node, self.now).is_ok();
             let mut pods = self.pods.borrow_mut();
             pods.push(id.clone());
             let (pod, work) = (pods.len() - 1, work(assignment));
@@ -86,51 +87,29 @@ impl<'a> Residents<'a> {
 }
 
 /// Whether the pod may be asked to go on elsewhere: it runs, it loses nothing by it, and nothing holds it where it is.
-pub(in crate::core) fn is_movable(
+pub(in crate::core) fn movable(
     job: &Job,
     index: u32,
     assignment: &Assignment,
     node: &Node,
     now: Now,
-) -> bool {
-    immovable(job, index, assignment, node, now).is_none()
-}
-
-/// Why the pod may not be asked to go on elsewhere, as one says it of several.
-pub(in crate::core) fn immovable(
-    job: &Job,
-    index: u32,
-    assignment: &Assignment,
-    node: &Node,
-    now: Now,
-) -> Option<&'static str> {
+) -> Result<(), Stays> {
     let spec = &job.file.spec;
     let named = |volume: &Volume| matches!(volume.source, VolumeSource::Named(_));
-    let pod = job.pod(index)?;
-    if assignment.goal != Goal::Run || assignment.phase != PodPhase::Running {
-        return Some("starting or leaving");
-    }
-    if pod.generation != job.file.generation {
-        return Some("of a job that has been changed");
-    }
-    // One that could not be saved a moment ago is left alone until a checkpoint of it succeeds.
-    if pod.saved.trouble.is_some() {
-        return Some("could not be saved the last time");
-    }
-    if !spec.preemptible {
-        return Some("not preemptible");
-    }
-    if spec.gang {
-        return Some("of a gang");
-    }
-    if spec.pod.volumes.iter().any(named) {
-        return Some("bound to a named volume");
-    }
-    if unsavable(spec, &node.record.inventory).is_some() {
-        return Some("cannot be saved (no CRIU, or checkpoint mode none)");
-    }
+    let pod = job.pod(index).ok_or(Stays::NotRunning)?;
     let rested = assignment.started_at.is_some_and(|at| now.wall.since(at) >= REST);
-    (!rested).then_some("running for less than a minute")
+    let holds = [
+        (assignment.goal != Goal::Run || assignment.phase != PodPhase::Running, Stays::NotRunning),
+        (pod.generation != job.file.generation, Stays::Changed),
+        // One that could not be saved a moment ago is left alone until a checkpoint of it succeeds.
+        (pod.saved.trouble.is_some(), Stays::FailedToSave),
+        (!spec.preemptible, Stays::NotPreemptible),
+        (spec.gang, Stays::Gang),
+        (spec.pod.volumes.iter().any(named), Stays::NamedVolume),
+        (unsavable(spec, &node.record.inventory).is_some(), Stays::CannotBeSaved),
+        (!rested, Stays::Young),
+    ];
+    holds.into_iter().find(|(holds, _)| *holds).map_or(Ok(()), |(_, why)| Err(why))
 }
 
 /// What a move costs: what the pod occupies, for the time that its memory takes to go and come.

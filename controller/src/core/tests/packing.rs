@@ -286,7 +286,7 @@ fn who_may_not_be_moved_is_told() {
     }
     world.run(10_000);
     let plan = world.query(r#"{"defrag":{"moves":8,"execute":false}}"#)["result"].clone();
-    let stay = serde_json::json!({"not preemptible": 1});
+    let stay = serde_json::json!({"notPreemptible": 1});
     assert_eq!((plan["moves"].as_array().map(Vec::len), &plan["stay"]), (Some(0), &stay), "{plan}");
 }
 
