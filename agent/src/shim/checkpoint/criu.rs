@@ -75,6 +75,10 @@ impl Criu {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let Place { time, cgroups } = place;
         let prepare = move || -> io::Result<()> {
+            // With the shim it ends: otherwise it waits for ever for tasks that died with their pod, and they, traced by
+            // it, never leave, nor their namespace's init.
+            // SAFETY: constants.
+            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
             for dir in &cgroups {
                 File::options().write(true).open(dir.join("cgroup.procs"))?.write_all(b"0")?;
             }

@@ -4,6 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use berth_protocol::ids::Run;
+use berth_protocol::units::Millis;
 
 use super::super::exit::{self, Facts};
 use super::super::pump::drain_rest;
@@ -43,17 +44,30 @@ impl Supervisor {
                 Some(cgroup) => cgroup.kill(Duration::from_millis(super::super::KILL_MS_MAX)),
                 None => Ok(()),
             };
-            let init = self.init.as_ref().map(|init| &init.pidfd);
-            let ended = init.is_none_or(|fd| {
-                let mut fds = [sys::want(fd, libc::POLLIN)];
-                sys::poll(&mut fds, Some(super::super::KILL_MS_MAX as i32)).is_ok_and(|n| n > 0)
-            });
             self.reap();
             match dead {
-                Ok(()) if ended => return,
+                Ok(()) if self.init_ends() => return,
                 // To say that the pod has ended would be a lie.
                 Ok(()) => eprintln!("berth-agent shim: the pod's init does not end; trying again"),
                 Err(e) => eprintln!("berth-agent shim: {e}; trying again"),
+            }
+        }
+    }
+
+    /// Waits for the end of the pod's init, which itself waits for all of its namespace: those whose parent is this process
+    /// are gone only once they are reaped, and a criu that was killed leaves such.
+    fn init_ends(&mut self) -> bool {
+        let give_up_at = sys::boot_now().plus(Millis(super::super::KILL_MS_MAX));
+        loop {
+            self.reap();
+            let Some(init) = &self.init else { return true };
+            let mut fds = [sys::want(&init.pidfd, libc::POLLIN)];
+            if sys::poll(&mut fds, Some(super::RECHECK_MS as i32)).is_ok_and(|ready| ready > 0) {
+                self.reap();
+                return true;
+            }
+            if sys::boot_now() >= give_up_at {
+                return false;
             }
         }
     }
