@@ -29,7 +29,7 @@ sim: ## play SEEDS=500 histories with the simulator, or one with SEED=7
 	@$(CARGO) build --quiet -p berth-tests --bin sim
 	@target/debug/sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
 
-bench: build ## measure speed and size against the figures asked, beside Slurm, into target/bench.jsonl
+bench: build ## measure speed and size against the figures asked, beside Slurm and podman, into target/bench.jsonl
 	@tests/setup bench
 	@$(CARGO) run --release --quiet -p berth-tests --bin bench
 	@BERTH_CHECKPOINT_CYCLES=100 $(CARGO) test --quiet --workspace --test checkpoint a_counter_moves_again

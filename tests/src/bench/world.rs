@@ -20,10 +20,17 @@ pub enum Broker {
 pub struct World {
     // Programs end before their directory goes, and agents before what they speak to.
     pub agent: Option<Daemon>,
+    /// By the name of its node; only where the figure is of two.
+    another: Option<(String, Daemon)>,
     pub controller: Daemon,
     _mosquitto: Option<Daemon>,
     dir: tempfile::TempDir,
     port: u16,
+}
+
+/// A directory that goes with its handle.
+pub fn temporary() -> std::io::Result<tempfile::TempDir> {
+    tempfile::Builder::new().prefix("berth-bench").tempdir()
 }
 
 /// A program of this build.
@@ -37,7 +44,7 @@ pub fn program(name: &str) -> Result<PathBuf> {
 impl World {
     /// A controller without any agent.
     pub fn new(broker: Broker) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("berth-bench").tempdir()?;
+        let dir = temporary()?;
         let (port, http) = (free_port()?, free_port()?);
         let address = format!("127.0.0.1:{port}");
         let log = |name: &str| dir.path().join(format!("{name}.log"));
@@ -59,7 +66,7 @@ impl World {
         until("the broker listens", Duration::from_secs(20), || {
             std::net::TcpStream::connect(&address).ok().map(drop)
         })?;
-        Ok(Self { agent: None, controller, _mosquitto: mosquitto, dir, port })
+        Ok(Self { agent: None, another: None, controller, _mosquitto: mosquitto, dir, port })
     }
 
     /// A controller with its own broker, and an agent of this capacity.
@@ -71,20 +78,47 @@ impl World {
 
     /// Returns when the agent is online.
     pub fn start_agent(&mut self, capacity: &str) -> Result<()> {
+        self.agent = Some(self.started(&self.node(), "agent", capacity)?);
+        Ok(())
+    }
+
+    /// A second agent, on a node of its own, whose name is returned.
+    pub fn start_another(&mut self, capacity: &str) -> Result<String> {
+        let node = format!("{}-b", self.node());
+        self.another = Some((node.clone(), self.started(&node, "another", capacity)?));
+        Ok(node)
+    }
+
+    /// The first agent's node.
+    pub fn node(&self) -> String {
+        // Not this host's own name, which a real agent here may have.
+        format!("bench-{}", self.port)
+    }
+
+    /// `name` is that of its directory and its log.
+    fn started(&self, node: &str, name: &str, capacity: &str) -> Result<Daemon> {
         let mut command = Command::new(program("berth-agent")?);
-        // Not this host's own name, which a real agent here may have; the label tells `berth run` all the same that
-        // the working directory is here already.
+        // The label tells `berth run` that the working directory is here already.
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname")?;
-        let (node, label) = (format!("bench-{}", self.port), format!("hostname={}", host.trim()));
-        command.args(["--dev", "--broker", &self.url(), "--node", &node, "--label", &label]);
+        let label = format!("hostname={}", host.trim());
+        command.args(["--dev", "--broker", &self.url(), "--node", node, "--label", &label]);
         command.args(["--capacity", capacity]);
-        command.arg("--data-dir").arg(self.agent_dir());
-        self.agent = Some(Daemon::start(&mut command, &self.dir.path().join("agent.log"))?);
+        command.arg("--data-dir").arg(self.dir.path().join(name));
+        let agent = Daemon::start(&mut command, &self.dir.path().join(format!("{name}.log")))?;
         until("the agent is online", Duration::from_secs(30), || {
             let output = self.berth().ok()?.args(["get", "nodes", "-o", "json"]).output().ok()?;
             let nodes: Value = serde_json::from_slice(&output.stdout).ok()?;
-            nodes.as_array()?.iter().any(|node| node["state"] == "online").then_some(())
-        })
+            nodes.as_array()?.iter().any(|row| row["node"] == node && row["state"] == "online").then_some(())
+        })?;
+        Ok(agent)
+    }
+
+    /// The process of a node's agent.
+    pub fn agent_of(&self, node: &str) -> Result<u32> {
+        match &self.another {
+            Some((name, agent)) if name == node => Ok(agent.pid()),
+            _ => self.agent_pid(),
+        }
     }
 
     pub fn agent_pid(&self) -> Result<u32> {
@@ -120,9 +154,14 @@ impl World {
 
     /// What `berth logs` prints of a job.
     pub fn logs(&self, job: &str) -> Result<String> {
-        let output = self.berth()?.args(["logs", job]).output()?;
+        self.done(&["logs", job])
+    }
+
+    /// What `berth` prints to these words.
+    pub fn done(&self, words: &[&str]) -> Result<String> {
+        let output = self.berth()?.args(words).output()?;
         let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "berth logs {job} ended with {}: {said}", output.status);
+        ensure!(output.status.success(), "berth {}: {}: {said}", words.join(" "), output.status);
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
@@ -134,14 +173,14 @@ impl World {
             let lines: Vec<&str> = text.lines().collect();
             format!("--- {name}\n{}\n", lines[lines.len().saturating_sub(20)..].join("\n"))
         };
-        ["controller", "agent"].map(log).concat()
+        ["controller", "agent", "another"].map(log).concat()
     }
 }
 
 impl Drop for World {
     /// Pods outlive their agent, so they are ended here.
     fn drop(&mut self) {
-        drop(self.agent.take());
+        drop((self.agent.take(), self.another.take()));
         for pid in shims(self.dir.path()) {
             // SAFETY: a signal to a process that was ours a moment ago.
             unsafe { libc::kill(pid as i32, libc::SIGTERM) };

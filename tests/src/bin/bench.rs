@@ -6,18 +6,29 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use berth_tests::bench::figures::{Figure, table, write_lines};
-use berth_tests::bench::{flood, footprint, growth, latency, slurm, throughput};
+use berth_tests::bench::{checkpoint, flood, footprint, growth, latency, moves, podman, slurm, throughput};
 
 type Measure = fn() -> Result<Vec<Figure>>;
 
+/// What keeps another program from being measured here.
+type Missing = fn() -> Option<String>;
+
+/// What others do beside it, where they are there.
+const PEERS: [(&str, Missing, Measure); 2] =
+    [("podman", podman::missing, podman::measure), ("slurm", slurm::missing, slurm::measure)];
+
 /// The quiet ones first: thousands of containers leave pages to write and groups to take apart, minutes of it.
-const MEASURES: [(&str, Measure); 11] = [
+const MEASURES: [(&str, Measure); 15] = [
     ("binary", footprint::binary),
     ("host", || latency::submit_to_output("host")),
     ("bridge", || latency::submit_to_output("bridge")),
     ("run", latency::run_command),
     ("controller", footprint::controller_alone),
     ("shim", footprint::shim),
+    ("checkpoint", checkpoint::small),
+    ("gigabyte", checkpoint::gigabyte),
+    ("move", moves::moved),
+    ("second", moves::second),
     ("daemons", footprint::daemons),
     ("array", throughput::array),
     ("crowd", throughput::crowd),
@@ -27,7 +38,8 @@ const MEASURES: [(&str, Measure); 11] = [
 
 fn main() -> ExitCode {
     let chosen: Vec<String> = std::env::args().skip(1).collect();
-    let all: Vec<&str> = MEASURES.iter().map(|(name, _)| *name).chain(["slurm"]).collect();
+    let peers = PEERS.iter().map(|(name, ..)| *name);
+    let all: Vec<&str> = MEASURES.iter().map(|(name, _)| *name).chain(peers).collect();
     if let Some(unknown) = chosen.iter().find(|name| !all.contains(&name.as_str())) {
         eprintln!("bench: `{unknown}` is not one of: {}", all.join(", "));
         return ExitCode::from(2);
@@ -47,10 +59,10 @@ fn main() -> ExitCode {
     for (name, measure) in MEASURES.into_iter().filter(|(name, _)| wanted(name)) {
         take(name, measure);
     }
-    if wanted("slurm") {
-        match slurm::missing() {
-            None => take("slurm", slurm::measure),
-            Some(why) => eprintln!("SKIPPED: the comparison with Slurm: {why}"),
+    for (name, missing, measure) in PEERS.into_iter().filter(|(name, ..)| wanted(name)) {
+        match missing() {
+            None => take(name, measure),
+            Some(why) => eprintln!("SKIPPED: the comparison with {name}: {why}"),
         }
     }
     print!("{}", table(&figures));
