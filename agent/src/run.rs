@@ -311,6 +311,8 @@ impl Agency {
                         let ready = self.prepare(key, template, from);
                         inputs.extend(ready.map(Input::Event));
                     }
+                    // A preparation may be of this same step.
+                    Action::Depot(access) => self.depot = Some(access),
                     action => actions.push(action),
                 }
             }
@@ -378,6 +380,7 @@ impl Agency {
                 Action::StoreCheckpoint { key, run, spec, saved } => {
                     self.store_checkpoint(key, run, spec, *saved);
                 }
+                Action::KeepCheckpoint { key, level, id } => self.keep_checkpoint(&key, level, &id),
                 Action::Drop { key } => self.shims.drop_pod(&key),
                 Action::Depot(access) => self.depot = Some(access),
                 Action::Warn(text) => tracing::warn!("{text}"),
@@ -443,7 +446,7 @@ impl Agency {
         let (key, run) = (launch.key.clone(), launch.run);
         if let Err(why) = self.try_launch(launch) {
             tracing::warn!("pod {key} did not start: {why}");
-            let _ = self.events.send(Event::Gone { key, run, exit: None, why: Some(why) });
+            self.shims.failed(key, run, why);
         }
     }
 

@@ -243,6 +243,25 @@ fn a_dump_that_fails_leaves_the_pod_running_and_says_why() {
 }
 
 #[test]
+fn a_pod_that_was_to_go_on_ends_by_order_before_it_has_begun() {
+    let Some(criu) = criu() else { return };
+    let mut first = pod(&criu, COUNTER);
+    let mut agent = first.start();
+    agent.running();
+    saved(&mut agent, 1, true).unwrap();
+    agent.order(&Order::Stop { grace: Millis::ZERO });
+    agent.exited();
+    first.wait();
+    let mut second = first.next_epoch();
+    fs::rename(first.dir.join(file::CHECKPOINTS_DIR).join("1"), second.dir.join(file::RESTORE_DIR)).unwrap();
+    second.task.restore = true;
+    let mut agent = second.spawn().connect();
+    let created = |report| matches!(report, Report::Created { .. }).then_some(());
+    agent.until(created);
+    ended(second, agent);
+}
+
+#[test]
 fn a_restore_that_fails_is_an_eviction_with_its_reason() {
     let Some(criu) = criu() else { return };
     let mut first = pod(&criu, COUNTER);

@@ -8,7 +8,7 @@ use std::fs;
 use std::time::Instant;
 
 use berth_agent::shim;
-use berth_agent::task::{ImageProcess, Order, Report, Root};
+use berth_agent::task::{ImageProcess, Order, Report, Root, file};
 use berth_protocol::ids::ContainerName;
 use berth_protocol::pod::Cause;
 use berth_protocol::units::{Bytes, Millis};
@@ -458,6 +458,11 @@ fn what_was_written_stays_for_outputs() {
     rootfs::unmount(&at).unwrap();
     fs::remove_dir(&at).unwrap();
     shim::clean_up(&pod.task, &pod.dir).unwrap();
+    assert!(
+        pod.dir.join(file::ROOT_DIR).exists(),
+        "an agent that began later does not take them away either"
+    );
+    fs::remove_dir_all(pod.dir.join(file::ROOT_DIR)).unwrap();
     pod.assert_clean();
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use berth_agent::core::ledger::{Ledger, PodKey};
-use berth_agent::core::{Action, Agent, Event, Identity, Now, Prepared, Step, Unready};
+use berth_agent::core::{Action, Agent, Event, Identity, NoExit, Now, Prepared, Step, Unready};
 use berth_agent::task::{Exit, Lease, Order, Report, Root, Saved};
 use berth_protocol::checkpoint::{CheckpointInfo, CheckpointKind, Needs};
 use berth_protocol::ids::{BootId, Digest, HardwareId, LedgerId, NodeId, Run, SessionNonce};
@@ -297,8 +297,8 @@ impl Node {
                     }
                 }
                 Action::Adopt { key, run } | Action::Kill { key, run } if !self.shims.contains_key(&key) => {
-                    let exit = self.exits.get(&(key.clone(), run)).cloned();
-                    out.push(later(5, Event::Gone { key, run, exit, why: None }));
+                    let exit = self.exits.get(&(key.clone(), run)).cloned().ok_or_else(NoExit::default);
+                    out.push(later(5, Event::Gone { key, run, exit }));
                 }
                 Action::Adopt { key, .. } => {
                     let shim = &self.shims[&key];
@@ -307,13 +307,17 @@ impl Node {
                 }
                 Action::Kill { key, run } => {
                     self.shims.remove(&key);
-                    out.push(later(5, Event::Gone { key, run, exit: None, why: None }));
+                    out.push(later(5, Event::Gone { key, run, exit: Err(NoExit::default()) }));
                 }
                 Action::StoreLog { key } => out.push(later(5, Event::LogStored { key, stored: true })),
                 Action::StoreOutputs { key } => {
                     out.push(later(5, Event::OutputsStored { key, result: Ok(None) }));
                 }
-                Action::CancelPrepare { .. } | Action::Drop { .. } | Action::Depot(_) | Action::Warn(_) => {}
+                Action::KeepCheckpoint { .. }
+                | Action::CancelPrepare { .. }
+                | Action::Drop { .. }
+                | Action::Depot(_)
+                | Action::Warn(_) => {}
             }
         }
         out

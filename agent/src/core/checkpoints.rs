@@ -30,18 +30,13 @@ pub struct NotStored {
 pub(super) struct Storing {
     busy: bool,
     failures: u32,
-    at: Option<BootMs>,
+    pub(super) at: Option<BootMs>,
     pub(super) progress: Option<(Bytes, Bytes)>,
 }
 
 impl Storing {
     pub(super) fn wake(&self) -> Option<BootMs> {
         self.at.filter(|_| !self.busy)
-    }
-
-    /// A new token, or another chance: at once.
-    pub(super) fn retry_now(&mut self) {
-        self.at = None;
     }
 }
 
@@ -173,10 +168,13 @@ impl Agent {
         let Some(mut entry) = self.ledger.pods.get(key).filter(waits).cloned() else { return };
         match result {
             Ok(info) => {
+                let id = info.id;
                 let event = self.pod_event(now, key, entry.run, PodChange::Checkpointed { info });
                 entry.checkpoints.saved = None;
                 entry.checkpoints.stored = Some((level, event));
                 self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
+                // Not before it is recorded: an agent that ends in between sends it again, from where the shim left it.
+                self.act(Action::KeepCheckpoint { key: key.clone(), level, id });
                 self.reconcile(now, key);
             }
             Err(NotStored { why, retriable: true }) => {

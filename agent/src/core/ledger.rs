@@ -118,6 +118,9 @@ pub struct PodEntry {
     /// Failures within this epoch.
     #[serde(default)]
     pub failures: u32,
+    /// In the log when the last run was over: its next may come to nothing.
+    #[serde(default)]
+    pub log_records: u64,
     /// The pod's place on the node's bridge.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slot: Option<u16>,
@@ -173,10 +176,16 @@ impl PodEntry {
             run_over: false,
             retry_at: None,
             failures: 0,
+            log_records: 0,
             slot: None,
             checkpoints: Checkpoints::default(),
             ended: None,
         }
+    }
+
+    /// Named by the last orders, and not over.
+    pub fn is_wanted(&self) -> bool {
+        self.ended.is_none() && !self.unnamed
     }
 
     /// A run may have processes, for all the ledger knows.

@@ -72,12 +72,11 @@ pub enum Event {
     Reconnected {
         key: PodKey,
     },
-    /// No shim serves this run, nothing of it is alive; its exit file, where there is one.
+    /// No shim serves this run, nothing of it is alive.
     Gone {
         key: PodKey,
         run: Run,
-        exit: Option<Exit>,
-        why: Option<String>,
+        exit: Result<Exit, NoExit>,
     },
     LogStored {
         key: PodKey,
@@ -107,6 +106,15 @@ pub enum Event {
     Tick,
 }
 
+/// Of a run whose shim has left no exit.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NoExit {
+    /// Where more is known than that it ended without a word.
+    pub why: Option<String>,
+    /// Whole records in the pod's log.
+    pub log_records: u64,
+}
+
 /// What a pod needs before its shim can start.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prepared {
@@ -128,7 +136,7 @@ pub struct Unready {
 
 #[derive(Debug)]
 pub enum Action {
-    /// `pods` holds those that this ledger still works on without a process; what a scan of the machine finds is added.
+    /// `pods` holds those that this ledger works on; what else a scan of the machine finds is added.
     Hello(Box<Hello>),
     /// `usage` is filled in from a probe.
     Heartbeat(Box<Heartbeat>),
@@ -169,6 +177,12 @@ pub enum Action {
         run: Run,
         spec: Digest,
         saved: Box<Saved>,
+    },
+    /// It is in the depot, and known to be: a start on this node need not fetch it.
+    KeepCheckpoint {
+        key: PodKey,
+        level: u64,
+        id: Digest,
     },
     /// Nobody needs the pod's directory any more.
     Drop {
@@ -310,7 +324,7 @@ impl Agent {
             Event::Prepared { key, result } => self.prepared(now, &key, result),
             Event::Shim { key, report } => self.report(now, &key, report),
             Event::Reconnected { key } => self.reconnected(&key),
-            Event::Gone { key, run, exit, why } => self.gone(now, &key, run, exit, why),
+            Event::Gone { key, run, exit } => self.gone(now, &key, run, exit),
             Event::LogStored { key, stored } => self.log_stored(now, &key, stored),
             Event::OutputsStored { key, result } => self.outputs_stored(now, &key, result),
             Event::Storing { key, done, total } => {
@@ -413,38 +427,35 @@ impl Agent {
             generation: self.ledger.generation,
             events_acked: self.ledger.acked(),
             events_last: self.ledger.last_event,
-            pods: self.resting(),
+            pods: self.working(),
             inventory: self.inventory.clone(),
         })));
     }
 
-    /// Pods that no scan need find, and whose end this agent will tell all the same: being prepared, between two runs,
-    /// or still looked for.
-    fn resting(&self) -> Vec<HeldPod> {
-        let rests = |key: &PodKey, entry: &ledger::PodEntry| {
-            let waits = entry.ended.is_none() && !entry.unnamed;
-            waits && (!entry.may_be_alive() || self.live.get(key).is_some_and(Live::is_sought))
-        };
+    /// Pods whose end this agent will tell, whether or not a scan finds them: between two runs and before a restore they
+    /// have no process.
+    fn working(&self) -> Vec<HeldPod> {
         let held = |(key, entry): (&PodKey, &ledger::PodEntry)| HeldPod {
             pod: key.pod.clone(),
             epoch: key.epoch,
             run: entry.run,
             alive: false,
         };
-        self.ledger.pods.iter().filter(|(key, entry)| rests(key, entry)).map(held).collect()
+        self.ledger.pods.iter().filter(|(_, entry)| entry.is_wanted()).map(held).collect()
     }
 
     /// Pods for which a grant is wanted: named by the controller and not over.
     fn held(&self) -> Vec<PodKey> {
-        let wanted = |entry: &ledger::PodEntry| entry.ended.is_none() && !entry.unnamed;
-        self.ledger.pods.iter().filter(|(_, entry)| wanted(entry)).map(|(key, _)| key.clone()).collect()
+        let wanted = self.ledger.pods.iter().filter(|(_, entry)| entry.is_wanted());
+        wanted.map(|(key, _)| key.clone()).collect()
     }
 
     /// The generation to report: orders whose specs are not all here are not yet applied, and are sent again.
     fn applied(&self) -> Generation {
         let lacks = |entry: &ledger::PodEntry| {
-            let wanted = entry.ended.is_none() && !entry.unnamed && entry.desired.goal == Goal::Run;
-            wanted && !self.ledger.specs.contains_key(&entry.desired.spec)
+            entry.is_wanted()
+                && entry.desired.goal == Goal::Run
+                && !self.ledger.specs.contains_key(&entry.desired.spec)
         };
         let held = self.ledger.generation;
         if self.ledger.pods.values().any(lacks) { Generation(held.0.saturating_sub(1)) } else { held }
@@ -494,10 +505,7 @@ impl Agent {
         }
         if let Some(depot) = lease.depot.clone() {
             self.act(Action::Depot(depot));
-            for live in self.live.values_mut() {
-                live.store_at = None;
-                live.checkpoint.retry_now();
-            }
+            self.live.values_mut().for_each(|live| live.retry_now(now.boot));
         }
         let Some(grown) = self.grants.receive(&self.nonce, &lease) else { return };
         let acks = self.ledger.id.as_ref() == Some(&lease.ledger)

@@ -8,11 +8,11 @@ use berth_protocol::message::node::PodChange;
 use berth_protocol::pod::{Cause, Goal, Outcome, RESTORE_FAILED};
 use berth_protocol::units::{BootMs, Bytes, Millis};
 
-use super::checkpoints::{self, Leaving, Storing};
+use super::checkpoints::{Leaving, Storing};
 use super::ledger::{PodEntry, PodKey, Record};
-use super::restart::{Next, after_run, doubled};
+use super::restart::doubled;
 use super::{Action, Agent, Launch, Now, Prepared, Unready};
-use crate::task::{Exit, Lease, Order, Report};
+use crate::task::{Lease, Order, Report};
 
 /// What is known of a pod beyond the ledger; lost with the agent and found again by asking.
 #[derive(Debug, Default)]
@@ -20,6 +20,8 @@ pub(super) struct Live {
     prep: Prep,
     shim: Shim,
     stop_sent: bool,
+    /// By then its shim has ended it.
+    stop_by: Option<BootMs>,
     pause_sent: bool,
     /// Failed preparations in a row, and when the next is due.
     prep_failures: u32,
@@ -59,9 +61,17 @@ enum Shim {
 }
 
 impl Live {
-    /// The agent has just started, and has not found out whether it lives.
-    pub(super) fn is_sought(&self) -> bool {
-        self.shim == Shim::Unknown
+    /// Its run is over, and the next one due then.
+    pub(super) fn rest_until(&mut self, at: BootMs) {
+        self.shim = Shim::None;
+        self.retry_at = Some(at);
+    }
+
+    /// A new token for the depot: what may have waited for one is tried again.
+    pub(super) fn retry_now(&mut self, now: BootMs) {
+        for at in [&mut self.prep_at, &mut self.store_at, &mut self.checkpoint.at] {
+            *at = at.map(|at| at.min(now));
+        }
     }
 }
 
@@ -72,6 +82,8 @@ const PREP_ATTEMPTS_MAX: u32 = 6;
 const PREP_RETRY_MS: u64 = 2_000;
 /// Beyond the end of a lease that the shim keeps itself, the agent ends the pod.
 const SHIM_SLACK: Millis = Millis::from_secs(1);
+/// And one that was told to end it, this long after the grace.
+const STOP_SLACK: Millis = Millis::from_secs(60);
 
 impl Agent {
     /// At the agent's start: what the ledger says may live is looked for before anything else is decided.
@@ -100,10 +112,10 @@ impl Agent {
         }
         let end =
             matches!(live.shim, Shim::Running | Shim::Unknown).then(|| self.lease_end(key, entry)).flatten();
-        [live.prep_at, live.retry_at, end, live.checkpoint.wake()].into_iter().flatten().min()
+        [live.prep_at, live.retry_at, end, live.stop_by, live.checkpoint.wake()].into_iter().flatten().min()
     }
 
-    fn template(&self, entry: &PodEntry) -> Option<&PodTemplate> {
+    pub(super) fn template(&self, entry: &PodEntry) -> Option<&PodTemplate> {
         self.ledger.specs.get(&entry.desired.spec)
     }
 
@@ -127,13 +139,18 @@ impl Agent {
     pub(super) fn check_deadline(&mut self, now: Now, key: &PodKey) {
         let Some(entry) = self.ledger.pods.get(key) else { return };
         let run = entry.run;
-        let over = self.lease_end(key, entry).is_some_and(|end| end <= now.boot);
+        let past = |end: Option<BootMs>| end.is_some_and(|end| end <= now.boot);
+        let over = past(self.lease_end(key, entry));
         let Some(live) = self.live.get_mut(key) else { return };
-        if over && matches!(live.shim, Shim::Running | Shim::Unknown) {
-            live.shim = Shim::Dying;
-            self.warn(format!("pod {key} ran past its lease, its shim does not answer: killing it"));
-            self.act(Action::Kill { key: key.clone(), run });
-        }
+        let late = match live.shim {
+            Shim::Running | Shim::Unknown if over => "ran past its lease",
+            Shim::None | Shim::Dying => return,
+            _ if past(live.stop_by) => "does not end by order",
+            _ => return,
+        };
+        (live.shim, live.stop_by) = (Shim::Dying, None);
+        self.warn(format!("pod {key} {late}, its shim does not answer: killing it"));
+        self.act(Action::Kill { key: key.clone(), run });
     }
 
     /// A grant grew: tell the shim.
@@ -205,6 +222,7 @@ impl Agent {
             (Shim::None, Wanted::Pause | Wanted::Quarantine) => return,
             (_, Wanted::Stop { .. }) if !live.stop_sent => {
                 live.stop_sent = true;
+                live.stop_by.get_or_insert(now.boot.plus(grace).plus(STOP_SLACK));
                 Order::Stop { grace }
             }
             // Not begun, it has nothing to be saved.
@@ -264,7 +282,7 @@ impl Agent {
                 let prepared = prepared.clone();
                 live.shim = Shim::Launched;
                 live.retry_at = None;
-                (live.stop_sent, live.pause_sent) = (false, false);
+                (live.stop_sent, live.stop_by, live.pause_sent) = (false, None, false);
                 let mut entry = entry.clone();
                 let restore = entry.desired.from.is_some() && entry.run == Run::default();
                 entry.run = entry.run.next();
@@ -294,6 +312,7 @@ impl Agent {
 
     fn stopped_before_start(&mut self, now: Now, key: &PodKey) {
         let Some(live) = self.live.get_mut(key) else { return };
+        let log_records = self.ledger.pods.get(key).map_or(0, |entry| entry.log_records);
         if matches!(live.prep, Prep::Busy) {
             self.act(Action::CancelPrepare { key: key.clone() });
         }
@@ -304,7 +323,7 @@ impl Agent {
             message: None,
             started_at: None,
             finished_at: now.wall,
-            log_records: 0,
+            log_records,
         };
         self.end(now, key, outcome);
     }
@@ -338,6 +357,7 @@ impl Agent {
                 self.warn(format!("pod {key}: {}: {}; trying again", unready.reason, unready.message));
             }
             Err(unready) => {
+                let log_records = self.ledger.pods.get(key).map_or(0, |entry| entry.log_records);
                 // Another checkpoint, or node, may serve.
                 let evicted = unready.reason == RESTORE_FAILED;
                 let outcome = Outcome {
@@ -351,7 +371,7 @@ impl Agent {
                     message: Some(unready.message),
                     started_at: None,
                     finished_at: now.wall,
-                    log_records: 0,
+                    log_records,
                 };
                 self.end(now, key, outcome);
             }
@@ -430,56 +450,6 @@ impl Agent {
         if !matches!(live.shim, Shim::None | Shim::Dying) {
             live.shim = Shim::Unknown;
             (live.stop_sent, live.pause_sent) = (false, false);
-        }
-    }
-
-    pub(super) fn gone(&mut self, now: Now, key: &PodKey, run: Run, exit: Option<Exit>, why: Option<String>) {
-        let Some(entry) = self.ledger.pods.get(key) else { return };
-        // The supervisor of an earlier run may end late.
-        if !entry.may_be_alive() || run != entry.run {
-            return;
-        }
-        let exit = exit.filter(|exit| exit.run == run).unwrap_or_else(|| Exit {
-            run,
-            outcome: Outcome {
-                exit_code: None,
-                cause: Cause::Eviction,
-                reason: Some("ShimDied".into()),
-                message: Some(why.unwrap_or_else(|| {
-                    "the pod's supervisor ended without a word (killed, or the machine restarted)".into()
-                })),
-                started_at: None,
-                finished_at: now.wall,
-                log_records: 0,
-            },
-            containers: Vec::new(),
-        });
-        self.run_over(now, key, exit);
-    }
-
-    fn run_over(&mut self, now: Now, key: &PodKey, exit: Exit) {
-        let Some(entry) = self.ledger.pods.get(key) else { return };
-        if exit.run != entry.run || !entry.may_be_alive() {
-            return;
-        }
-        let mut exit = exit;
-        checkpoints::name_end(entry, &mut exit.outcome);
-        let Some(template) = self.template(entry) else { return self.end(now, key, exit.outcome) };
-        match after_run(template, key, entry, &exit.outcome) {
-            Next::End => self.end(now, key, exit.outcome),
-            Next::Retry(backoff) => {
-                let mut entry = entry.clone();
-                entry.run_over = true;
-                entry.retry_at = Some(now.wall.plus(backoff));
-                entry.failures += u32::from(exit.outcome.cause == Cause::Failure);
-                self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
-                let change = PodChange::Retrying { outcome: exit.outcome, backoff };
-                self.pod_event(now, key, exit.run, change);
-                if let Some(live) = self.live.get_mut(key) {
-                    live.shim = Shim::None;
-                    live.retry_at = Some(now.boot.plus(backoff));
-                }
-            }
         }
     }
 }

@@ -1,20 +1,72 @@
-//! A pod at its end and after: its log and outputs go to the depot, what is known of it is dropped once all is told.
+//! The end of a run and what follows: another one; or the pod's end, and after it log and outputs go to the depot, and
+//! what is known of the pod is dropped once all is told.
 
 use berth_protocol::ids::{Digest, Run};
 use berth_protocol::message::node::PodChange;
-use berth_protocol::pod::Outcome;
+use berth_protocol::pod::{Cause, Outcome};
 use berth_protocol::units::Bytes;
 
-use super::checkpoints::NotStored;
+use super::checkpoints::{NotStored, name_end};
 use super::ledger::{Ended, PodKey, Record};
 use super::pods::Live;
-use super::restart::doubled;
-use super::{Action, Agent, Now};
+use super::restart::{Next, after_run, doubled};
+use super::{Action, Agent, NoExit, Now};
+use crate::task::Exit;
 
 const STORE_RETRY_MS: u64 = 5_000;
 const STORE_RETRY_MS_MAX: u64 = 300_000;
 
 impl Agent {
+    pub(super) fn gone(&mut self, now: Now, key: &PodKey, run: Run, exit: Result<Exit, NoExit>) {
+        let Some(entry) = self.ledger.pods.get(key) else { return };
+        // The supervisor of an earlier run may end late.
+        if !entry.may_be_alive() || run != entry.run {
+            return;
+        }
+        let exit = exit.unwrap_or_else(|lost| Exit {
+            run,
+            outcome: Outcome {
+                exit_code: None,
+                cause: Cause::Eviction,
+                reason: Some("ShimDied".into()),
+                message: Some(lost.why.unwrap_or_else(|| {
+                    "the pod's supervisor ended without a word (killed, or the machine restarted)".into()
+                })),
+                started_at: None,
+                finished_at: now.wall,
+                log_records: lost.log_records,
+            },
+            containers: Vec::new(),
+        });
+        self.run_over(now, key, exit);
+    }
+
+    pub(super) fn run_over(&mut self, now: Now, key: &PodKey, exit: Exit) {
+        let Some(entry) = self.ledger.pods.get(key) else { return };
+        if exit.run != entry.run || !entry.may_be_alive() {
+            return;
+        }
+        let mut exit = exit;
+        name_end(entry, &mut exit.outcome);
+        let Some(template) = self.template(entry) else { return self.end(now, key, exit.outcome) };
+        match after_run(template, key, entry, &exit.outcome) {
+            Next::End => self.end(now, key, exit.outcome),
+            Next::Retry(backoff) => {
+                let mut entry = entry.clone();
+                entry.run_over = true;
+                entry.retry_at = Some(now.wall.plus(backoff));
+                entry.failures += u32::from(exit.outcome.cause == Cause::Failure);
+                entry.log_records = exit.outcome.log_records;
+                self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
+                let change = PodChange::Retrying { outcome: exit.outcome, backoff };
+                self.pod_event(now, key, exit.run, change);
+                if let Some(live) = self.live.get_mut(key) {
+                    live.rest_until(now.boot.plus(backoff));
+                }
+            }
+        }
+    }
+
     /// The epoch is over, for good.
     pub(super) fn end(&mut self, now: Now, key: &PodKey, outcome: Outcome) {
         let Some(mut entry) = self.ledger.pods.get(key).cloned() else { return };

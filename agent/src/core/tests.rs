@@ -148,6 +148,7 @@ impl Bench {
                 Action::StoreCheckpoint { key, saved, .. } => {
                     format!("store checkpoint {key} {}", saved.level)
                 }
+                Action::KeepCheckpoint { key, level, .. } => format!("keep checkpoint {key} {level}"),
                 Action::Drop { key } => format!("drop {key}"),
                 Action::Depot(_) => "depot".into(),
                 Action::Warn(text) => format!("warn {text}"),
@@ -355,20 +356,24 @@ fn greeted(bench: &mut Bench) -> Vec<(PodKey, bool)> {
 }
 
 #[test]
-fn a_pod_without_a_process_is_held_while_it_is_prepared_and_between_two_runs() {
+fn a_pod_is_held_from_its_order_to_its_end_whether_or_not_it_has_a_process() {
     let template = template(RestartPolicy::OnFailure);
     let mut bench = Bench::new();
     bench.desired(&[(key(0, 1), Goal::Run, &template)]);
     assert_eq!(greeted(&mut bench), [(key(0, 1), false)], "it is being prepared");
     let mut bench = Bench::running(&template);
-    assert_eq!(greeted(&mut bench), [], "the scan of the machine finds it");
+    assert_eq!(
+        greeted(&mut bench),
+        [(key(0, 1), false)],
+        "its shim tells its end, though no scan may find it yet"
+    );
     bench.exited(&key(0, 1), 1, Cause::Failure, 1);
     assert_eq!(greeted(&mut bench), [(key(0, 1), false)], "its next run is due later");
     let mut again = Bench::on(bench.disk.clone(), 2);
     assert_eq!(greeted(&mut again), [(key(0, 1), false)], "a restart changes nothing about that");
     let mut bench = Bench::on(Bench::running(&template).disk, 2);
     assert_eq!(greeted(&mut bench), [(key(0, 1), false)], "looked for; its end would be told");
-    bench.event(Event::Gone { key: key(0, 1), run: Run(1), exit: None, why: None });
+    bench.event(Event::Gone { key: key(0, 1), run: Run(1), exit: Err(NoExit::default()) });
     assert_eq!(greeted(&mut bench), []);
 }
 
@@ -377,7 +382,7 @@ fn the_late_end_of_an_earlier_runs_supervisor_ends_no_later_run() {
     let mut bench = Bench::running(&template(RestartPolicy::OnFailure));
     bench.exited(&key(0, 1), 1, Cause::Failure, 1);
     while !bench.wait(1_000).iter().any(|line| line.starts_with("launch")) {}
-    let late = Event::Gone { key: key(0, 1), run: Run(1), exit: None, why: None };
+    let late = Event::Gone { key: key(0, 1), run: Run(1), exit: Err(NoExit::default()) };
     assert_eq!(bench.event(late), [] as [&str; 0]);
 }
 
@@ -413,8 +418,35 @@ fn events_lost_on_the_disk_do_not_keep_back_the_later_ones() {
 #[test]
 fn a_shim_that_is_gone_without_a_word_is_an_eviction() {
     let mut bench = Bench::running(&template(RestartPolicy::OnFailure));
-    let lines = bench.event(Event::Gone { key: key(0, 1), run: Run(1), exit: None, why: None });
+    let lines = bench.event(Event::Gone { key: key(0, 1), run: Run(1), exit: Err(NoExit::default()) });
     assert_eq!(lines, ["tell u-0.1 ended Eviction"]);
+}
+
+#[test]
+fn what_a_pod_has_said_outlives_a_shim_that_dies_and_a_run_that_never_begins() {
+    let never = template(RestartPolicy::Never);
+    let mut bench = Bench::running(&never);
+    let exit = Err(NoExit { why: None, log_records: 23 });
+    let lines = bench.event(Event::Gone { key: key(0, 1), run: Run(1), exit });
+    assert_eq!(lines, ["store log u-0.1", "tell u-0.1 ended Eviction"]);
+    let retried = template(RestartPolicy::OnFailure);
+    let mut bench = Bench::running(&retried);
+    bench.exited(&key(0, 1), 1, Cause::Failure, 1);
+    let lines = bench.desired(&[(key(0, 1), Goal::Stop, &retried)]);
+    assert_eq!(lines, ["store log u-0.1", "tell u-0.1 ended Eviction"], "stopped between two runs");
+}
+
+#[test]
+fn a_pod_whose_shim_does_not_end_it_is_killed() {
+    let template = template(RestartPolicy::Never);
+    let mut bench = Bench::running(&template);
+    assert_eq!(bench.desired(&[(key(0, 1), Goal::Stop, &template)]), ["stop u-0.1 30s"]);
+    let mut lines = Vec::new();
+    for _ in 0..100 {
+        bench.grant();
+        lines.extend(bench.wait(1_000));
+    }
+    assert_eq!(lines.iter().filter(|line| *line == "kill u-0.1").count(), 1, "{lines:?}");
 }
 
 #[test]
@@ -488,7 +520,7 @@ fn a_level_is_taken_once_and_what_failed_is_said() {
     let not_yet = Err(NotStored { why: "out of reach".to_owned(), retriable: true });
     bench.event(Event::CheckpointStored { key: key(0, 1), level: 1, result: not_yet });
     assert!(bench.wait(1_000).contains(&"store checkpoint u-0.1 1".to_owned()), "tried again");
-    assert_eq!(bench.event(stored(1)), ["tell u-0.1 checkpointed 1"]);
+    assert_eq!(bench.event(stored(1)), ["keep checkpoint u-0.1 1", "tell u-0.1 checkpointed 1"]);
     bench.level = 2;
     bench.desired(&orders);
     let failed = Report::SaveFailed { run: Run(1), level: 2, why: "no".to_owned() };
@@ -515,7 +547,11 @@ fn a_pod_that_leaves_stands_until_its_checkpoint_is_recorded() {
     assert_eq!(bench.desired(&[(key(0, 1), Goal::Vacate, &template)]), begun);
     bench.report(&key(0, 1), saved(1));
     assert_eq!(bench.report(&key(0, 1), Report::Paused { run: Run(1), fenced: false }), [] as [&str; 0]);
-    assert_eq!(bench.event(stored(1)), ["tell u-0.1 checkpointed 1"], "not yet acknowledged");
+    assert_eq!(
+        bench.event(stored(1)),
+        ["keep checkpoint u-0.1 1", "tell u-0.1 checkpointed 1"],
+        "not yet acknowledged"
+    );
     let lines = bench.grant();
     assert!(lines.contains(&"stop u-0.1 0s".to_owned()), "{lines:?}");
     bench.exited(&key(0, 1), 1, Cause::Eviction, 137);

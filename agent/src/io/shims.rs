@@ -18,8 +18,8 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::core::Event;
 use crate::core::ledger::PodKey;
+use crate::core::{Event, NoExit};
 use crate::shim::{self, sys};
 use crate::task::{Exit, Order, Task, file};
 
@@ -27,6 +27,9 @@ use crate::task::{Exit, Order, Task, file};
 const CONNECT_MAX: Duration = Duration::from_secs(30);
 /// A shim that has closed its socket ends within this time, or is killed.
 const END_MAX: Duration = Duration::from_secs(30);
+
+/// Between two tries to end what is left of a pod.
+const CLEAR_PAUSE: Duration = Duration::from_secs(1);
 
 /// Moves that keep the way into control groups open, and the time between them: less than a grace period.
 const MOVES: usize = 4;
@@ -111,12 +114,17 @@ impl Shims {
             match start(&dir, &task) {
                 Ok(child) => serve(key, dir, task.run, Some(child), orders, events).await,
                 Err(error) => {
-                    let why = Some(error.to_string());
-                    let _ = events.send(Event::Gone { key, run: task.run, exit: None, why });
+                    let _ = events.send(gone(key, &dir, task.run, Some(error.to_string())));
                 }
             }
         });
         Ok(())
+    }
+
+    /// A run that came to no shim.
+    pub fn failed(&self, key: PodKey, run: Run, why: String) {
+        let dir = self.pod_dir(&key);
+        let _ = self.events.send(gone(key, &dir, run, Some(why)));
     }
 
     /// Looks for the shim of a run that an earlier agent started.
@@ -140,8 +148,7 @@ impl Shims {
         let (dir, events, key) = (self.pod_dir(key), self.events.clone(), key.clone());
         let kill = move || {
             clear_away(&dir);
-            let exit = read_exit(&dir, run);
-            let _ = events.send(Event::Gone { key: key.clone(), run, exit, why: None });
+            let _ = events.send(gone(key.clone(), &dir, run, None));
         };
         // A thread of its own: a pod beyond its lease must not outlive it because files are being removed. Without one
         // the agent waits: the pod must go.
@@ -169,8 +176,7 @@ impl Shims {
         for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
             let Some(key) = entry.file_name().to_str().and_then(PodKey::parse) else { continue };
             let dir = entry.path();
-            if !known(&key) && is_free(&dir) {
-                clear_away(&dir);
+            if !known(&key) && is_free(&dir) && try_clear_away(&dir) {
                 remove(&dir);
             }
         }
@@ -257,24 +263,26 @@ async fn serve(
             }
         }
     }
+    // Whether it has left nothing to clear away; of another agent's child nobody knows.
     let ended = async {
         match &mut child {
-            Some(child) => drop(child.wait().await),
+            Some(child) => child.wait().await.is_ok_and(|status| status.success()),
             None => {
                 while !is_free(&dir) {
                     sleep(Duration::from_millis(10)).await;
                 }
+                false
             }
         }
     };
-    if timeout(END_MAX, ended).await.is_err() {
+    let clean = timeout(END_MAX, ended).await.unwrap_or_else(|_| {
         tracing::warn!("pod {key}: its supervisor hangs, ending it");
-    }
-    let exit = read_exit(&dir, run);
-    if exit.is_none() || !is_free(&dir) {
+        false
+    });
+    if !clean || read_exit(&dir, run).is_none() {
         beside(&dir, clear_away).await;
     }
-    let _ = events.send(Event::Gone { key, run, exit, why: None });
+    let _ = events.send(gone(key, &dir, run, None));
 }
 
 async fn send(to: &mut OwnedWriteHalf, order: &Order) {
@@ -321,18 +329,39 @@ fn is_free(dir: &Path) -> bool {
     }
 }
 
-fn read_exit(dir: &Path, run: Run) -> Option<Exit> {
-    let bytes = fs::read(dir.join(file::exit(run))).ok()?;
-    serde_json::from_slice(&bytes).ok()
+/// The run is over, and nothing of it alive.
+fn gone(key: PodKey, dir: &Path, run: Run, why: Option<String>) -> Event {
+    let exit = read_exit(dir, run).ok_or_else(|| {
+        let log = dir.join(file::LOG_DIR);
+        let counted = shim::log::last_seq(&log);
+        let failed = |error: &io::Error| tracing::warn!("pod {key}: cannot read {}: {error}", log.display());
+        NoExit { why, log_records: counted.inspect_err(failed).unwrap_or_default() }
+    });
+    Event::Gone { key, run, exit }
 }
 
-/// Ends what is alive of a pod and undoes its mounts, groups and network.
+fn read_exit(dir: &Path, run: Run) -> Option<Exit> {
+    let bytes = fs::read(dir.join(file::exit(run))).ok()?;
+    serde_json::from_slice(&bytes).ok().filter(|exit: &Exit| exit.run == run)
+}
+
+/// Ends what is alive of a pod and undoes its mounts, groups and network. Does not return while something is alive:
+/// to say that the pod has ended would be a lie.
 fn clear_away(dir: &Path) {
-    let Ok(bytes) = fs::read(dir.join(file::TASK)) else { return };
-    let Ok(task) = serde_json::from_slice::<Task>(&bytes) else { return };
-    if let Err(error) = shim::clean_up(&task, dir) {
+    while !try_clear_away(dir) {
+        std::thread::sleep(CLEAR_PAUSE);
+    }
+}
+
+/// False where something is alive still.
+fn try_clear_away(dir: &Path) -> bool {
+    let Ok(bytes) = fs::read(dir.join(file::TASK)) else { return true };
+    let Ok(task) = serde_json::from_slice::<Task>(&bytes) else { return true };
+    let cleared = shim::clean_up(&task, dir);
+    if let Err(error) = &cleared {
         tracing::warn!("pod {}.{}: cannot clear away all that it left: {error}", task.pod, task.epoch);
     }
+    !cleared.is_err_and(|error| error.may_be_alive())
 }
 
 fn remove(dir: &Path) {
@@ -350,7 +379,7 @@ fn try_remove(dir: &Path) -> io::Result<()> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     let below = |line: &str| line.split(' ').nth(4).is_some_and(|point| Path::new(point).starts_with(&real));
     if mounts.lines().any(below) {
-        clear_away(dir);
+        try_clear_away(dir);
         if fs::read_to_string("/proc/self/mountinfo")?.lines().any(below) {
             return Err(io::Error::other("something is still mounted in it"));
         }

@@ -85,10 +85,10 @@ impl Agency {
 
     pub(super) fn store_checkpoint(&self, key: PodKey, run: Run, spec: Digest, saved: Saved) {
         let Some(template) = self.core.ledger().specs.get(&spec).cloned() else { return };
-        let (events, depot, cache) = (self.events.clone(), self.depot.clone(), self.checkpoints_kept());
+        let (events, depot) = (self.events.clone(), self.depot.clone());
         let level = saved.level;
         let (pod_dir, turn) = (self.shims.pod_dir(&key), self.log_turns.of(&key));
-        let dir = pod_dir.join(file::CHECKPOINTS_DIR).join(level.to_string());
+        let dir = self.checkpoint_dir(&key, level);
         let (images, inventory) = (self.preparer.image_digests(&template), self.probe.inventory());
         let arch = inventory.arch.clone();
         let needs = match saved.kind {
@@ -122,7 +122,7 @@ impl Agency {
                     let (pod, epoch) = (key.pod.clone(), key.epoch);
                     let order = Order::Store(Box::new(Store {
                         access,
-                        dir: dir.clone(),
+                        dir,
                         saved,
                         node,
                         pod,
@@ -142,13 +142,18 @@ impl Agency {
                     checkpoint::run(&order, progress).await
                 }
             };
-            let result: Result<Box<_>, NotStored> = said.into();
-            if let Ok(info) = &result
-                && let Err(error) = checkpoint::keep(&dir, &info.id, &key.pod, &cache)
-            {
-                tracing::warn!("the checkpoint of pod {key} is in the depot, and not kept here: {error}");
-            }
-            let _ = events.send(Event::CheckpointStored { key, level, result });
+            let _ = events.send(Event::CheckpointStored { key, level, result: said.into() });
         });
+    }
+
+    pub(super) fn keep_checkpoint(&self, key: &PodKey, level: u64, id: &Digest) {
+        let dir = self.checkpoint_dir(key, level);
+        if let Err(error) = checkpoint::keep(&dir, id, &key.pod, &self.checkpoints_kept()) {
+            tracing::warn!("the checkpoint of pod {key} is in the depot, and not kept here: {error}");
+        }
+    }
+
+    fn checkpoint_dir(&self, key: &PodKey, level: u64) -> PathBuf {
+        self.shims.pod_dir(key).join(file::CHECKPOINTS_DIR).join(level.to_string())
     }
 }

@@ -123,6 +123,18 @@ pub fn segment_paths(dir: &Path) -> Vec<PathBuf> {
     segments(dir).unwrap_or_default().into_iter().map(|(_, path)| path).collect()
 }
 
+/// The seq of the last whole record of a log that nobody writes; 0 where there is none.
+pub fn last_seq(dir: &Path) -> io::Result<u64> {
+    let all = match segments(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(0),
+        all => all?,
+    };
+    match all.last() {
+        None => Ok(0),
+        Some((first, path)) => Ok(first + whole_records(path)?.0 - 1),
+    }
+}
+
 /// Counts the whole records of a segment, and their bytes.
 fn whole_records(path: &Path) -> io::Result<(u64, u64)> {
     let mut segment = Segment::open(path)?;

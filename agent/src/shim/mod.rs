@@ -130,13 +130,28 @@ pub enum CleanUpError {
     Remove { path: PathBuf, source: io::Error },
 }
 
+impl CleanUpError {
+    /// Something of the pod is perhaps still alive.
+    pub fn may_be_alive(&self) -> bool {
+        let groups =
+            |error: &CgroupError| matches!(error, CgroupError::Unkillable { .. } | CgroupError::Io { .. });
+        match self {
+            CleanUpError::Cgroup(error) => groups(error),
+            CleanUpError::Shim { .. } => true,
+            CleanUpError::Network(_) | CleanUpError::Remove { .. } => false,
+        }
+    }
+}
+
 /// Ends all that is left of a pod by force: its shim if that still lives, processes, control groups, link, writable
 /// layers. Task, log and exit files stay. Safe to call again, and for a pod of which nothing is left. Blocks until
 /// all is dead, at most some `KILL_MS_MAX`.
 pub fn clean_up(task: &Task, dir: &Path) -> Result<(), CleanUpError> {
     end_shim(dir)?;
     end(task)?;
-    clear(dir, false)
+    // Of a run that has ended by itself they are still to be stored.
+    let outputs = !task.template.outputs.is_empty() && dir.join(file::exit(task.run)).exists();
+    clear(dir, outputs)
 }
 
 /// Kills the holder of the pod's lock and waits until it is free.

@@ -128,7 +128,9 @@ impl Supervisor {
     fn is_over(&self) -> bool {
         let ends = self.policy.ended_by().is_some();
         let over = |container: &Container| container.exit.is_some() && (ends || !container.rests);
-        self.restoring.is_over() && self.containers.iter().all(over)
+        // Where nothing has begun to come back, nothing will.
+        let restored = self.restoring.is_over() || (ends && !self.restoring.is_at_work());
+        restored && self.containers.iter().all(over)
     }
 
     fn create(&mut self) -> Result<(), ShimError> {

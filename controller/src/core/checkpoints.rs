@@ -22,8 +22,8 @@ use super::{Controller, Effect, Now};
 const ORPHAN_AFTER: Millis = Millis(3_600_000);
 /// A pod that is to leave and could not be saved is asked again after this long.
 const RETRY: Millis = Millis(30_000);
-/// Nodes on which a checkpoint is tried before the one before it is.
-const RESTORE_NODES_MAX: usize = 2;
+/// Starts from a checkpoint that may come to nothing before the one before it is tried.
+const RESTORE_TRIES_MAX: u32 = 2;
 
 /// A checkpoint that the depot holds; stored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -62,7 +62,10 @@ pub(super) struct Saved {
     /// The newest first: what it would go on from.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub checkpoints: Vec<Digest>,
-    /// Nodes on which the first of them could not be started.
+    /// Starts from the first of them that came to nothing.
+    #[serde(skip_serializing_if = "super::cluster::is_zero")]
+    pub failed_tries: u32,
+    /// Where: it is tried elsewhere.
     #[serde(skip_serializing_if = "BTreeSet::is_empty")]
     pub failed_on: BTreeSet<NodeId>,
     /// Nodes that could not run it, for want of something of their own.
@@ -85,6 +88,12 @@ pub(super) type Mark = (Epoch, u64);
 impl Saved {
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
+    }
+
+    /// It was started, or another one is to be.
+    pub fn forget_failures(&mut self) {
+        self.failed_tries = 0;
+        self.failed_on.clear();
     }
 
     /// What the pod goes on from.
@@ -298,7 +307,8 @@ impl Controller {
         (may && *held == asked.epoch).then(|| self.config.depot_url.clone())
     }
 
-    /// The checkpoint could not be started there: another node, then the one before, then from the start.
+    /// The checkpoint could not be started there: another node, or the same once more where it is the only one, then
+    /// the checkpoint before, then from the start.
     pub(super) fn restore_failed(&mut self, id: &PodId, node: &NodeId, from: Digest, why: Option<&str>) {
         self.counters.restore_failures += 1;
         let others: Vec<NodeId> = self.cluster.nodes.keys().filter(|other| *other != node).cloned().collect();
@@ -313,16 +323,20 @@ impl Controller {
         let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
         job.change(id.index, |pod| {
             let saved = &mut pod.saved;
-            saved.failed_on.insert(node.clone());
+            saved.failed_tries += 1;
             saved.target = None;
             let why = why.unwrap_or("no reason was given");
             let short = &from.hex()[..12];
             let failed = format!("checkpoint {short} could not be started on {node}: {why}");
-            if elsewhere && saved.failed_on.len() < RESTORE_NODES_MAX {
-                saved.trouble = Some(format!("{failed}; it is tried on another node"));
+            if saved.failed_tries < RESTORE_TRIES_MAX {
+                if elsewhere {
+                    saved.failed_on.insert(node.clone());
+                }
+                let place = if elsewhere { "on another node" } else { "once more" };
+                saved.trouble = Some(format!("{failed}; it is tried {place}"));
                 return;
             }
-            saved.failed_on.clear();
+            saved.forget_failures();
             saved.unusable.insert(from);
             saved.trouble = Some(match saved.best() {
                 Some(best) => format!("{failed}; checkpoint {} before it is tried", &best.hex()[..12]),

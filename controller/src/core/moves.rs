@@ -248,7 +248,7 @@ impl Controller {
             saved.checkpoints.retain(|other| *other != id);
             saved.checkpoints.insert(0, id);
             saved.unusable.remove(&id);
-            saved.failed_on.clear();
+            saved.forget_failures();
             saved.target = node;
         });
         let assignment = self.cluster.jobs.get_mut(uid).and_then(|job| job.assignment_mut(index));

@@ -328,7 +328,7 @@ impl Controller {
         }
         if restored {
             self.counters.restores += 1;
-            job.change(pod.index, |pod| pod.saved.failed_on.clear());
+            job.change(pod.index, |pod| pod.saved.forget_failures());
         }
         self.dirty.status.insert(pod.uid.clone());
         self.count_active(now, &pod.uid);

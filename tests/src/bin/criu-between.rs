@@ -12,8 +12,8 @@
 //! response); `before` is before the shim hears of it, `after` once CRIU has its answer; `WHO` is `criu`, `shim` or
 //! the number of a process.
 //!
-//! The real criu must be the shim's child, since what it restores becomes one. So this process turns into it, and a
-//! child of its own, which is nobody's by then, stands between.
+//! The real criu must be the shim's child, since what it restores becomes one: it is made this process's sibling. This
+//! process, which the shim knows, ends after it: what criu has said last has been passed on by then.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -37,9 +37,13 @@ fn main() -> ExitCode {
     if args.get(1).is_some_and(|word| word == "swrk") {
         let fd = args.get(2).and_then(|fd| fd.to_str()?.parse().ok());
         let Some(fd) = fd else { return ExitCode::from(2) };
-        if let Err(error) = stand_between(&dir, fd) {
-            eprintln!("criu-between: {error}");
-            return ExitCode::FAILURE;
+        match stand_between(&dir, fd) {
+            Ok(true) => {}
+            Ok(false) => return ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("criu-between: {error}");
+                return ExitCode::FAILURE;
+            }
         }
     }
     let error = command.exec();
@@ -65,38 +69,39 @@ fn send(fd: RawFd, message: &[u8]) {
     unsafe { libc::send(fd, message.as_ptr().cast(), message.len(), libc::MSG_NOSIGNAL) };
 }
 
-/// Puts a process between the shim at `outer` and the criu that this one is about to become, at the same number.
-fn stand_between(dir: &Path, outer: RawFd) -> std::io::Result<()> {
+/// Makes a sibling, which returns true and is to become criu, at the same number; passes on what is said until it ends.
+fn stand_between(dir: &Path, outer: RawFd) -> std::io::Result<bool> {
     let request = receive(outer).ok_or(std::io::ErrorKind::UnexpectedEof)?;
     let (call, images) = read(&request).ok_or(std::io::ErrorKind::InvalidData)?;
-    let (mut pair, criu, shim) = ([0; 2], std::process::id() as i32, std::os::unix::process::parent_id());
+    let shim = std::os::unix::process::parent_id() as i32;
+    let mut pair = [0; 2];
     // SAFETY: an array of two; numbers of this process's own descriptors; the process has one thread.
-    unsafe {
+    let (criu, ended) = unsafe {
         // criu looks for the images' directory in the table of whoever has made its socket.
         let found = File::open(format!("/proc/{shim}/fd/{images}"))?.into_raw_fd();
-        if found == images {
-            check(libc::fcntl(images, libc::F_SETFD, 0))?;
-        } else {
+        if found != images {
             check(libc::dup2(found, images))?;
             check(libc::close(found))?;
         }
         check(libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET, 0, pair.as_mut_ptr()))?;
-        match check(libc::fork())? {
-            0 => {
-                if libc::fork() == 0 {
-                    let between = Between { dir, call, criu, shim: shim as i32, outer, inner: pair[0] };
-                    between.detach();
-                    between.pass(&request);
-                }
-                libc::_exit(0);
-            }
-            middle => check(libc::waitpid(middle, std::ptr::null_mut(), 0))?,
-        };
-        check(libc::close(pair[0]))?;
-        check(libc::dup2(pair[1], outer))?;
+        let flags = libc::CLONE_PARENT | libc::SIGCHLD;
+        let criu = check(libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) as libc::c_int)?;
+        if criu == 0 {
+            // As the shim asks of its children.
+            check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
+            check(libc::close(images))?;
+            check(libc::close(pair[0]))?;
+            check(libc::dup2(pair[1], outer))?;
+            check(libc::close(pair[1]))?;
+            return Ok(true);
+        }
         check(libc::close(pair[1]))?;
-    }
-    Ok(())
+        (criu, check(libc::syscall(libc::SYS_pidfd_open, criu, 0) as libc::c_int)?)
+    };
+    let between = Between { dir, call, criu, ended, shim, outer, inner: pair[0] };
+    between.detach(images);
+    between.pass(&request);
+    Ok(false)
 }
 
 /// Which call a request is of, and the number of its images' directory.
@@ -123,6 +128,8 @@ struct Between<'a> {
     dir: &'a Path,
     call: &'static str,
     criu: i32,
+    /// Of criu's process.
+    ended: RawFd,
     shim: i32,
     outer: RawFd,
     inner: RawFd,
@@ -130,13 +137,13 @@ struct Between<'a> {
 
 impl Between<'_> {
     /// Neither in the pod's control groups, nor a holder of its pipes.
-    fn detach(&self) {
+    fn detach(&self, images: RawFd) {
         for group in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
             if let Ok(mut procs) = OpenOptions::new().write(true).open(group.path().join("cgroup.procs")) {
                 let _ = procs.write_all(b"0");
             }
         }
-        let kept = [0, 1, 2, self.outer, self.inner];
+        let kept = [0, 1, 2, images, self.outer, self.inner, self.ended];
         let open: Vec<RawFd> = fs::read_dir("/proc/self/fd")
             .into_iter()
             .flatten()
@@ -158,31 +165,40 @@ impl Between<'_> {
         self.answered("begin");
         let mut stage = None;
         loop {
-            let mut fds =
-                [self.inner, self.outer].map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
-            // SAFETY: an array of two.
-            if unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) } < 0 {
+            let mut fds = [self.inner, self.outer, self.ended].map(|fd| libc::pollfd {
+                fd,
+                events: libc::POLLIN,
+                revents: 0,
+            });
+            // SAFETY: an array of three.
+            if unsafe { libc::poll(fds.as_mut_ptr(), 3, -1) } < 0 {
                 return;
             }
             if fds[0].revents != 0 {
-                let Some(message) = receive(self.inner) else { return };
+                let Some(message) = receive(self.inner) else { break };
                 let word = Response::read(&message).and_then(|response| response.stage);
                 let done = word.is_none();
                 let word = word.unwrap_or_else(|| "done".to_owned());
                 self.told(&word);
                 send(self.outer, &message);
                 if done {
-                    return self.answered("done");
+                    self.answered("done");
+                    break;
                 }
                 stage = Some(word);
-            } else {
+            } else if fds[1].revents != 0 {
                 let Some(message) = receive(self.outer) else { return };
                 send(self.inner, &message);
                 if let Some(stage) = stage.take() {
                     self.answered(&stage);
                 }
+            } else {
+                return;
             }
         }
+        let mut ended = libc::pollfd { fd: self.ended, events: libc::POLLIN, revents: 0 };
+        // SAFETY: one.
+        unsafe { libc::poll(&mut ended, 1, -1) };
     }
 
     fn told(&self, stage: &str) {

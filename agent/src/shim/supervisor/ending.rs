@@ -24,7 +24,7 @@ impl Supervisor {
         if let Err(e) = exit::write(&self.dir, &exit) {
             // A full disk: what the pod itself has written makes room. Outputs are lost then.
             eprintln!("berth-agent shim: cannot write the exit file: {e}; removing what the pod has written");
-            self.clean_up(false);
+            let _ = self.clean_up(false);
             exit::write(&self.dir, &exit)?;
         }
         let report = Report::Exited { exit };
@@ -33,8 +33,7 @@ impl Supervisor {
         // Who connected while the end was being written is told as well, and nobody connects in vain from here on.
         let _ = std::fs::remove_file(self.dir.join(file::SOCKET));
         self.server.receive(std::slice::from_ref(&report));
-        self.clean_up(!self.task.template.outputs.is_empty());
-        Ok(())
+        self.clean_up(!self.task.template.outputs.is_empty())
     }
 
     fn end_processes(&mut self) {
@@ -94,18 +93,13 @@ impl Supervisor {
         })
     }
 
-    /// The run's end is known: what fails here is tried again by the agent.
-    fn clean_up(&self, keep_written: bool) {
-        if let Err(e) = super::super::end(&self.task) {
-            eprintln!("berth-agent shim: {e}");
-        }
-        if let Err(e) = self.unmount() {
-            // Removing the files through a mount would remove what is mounted.
-            return eprintln!("berth-agent shim: cannot unmount: {e}");
-        }
-        if let Err(e) = super::super::clear(&self.dir, keep_written) {
-            eprintln!("berth-agent shim: {e}");
-        }
+    /// The run's end is known: what fails here is tried again by the agent, which sees that this shim has failed.
+    fn clean_up(&self, keep_written: bool) -> io::Result<()> {
+        let ended = super::super::end(&self.task).map_err(io::Error::other);
+        // Removing the files through a mount would remove what is mounted.
+        self.unmount().map_err(|e| io::Error::other(format!("cannot unmount: {e}")))?;
+        super::super::clear(&self.dir, keep_written).map_err(io::Error::other)?;
+        ended
     }
 
     fn unmount(&self) -> io::Result<()> {

@@ -33,6 +33,10 @@ impl Restoring {
         self.waiting.is_empty()
     }
 
+    pub fn is_at_work(&self) -> bool {
+        self.criu.is_some()
+    }
+
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.criu.as_ref().map(AsFd::as_fd)
     }

@@ -96,6 +96,19 @@ pub struct Place {
     message: Value,
 }
 
+impl Place {
+    fn of(job: &Value) -> Self {
+        let pod = &job["pods"][0];
+        Self {
+            node: pod["node"].as_str().unwrap_or_default().to_owned(),
+            epoch: pod["epoch"].as_u64().unwrap_or(0),
+            checkpoint: job["checkpoint"]["id"].clone(),
+            // What is said while it is on its way is no answer.
+            message: if pod["reason"].is_null() { pod["message"].clone() } else { Value::Null },
+        }
+    }
+}
+
 pub struct Ground {
     pub cluster: Cluster,
     pub nodes: [String; 2],
@@ -175,14 +188,7 @@ impl Ground {
     }
 
     pub fn place(&self) -> Place {
-        let job = self.job();
-        let pod = &job["pods"][0];
-        Place {
-            node: pod["node"].as_str().unwrap_or_default().to_owned(),
-            epoch: pod["epoch"].as_u64().unwrap_or(0),
-            checkpoint: job["checkpoint"]["id"].clone(),
-            message: pod["message"].clone(),
-        }
+        Place::of(&self.job())
     }
 
     pub fn other(&self, node: &str) -> String {
@@ -235,8 +241,9 @@ impl Ground {
     fn settled(&self, what: &str, wanted: impl Fn(&Place) -> bool) -> Place {
         let end = Instant::now() + Duration::from_secs(SETTLE_S);
         loop {
-            let place = self.place();
-            match self.unsettled(&place, &wanted) {
+            let job = self.job();
+            let place = Place::of(&job);
+            match self.unsettled(&job, &place, &wanted) {
                 None => return place,
                 Some(why) => assert!(
                     Instant::now() < end,
@@ -268,8 +275,7 @@ impl Ground {
         self.helpers(None).into_iter().chain(job).map(line).collect()
     }
 
-    fn unsettled(&self, place: &Place, wanted: &impl Fn(&Place) -> bool) -> Option<String> {
-        let job = self.job();
+    fn unsettled(&self, job: &Value, place: &Place, wanted: &impl Fn(&Place) -> bool) -> Option<String> {
         let pod = &job["pods"][0];
         if pod["phase"] != "Running" || !pod["reason"].is_null() || !wanted(place) {
             return Some("it does not run yet".to_owned());
@@ -352,10 +358,10 @@ impl Ground {
             if reached(self, &node, dir.as_deref()) {
                 break true;
             }
-            let over = |place: &Place| self.is_answered(&before, place, moves);
-            if Instant::now() > end || (end - Instant::now() < Duration::from_secs(18) && over(&self.place()))
-            {
-                break false;
+            let late = Instant::now() + Duration::from_secs(18) > end;
+            if Instant::now() > end || (late && self.is_over(&before, moves)) {
+                // The last step is one that stays.
+                break reached(self, &node, dir.as_deref());
             }
             std::thread::park_timeout(Duration::from_micros(200));
         };
@@ -379,6 +385,11 @@ impl Ground {
         };
         let output = self.cluster.run(words);
         assert!(output.status.success(), "{words:?}: {}\n{}", text(&output), self.cluster.logs_of_all());
+    }
+
+    /// Nothing of it is still to come, on either node.
+    fn is_over(&self, before: &Place, moves: bool) -> bool {
+        self.is_answered(before, &self.place(), moves) && self.job()["pods"][0]["phase"] == "Running"
     }
 
     /// The controller knows what came of it.
@@ -417,7 +428,7 @@ impl Ground {
         // Ends are waited for, not given up on.
         for node in &self.nodes {
             let said = self.cluster.log(node);
-            assert!(!said.contains("trying again"), "{said}");
+            assert!(!said.contains("does not end"), "{said}");
         }
         assert_eq!(copies(&self.word), 0);
         let dir = self.cluster.dir.path().to_owned();
