@@ -65,6 +65,19 @@ impl Machine {
         self.until("the node is online", "berth get nodes | grep -q ' online '");
     }
 
+    /// The one beside the programs, where the package would have it.
+    fn install_criu(&self) {
+        let here = std::env::current_exe().expect("a test has a path");
+        let criu = here.parent().and_then(Path::parent).expect("target/PROFILE/deps").join("criu");
+        self.sh("mkdir -p /usr/lib/berth");
+        self.vm(120, "copy", &[criu.to_str().expect("a plain path"), "/usr/lib/berth/"]);
+        self.sh("systemctl restart berth-agent");
+        self.until(
+            "the agent has found CRIU",
+            "berth describe node $(hostname) -o json | grep -q '\"criu\": \"'",
+        );
+    }
+
     /// The job's volume `told` is mounted at `/told`.
     fn submit(&self, name: &str, script: &str) {
         let job = serde_json::json!({
@@ -189,5 +202,21 @@ fn packages_upgrades_and_reboots_on_a_real_host() {
     let log = machine.sh("berth logs over");
     let lines: Vec<&str> = log.lines().collect();
     assert!(lines.len() == 3 && lines[0] != lines[1] && lines[2] == "ended", "{log}");
+
+    // Saved, the power cut, booted: it goes on from where it was saved, and its log has no gap and nothing twice.
+    machine.install_criu();
+    machine.submit("saved", "i=0; until [ -e /told/end ]; do i=$((i+1)); echo $i; sleep 0.1; done");
+    let said = machine.sh("berth checkpoint saved");
+    println!("{said}");
+    machine.vm(60, "powercut", &[]);
+    println!("boot after a power cut: {} s", machine.vm(600, "start", &[]).trim());
+    machine.until("it goes on", "berth describe job saved -o json | grep -q '\"evictions\": 1' && berth get pods | grep -q 'saved-0 *Running'");
+    machine.sh("touch /var/lib/berth/agent/volumes/default/saved/told/end");
+    let job = machine.succeeded("saved");
+    assert_eq!((&job["evictions"], &job["failures"]), (&1.into(), &0.into()), "{job:#}");
+    assert!(job["checkpoint"]["id"].is_string() && job["pods"][0]["message"].is_null(), "{job:#}");
+    let log = machine.sh("berth logs saved");
+    let numbers: String = (1..=log.lines().count()).map(|n| format!("{n}\n")).collect();
+    assert_eq!(log, numbers);
     machine.vm(120, "stop", &[]);
 }
