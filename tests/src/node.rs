@@ -126,6 +126,7 @@ impl Node {
             criu: Some("4.1".into()),
             gpus: Vec::new(),
             gpu_driver: None,
+            saves_gpus: false,
             cuda: None,
             labels: Default::default(),
             taints: Default::default(),

@@ -53,6 +53,7 @@ fn inventory() -> Inventory {
         criu: None,
         gpus: Vec::new(),
         gpu_driver: None,
+        saves_gpus: false,
         cuda: None,
         labels: BTreeMap::new(),
         taints: BTreeSet::new(),
