@@ -401,6 +401,7 @@ impl Shim {
                 frozen_ms: 30,
                 log_records: 1,
                 containers: Vec::new(),
+                devices: None,
             };
             Report::Saved { run, saved }
         };

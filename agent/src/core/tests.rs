@@ -455,6 +455,7 @@ fn saved(level: u64) -> Report {
         frozen_ms: 1,
         log_records: 0,
         containers: vec![],
+        devices: None,
     };
     Report::Saved { run: Run(1), saved }
 }

@@ -57,7 +57,7 @@ impl Supervisor {
 
     pub(super) fn resume(&mut self) {
         let Phase::Running(_) = self.phase else { return };
-        if !std::mem::take(&mut self.resuming.due) {
+        if self.devices.is_out() || !std::mem::take(&mut self.resuming.due) {
             return;
         }
         match self.start_hook("resume", &self.task.template.checkpoint.resume) {
