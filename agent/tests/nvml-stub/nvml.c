@@ -3,7 +3,8 @@
  *
  * The file is words: `count=N`, `driver=CODE` (every call of the driver as a whole fails), and for a device N
  * `N.fail=CODE` (an nvmlReturn_t), `N.xid=NUMBER`, `N.ecc=COUNT`, `N.remap=1`, `N.retire=1`, `N.mig=1`, `N.used=BYTES`,
- * `N.hold=BYTES` (held by process 4242), `N.draw=BYTES` (by its windows), `N.hang=1` (its calls return only when the word is gone). */
+ * `N.hold=BYTES` (held by process 4242, or `N.pid=PID`), `N.draw=BYTES` (by its windows), `N.mps=BYTES` (by way of MPS), `N.hang=1`
+ * (its calls return only when the word is gone). */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdio.h>
@@ -93,7 +94,7 @@ static nvmlReturn_t processes(struct device *device, const char *name, unsigned 
     if (!bytes) { *count = 0; return OK; }
     if (*count < 1 || !list) { *count = 1; return 7; }
     *count = 1;
-    *list = (struct process){ 4242, bytes, 0, 0 };
+    *list = (struct process){ (unsigned)of(device, "pid", 4242), bytes, 0, 0 };
     return OK;
 }
 nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(struct device *device, unsigned *count, struct process *list) {
@@ -101,6 +102,9 @@ nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(struct device *device, unsi
 }
 nvmlReturn_t nvmlDeviceGetGraphicsRunningProcesses_v3(struct device *device, unsigned *count, struct process *list) {
     return processes(device, "draw", count, list);
+}
+nvmlReturn_t nvmlDeviceGetMPSComputeRunningProcesses_v3(struct device *device, unsigned *count, struct process *list) {
+    return processes(device, "mps", count, list);
 }
 struct utilization { unsigned gpu, memory; };
 nvmlReturn_t nvmlDeviceGetUtilizationRates(struct device *device, struct utilization *rates) {
