@@ -10,9 +10,10 @@ use super::{Process, State, uuid};
 
 /// The dynamic loader looks for it, in `LD_LIBRARY_PATH` too.
 const NAME: &str = "libcuda.so.1";
-/// Drivers 570 to 579, of versions 12.8 and 12.9, have the calls too, and bring memory back onto no device but the one
-/// where it was: a pod saved by one could go nowhere else, and not even on here when that device is taken.
-const VERSION_MIN: c_int = 13_000;
+/// The first version of CUDA that serves, and the driver that brings it. Drivers 570 to 579, of versions 12.8 and 12.9,
+/// have the calls too, and bring memory back onto no device but the one where it was: a pod saved by one could go nowhere
+/// else, and not even on here when that device is taken. On Arm the driver saves nothing before 595.
+const NEEDED: (c_int, &str) = if cfg!(target_arch = "x86_64") { (13_000, "580") } else { (13_020, "595") };
 
 /// `CUresult`
 type Code = c_int;
@@ -95,12 +96,14 @@ impl Library {
         }
         let too_old = || {
             format!(
-                "NVIDIA's driver is too old to save the memory of GPUs: it knows CUDA {}, and CUDA 13.0 is needed: \
-                 install driver 580 or later",
-                text_of(version)
+                "NVIDIA's driver is too old to save the memory of GPUs: it knows CUDA {}, and CUDA {} is needed: \
+                 install driver {} or later",
+                text_of(version),
+                text_of(NEEDED.0),
+                NEEDED.1
             )
         };
-        if version < VERSION_MIN {
+        if version < NEEDED.0 {
             return Err(too_old());
         }
         let all = || {

@@ -26,6 +26,8 @@ use library::Library;
 /// else it serves the socket that is its standard input, a message each way for a call.
 pub const SUBCOMMAND: &str = "cuda";
 pub const CHECK: &str = "check";
+/// The library is loaded, and no device touched.
+pub const CHECK_S_MAX: u32 = 10;
 /// A pod's processes may be many: each takes seven bytes.
 pub const MESSAGE_BYTES_MAX: usize = 256 << 10;
 
@@ -119,6 +121,9 @@ impl Call {
 /// `berth-agent cuda [check]`. To be called before any thread exists.
 pub fn main(check: bool) -> ExitCode {
     if check {
+        // It ends by itself, whoever waits for it.
+        // SAFETY: no pointers.
+        unsafe { libc::alarm(CHECK_S_MAX) };
         return match Library::load() {
             Ok(library) => {
                 println!("{}", library.version());
@@ -130,12 +135,8 @@ pub fn main(check: bool) -> ExitCode {
             }
         };
     }
-    // With the shim it ends, also in the midst of a call.
-    // SAFETY: plain prctl calls with constants and a C string.
-    unsafe {
-        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-        libc::prctl(libc::PR_SET_NAME, c"berth-cuda".as_ptr());
-    }
+    // SAFETY: a constant and a C string.
+    unsafe { libc::prctl(libc::PR_SET_NAME, c"berth-cuda".as_ptr()) };
     match serve() {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

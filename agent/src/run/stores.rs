@@ -99,7 +99,8 @@ impl Agency {
                 kernel: Some(inventory.kernel.clone()),
                 criu: inventory.criu.clone(),
                 gpus: saved.devices.iter().flat_map(|devices| &devices.uuids).filter_map(model).collect(),
-                gpu_driver: inventory.gpu_driver.clone().filter(|_| saved.devices.is_some()),
+                // Its libraries are bound into the containers by names that tell its version.
+                gpu_driver: inventory.gpu_driver.clone().filter(|_| template.resources().gpu.is_some()),
             },
             // A program that begins anew finds out what it runs on.
             CheckpointKind::Cooperative => Needs { arch, ..Needs::default() },

@@ -1,7 +1,7 @@
-/* Stands for a program that computes on a GPU: `cuda-app NAME [uvm|mig|nvml]`. It counts in a file that stands for its
+/* Stands for a program that computes on a GPU: `cuda-app NAME [uvm|nvml]`. It counts in a file that stands for its
  * memory on the device, and says each number. Where that memory is gone, it says so and ends.
  *
- * With `uvm` it has managed memory, with `mig` a part of a split device, with `nvml` a device open and nothing else. */
+ * With `uvm` it has managed memory, with `nvml` a device open and nothing else. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdio.h>
@@ -9,7 +9,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <sys/stat.h>
 #include <unistd.h>
 #include "app.h"
 
@@ -35,10 +34,6 @@ int main(int argc, char **argv) {
     snprintf(app->name, sizeof app->name, "%s", argv[1]);
     if (!strcmp(kind, "uvm"))
         mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, plain("/dev/nvidia-uvm"), 0);
-    if (!strcmp(kind, "mig")) {
-        mkdir("/dev/nvidia-caps", 0755);
-        plain("/dev/nvidia-caps/nvidia-cap1");
-    }
     prctl(PR_SET_NAME, APP_NAME);
     snprintf(path, sizeof path, "/gpu/%s/%s", app->uuid, app->name);
     FILE *memory = fopen(path, "w");

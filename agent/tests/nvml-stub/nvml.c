@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 typedef int nvmlReturn_t;
-enum { OK = 0, INVALID = 2, NOT_SUPPORTED = 3, TIMEOUT = 10 };
+enum { OK = 0, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, TIMEOUT = 10 };
 
 struct device { int index; unsigned long long xid_told; };
 static struct device devices[8];
@@ -67,6 +67,11 @@ nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned index, struct device **devic
     *device = &devices[index];
     WELL(*device);
     return OK;
+}
+nvmlReturn_t nvmlDeviceGetHandleByUUID(const char *uuid, struct device **device) {
+    int index;
+    if (sscanf(uuid, "GPU-%8d-", &index) != 1 || index < 0 || index >= word("count", 2)) return NOT_FOUND;
+    return nvmlDeviceGetHandleByIndex_v2((unsigned)index, device);
 }
 nvmlReturn_t nvmlDeviceGetUUID(struct device *device, char *text, unsigned length) {
     WELL(device);

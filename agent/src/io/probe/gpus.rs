@@ -173,9 +173,10 @@ fn serve(
                     tracing::info!("no transparent checkpoints of pods with GPUs on this node: {why}");
                 }
                 saves_told.clone_from(&saves);
-                let session = Session::new(&library, root, saves.is_some_and(|found| found.is_ok()));
+                let saves = saves.is_some_and(|found| found.is_ok());
+                let session = Session::new(&library, root);
                 // Answers this question and those that follow, while the driver is well.
-                match serve_session(session, &mut records, &mut drm, asks, answers) {
+                match serve_session(session, saves, &mut records, &mut drm, asks, answers) {
                     Some(failure) => Some(failure),
                     None => return,
                 }
@@ -204,6 +205,7 @@ fn serve(
 /// Ends with the error that the driver as a whole failed with, or `None` with the loop.
 fn serve_session(
     mut session: Session<'_>,
+    saves: bool,
     records: &mut Records,
     drm: &mut Drm,
     asks: &Receiver<()>,
@@ -217,7 +219,7 @@ fn serve_session(
         };
         let mut snapshot = snapshot(found, drm);
         (snapshot.driver, snapshot.cuda) = (session.driver.clone(), session.cuda.clone());
-        snapshot.saves = session.saves;
+        snapshot.saves = saves && failure.is_none();
         if answers.blocking_send(snapshot).is_err() {
             return None;
         }

@@ -97,12 +97,10 @@ pub struct Session<'n> {
     events: BTreeMap<String, EventSet<'n>>,
     pub driver: Option<String>,
     pub cuda: Option<String>,
-    /// It can save the memory of its devices.
-    pub saves: bool,
 }
 
 impl<'n> Session<'n> {
-    pub fn new(nvml: &'n Nvml, root: &'n Path, saves: bool) -> Self {
+    pub fn new(nvml: &'n Nvml, root: &'n Path) -> Self {
         let cuda = nvml.sys_cuda_driver_version().ok();
         Self {
             nvml,
@@ -110,7 +108,6 @@ impl<'n> Session<'n> {
             events: BTreeMap::new(),
             driver: nvml.sys_driver_version().ok().map(|text| bounded(&text, NAME_BYTES_MAX)),
             cuda: cuda.map(|version| format!("{}.{}", version / 1000, version % 1000 / 10)),
-            saves,
         }
     }
 
