@@ -3,6 +3,7 @@
 pub mod cdi;
 pub mod config;
 pub mod core;
+pub mod cuda;
 pub mod io;
 pub mod logging;
 pub mod run;

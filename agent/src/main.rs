@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use berth_agent::config::{Args, Config};
-use berth_agent::{io, logging, run, shim};
+use berth_agent::{cuda, io, logging, run, shim};
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -14,6 +14,7 @@ fn main() -> ExitCode {
     let first = args.next();
     match (first.as_deref().and_then(OsStr::to_str), args.next()) {
         (Some("shim"), Some(dir)) => return shim::main(Path::new(&dir)),
+        (Some(cuda::SUBCOMMAND), what) => return cuda::main(what.is_some_and(|what| what == cuda::CHECK)),
         (Some("image"), _) => return io::image::worker_main(),
         (Some("checkpoint"), _) => return io::checkpoint::worker_main(),
         (Some("pack"), Some(dir)) => return io::outputs::pack_main(Path::new(&dir)),

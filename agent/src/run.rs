@@ -274,6 +274,7 @@ fn probe_config(config: &Config, bridge: bool) -> ProbeConfig {
         taints: config.taints.clone(),
         host_image: config.host_image,
         bridge,
+        program: Some(PathBuf::from("/proc/self/exe")),
         ..ProbeConfig::default()
     }
 }

@@ -218,6 +218,21 @@ pub struct Saved {
     pub log_records: u64,
     /// In the template's order.
     pub containers: Vec<SavedContainer>,
+    /// What of the programs' memory was on GPUs, and is theirs in the images.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub devices: Option<SavedDevices>,
+}
+
+/// Memory of GPUs in a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SavedDevices {
+    /// The devices that it was on, in the order of the pod's grants.
+    pub uuids: Vec<String>,
+    /// So many processes had some.
+    pub processes: usize,
+    /// What the host's memory must hold of it until it is on devices again.
+    pub bytes: Bytes,
 }
 
 /// What a restore must know of a container's images and cannot ask of them.

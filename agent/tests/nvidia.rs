@@ -42,7 +42,7 @@ impl Machine {
     }
 
     fn gpus(&self) -> Gpus {
-        Gpus::new(self.dir.path().to_owned(), Some(self.library.clone()), Duration::from_millis(50))
+        Gpus::new(self.dir.path().to_owned(), Some(self.library.clone()), None, Duration::from_millis(50))
     }
 }
 
@@ -105,6 +105,42 @@ async fn inventory_and_usage() {
     machine.state("0.mig=1");
     assert!(probe.sample().await.changed);
     assert!(probe.inventory().gpus[0].mig);
+}
+
+/// Asked of libcuda by the agent's own program, again whenever the driver was loaded anew.
+#[tokio::test(flavor = "current_thread")]
+async fn whether_memory_can_be_saved_is_part_of_the_inventory() {
+    let machine = Machine::new();
+    machine.state("");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda-stub/cuda.c");
+    let mut cc = Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-o"]).arg(machine.dir.path().join("libcuda.so.1")).arg(source).arg("-ldl");
+    assert!(cc.status().unwrap().success());
+    // In place of the program itself, which knows no other place to look for libraries.
+    let program = machine.dir.path().join("berth-agent");
+    let dir = machine.dir.path().display();
+    let script =
+        format!("#!/bin/sh\nLD_LIBRARY_PATH={dir} exec {} \"$@\"\n", env!("CARGO_BIN_EXE_berth-agent"));
+    std::fs::write(&program, script).unwrap();
+    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let config = ProbeConfig {
+        nvml: Some(machine.library.clone()),
+        program: Some(program),
+        data_dir: machine.dir.path().into(),
+        ..ProbeConfig::default()
+    };
+    let mut probe = Probe::new(config).await;
+    assert!(probe.inventory().saves_gpus);
+    machine.state(&format!("driver={VERSION_MISMATCH}"));
+    probe.sample().await;
+    assert!(!probe.inventory().saves_gpus);
+    machine.state("cuda.version=12040");
+    let deadline = Instant::now() + WAIT;
+    while probe.inventory().gpus.iter().any(|gpu| gpu.unhealthy.is_some()) {
+        assert!(Instant::now() < deadline, "{:?}", probe.inventory().gpus);
+        probe.sample().await;
+    }
+    assert!(!probe.inventory().saves_gpus, "an older driver was loaded");
 }
 
 #[tokio::test(flavor = "current_thread")]
@@ -198,7 +234,7 @@ async fn a_driver_that_hangs_holds_nobody_up() {
 async fn no_library_is_no_gpu() {
     let empty = tempfile::tempdir().unwrap();
     for library in [None, Some(empty.path().join("libnvidia-ml.so.1"))] {
-        let mut gpus = Gpus::new(empty.path().to_owned(), library, WAIT);
+        let mut gpus = Gpus::new(empty.path().to_owned(), library, None, WAIT);
         gpus.refresh(WAIT).await;
         assert!(gpus.snapshot().found.is_empty());
     }

@@ -76,7 +76,7 @@ pub struct Needs {
     /// The model of each device whose memory it holds.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gpus: Vec<String>,
-    /// The devices' driver: an older one may not read it.
+    /// The devices' driver, of which the programs have the libraries in their memory: they work with no other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu_driver: Option<String>,
 }
@@ -124,11 +124,19 @@ impl Needs {
                 }
             }
         }
-        if let Some(driver) = &self.gpu_driver
-            && node.gpu_driver.as_ref().is_none_or(|has| is_older(has, driver, 1))
-        {
-            let has = node.gpu_driver.as_deref().unwrap_or("none");
-            lacking.push(format!("its GPU driver ({has}) is older than the checkpoint's {driver}"));
+        if let Some(driver) = &self.gpu_driver {
+            match &node.gpu_driver {
+                Some(has) if has != driver => {
+                    lacking.push(format!(
+                        "its GPU driver is {has}, and the checkpoint's programs work with {driver}"
+                    ));
+                }
+                Some(_) if !node.saves_gpus => {
+                    lacking.push("its driver cannot bring back the memory of GPUs".to_owned());
+                }
+                Some(_) => {}
+                None => lacking.push(format!("it has no GPU driver, and the checkpoint needs {driver}")),
+            }
         }
         lacking
     }
@@ -187,7 +195,8 @@ mod tests {
             cgroup: CgroupVersion::V2,
             criu: Some("4.1.1".to_owned()),
             gpus: vec![gpu(0), gpu(1)],
-            gpu_driver: Some("570.86".to_owned()),
+            gpu_driver: Some("580.65.06".to_owned()),
+            saves_gpus: true,
             cuda: None,
             labels: Default::default(),
             taints: Default::default(),
@@ -205,7 +214,7 @@ mod tests {
             kernel: Some("6.1.0-30".to_owned()),
             criu: Some("4.1".to_owned()),
             gpus: vec!["NVIDIA H200".to_owned(); 2],
-            gpu_driver: Some("570.10".to_owned()),
+            gpu_driver: Some("580.65.06".to_owned()),
         }
     }
 
@@ -245,8 +254,8 @@ mod tests {
                 "the checkpoint needs 1 of NVIDIA A100, which it has not",
             ),
             (
-                |n| n.gpu_driver = Some("575".to_owned()),
-                "its GPU driver (570.86) is older than the checkpoint's 575",
+                |n| n.gpu_driver = Some("580.82.07".to_owned()),
+                "its GPU driver is 580.65.06, and the checkpoint's programs work with 580.82.07",
             ),
         ];
         for (change, expect) in cases {
@@ -256,6 +265,10 @@ mod tests {
         }
         let without = Inventory { criu: None, ..node() };
         assert_eq!(full().lacking(&without), ["it has no CRIU that works"]);
+        let unable = Inventory { saves_gpus: false, ..node() };
+        assert_eq!(full().lacking(&unable), ["its driver cannot bring back the memory of GPUs"]);
+        let none = Inventory { gpu_driver: None, ..node() };
+        assert_eq!(full().lacking(&none), ["it has no GPU driver, and the checkpoint needs 580.65.06"]);
     }
 
     #[test]

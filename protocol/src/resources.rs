@@ -126,6 +126,9 @@ pub struct Inventory {
     pub gpus: Vec<Gpu>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu_driver: Option<String>,
+    /// Its driver can save the memory of its GPUs, and bring it back (NVIDIA's alone).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub saves_gpus: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cuda: Option<String>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]

@@ -126,6 +126,7 @@ impl Node {
             criu: Some("4.1".into()),
             gpus: Vec::new(),
             gpu_driver: None,
+            saves_gpus: false,
             cuda: None,
             labels: Default::default(),
             taints: Default::default(),
@@ -405,6 +406,7 @@ impl Shim {
                 frozen_ms: 30,
                 log_records: 1,
                 containers: Vec::new(),
+                devices: None,
             };
             Report::Saved { run, saved }
         };

@@ -79,6 +79,13 @@ fn only_the_shim_knows_libcontainer() {
 }
 
 #[test]
+fn only_a_process_of_its_own_loads_libcuda() {
+    let others = sources().into_iter().filter(|file| file != "agent/src/cuda/library.rs");
+    let found = naming(others, &["libloading"]);
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+#[test]
 fn agent_and_controller_do_not_know_each_other_and_protocol_has_no_runtime() {
     let tree = |package: &str, absent: &str| {
         let output = Command::new(env!("CARGO"))

@@ -54,6 +54,7 @@ fn inventory() -> Inventory {
         criu: None,
         gpus: Vec::new(),
         gpu_driver: None,
+        saves_gpus: false,
         cuda: None,
         labels: BTreeMap::new(),
         taints: BTreeSet::new(),
@@ -488,6 +489,7 @@ fn saved(level: u64) -> Report {
         frozen_ms: 1,
         log_records: 0,
         containers: vec![],
+        devices: None,
     };
     Report::Saved { run: Run(1), saved }
 }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use super::bus;
-use super::probe::criu;
+use super::probe::{criu, cuda, nvidia};
 use crate::config::Config;
 use crate::shim::cgroup::Layout;
 
@@ -23,6 +23,7 @@ pub fn main(config: &Config) -> ExitCode {
         ("control groups", control_groups()),
         ("overlay file system", overlay()),
         ("criu", criu(config)),
+        ("memory of GPUs", cuda()),
         ("tar", program("tar", "CRIU and checkpoints need it: install tar")),
         ("gzip", program("gzip", "CRIU needs it for /dev/shm and the like: install gzip")),
         ("broker", broker(&config.broker)),
@@ -69,6 +70,16 @@ fn criu(config: &Config) -> Result<String, String> {
         Err(error) => Err(format!(
             "{error}; pods run, and cannot be saved; `tests/criu /usr/lib/berth/criu` of berth's sources unpacks one that works"
         )),
+    }
+}
+
+fn cuda() -> Result<String, String> {
+    match cuda::check(Path::new("/proc/self/exe")) {
+        Ok(version) => Ok(format!("saved by NVIDIA's driver, CUDA {version}")),
+        Err(_) if !nvidia::present(Path::new("/"), None) => Ok("no GPU of NVIDIA's is here".to_owned()),
+        Err(why) => {
+            Err(format!("{why}; pods with GPUs run, and cannot be saved unless they save themselves"))
+        }
     }
 }
 

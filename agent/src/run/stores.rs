@@ -91,14 +91,16 @@ impl Agency {
         let dir = self.checkpoint_dir(&key, level);
         let (images, inventory) = (self.preparer.image_digests(&template), self.probe.inventory());
         let arch = inventory.arch.clone();
+        let model = |uuid: &String| Some(inventory.gpus.iter().find(|gpu| gpu.uuid == *uuid)?.model.clone());
         let needs = match saved.kind {
             CheckpointKind::Criu => Needs {
                 arch,
                 cpu_features: inventory.cpu_features.clone(),
                 kernel: Some(inventory.kernel.clone()),
                 criu: inventory.criu.clone(),
-                gpus: Vec::new(),
-                gpu_driver: None,
+                gpus: saved.devices.iter().flat_map(|devices| &devices.uuids).filter_map(model).collect(),
+                // Its libraries are bound into the containers by names that tell its version.
+                gpu_driver: inventory.gpu_driver.clone().filter(|_| template.resources().gpu.is_some()),
             },
             // A program that begins anew finds out what it runs on.
             CheckpointKind::Cooperative => Needs { arch, ..Needs::default() },
@@ -108,6 +110,7 @@ impl Agency {
             ("kernel".to_owned(), inventory.kernel.clone()),
         ]);
         versions.extend(inventory.criu.clone().map(|version| ("criu".to_owned(), version)));
+        versions.extend(needs.gpu_driver.clone().map(|version| ("gpuDriver".to_owned(), version)));
         let (node, rate) = (self.config.node.clone(), self.config.checkpoint_rate.0);
         tokio::spawn(async move {
             let request = GrantRequest { pod: key.pod.clone(), epoch: key.epoch, what: GrantFor::Save };

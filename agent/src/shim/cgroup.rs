@@ -9,7 +9,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use berth_protocol::ids::{Epoch, PodId};
-use berth_protocol::units::MilliCpu;
+use berth_protocol::units::{Bytes, MilliCpu};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -17,6 +17,8 @@ const MOUNT: &str = "/sys/fs/cgroup";
 /// Groups below a pod's are its containers'; anything deeper they made themselves.
 const DEPTH_MAX: usize = 16;
 const POLL_MS: u64 = 2;
+/// Reclaim begins this far below the limit.
+const MEMORY_HIGH_PERCENT: u64 = 95;
 const CPU_PERIOD_US: u64 = 100_000;
 /// The least that the kernel takes.
 const CPU_QUOTA_US_MIN: u64 = 1_000;
@@ -92,6 +94,11 @@ pub struct Cgroup {
     layout: &'static Layout,
     /// Below each mount, without a leading slash.
     path: PathBuf,
+}
+
+/// Where reclaim begins in a group with this limit.
+pub fn memory_high(limit: Bytes) -> Bytes {
+    Bytes(limit.0 / 100 * MEMORY_HIGH_PERCENT)
 }
 
 /// The last part of a pod's cgroup: `{uid}-{index}.{epoch}`.
@@ -233,6 +240,54 @@ impl Cgroup {
     pub fn accounts_swap(&self) -> bool {
         let file = if self.is_v2() { "memory.swap.max" } else { "memory.memsw.limit_in_bytes" };
         self.dir("memory").is_ok_and(|dir| dir.join(file).exists())
+    }
+
+    /// Has the group use so much memory at most, and no swap beyond; `false`: it uses more than that, and keeps the
+    /// limit that it has.
+    pub fn limit_memory(&self, max: Bytes) -> Result<bool, CgroupError> {
+        let dir = self.dir("memory")?;
+        let write = |name: &str, value: Bytes| {
+            let path = dir.join(name);
+            fs::write(&path, value.0.to_string()).map_err(|source| CgroupError::Io {
+                action: "write",
+                path,
+                source,
+            })
+        };
+        if self.is_v2() {
+            // The kernel would sooner kill than refuse; what is cached it lets go.
+            if self.memory_kept() > max {
+                return Ok(false);
+            }
+            write("memory.max", max)?;
+            return write("memory.high", memory_high(max)).map(|()| true);
+        }
+        // With swap it is never less than without: which goes first depends on which way it goes.
+        let mut files = vec!["memory.memsw.limit_in_bytes", "memory.limit_in_bytes"];
+        let now = fs::read_to_string(dir.join(files[1])).ok().and_then(|text| text.trim().parse().ok());
+        if now.is_some_and(|now: u64| now > max.0) {
+            files.reverse();
+        }
+        for name in files.into_iter().filter(|name| dir.join(name).exists()) {
+            match write(name, max) {
+                Err(CgroupError::Io { source, .. }) if source.raw_os_error() == Some(libc::EBUSY) => {
+                    return Ok(false);
+                }
+                written => written?,
+            }
+        }
+        Ok(true)
+    }
+
+    /// What the group holds of memory and could not let go of.
+    fn memory_kept(&self) -> Bytes {
+        let Ok(dir) = self.dir("memory") else { return Bytes::ZERO };
+        let text = fs::read_to_string(dir.join("memory.stat")).unwrap_or_default();
+        let of = |name: &str| -> u64 {
+            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            line.and_then(|value| value.parse().ok()).unwrap_or(0)
+        };
+        Bytes(of("anon") + of("shmem") + of("kernel"))
     }
 
     /// Every process of the group and of those below it.

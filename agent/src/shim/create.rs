@@ -23,7 +23,7 @@ use super::rootfs::{self, Home, Inside};
 use super::seccomp;
 use super::spec::{self, Pod};
 use super::sys;
-use crate::task::{ImageProcess, Root, Task, file};
+use crate::task::{ImageProcess, Root, SavedDevices, Task, file};
 
 /// The pod as it waits for its start.
 pub struct Made {
@@ -31,6 +31,8 @@ pub struct Made {
     pub containers: Vec<Container>,
     /// Containers that are to come back from a checkpoint instead.
     pub revivals: Vec<Revival>,
+    /// Memory of theirs that is to come back onto GPUs.
+    pub devices: Option<SavedDevices>,
 }
 
 /// On an error the caller takes away what was made: the shim's mounts end with it, `end` removes the rest.
@@ -73,7 +75,7 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
             None => containers.push(container(dir, spec, own, &oci)?),
         }
     }
-    Ok(Made { init, containers, revivals })
+    Ok(Made { init, containers, revivals, devices: saved.and_then(|saved| saved.devices) })
 }
 
 /// Makes a container of what `furnish` and `describe` have left.

@@ -1,12 +1,19 @@
 //! The devices that a pod was given, as its containers' configuration has them: by CDI where a specification names
 //! them, else their nodes and files. Whatever was not given is neither visible nor, by the control group, usable.
 
+use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::AtFlags;
+use nix::sys::stat::{Mode, SFlag, fstatat, makedev, mknodat, umask};
+use nix::unistd::{Pid, UnlinkatFlags, fchownat, unlinkat};
 use serde_json::{Value, json};
 
 use super::error::ShimError;
+use super::rootfs::Inside;
+use super::sys;
 use crate::cdi::Specs;
 use crate::task::DeviceGrant;
 
@@ -68,6 +75,45 @@ fn inject_from(root: &Path, grants: &[DeviceGrant], oci: Value) -> Result<Value,
     }
     let failed = |message: String| ShimError::Device { device: names.join(", "), message };
     Specs::read(root).apply(&names, oci).map_err(failed)
+}
+
+/// Makes the nodes that a container is given in its file system, where it has come back with those that it was given
+/// elsewhere. These stay, and are of no use: what was not given here its control group keeps it from.
+pub fn settle(pid: Pid, nodes: &[Value]) -> io::Result<()> {
+    if nodes.is_empty() {
+        return Ok(());
+    }
+    let root = Inside::open(Path::new(&format!("/proc/{pid}/root"))).map_err(io::Error::other)?;
+    for node in nodes {
+        let wrong = || io::Error::new(io::ErrorKind::InvalidInput, format!("{node} is no device node"));
+        let path = Path::new(node["path"].as_str().ok_or_else(wrong)?);
+        let kind = match node["type"].as_str() {
+            Some("b") => SFlag::S_IFBLK,
+            Some("c" | "u") => SFlag::S_IFCHR,
+            _ => continue,
+        };
+        let number = |key: &str| node[key].as_u64().ok_or_else(wrong);
+        let device = makedev(number("major")?, number("minor")?);
+        let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else { return Err(wrong()) };
+        root.make_dirs(dir.to_str().ok_or_else(wrong)?, 0, 0)?;
+        let dir = sys::open_in_root(root.fd(), dir, libc::O_PATH | libc::O_DIRECTORY)?;
+        match fstatat(dir.as_fd(), name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(stat) if stat.st_mode & libc::S_IFMT == kind.bits() && stat.st_rdev == device => continue,
+            Ok(_) => unlinkat(dir.as_fd(), name, UnlinkatFlags::NoRemoveDir)?,
+            Err(nix::Error::ENOENT) => {}
+            Err(e) => return Err(e.into()),
+        }
+        let mode = Mode::from_bits_truncate(node["fileMode"].as_u64().unwrap_or(0o666) as libc::mode_t);
+        // Nothing may be changed afterwards by its name, which the container's programs can give to something else.
+        let mask = umask(Mode::empty());
+        let made = mknodat(dir.as_fd(), name, kind, mode, device);
+        umask(mask);
+        made?;
+        let id = |key: &str| node[key].as_u64().unwrap_or(0) as u32;
+        let flags = AtFlags::AT_SYMLINK_NOFOLLOW;
+        fchownat(dir.as_fd(), name, Some(id("uid").into()), Some(id("gid").into()), flags)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -10,6 +10,9 @@ use berth_protocol::units::Bytes;
 
 use super::cgroup::CgroupError;
 
+/// What the pod's programs had on a GPU did not come back; they go on from their last checkpoint.
+pub const DEVICE_MEMORY_LOST: &str = "DeviceMemoryLost";
+
 #[derive(Debug, thiserror::Error)]
 pub enum ShimError {
     #[error("container {container}: no command: neither the job nor the image names one; give `command`")]
@@ -50,6 +53,8 @@ pub enum ShimError {
     ScratchFull { what: String, max: Bytes },
     #[error("device {device}: {message}")]
     Device { device: String, message: String },
+    #[error("{message}")]
+    DeviceMemory { message: String },
     #[error("cannot {what} {path}: {source}")]
     Io { what: &'static str, path: PathBuf, source: io::Error },
 }
@@ -86,6 +91,7 @@ impl ShimError {
             ShimError::VolumeMissing { .. } => "VolumeMissing",
             ShimError::LayerMissing { .. } => "ImageMissing",
             ShimError::Device { .. } => "DeviceUnavailable",
+            ShimError::DeviceMemory { .. } => DEVICE_MEMORY_LOST,
             ShimError::Restore { .. } | ShimError::Checkpoint(_) => RESTORE_FAILED,
             ShimError::ScratchFull { .. } => "ScratchFull",
             _ if self.disk_full() => "DiskFull",

@@ -7,6 +7,7 @@ use berth_protocol::job::{ContainerSpec, Network, PodTemplate, Volume};
 use berth_protocol::units::Bytes;
 use serde_json::{Value, json};
 
+use super::cgroup;
 use super::process::User;
 use super::rootfs::{self, Home};
 use crate::task::{Root, Task, file};
@@ -49,8 +50,6 @@ const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys",
 const PIDS_MAX: i64 = 32_768;
 const CPU_SHARES_MIN: u64 = 2;
 const CPU_SHARES_MAX: u64 = 262_144;
-/// Reclaim begins this far below the limit.
-const MEMORY_HIGH_PERCENT: u64 = 95;
 const NOFILE_SOFT_MAX: u64 = 65_536;
 const NOFILE_HARD_MAX: u64 = 1_048_576;
 /// The kernel's own processes, the shim and its like come first when memory runs out.
@@ -219,7 +218,7 @@ fn volumes(pod: &Pod, template: &PodTemplate) -> Vec<Value> {
 fn resources(pod: &Pod, container: &Container) -> Value {
     let ContainerSpec { resources, limits, .. } = container.spec;
     let shares = (resources.cpu.0 * 1024 / 1000).clamp(CPU_SHARES_MIN, CPU_SHARES_MAX);
-    let high = limits.memory.0 / 100 * MEMORY_HIGH_PERCENT;
+    let high = cgroup::memory_high(limits.memory).0;
     let mut memory = json!({"limit": limits.memory.0});
     if !pod.v2 {
         memory["reservation"] = json!(resources.memory.0.min(high));

@@ -2,6 +2,7 @@
 //! waiting is in one poll; what happened is always asked of the kernel, never inferred from a signal.
 
 mod asking;
+mod devices;
 mod ending;
 mod hooks;
 mod restoring;
@@ -27,6 +28,7 @@ use super::process;
 use super::quota::Meter;
 use super::sys::{self, Alarm};
 use crate::task::{Order, Report, Task, file};
+use devices::Devices;
 use hooks::Resuming;
 use restoring::Restoring;
 use saving::Saving;
@@ -48,6 +50,7 @@ pub struct Supervisor {
     /// The programs were asked to save themselves; one that then ends with `SAVED_ITSELF` wants to be begun anew.
     asked: bool,
     resuming: Resuming,
+    devices: Devices,
     /// How the last saving ended.
     last_save: Option<Report>,
     cgroup: Option<Cgroup>,
@@ -94,6 +97,7 @@ impl Supervisor {
             // One whose memory was saved may have been about to answer.
             asked: task.restore && task.template.checkpoint.asks(),
             resuming: Resuming::default(),
+            devices: Devices::default(),
             last_save: None,
             cgroup: None,
             init: None,
@@ -136,10 +140,10 @@ impl Supervisor {
     fn create(&mut self) -> Result<(), ShimError> {
         let cgroup = super::pod_cgroup(&self.task)?;
         let cgroup = self.cgroup.insert(cgroup);
-        let Made { init, containers, revivals } = create::create(&self.task, &self.dir, cgroup)?;
+        let Made { init, containers, revivals, devices } = create::create(&self.task, &self.dir, cgroup)?;
         (self.init, self.containers) = (Some(init), containers);
         self.restoring.waiting = revivals.into();
-        Ok(())
+        self.devices.arrive(devices, &self.task)
     }
 
     /// Waits for something to happen and sees to all that has.
@@ -160,6 +164,7 @@ impl Supervisor {
         self.hear_restoring();
         self.reap();
         self.hear_saving();
+        self.hear_devices();
         self.hear_resuming();
         self.act()
     }
@@ -176,7 +181,7 @@ impl Supervisor {
             }
         }
         let beside = self.saving.iter().flat_map(Saving::fds).chain(self.restoring.fd());
-        let beside = beside.chain(self.resuming.fds());
+        let beside = beside.chain(self.resuming.fds()).chain(self.devices.fd());
         fds.extend(beside.map(|fd| sys::want(&fd, libc::POLLIN)));
         sys::poll(&mut fds, None)?;
         Ok(())
@@ -209,7 +214,7 @@ impl Supervisor {
 
     fn notice_begun(&mut self) {
         let Phase::Started(at) = self.phase else { return };
-        if !self.restoring.is_over() {
+        if !self.restoring.is_over() || self.devices.is_out() {
             return;
         }
         for container in &mut self.containers {
@@ -264,7 +269,8 @@ impl Supervisor {
                     self.abort_saving("it took too long");
                 }
                 let look_at = self.saving.as_ref().and_then(|saving| saving.look_at(now));
-                let next = self.policy.next_change(now).into_iter().chain(give_up_at).chain(look_at).min();
+                let due = give_up_at.into_iter().chain(look_at).chain(self.devices.look_at());
+                let next = self.policy.next_change(now).into_iter().chain(due).min();
                 return self.alarm.set(next);
             }
             _ => self.abort_saving("the pod was fenced, or is to end"),
@@ -275,24 +281,32 @@ impl Supervisor {
             Goal::Run => {
                 self.thaw();
                 self.begin_anew();
+                self.bring_back(now);
                 self.resume();
             }
             // Not begun, it is as good as frozen.
             Goal::Freeze { .. } if self.phase == Phase::Created => {}
-            Goal::Freeze { confirm_by, fenced } => recheck = self.keep_frozen(now, confirm_by, fenced),
+            Goal::Freeze { confirm_by, fenced } => {
+                self.devices.interrupt();
+                recheck = self.keep_frozen(now, confirm_by, fenced);
+            }
             Goal::Stop { .. } => {
                 if !std::mem::replace(&mut self.stop_signal_sent, true) {
                     self.ask_to_stop();
                 }
                 self.thaw();
+                // What they do to end well may need them.
+                self.bring_back(now);
             }
             Goal::Kill => {
+                self.devices.interrupt();
                 self.kill();
                 recheck = Some(now.plus(Millis(RECHECK_MS)));
             }
         }
         self.meter.turn(now);
         let due = recheck.into_iter().chain(self.meter.due()).chain(self.resuming.give_up_at());
+        let due = due.chain(self.devices.look_at());
         let next = self.policy.next_change(now).into_iter().chain(due).min();
         self.alarm.set(next)
     }
@@ -303,6 +317,7 @@ impl Supervisor {
             self.server.send(&Report::Restoring { run: self.task.run });
         }
         if !self.restoring.is_over() {
+            self.await_devices();
             return self.restore_next();
         }
         for container in &self.containers {

@@ -1,9 +1,13 @@
 //! Samples for this module's unit tests.
 
-use berth_protocol::ids::ContainerName;
-use berth_protocol::job::ContainerSpec;
+use std::path::PathBuf;
+
+use berth_protocol::ids::{ContainerName, Epoch, JobName, JobUid, Namespace, NodeId, Run};
+use berth_protocol::job::{Checkpoint, ContainerSpec, Network, OnDisconnect, PodTemplate, Restart};
 use berth_protocol::resources::{Limits, Resources};
-use berth_protocol::units::{Bytes, MilliCpu};
+use berth_protocol::units::{Bytes, MilliCpu, Millis};
+
+use crate::task::{Root, Task};
 
 pub fn container() -> ContainerSpec {
     ContainerSpec {
@@ -19,5 +23,40 @@ pub fn container() -> ContainerSpec {
         read_only_root: false,
         capabilities: Default::default(),
         secrets: Vec::new(),
+    }
+}
+
+/// Of one container, without devices.
+pub fn task() -> Task {
+    let template = PodTemplate {
+        namespace: Namespace::parse("default").unwrap(),
+        job: JobName::parse("digits").unwrap(),
+        containers: vec![container()],
+        volumes: Vec::new(),
+        network: Network::None,
+        restart: Restart::default(),
+        grace: Millis(5000),
+        on_disconnect: OnDisconnect::default(),
+        checkpoint: Checkpoint::default(),
+        outputs: Vec::new(),
+        workspace: None,
+    };
+    Task {
+        node: NodeId::parse("node-1").unwrap(),
+        pod: JobUid::parse("a1").unwrap().pod(0),
+        epoch: Epoch(1),
+        run: Run(1),
+        template,
+        roots: vec![Root::Host],
+        volumes: Vec::new(),
+        workspace: None,
+        devices: Vec::new(),
+        network: None,
+        cgroup_parent: PathBuf::from("berth/node-1"),
+        log_bytes_max: Bytes(1 << 20),
+        scratch_bytes_max: Bytes::ZERO,
+        criu: None,
+        restore: false,
+        restarts: 0,
     }
 }

@@ -3,7 +3,8 @@
  *
  * The file is words: `count=N`, `driver=CODE` (every call of the driver as a whole fails), and for a device N
  * `N.fail=CODE` (an nvmlReturn_t), `N.xid=NUMBER`, `N.ecc=COUNT`, `N.remap=1`, `N.retire=1`, `N.mig=1`, `N.used=BYTES`,
- * `N.hold=BYTES` (held by process 4242), `N.draw=BYTES` (by its windows), `N.hang=1` (its calls return only when the word is gone). */
+ * `N.hold=BYTES` (held by process 4242, or `N.pid=PID`), `N.draw=BYTES` (by its windows), `N.mps=BYTES` (by way of MPS), `N.hang=1`
+ * (its calls return only when the word is gone). */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdio.h>
@@ -12,7 +13,7 @@
 #include <unistd.h>
 
 typedef int nvmlReturn_t;
-enum { OK = 0, INVALID = 2, NOT_SUPPORTED = 3, TIMEOUT = 10 };
+enum { OK = 0, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, TIMEOUT = 10 };
 
 struct device { int index; unsigned long long xid_told; };
 static struct device devices[8];
@@ -67,6 +68,11 @@ nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned index, struct device **devic
     WELL(*device);
     return OK;
 }
+nvmlReturn_t nvmlDeviceGetHandleByUUID(const char *uuid, struct device **device) {
+    int index;
+    if (sscanf(uuid, "GPU-%8d-", &index) != 1 || index < 0 || index >= word("count", 2)) return NOT_FOUND;
+    return nvmlDeviceGetHandleByIndex_v2((unsigned)index, device);
+}
 nvmlReturn_t nvmlDeviceGetUUID(struct device *device, char *text, unsigned length) {
     WELL(device);
     snprintf(text, length, "GPU-%08d-0000-0000-0000-000000000000", device->index);
@@ -93,7 +99,7 @@ static nvmlReturn_t processes(struct device *device, const char *name, unsigned 
     if (!bytes) { *count = 0; return OK; }
     if (*count < 1 || !list) { *count = 1; return 7; }
     *count = 1;
-    *list = (struct process){ 4242, bytes, 0, 0 };
+    *list = (struct process){ (unsigned)of(device, "pid", 4242), bytes, 0, 0 };
     return OK;
 }
 nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(struct device *device, unsigned *count, struct process *list) {
@@ -101,6 +107,9 @@ nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(struct device *device, unsi
 }
 nvmlReturn_t nvmlDeviceGetGraphicsRunningProcesses_v3(struct device *device, unsigned *count, struct process *list) {
     return processes(device, "draw", count, list);
+}
+nvmlReturn_t nvmlDeviceGetMPSComputeRunningProcesses_v3(struct device *device, unsigned *count, struct process *list) {
+    return processes(device, "mps", count, list);
 }
 struct utilization { unsigned gpu, memory; };
 nvmlReturn_t nvmlDeviceGetUtilizationRates(struct device *device, struct utilization *rates) {

@@ -38,6 +38,8 @@ pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
 pub struct Pod {
     pub task: Task,
     pub dir: PathBuf,
+    /// Of the shim, beside this process's own.
+    pub env: Vec<(&'static str, PathBuf)>,
     _tmp: std::rc::Rc<tempfile::TempDir>,
     shim: Option<Child>,
 }
@@ -112,7 +114,7 @@ impl Pod {
         let tmp = tempfile::tempdir().unwrap();
         let dir = tmp.path().join("agent/pods").join(format!("{}.1", task.pod));
         fs::create_dir_all(&dir).unwrap();
-        Self { task, dir, _tmp: std::rc::Rc::new(tmp), shim: None }
+        Self { task, dir, env: Vec::new(), _tmp: std::rc::Rc::new(tmp), shim: None }
     }
 
     /// The pod's next placement, in a directory beside this one's.
@@ -121,7 +123,7 @@ impl Pod {
         task.epoch = Epoch(task.epoch.0 + 1);
         let dir = self.dir.with_file_name(format!("{}.{}", task.pod, task.epoch));
         fs::create_dir_all(&dir).unwrap();
-        Self { task, dir, _tmp: self._tmp.clone(), shim: None }
+        Self { task, dir, env: self.env.clone(), _tmp: self._tmp.clone(), shim: None }
     }
 
     pub fn main(&mut self) -> &mut ContainerSpec {
@@ -133,6 +135,7 @@ impl Pod {
         let shim = Command::new(env!("CARGO_BIN_EXE_berth-agent"))
             .arg("shim")
             .arg(&self.dir)
+            .envs(self.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .spawn()
             .unwrap();

@@ -113,7 +113,7 @@ fn checkpoint(detail: &CheckpointDetail, now: Timestamp) -> String {
         .add("Needs", needs.arch.clone())
         .maybe("  kernel", needs.kernel.as_ref().map(|version| format!("{version} or later")))
         .maybe("  CRIU", needs.criu.as_ref().map(|version| format!("{version} or later")))
-        .maybe("  driver", needs.gpu_driver.as_ref().map(|version| format!("{version} or later")))
+        .maybe("  driver", needs.gpu_driver.as_ref())
         .add("  GPUs", needs.gpus.join(", "));
     if !needs.cpu_features.is_empty() {
         facts.add("  processor", format!("{} features of the one it ran on", needs.cpu_features.len()));
@@ -203,6 +203,17 @@ fn pod(row: &PodRow, now: Timestamp, colour: bool) -> String {
     facts.render()
 }
 
+/// Whether pods with GPUs can be saved there by CRIU.
+fn gpu_memory(node: &NodeStatus) -> Option<&'static str> {
+    if node.gpus.is_empty() {
+        return None;
+    }
+    Some(match node.saves_gpus {
+        true => "what pods have on them can be saved",
+        false => "what pods have on them cannot be saved: `berth-agent doctor` says why there",
+    })
+}
+
 fn node(node: &NodeStatus, now: Timestamp, colour: bool) -> String {
     let labels: Vec<String> = node.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
     let share = |used: String, all: String| format!("{used} of {all} allotted");
@@ -219,6 +230,7 @@ fn node(node: &NodeStatus, now: Timestamp, colour: bool) -> String {
         .add("System", format!("{}, Linux {}, {}", node.os, node.kernel, node.arch))
         .add("Agent", node.agent_version.as_str())
         .maybe("CRIU", node.criu.as_ref())
+        .maybe("GPUs", gpu_memory(node))
         .add("Labels", labels.join(", "))
         .add("Taints", node.taints.join(", "));
     if let Some(usage) = &node.usage {

@@ -25,9 +25,25 @@ pub(super) fn unsavable(spec: &JobSpec, node: &Inventory) -> Option<String> {
         CheckpointMode::Auto | CheckpointMode::Criu if node.criu.is_none() => {
             Some(format!("node {} has no CRIU that works", node.hostname))
         }
-        CheckpointMode::Auto | CheckpointMode::Criu => None,
+        CheckpointMode::Auto | CheckpointMode::Criu => {
+            match spec.pod.resources().gpu.map_or(0, |gpu| gpu.count) {
+                0 => None,
+                1 if node.saves_gpus => None,
+                1 => Some(format!(
+                    "the driver of node {} cannot save the memory of GPUs (`berth-agent doctor` says why there); {INSTEAD}",
+                    node.hostname
+                )),
+                many => Some(format!(
+                    "it has {many} GPUs, and memory that GPUs give each other access to cannot be saved; {INSTEAD}"
+                )),
+            }
+        }
     }
 }
+
+/// For programs on GPUs.
+const INSTEAD: &str = "a program that saves itself can be saved all the same: give it `checkpoint.signal` or \
+                       `checkpoint.ready`";
 
 /// What a checkpoint taken on `node` will need.
 pub(super) fn foreseen(spec: &JobSpec, node: &Inventory, gpus: &[String]) -> Needs {

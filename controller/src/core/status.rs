@@ -266,6 +266,7 @@ impl Controller {
             os: has.os.clone(),
             agent_version: has.agent_version.clone(),
             criu: has.criu.clone(),
+            saves_gpus: has.saves_gpus,
             pods: u32::try_from(node.pods.len()).unwrap_or(u32::MAX),
             images: Images::default(),
             drain: node.record.drain.as_ref().map(|drain| DrainStatus {

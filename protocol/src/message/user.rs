@@ -205,6 +205,9 @@ pub struct NodeStatus {
     pub agent_version: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub criu: Option<String>,
+    /// As `Inventory::saves_gpus`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub saves_gpus: bool,
     pub pods: u32,
     /// Told where one node is asked for; on `state` and in lists they would be most of what is sent.
     #[serde(default, skip_serializing_if = "Images::is_empty")]

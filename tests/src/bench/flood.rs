@@ -188,6 +188,7 @@ pub(super) fn inventory(agent: &str) -> Inventory {
         criu: None,
         gpus: Vec::new(),
         gpu_driver: None,
+        saves_gpus: false,
         cuda: None,
         labels: BTreeMap::new(),
         taints: BTreeSet::new(),

@@ -10,6 +10,7 @@ use berth_protocol::resources::{Gpu, GpuUsage};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 
+use super::cuda;
 use super::drm::Drm;
 use super::nvidia::{self, Records, Session};
 
@@ -44,6 +45,8 @@ pub struct Snapshot {
     /// NVIDIA's driver, and the newest CUDA that it runs.
     pub driver: Option<String>,
     pub cuda: Option<String>,
+    /// NVIDIA's driver can save the memory of its devices.
+    pub saves: bool,
 }
 
 /// The loop's side: the last snapshot, and the thread that makes the next.
@@ -51,6 +54,7 @@ pub struct Snapshot {
 pub struct Gpus {
     root: PathBuf,
     nvml: Option<PathBuf>,
+    program: Option<PathBuf>,
     stuck_after: Duration,
     worker: Option<Worker>,
     snapshot: Snapshot,
@@ -65,9 +69,15 @@ struct Worker {
 }
 
 impl Gpus {
-    /// Starts nothing yet. `nvml` names the library to use in place of `libnvidia-ml.so.1`.
-    pub fn new(root: PathBuf, nvml: Option<PathBuf>, stuck_after: Duration) -> Self {
-        Self { root, nvml, stuck_after, worker: None, snapshot: Snapshot::default() }
+    /// Starts nothing yet. `nvml` names the library to use in place of `libnvidia-ml.so.1`; `program` is the agent's own,
+    /// to ask libcuda by.
+    pub fn new(
+        root: PathBuf,
+        nvml: Option<PathBuf>,
+        program: Option<PathBuf>,
+        stuck_after: Duration,
+    ) -> Self {
+        Self { root, nvml, program, stuck_after, worker: None, snapshot: Snapshot::default() }
     }
 
     pub fn snapshot(&self) -> &Snapshot {
@@ -81,7 +91,7 @@ impl Gpus {
             if !(nvidia::present(&self.root, self.nvml.as_deref()) || Drm::present(&self.root)) {
                 return;
             }
-            self.worker = spawn(self.root.clone(), self.nvml.clone());
+            self.worker = spawn(self.root.clone(), self.nvml.clone(), self.program.clone());
         }
         let Some(worker) = &mut self.worker else { return };
         if let Ok(late) = worker.answers.try_recv() {
@@ -122,11 +132,11 @@ impl Gpus {
     }
 }
 
-fn spawn(root: PathBuf, nvml: Option<PathBuf>) -> Option<Worker> {
+fn spawn(root: PathBuf, nvml: Option<PathBuf>, program: Option<PathBuf>) -> Option<Worker> {
     let (asks, questions) = sync_channel(1);
     let (replies, answers) = mpsc::channel(1);
     let thread = std::thread::Builder::new().name("gpus".to_owned()).stack_size(STACK_BYTES);
-    match thread.spawn(move || serve(&root, nvml.as_deref(), &questions, &replies)) {
+    match thread.spawn(move || serve(&root, nvml.as_deref(), program.as_deref(), &questions, &replies)) {
         Ok(_) => Some(Worker { asks, answers, asked: None }),
         Err(error) => {
             tracing::error!(%error, "cannot start the thread that asks the GPUs' drivers");
@@ -136,10 +146,17 @@ fn spawn(root: PathBuf, nvml: Option<PathBuf>) -> Option<Worker> {
 }
 
 /// The thread: one snapshot for each question, until the loop is gone.
-fn serve(root: &Path, nvml: Option<&Path>, asks: &Receiver<()>, answers: &mpsc::Sender<Snapshot>) {
+fn serve(
+    root: &Path,
+    nvml: Option<&Path>,
+    program: Option<&Path>,
+    asks: &Receiver<()>,
+    answers: &mpsc::Sender<Snapshot>,
+) {
     let mut records = Records::default();
     let mut drm = Drm::new(root);
     let (mut told, mut pause) = (None, 0);
+    let mut saves_told = None;
     while asks.recv().is_ok() {
         if pause > 0 && nvidia::present(root, nvml) {
             pause -= 1;
@@ -148,8 +165,18 @@ fn serve(root: &Path, nvml: Option<&Path>, asks: &Receiver<()>, answers: &mpsc::
         }
         let failure = match nvidia::present(root, nvml).then(|| nvidia::load(nvml)) {
             Some(Ok(library)) => {
+                // A driver that comes anew may be another.
+                let saves = program.map(cuda::check);
+                if saves != saves_told
+                    && let Some(Err(why)) = &saves
+                {
+                    tracing::info!("no transparent checkpoints of pods with GPUs on this node: {why}");
+                }
+                saves_told.clone_from(&saves);
+                let saves = saves.is_some_and(|found| found.is_ok());
+                let session = Session::new(&library, root);
                 // Answers this question and those that follow, while the driver is well.
-                match serve_session(Session::new(&library, root), &mut records, &mut drm, asks, answers) {
+                match serve_session(session, saves, &mut records, &mut drm, asks, answers) {
                     Some(failure) => Some(failure),
                     None => return,
                 }
@@ -178,6 +205,7 @@ fn serve(root: &Path, nvml: Option<&Path>, asks: &Receiver<()>, answers: &mpsc::
 /// Ends with the error that the driver as a whole failed with, or `None` with the loop.
 fn serve_session(
     mut session: Session<'_>,
+    saves: bool,
     records: &mut Records,
     drm: &mut Drm,
     asks: &Receiver<()>,
@@ -191,6 +219,7 @@ fn serve_session(
         };
         let mut snapshot = snapshot(found, drm);
         (snapshot.driver, snapshot.cuda) = (session.driver.clone(), session.cuda.clone());
+        snapshot.saves = saves && failure.is_none();
         if answers.blocking_send(snapshot).is_err() {
             return None;
         }
@@ -204,5 +233,5 @@ fn serve_session(
 fn snapshot(mut found: Vec<Found>, drm: &mut Drm) -> Snapshot {
     found.extend(drm.sample());
     found.truncate(GPUS_PER_NODE_MAX);
-    Snapshot { found, driver: None, cuda: None }
+    Snapshot { found, driver: None, cuda: None, saves: false }
 }

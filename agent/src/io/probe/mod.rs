@@ -8,11 +8,12 @@
 //! - [`gpus`]: asks the drivers from a thread of its own; [`nvidia`] through NVML, [`drm`] for AMD and Intel
 //! - `outside`: what other programs of the machine use of all that
 //! - [`devices`]: how an allotted GPU reaches a container; [`cdi`] finds the names of CDI specifications
-//! - [`criu`]: finds a CRIU that works
+//! - [`criu`]: finds a CRIU that works; [`cuda`] asks whether NVIDIA's driver can save the memory of GPUs
 
 pub mod cdi;
 pub mod cgroup;
 pub mod criu;
+pub mod cuda;
 pub mod devices;
 pub mod drm;
 pub mod gpus;
@@ -50,6 +51,8 @@ pub struct ProbeConfig {
     pub root: PathBuf,
     /// The NVML library in place of `libnvidia-ml.so.1`.
     pub nvml: Option<PathBuf>,
+    /// This very program, which asks libcuda in a process of its own; `None`: it is not asked.
+    pub program: Option<PathBuf>,
     /// Offer no more than this (`--capacity`); what the machine has less the reserve remains the upper bound.
     pub capacity: Amounts,
     /// Kept back for the system and berth itself.
@@ -106,6 +109,7 @@ impl Probe {
             criu: None,
             gpus: Vec::new(),
             gpu_driver: None,
+            saves_gpus: false,
             cuda: None,
             labels: config.labels.clone(),
             taints: config.taints.clone(),
@@ -114,7 +118,8 @@ impl Probe {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             images: Images::default(),
         };
-        let gpus = Gpus::new(config.root.clone(), config.nvml.clone(), Duration::from_millis(STUCK_MS));
+        let stuck_after = Duration::from_millis(STUCK_MS);
+        let gpus = Gpus::new(config.root.clone(), config.nvml.clone(), config.program.clone(), stuck_after);
         let limits = cgroup::OwnLimits::find(&config.root, &mounts);
         let (meter, outside) = (Meter::new(), Outside::default());
         let mut probe = Self { config, meter, limits, gpus, outside, looked_at: None, inventory };
@@ -172,12 +177,14 @@ impl Probe {
         let known = &mut self.inventory;
         let same = (known.cpu, known.memory, known.disk) == (cpu, memory, reading.disk_total)
             && known.gpus == gpus
-            && (&known.gpu_driver, &known.cuda) == (&snapshot.driver, &snapshot.cuda);
+            && (&known.gpu_driver, &known.cuda) == (&snapshot.driver, &snapshot.cuda)
+            && known.saves_gpus == snapshot.saves;
         if !same {
             (known.cpu, known.memory, known.disk) = (cpu, memory, reading.disk_total);
             known.gpus = gpus;
             known.gpu_driver.clone_from(&snapshot.driver);
             known.cuda.clone_from(&snapshot.cuda);
+            known.saves_gpus = snapshot.saves;
         }
         let usage = Usage {
             cpu: reading.cpu_used,

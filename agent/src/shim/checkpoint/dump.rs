@@ -78,6 +78,12 @@ fn mount_id(root: &Inside, path: &str) -> io::Result<u64> {
     id.ok_or_else(|| io::Error::other("the kernel tells no mount"))
 }
 
+/// By its type, or, as specifications of devices have it, by an option alone.
+pub fn is_bind(mount: &Value) -> bool {
+    let options = mount["options"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    mount["type"] == "bind" || options.into_iter().any(|option| option == "bind" || option == "rbind")
+}
+
 /// Mounts that come from outside: destinations that the configuration binds, each with the mounts within, as pairs
 /// of where it is and what it is called. Its name is where the configuration wants it.
 fn external(config: &Value, root: &Inside, all: &[Mount]) -> io::Result<Vec<(String, String)>> {
@@ -85,7 +91,7 @@ fn external(config: &Value, root: &Inside, all: &[Mount]) -> io::Result<Vec<(Str
         .as_array()
         .into_iter()
         .flatten()
-        .filter(|mount| mount["type"] == "bind")
+        .filter(|mount| is_bind(mount))
         .filter_map(|mount| mount["destination"].as_str())
         .collect();
     let mut tops = Vec::new();

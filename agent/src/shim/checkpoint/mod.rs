@@ -15,9 +15,11 @@
 pub mod archive;
 pub mod criu;
 pub mod dump;
+pub mod helper;
 pub mod hook;
 pub mod restore;
 pub mod rpc;
+pub mod steps;
 
 use std::path::{Path, PathBuf};
 

@@ -19,6 +19,7 @@ use serde_json::Value;
 
 use super::super::cgroup::Cgroup;
 use super::super::container::Container;
+use super::super::devices;
 use super::super::error::ShimError;
 use super::super::init::Init;
 use super::super::pump::Pump;
@@ -79,6 +80,8 @@ pub struct Revival {
     /// What the images know by name, in the order of the numbers that `options` gives it.
     inherited: Vec<OwnedFd>,
     cpu_max: MilliCpu,
+    /// The nodes of what it is given here, as in the OCI configuration.
+    devices: Vec<Value>,
 }
 
 impl Revival {
@@ -124,7 +127,12 @@ impl Revival {
             .map_err(|message| ShimError::Restore { container: spec.name.clone(), message })?;
         let images = Parts::to_restore(pod.dir).images(&spec.name);
         let (name, cpu_max) = (spec.name.clone(), spec.limits.cpu);
-        Ok(Self { name, images, cgroup, options, pumps, inherited, cpu_max })
+        let devices = oci["linux"]["devices"].as_array().cloned().unwrap_or_default();
+        Ok(Self { name, images, cgroup, options, pumps, inherited, cpu_max, devices })
+    }
+
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
     }
 
     /// Starts criu; a pod's later containers share the first one's namespaces.
@@ -164,6 +172,8 @@ impl Revival {
         if self.cgroup.processes().is_ok_and(|all| !all.contains(&pid)) && sys::is_alive(&pidfd) {
             return Err(failed("it came back outside its control group".to_owned()));
         }
+        // Another node, or another day, gives it other devices of the same kind.
+        devices::settle(pid, &self.devices).map_err(|e| failed(format!("cannot make its devices: {e}")))?;
         self.cgroup.limit_cpu(self.cpu_max)?;
         Ok(Container::revived(self.name, pid, pidfd, self.cgroup, self.pumps, self.cpu_max))
     }
@@ -176,7 +186,7 @@ pub fn host_time() -> Option<File> {
 
 /// What the configuration binds at `name`, or at a part of it.
 fn source(oci: &Value, name: &str) -> io::Result<PathBuf> {
-    let mounts = oci["mounts"].as_array().into_iter().flatten().filter(|mount| mount["type"] == "bind");
+    let mounts = oci["mounts"].as_array().into_iter().flatten().filter(|mount| dump::is_bind(mount));
     let found = mounts
         .filter_map(|mount| Some((mount["destination"].as_str()?, mount["source"].as_str()?)))
         .filter_map(|(at, from)| Some((at, from, Path::new(name).strip_prefix(at).ok()?)))

@@ -20,7 +20,7 @@ use super::super::lease::EndedBy;
 use super::super::pump::drain_rest;
 use super::super::rootfs::Inside;
 use super::super::sys;
-use super::saving::Ahead;
+use super::saving::{Ahead, undumpable};
 use super::{Phase, Supervisor};
 use crate::task::file;
 
@@ -101,7 +101,7 @@ impl Supervisor {
         }
         // Where CRIU can follow, it needs a part of the time.
         let dump = match policy.mode {
-            CheckpointMode::Auto if self.task.criu.is_some() => {
+            CheckpointMode::Auto if undumpable(&self.task).is_none() => {
                 estimate(self.containers.iter().map(resident).sum())
             }
             _ => Millis::ZERO,
@@ -148,7 +148,8 @@ impl Supervisor {
         if now < asking.answer_by {
             return;
         }
-        if policy.mode == CheckpointMode::Auto && self.task.criu.is_some() {
+        let undumpable = undumpable(&self.task);
+        if policy.mode == CheckpointMode::Auto && undumpable.is_none() {
             return self.quiesce();
         }
         let waited_for = match &policy.ready {
@@ -158,8 +159,8 @@ impl Supervisor {
         let late = self.containers.iter().find(|container| !container.rests);
         let name = late.map_or("", |container| container.name.as_str());
         let why = format!("asked to save itself, container {name} {waited_for} within {}", policy.grace);
-        let why = match (policy.mode, &self.task.criu) {
-            (CheckpointMode::Auto, None) => format!("{why}, and this node has no CRIU that works"),
+        let why = match (policy.mode, undumpable) {
+            (CheckpointMode::Auto, Some(too)) => format!("{why}, and {too}"),
             _ => why,
         };
         self.abort_saving(&why);

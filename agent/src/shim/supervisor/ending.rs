@@ -37,6 +37,8 @@ impl Supervisor {
     }
 
     fn end_processes(&mut self) {
+        // What is at work with them for the driver would hold them up.
+        self.devices.interrupt();
         loop {
             self.kill();
             let dead = match &self.cgroup {

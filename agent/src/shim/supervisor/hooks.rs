@@ -68,7 +68,7 @@ impl Supervisor {
 
     pub(super) fn resume(&mut self) {
         let Phase::Running(_) = self.phase else { return };
-        if !self.resuming.due || self.hooks_end() {
+        if !self.resuming.due || self.devices.is_out() || self.hooks_end() {
             return;
         }
         self.resuming.due = false;

@@ -88,12 +88,9 @@ impl Supervisor {
             }
             Err(error) => self.fail(error),
         }
-        if self.restoring.is_over()
-            && self.error.is_none()
-            && let Phase::Started(at) = self.phase
-        {
-            self.now_running(at);
+        if self.restoring.is_over() && self.error.is_none() {
             self.resuming.due(&self.task);
+            self.notice_begun();
         }
     }
 
@@ -109,7 +106,7 @@ impl Supervisor {
         self.server.send(&Report::Running { run: self.task.run, started_at: at });
     }
 
-    fn restore_failed(&mut self, message: String) {
+    pub(super) fn restore_failed(&mut self, message: String) {
         let container = self.restoring.waiting.front().map(|revival| revival.name.clone());
         self.restoring.criu = None;
         if let Some(container) = container {

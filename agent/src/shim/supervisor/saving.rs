@@ -22,8 +22,9 @@ use super::super::lease::Goal;
 use super::super::rootfs::{self, Home};
 use super::super::sys;
 use super::asking::Asking;
+use super::devices::{self, INSTEAD};
 use super::{Phase, Supervisor};
-use crate::task::{Report, Saved, SavedContainer, file};
+use crate::task::{Report, Saved, SavedContainer, SavedDevices, Task, file};
 
 /// A dump that takes longer is given up.
 const SAVE_MS_MAX: u64 = 600_000;
@@ -48,12 +49,20 @@ pub struct Saving {
     pub frozen: bool,
     log_records: u64,
     containers: Vec<SavedContainer>,
+    /// What has left its devices.
+    pub devices: Option<SavedDevices>,
 }
 
 /// What comes before a dump, or instead of one.
 pub enum Ahead {
     Asking(Asking),
+    /// The driver is asked what there is to save; again once the hook is behind it.
+    Surveying {
+        hooked: bool,
+    },
     Quiescing(Hook),
+    /// Memory leaves the pod's devices.
+    Leaving,
     Nothing,
 }
 
@@ -63,13 +72,21 @@ struct Dump {
     done: bool,
 }
 
+/// Why the pod cannot be saved by CRIU, whatever its programs do.
+pub fn undumpable(task: &Task) -> Option<String> {
+    match task.criu {
+        None => Some("this node has no CRIU that works (see `berth-agent doctor`)".to_owned()),
+        Some(_) => devices::unsavable(task),
+    }
+}
+
 impl Saving {
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let dumps = self.dumps.iter().filter(|dump| !dump.done).map(|dump| dump.criu.as_fd());
         let busy = self.archivers.iter().filter(|archiver| archiver.code.is_none());
         let hook = match &self.ahead {
             Ahead::Quiescing(hook) => Some(hook),
-            Ahead::Asking(_) | Ahead::Nothing => None,
+            _ => None,
         };
         dumps.chain(busy.map(|archiver| archiver.pidfd.as_fd())).chain(hook.into_iter().flat_map(Hook::fds))
     }
@@ -99,7 +116,7 @@ impl Saving {
     pub fn give_up_at(&self) -> BootMs {
         let waits = match &self.ahead {
             Ahead::Asking(asking) => asking.answer_by().since(self.begun),
-            Ahead::Quiescing(_) | Ahead::Nothing => Millis::ZERO,
+            _ => Millis::ZERO,
         };
         self.begun.plus(Millis(waits.0 + SAVE_MS_MAX))
     }
@@ -109,7 +126,8 @@ impl Saving {
         match &self.ahead {
             Ahead::Asking(asking) => Some(asking.look_at(now)),
             Ahead::Quiescing(hook) => Some(hook.give_up_at()),
-            Ahead::Nothing => None,
+            // The devices' own deadlines hold.
+            Ahead::Surveying { .. } | Ahead::Leaving | Ahead::Nothing => None,
         }
     }
 }
@@ -149,6 +167,9 @@ impl Supervisor {
         if !self.resuming.is_over() {
             return Err("the resume hook of the checkpoint before has not ended".to_owned());
         }
+        if self.devices.is_out() {
+            return Err("what the pod had on its GPU has not come back from the checkpoint before".to_owned());
+        }
         self.resuming.forget();
         let all = self.dir.join(file::CHECKPOINTS_DIR);
         let half = Parts::new(all.join(format!("{level}.half")));
@@ -166,6 +187,7 @@ impl Supervisor {
             frozen: false,
             log_records: 0,
             containers: Vec::new(),
+            devices: None,
             half,
         });
         let policy = &self.task.template.checkpoint;
@@ -179,11 +201,17 @@ impl Supervisor {
         Ok(())
     }
 
-    /// The way to a dump: first the job's hook, where it has one.
+    /// The way to a dump, as far as nothing is stopped on it: whether there can be one.
     pub(super) fn quiesce(&mut self) {
-        if self.task.criu.is_none() {
-            return self.abort_saving("this node has no CRIU that works: see `berth-agent doctor`");
+        match undumpable(&self.task) {
+            Some(why) => self.abort_saving(&format!("{why}; {INSTEAD}")),
+            None if self.task.devices.is_empty() => self.run_quiesce(),
+            None => self.survey_devices(false),
         }
+    }
+
+    /// The job's hook, where it has one.
+    pub(super) fn run_quiesce(&mut self) {
         let command = &self.task.template.checkpoint.quiesce;
         let ahead = match command.is_empty() {
             true => Ahead::Nothing,
@@ -205,16 +233,20 @@ impl Supervisor {
         let Some(Saving { ahead: Ahead::Quiescing(hook), .. }) = &mut self.saving else { return };
         match hook.hear(sys::boot_now()) {
             None => {}
-            Some(Ended::Well) => self.dump(),
+            Some(Ended::Well) if self.task.devices.is_empty() => self.dump(),
+            Some(Ended::Well) => self.survey_devices(true),
             Some(Ended::Badly(why)) => self.abort_saving(&why),
         }
     }
 
     /// Starts a criu for each container.
-    fn dump(&mut self) {
+    pub(super) fn dump(&mut self) {
         let (Some(saving), Some(program)) = (&mut self.saving, &self.task.criu) else { return };
         saving.ahead = Ahead::Nothing;
-        saving.clock(sys::boot_now());
+        // Without their devices' memory programs may have stood for a while.
+        if saving.devices.is_none() {
+            saving.clock(sys::boot_now());
+        }
         if self.containers.iter().any(|container| container.exit.is_some()) {
             return self.abort_saving("one of its containers has ended");
         }
@@ -245,6 +277,8 @@ impl Supervisor {
         if late && self.containers.iter().all(|container| container.rests) {
             saving.dumps.clear();
             saving.containers.clear();
+            saving.devices = None;
+            self.devices.forget_dump();
             match remove_all(saving.half.dir()) {
                 Ok(()) => self.take_files(),
                 Err(e) => self.abort_saving(&e.to_string()),
@@ -355,6 +389,7 @@ impl Supervisor {
             frozen_ms: sys::boot_now().since(saving.begun).0,
             log_records: saving.log_records,
             containers: saving.containers.clone(),
+            devices: saving.devices.clone(),
         };
         let whole = self.dir.join(file::CHECKPOINTS_DIR).join(saving.level.to_string());
         let kept = (|| -> io::Result<()> {
@@ -377,6 +412,7 @@ impl Supervisor {
     /// Gives the checkpoint up; the pod goes on, as far as its policy lets it.
     pub(super) fn abort_saving(&mut self, why: &str) {
         let Some(mut saving) = self.saving.take() else { return };
+        self.devices.forget_dump();
         for dump in &mut saving.dumps {
             if dump.stands {
                 // It takes back what it did to the tasks better than the kernel can.

@@ -1,6 +1,8 @@
 //! Pods that cannot go wherever their job's other pods may: their checkpoint needs what not every node has, could not
 //! be started on some, or they are on their way to one. They are seated one by one, behind all others.
 
+use std::collections::BTreeSet;
+
 use berth_protocol::ids::{JobUid, NodeId};
 
 use super::place::Class;
@@ -43,10 +45,15 @@ impl Controller {
         let rooms: Vec<usize> = fits.map(|(room, _)| room).collect();
         let suits = |room: &usize| self.bars(uid, index, &self.scheduler.nodes[*room]).is_empty();
         let rooms: Vec<usize> = rooms.into_iter().filter(suits).collect();
+        let models = match (self.models_saved(uid, index), &shape.models) {
+            (Some(saved), Some(own)) => Some(saved.intersection(own).copied().collect()),
+            (saved, own) => saved.or_else(|| own.clone()),
+        };
+        let wanted = Shape { models, ..shape.clone() };
         let fit = |room: usize| {
             let (holds, free) = (&self.scheduler.holds, &self.scheduler.rooms()[room]);
             let own = holds.holder(room).is_none_or(|(holder, _)| holder == uid);
-            if own { free.fit(&shape) } else { holds.reduced(room, free).fit(&shape) }
+            if own { free.fit(&wanted) } else { holds.reduced(room, free).fit(&wanted) }
         };
         let Some((room, devices)) = rooms.iter().find_map(|room| Some((*room, fit(*room)?))) else {
             self.dirty.status.insert(uid.clone());
@@ -74,7 +81,8 @@ impl Controller {
         let site = book.and_then(|book| self.scheduler.books.get(book)?.sites().get(room));
         let suits = self.scheduler.rooms()[room].open
             && site.is_some_and(|site| site.eligible)
-            && self.bars(uid, index, &self.scheduler.nodes[room]).is_empty();
+            && self.bars(uid, index, &self.scheduler.nodes[room]).is_empty()
+            && self.devices_suit(uid, index, &reserved.seat);
         if same && suits {
             self.scheduler.reserved.remove(&id);
             if !self.seat_one(now, uid, index, &shape, &reserved.seat) {
@@ -113,9 +121,31 @@ impl Controller {
         }
     }
 
+    /// The models of the devices that its saved memory was on, where it was on any.
+    fn models_saved(&self, uid: &JobUid, index: u32) -> Option<BTreeSet<usize>> {
+        let best = self.cluster.jobs.get(uid)?.pod(index)?.saved.best()?;
+        let names = &self.cluster.checkpoints.get(&best)?.info.needs.gpus;
+        let known = |name: &String| self.scheduler.models.iter().position(|model| model == name);
+        (!names.is_empty()).then(|| names.iter().filter_map(known).collect())
+    }
+
+    /// A node may have devices of several models.
+    fn devices_suit(&self, uid: &JobUid, index: u32, seat: &Seat) -> bool {
+        let room = &self.scheduler.rooms()[seat.room];
+        self.models_saved(uid, index).is_none_or(|models| {
+            seat.devices.iter().all(|device| models.contains(&room.devices[*device].model))
+        })
+    }
+
     /// Whether the pod may go there as any of its job may; where it may not it is seated by itself.
-    pub(in crate::core) fn is_general(&mut self, uid: &JobUid, index: u32, node: &NodeId) -> bool {
-        if self.bars(uid, index, node).is_empty() {
+    pub(in crate::core) fn is_general(
+        &mut self,
+        uid: &JobUid,
+        index: u32,
+        node: &NodeId,
+        seat: &Seat,
+    ) -> bool {
+        if self.bars(uid, index, node).is_empty() && self.devices_suit(uid, index, seat) {
             return true;
         }
         if let Some(job) = self.cluster.jobs.get_mut(uid) {

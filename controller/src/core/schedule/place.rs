@@ -305,7 +305,7 @@ impl Controller {
         let mut placed = 0;
         for (index, seat) in ready.into_iter().zip(seats) {
             let id: NodeId = self.scheduler.nodes[seat.room].clone();
-            if !self.is_general(uid, index, &id) {
+            if !self.is_general(uid, index, &id, &seat) {
                 self.scheduler.uncharge(uid, shape, &seat);
                 continue;
             }

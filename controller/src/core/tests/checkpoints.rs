@@ -5,6 +5,7 @@ use berth_protocol::job::{CheckpointMode, JobSpec};
 use berth_protocol::message::node::PodChange;
 use berth_protocol::message::user::{Answer, JobPhase, JobStatus, Verdict};
 use berth_protocol::pod::PodPhase;
+use berth_protocol::resources::GpuRequest;
 use berth_protocol::units::Millis;
 
 use super::world::{World, inventory, spec};
@@ -124,6 +125,67 @@ fn what_a_move_lacks_is_said_before_anything_is_stopped() {
         assert_eq!(rejected(&answer).0, expect, "{answer:?}");
     }
     assert_eq!(status(&world, "a").pods[0].epoch.0, 1);
+}
+
+fn on_gpus(name: &str, count: u32) -> JobSpec {
+    let mut job = long(name);
+    let gpu = GpuRequest { count, milli: 1000, memory: None, model: Default::default() };
+    job.pod.containers[0].resources.gpu = Some(gpu);
+    job
+}
+
+#[test]
+fn memory_of_gpus_that_cannot_be_saved_is_refused_before_anything_is_stopped() {
+    let mut world = World::new();
+    let mut old = inventory(4, 2);
+    old.saves_gpus = false;
+    world.add("n1", old);
+    world.add("n2", inventory(4, 0));
+    world.run(100);
+    let mut itself = on_gpus("itself", 1);
+    itself.pod.checkpoint.signal = Some("SIGUSR1".to_owned());
+    for (job, expect) in [
+        (on_gpus("one", 1), "the driver of node host cannot save the memory of GPUs"),
+        (on_gpus("many", 2), "it has 2 GPUs, and memory that GPUs give each other access to cannot be saved"),
+        (itself, ""),
+    ] {
+        let name = job.name.as_str();
+        world.submit(&job);
+        running(&mut world, name);
+        let answer = world.command_with(name, "checkpoint", r#""node":null"#);
+        let (code, message) = rejected(&answer);
+        match expect {
+            "" => assert_eq!(code, "accepted", "{message}"),
+            expect => {
+                assert_eq!(code, "CannotCheckpoint", "{message}");
+                assert!(message.contains(expect) && message.contains("`checkpoint.signal`"), "{message}");
+            }
+        }
+        world.command(name, "c-1", "cancel");
+        world.until("it is cancelled", |w| status(w, name).phase.is_final());
+    }
+}
+
+#[test]
+fn saved_memory_of_a_gpu_goes_on_on_one_of_the_same_model() {
+    let mut world = World::new();
+    let n1 = world.add("n1", inventory(4, 1));
+    world.agents.get_mut(&n1).unwrap().gpus_saved = vec!["NVIDIA A100-SXM4-80GB".to_owned()];
+    world.run(100);
+    world.submit(&on_gpus("train", 1));
+    running(&mut world, "train");
+    let mut mixed = inventory(4, 3);
+    mixed.gpus.iter_mut().zip(["a", "b", "c"]).for_each(|(gpu, name)| gpu.uuid = format!("GPU-{name}"));
+    mixed.gpus[0].model = "NVIDIA H100".to_owned();
+    mixed.gpus[1].model = "NVIDIA L4".to_owned();
+    world.add("n2", mixed);
+    world.run(100);
+    let answer = world.command_with("train", "migrate", r#""node":"n2""#);
+    assert_eq!(rejected(&answer).0, "accepted", "{answer:?}");
+    running_on(&mut world, "train", "n2");
+    let jobs = &world.controller.cluster.jobs;
+    let charges = jobs.values().flat_map(|job| job.assignment(0)).flat_map(|a| a.charge.gpus.iter());
+    assert_eq!(charges.map(|share| share.uuid.as_str()).collect::<Vec<_>>(), ["GPU-c"]);
 }
 
 #[test]

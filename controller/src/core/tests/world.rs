@@ -94,6 +94,7 @@ pub fn inventory(cores: u64, gpus: usize) -> Inventory {
         criu: Some("4.1.1".to_owned()),
         gpus: (0..gpus).map(gpu).collect(),
         gpu_driver: None,
+        saves_gpus: gpus > 0,
         cuda: None,
         labels: BTreeMap::new(),
         taints: BTreeSet::new(),
@@ -153,6 +154,8 @@ pub struct Agent {
     /// Neither saves nor restores work here.
     pub dumps_fail: bool,
     pub restores_fail: bool,
+    /// Models of the devices whose memory is in its pods' checkpoints.
+    pub gpus_saved: Vec<String>,
 }
 
 impl Agent {
@@ -209,6 +212,7 @@ impl Agent {
                 arch: self.inventory.arch.clone(),
                 criu: self.inventory.criu.clone(),
                 cpu_features: self.inventory.cpu_features.clone(),
+                gpus: self.gpus_saved.clone(),
                 ..Needs::default()
             },
         };
@@ -372,6 +376,7 @@ impl World {
             logs_asked: Vec::new(),
             dumps_fail: false,
             restores_fail: false,
+            gpus_saved: Vec::new(),
         };
         agent.restart();
         self.agents.insert(id.clone(), agent);
