@@ -5,3 +5,4 @@ mod cluster;
 mod drain;
 mod faults;
 mod jobs;
+mod staging;
