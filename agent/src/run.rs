@@ -1,6 +1,7 @@
 //! The agent's loop: event → core → records on disk → actions. Everything else in `io` only feeds or serves it.
 
 mod messages;
+mod preparing;
 mod stores;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -9,14 +10,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use berth_protocol::ids::{Digest, IdError, LedgerId, SessionNonce};
+use berth_protocol::ids::{IdError, LedgerId, SessionNonce};
 use berth_protocol::job::PodTemplate;
 use berth_protocol::message::node::{DepotAccess, HeldPod, NodeRequest};
 use berth_protocol::topic::{NodeTopic, Topic};
 use berth_protocol::units::Millis;
-use futures_util::FutureExt;
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 
 use crate::config::Config;
 use crate::core::departure::Leaves;
@@ -74,7 +73,8 @@ struct Agency {
     shims: Shims,
     probe: Probe,
     preparer: Arc<Preparer>,
-    preparing: BTreeMap<PodKey, JoinHandle<()>>,
+    preparing: preparing::Tasks,
+    staging: preparing::Tasks,
     bridge: Option<Bridge>,
     depot: Option<DepotAccess>,
     criu: Option<Criu>,
@@ -153,7 +153,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         shims,
         probe,
         preparer,
-        preparing: BTreeMap::new(),
+        preparing: preparing::Tasks::default(),
+        staging: preparing::Tasks::default(),
         bridge,
         depot: None,
         criu,
@@ -367,11 +368,9 @@ impl Agency {
                     let ready = self.prepare(key, template, from);
                     ready.into_iter().for_each(|event| drop(self.events.send(event)));
                 }
-                Action::CancelPrepare { key } => {
-                    if let Some(task) = self.preparing.remove(&key) {
-                        task.abort();
-                    }
-                }
+                Action::CancelPrepare { key } => self.preparing.cancel(&key),
+                Action::Stage { key, template, from } => self.stage(key, template, from),
+                Action::CancelStage { key } => self.staging.cancel(&key),
                 Action::Launch(launch) => self.launch(*launch),
                 Action::Order { key, order } => self.shims.order(&key, order),
                 Action::Adopt { key, run } => self.shims.adopt(&key, run),
@@ -387,29 +386,6 @@ impl Agency {
                 Action::Warn(text) => tracing::warn!("{text}"),
             }
         }
-    }
-
-    /// Begins to prepare a pod, and returns the result where nothing has to be waited for.
-    fn prepare(&mut self, key: PodKey, template: Box<PodTemplate>, from: Option<Digest>) -> Option<Event> {
-        let (preparer, events, depot) = (self.preparer.clone(), self.events.clone(), self.depot.clone());
-        let (name, dir) = (key.clone(), self.shims.pod_dir(&key));
-        let mut work = Box::pin(async move {
-            let mut result = preparer.prepare(&name, &template, depot.as_ref(), &events).await;
-            if let (Ok(_), Some(from)) = (&result, from)
-                && let Err(unready) = preparer.bring(&name, from, &template, &dir, depot.as_ref()).await
-            {
-                result = Err(unready);
-            }
-            Event::Prepared { key: name, result }
-        });
-        if let Some(event) = work.as_mut().now_or_never() {
-            return Some(event);
-        }
-        let events = self.events.clone();
-        let task = tokio::spawn(async move { drop(events.send(work.await)) });
-        self.preparing.retain(|_, task| !task.is_finished());
-        self.preparing.insert(key, task);
-        None
     }
 
     /// The agent was told to end. Pods go on without it, unless the machine goes with it: then it stays until they have

@@ -26,6 +26,8 @@ pub const TOPIC_SLASHES_MAX: usize = 6;
 
 /// Pods that a node's desired set may name, those being stopped included.
 pub const PODS_PER_NODE_MAX: usize = 256;
+/// Pods of which a node's desired set may say that they are to come.
+pub const STAGES_PER_NODE_MAX: usize = 16;
 /// Pods that a job's status lists; all are counted.
 pub const STATUS_PODS_MAX: usize = 100;
 /// Pods of one job, and its parallelism.

@@ -28,6 +28,9 @@ pub type Depot = Rc<RefCell<BTreeMap<Digest, Millis>>>;
 /// One in so many saves fails, and one in so many starts from a checkpoint, by its name and the node's.
 const SAVES_PER_FAILURE: u8 = 8;
 const RESTORES_PER_FAILURE: u8 = 12;
+/// One in so many stagings never ends, and one fails.
+const STAGES_PER_LATE: u8 = 4;
+const STAGES_PER_FAILURE: u8 = 5;
 
 /// Drawn from names alone, so that a history repeats itself.
 fn fails(what: &str, one_in: u8) -> bool {
@@ -314,8 +317,17 @@ impl Node {
                 Action::StoreOutputs { key } => {
                     out.push(later(5, Event::OutputsStored { key, result: Ok(None) }));
                 }
+                Action::Stage { key, from, .. } => {
+                    let (drawn, why) = (format!("{key}/{}", self.id), "drawn".to_owned());
+                    // Some take longer than anybody waits.
+                    if !fails(&drawn, STAGES_PER_LATE) {
+                        let result = if fails(&drawn, STAGES_PER_FAILURE) { Err(why) } else { Ok(()) };
+                        out.push(later(500, Event::Staged { key, from, result }));
+                    }
+                }
                 Action::KeepCheckpoint { .. }
                 | Action::CancelPrepare { .. }
+                | Action::CancelStage { .. }
                 | Action::Drop { .. }
                 | Action::Depot(_)
                 | Action::Warn(_) => {}

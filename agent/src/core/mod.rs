@@ -10,6 +10,7 @@ pub mod ledger;
 mod pods;
 mod restart;
 mod settle;
+mod staging;
 #[cfg(test)]
 mod tests;
 
@@ -35,6 +36,7 @@ use departure::Leaves;
 use grants::Grants;
 use ledger::{Judgement, Ledger, PodKey, Record};
 use pods::Live;
+use staging::Staging;
 
 /// Civil time for records, boot time for leases and timers.
 #[derive(Debug, Clone, Copy)]
@@ -97,6 +99,12 @@ pub enum Event {
         level: u64,
         result: Result<Box<CheckpointInfo>, NotStored>,
     },
+    /// What was to be brought ahead of a pod is here, with that checkpoint, or will not be.
+    Staged {
+        key: PodKey,
+        from: Option<Digest>,
+        result: Result<(), String>,
+    },
     /// What a probe sees; its images are `Images`' to tell.
     Inventory(Box<Inventory>),
     /// Those that are here now.
@@ -148,6 +156,16 @@ pub enum Action {
         from: Option<Digest>,
     },
     CancelPrepare {
+        key: PodKey,
+    },
+    /// Bring ahead what a pod will need that still runs elsewhere, behind whatever is for pods that are here.
+    Stage {
+        key: PodKey,
+        template: Box<PodTemplate>,
+        /// A checkpoint to keep: the one that it comes with will share much of it.
+        from: Option<Digest>,
+    },
+    CancelStage {
         key: PodKey,
     },
     Launch(Box<Launch>),
@@ -240,6 +258,7 @@ pub struct Agent {
     inventory: Inventory,
     grants: Grants,
     live: BTreeMap<PodKey, Live>,
+    staging: Staging,
     bus_up: bool,
     next_heartbeat: BootMs,
     last_heartbeat: BootMs,
@@ -265,6 +284,7 @@ impl Agent {
             inventory,
             grants: Grants::default(),
             live: BTreeMap::new(),
+            staging: Staging::default(),
             bus_up: false,
             next_heartbeat: now.boot,
             last_heartbeat: now.boot,
@@ -333,6 +353,7 @@ impl Agent {
                     .into_iter()
                     .for_each(|live| live.checkpoint.progress = Some((done, total)));
             }
+            Event::Staged { key, from, result } => self.staged(now, &key, from, result),
             Event::CheckpointStored { key, level, result } => {
                 self.checkpoint_stored(now, &key, level, result);
             }
@@ -458,7 +479,12 @@ impl Agent {
                 && !self.ledger.specs.contains_key(&entry.desired.spec)
         };
         let held = self.ledger.generation;
-        if self.ledger.pods.values().any(lacks) { Generation(held.0.saturating_sub(1)) } else { held }
+        let coming = self.staging.specs().any(|spec| !self.ledger.specs.contains_key(&spec));
+        if coming || self.ledger.pods.values().any(lacks) {
+            Generation(held.0.saturating_sub(1))
+        } else {
+            held
+        }
     }
 
     fn heartbeat(&mut self, now: Now) {
@@ -490,6 +516,7 @@ impl Agent {
             pulls: pulls.collect(),
             saves: saves.collect(),
             restores: Vec::new(),
+            staged: self.staging.told(),
             leaving: self.departure(now),
         };
         self.act(Action::Heartbeat(Box::new(heartbeat)));
@@ -526,8 +553,9 @@ impl Agent {
             self.reconcile_ended(now);
         }
         if !self.grants.is_unanswered() {
-            let waiting =
-                !self.ledger.outbox.is_empty() || self.live.values().any(|live| live.pull.is_some());
+            let waiting = !self.ledger.outbox.is_empty()
+                || self.live.values().any(|live| live.pull.is_some())
+                || self.staging.is_busy();
             let period = if waiting { limits::HEARTBEAT_RETRY_MS } else { limits::HEARTBEAT_MS };
             self.next_heartbeat = self.last_heartbeat.plus(Millis(period));
         }
@@ -561,7 +589,11 @@ impl Agent {
         for key in &waiting {
             self.reconcile(now, key);
         }
-        if !waiting.is_empty() {
+        let coming = self.staging.specs().any(|spec| spec == digest);
+        if coming {
+            self.next_stage();
+        }
+        if coming || !waiting.is_empty() {
             self.heartbeat(now);
         }
     }
@@ -600,11 +632,15 @@ impl Agent {
         }
         let (store, term, generation) = (desired.store, desired.term, desired.generation);
         self.record(Record::Orders { store, term, generation });
+        let let_go = self.stage(desired.stage);
         self.drop_unused_specs();
         let keys: Vec<PodKey> = self.ledger.pods.keys().cloned().collect();
         for key in keys {
             self.reconcile(now, &key);
         }
+        // Only now: a pull that the pod itself waits for as well goes on.
+        self.out.actions.extend(let_go);
+        self.next_stage();
         self.heartbeat(now);
     }
 
@@ -624,7 +660,8 @@ impl Agent {
     }
 
     fn drop_unused_specs(&mut self) {
-        let used: BTreeSet<Digest> = self.ledger.pods.values().map(|entry| entry.desired.spec).collect();
+        let used = self.ledger.pods.values().map(|entry| entry.desired.spec);
+        let used: BTreeSet<Digest> = used.chain(self.staging.specs()).collect();
         let unused: Vec<Digest> =
             self.ledger.specs.keys().filter(|digest| !used.contains(digest)).copied().collect();
         for digest in unused {

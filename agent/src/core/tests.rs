@@ -4,7 +4,7 @@ use berth_protocol::checkpoint::{CheckpointInfo, CheckpointKind};
 use berth_protocol::ids::{Epoch, Generation, JobUid, StoreId, Term};
 use berth_protocol::image::ImageName;
 use berth_protocol::job::{Network, RestartPolicy};
-use berth_protocol::message::node::Covers;
+use berth_protocol::message::node::{Covers, Stage, StageState, Staged};
 use berth_protocol::pod::{Cause, Goal, Outcome, VACATED};
 use berth_protocol::resources::CgroupVersion;
 
@@ -21,6 +21,8 @@ struct Bench {
     now: Now,
     generation: u64,
     heartbeat: Option<Heartbeat>,
+    /// What the next orders name as to come.
+    stage: Vec<Stage>,
 }
 
 fn template(policy: RestartPolicy) -> PodTemplate {
@@ -96,7 +98,8 @@ impl Bench {
         };
         let now = Now { wall: Timestamp(1_000_000), boot: BootMs(1_000_000) };
         let (agent, step) = Agent::start(disk.clone(), identity, inventory(), now);
-        let mut bench = Self { agent, disk, now, generation: 0, level: 0, heartbeat: None };
+        let mut bench =
+            Self { agent, disk, now, generation: 0, level: 0, heartbeat: None, stage: Vec::new() };
         bench.take(step);
         bench.event(Event::BusUp);
         bench
@@ -132,6 +135,8 @@ impl Bench {
                 }
                 Action::Prepare { key, .. } => format!("prepare {key}"),
                 Action::CancelPrepare { key } => format!("cancel {key}"),
+                Action::Stage { key, .. } => format!("stage {key}"),
+                Action::CancelStage { key } => format!("cancel stage {key}"),
                 Action::Launch(launch) => format!("launch {} run {}", launch.key, launch.run),
                 Action::Order { key, order } => match order {
                     Order::Start { .. } => format!("start {key}"),
@@ -193,6 +198,7 @@ impl Bench {
             term: Term(1),
             generation: Generation(self.generation),
             pods: pods.collect(),
+            stage: self.stage.clone(),
         };
         lines.extend(self.event(Event::Desired(desired)));
         lines
@@ -468,6 +474,7 @@ fn another_store_is_not_obeyed() {
         term: Term(9),
         generation: Generation(9),
         pods: vec![],
+        stage: vec![],
     };
     let lines = bench.event(Event::Desired(desired));
     assert!(lines.len() == 1 && lines[0].starts_with("warn refused orders of store other"), "{lines:?}");
@@ -660,4 +667,83 @@ fn one_found_standing_still_for_no_reason_is_let_go_on() {
     bench.event(Event::Reconnected { key: key(0, 1) });
     let lines = bench.report(&key(0, 1), Report::Paused { run: Run(1), fenced: false });
     assert!(!lines.iter().any(|line| line.starts_with("release") || line.ends_with("false")), "{lines:?}");
+}
+
+fn stage(index: u32, template: &PodTemplate, from: Option<&[u8]>) -> Stage {
+    let key = key(index, 3);
+    let spec = Digest::of(&serde_json::to_vec(template).unwrap());
+    Stage { pod: key.pod, epoch: key.epoch, spec, from: from.map(Digest::of) }
+}
+
+fn is_here(index: u32, from: Option<&[u8]>, result: Result<(), String>) -> Event {
+    Event::Staged { key: key(index, 3), from: from.map(Digest::of), result }
+}
+
+#[test]
+fn what_is_to_come_is_brought_and_told_and_let_go_when_it_is_no_longer_named() {
+    let template = template(RestartPolicy::Never);
+    let mut bench = Bench::running(&template);
+    let orders = [(key(0, 1), Goal::Run, &template)];
+    let told = |bench: &Bench| -> Vec<(u32, StageState)> {
+        let staged = bench.heartbeat.clone().unwrap().staged;
+        staged.into_iter().map(|Staged { pod, epoch: _, state }| (pod.index, state)).collect()
+    };
+    bench.stage = [1, 2, 3].map(|index| stage(index, &template, None)).to_vec();
+    assert_eq!(bench.desired(&orders), ["stage u-1.3", "stage u-2.3"], "two at once");
+    let busy = [1, 2, 3].map(|index| (index, StageState::Busy));
+    assert_eq!(told(&bench), busy);
+    assert_eq!(bench.desired(&orders), [] as [&str; 0], "the same list");
+    // Whoever waits hears of it at once, and otherwise every two seconds.
+    let before = bench.heartbeat.clone().unwrap().seq;
+    assert_eq!(bench.event(is_here(1, None, Ok(()))), ["stage u-3.3"]);
+    assert_eq!(told(&bench)[0], (1, StageState::Ready));
+    bench.event(is_here(2, None, Err("no luck".to_owned())));
+    assert_eq!(told(&bench)[1], (2, StageState::Failed { why: "no luck".to_owned() }));
+    assert_eq!(bench.heartbeat.clone().unwrap().seq, before + 2);
+    bench.grant();
+    bench.wait(2_000);
+    assert_eq!(bench.heartbeat.clone().unwrap().seq, before + 3);
+    bench.stage.remove(0);
+    bench.stage.pop();
+    assert_eq!(bench.desired(&orders), ["cancel stage u-3.3"]);
+    assert_eq!(told(&bench).len(), 1);
+    assert_eq!(bench.event(is_here(3, None, Ok(()))), [] as [&str; 0], "of one that nobody names");
+    // Another checkpoint is another thing to bring, and word of the first one is none of it.
+    bench.stage = vec![stage(4, &template, Some(b"first"))];
+    bench.desired(&orders);
+    bench.stage = vec![stage(4, &template, Some(b"second"))];
+    assert_eq!(bench.desired(&orders), ["cancel stage u-4.3", "stage u-4.3"]);
+    bench.event(is_here(4, Some(b"first"), Ok(())));
+    assert_eq!(told(&bench), [(4, StageState::Busy)]);
+    bench.event(is_here(4, Some(b"second"), Ok(())));
+    assert_eq!(told(&bench), [(4, StageState::Ready)]);
+    // What was brought ahead of a pod that has come is let go behind the begin of what that needs: a pull goes on.
+    bench.stage = vec![stage(5, &template, None)];
+    bench.desired(&orders);
+    bench.stage.clear();
+    let come = [orders[0].clone(), (key(5, 4), Goal::Run, &template)];
+    assert_eq!(bench.desired(&come), ["prepare u-5.4", "cancel stage u-5.3"]);
+}
+
+#[test]
+fn what_is_to_come_waits_for_its_spec_and_orders_are_not_applied_without_it() {
+    let known = template(RestartPolicy::Never);
+    let mut bench = Bench::running(&known);
+    let orders = [(key(0, 1), Goal::Run, &known)];
+    let other = template(RestartPolicy::OnFailure);
+    bench.stage = vec![stage(1, &other, None)];
+    assert_eq!(bench.desired(&orders), [] as [&str; 0]);
+    assert_eq!(bench.heartbeat.clone().unwrap().generation.0, bench.generation - 1);
+    let spec = Event::Spec {
+        digest: Digest::of(&serde_json::to_vec(&other).unwrap()),
+        template: Box::new(other.clone()),
+    };
+    assert_eq!(bench.event(spec), ["stage u-1.3"]);
+    assert_eq!(bench.heartbeat.clone().unwrap().generation.0, bench.generation);
+    // An agent that starts anew knows of nothing to come until it is told again.
+    let mut again = Bench::on(bench.disk.clone(), 2);
+    assert!(again.heartbeat.clone().unwrap().staged.is_empty());
+    again.generation = bench.generation;
+    again.stage = bench.stage.clone();
+    assert!(again.desired(&orders).contains(&"stage u-1.3".to_owned()));
 }

@@ -106,18 +106,58 @@ impl Preparer {
         dir: &Path,
         depot: Option<&DepotAccess>,
     ) -> Result<(), Unready> {
+        self.fetch(key, checkpoint, template, Some(dir.join(file::RESTORE_DIR)), depot).await
+    }
+
+    /// Brings ahead what a pod will need that still runs elsewhere: its images and files, and that checkpoint, to be kept
+    /// for what the one that it comes with will share with it.
+    pub async fn stage(
+        &self,
+        key: &PodKey,
+        checkpoint: Option<Digest>,
+        template: &PodTemplate,
+        depot: Option<&DepotAccess>,
+        events: &UnboundedSender<Event>,
+    ) -> Result<(), Unready> {
+        self.permit(template)?;
+        for container in &template.containers {
+            self.root(key, &container.image, events).await?;
+        }
+        if let Some(workspace) = &template.workspace {
+            self.workspace(workspace, depot).await?;
+        }
+        match checkpoint {
+            Some(checkpoint) => self.fetch(key, checkpoint, template, None, depot).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Into `dir`, verified, to be started from; `None`: among those that are kept.
+    async fn fetch(
+        &self,
+        key: &PodKey,
+        checkpoint: Digest,
+        template: &PodTemplate,
+        dir: Option<PathBuf>,
+        depot: Option<&DepotAccess>,
+    ) -> Result<(), Unready> {
         let failed = |message: String, retriable| unready(RESTORE_FAILED, message, retriable);
         let what = GrantFor::Load { checkpoint };
         let request = GrantRequest { pod: key.pod.clone(), epoch: key.epoch, what };
         let access = depot::grant(depot, &request).await;
         let access = access.map_err(|error| failed(format!("cannot fetch the checkpoint: {error}"), true))?;
-        fs::create_dir_all(dir)
-            .map_err(|error| failed(format!("cannot make {}: {error}", dir.display()), true))?;
+        let cache = self.data_dir.join(CHECKPOINTS_KEPT_DIR);
+        let keep = dir.is_none().then(|| key.pod.clone());
+        let dir = dir.unwrap_or_else(|| cache.join(checkpoint.hex()));
+        let parent = dir.parent().unwrap_or(&dir);
+        fs::create_dir_all(parent)
+            .map_err(|error| failed(format!("cannot make {}: {error}", parent.display()), true))?;
         let order = checkpoint::Order::Fetch(Box::new(checkpoint::Fetch {
             access,
             checkpoint,
-            dir: dir.join(file::RESTORE_DIR),
-            cache: self.data_dir.join(CHECKPOINTS_KEPT_DIR),
+            dir,
+            keep,
+            cache,
             template: template.clone(),
             images: self.image_digests(template),
             rate: self.rate,

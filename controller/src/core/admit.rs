@@ -188,7 +188,7 @@ impl Controller {
             Command::Resume => self.suspend(now, &uid, false),
             Command::Restart => self.restart(now, &uid),
             Command::Checkpoint => self.command_checkpoint(&uid)?,
-            Command::Migrate => self.command_migrate(&uid, command.node)?,
+            Command::Migrate => self.command_migrate(now, &uid, command.node)?,
             // Above: its job need not be there.
             Command::Restore => {}
         }

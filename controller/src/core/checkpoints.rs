@@ -298,13 +298,15 @@ impl Controller {
 
     /// Where the depot is, if this node may save or load this pod.
     pub fn grant(&self, node: &NodeId, asked: &GrantRequest) -> Option<String> {
-        let held = self.cluster.nodes.get(node)?.pods.get(&asked.pod)?;
+        let here = self.cluster.nodes.get(node)?.pods.get(&asked.pod) == Some(&asked.epoch);
         let assignment = self.cluster.jobs.get(&asked.pod.uid)?.assignment(asked.pod.index)?;
         let may = match asked.what {
-            GrantFor::Save => true,
-            GrantFor::Load { checkpoint } => assignment.from == Some(checkpoint),
+            GrantFor::Save => here,
+            GrantFor::Load { checkpoint } => {
+                here && assignment.from == Some(checkpoint) || self.is_staged(node, asked, checkpoint)
+            }
         };
-        (may && *held == asked.epoch).then(|| self.config.depot_url.clone())
+        may.then(|| self.config.depot_url.clone())
     }
 
     /// The checkpoint could not be started there: another node, or the same once more where it is the only one, then

@@ -24,6 +24,8 @@ pub(super) struct Cluster {
     pub names: BTreeMap<(Namespace, JobName), JobUid>,
     pub nodes: BTreeMap<NodeId, Node>,
     pub checkpoints: BTreeMap<Digest, Checkpoint>,
+    /// Pods ahead of which something is brought, and where.
+    pub staging: BTreeMap<PodId, NodeId>,
     /// Checkpoints that pods name, or that were imported.
     pub named_checkpoints: Names,
     /// Blobs that pods name as their outputs, jobs as their workspace.

@@ -58,16 +58,17 @@ impl Controller {
         true
     }
 
-    /// Pods that were to leave and could not be saved stay; the others are on their way.
+    /// Pods that were to leave and run on, since they wait or could not be saved, stay; the others are on their way.
     fn stay(&mut self, id: &NodeId) {
         let Some(node) = self.cluster.nodes.get(id) else { return };
         for pod in node.pods.keys().cloned().collect::<Vec<_>>() {
             let Some(job) = self.cluster.jobs.get_mut(&pod.uid) else { continue };
             if let Some(assignment) = job.assignment(pod.index)
-                && assignment.goal == Goal::Vacate
                 && assignment.leaving == Some(Leaving::Drain)
-                && assignment.asked == assignment.answered
-                && job.pod(pod.index).is_some_and(|pod| pod.saved.trouble.is_some())
+                && (assignment.goal == Goal::Run
+                    || assignment.goal == Goal::Vacate
+                        && assignment.asked == assignment.answered
+                        && job.pod(pod.index).is_some_and(|pod| pod.saved.trouble.is_some()))
                 && let Some(assignment) = job.assignment_mut(pod.index)
             {
                 (assignment.goal, assignment.leaving) = (Goal::Run, None);
@@ -98,7 +99,7 @@ impl Controller {
             self.dirty.states.insert(id.clone());
         }
         for pod in node.pods.keys().cloned().collect::<Vec<_>>() {
-            self.vacate(&pod, Leaving::Drain);
+            self.send_away(now, &pod, Leaving::Drain);
         }
         self.watch(id, now);
     }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::Now;
 use super::checkpoints::Leaving;
 use super::cluster::is_zero;
+use super::staging::Staging;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -20,6 +21,9 @@ pub(super) struct Assignment {
     /// Why it is to leave, where it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub leaving: Option<Leaving>,
+    /// What is brought ahead of it, where it is to go on elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub staging: Option<Staging>,
     /// What the epoch starts from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<Digest>,

@@ -124,6 +124,7 @@ impl Controller {
             charge,
             goal: Goal::Run,
             leaving: None,
+            staging: None,
             from,
             asked: 0,
             answered: 0,

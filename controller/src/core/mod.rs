@@ -21,6 +21,7 @@ mod retry;
 mod saved;
 pub mod schedule;
 mod session;
+mod staging;
 mod status;
 mod timers;
 pub mod token;
@@ -260,6 +261,7 @@ impl Controller {
             self.timers.arm(Timer::Leave(id.clone()), now.boot);
         }
         self.recall_shapes();
+        self.resume_staging();
         for uid in &uids {
             self.wake_sleepers(uid, now);
             self.arm_interval(now, uid);
@@ -291,6 +293,7 @@ impl Controller {
         while let Some(timer) = self.timers.pop(now.boot) {
             self.wake(now, timer);
         }
+        self.tend_staging(now);
         self.tend_relocations(now);
         self.schedule(now);
         self.schedule_particular(now);
@@ -406,7 +409,7 @@ impl Controller {
             Timer::Desired(node) => drop(self.dirty.desired.insert(node)),
             Timer::Status(uid) => drop(self.dirty.status.insert(uid)),
             Timer::Schedule => self.scheduler.wanted = true,
-            Timer::Prices => {}
+            Timer::Prices | Timer::Staging => {}
             Timer::Sweep => self.sweep(now),
             Timer::Republish => {
                 let Some(from) = self.republish.take() else { return };

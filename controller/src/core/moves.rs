@@ -137,7 +137,12 @@ impl Controller {
     }
 
     /// The command `migrate`: refused before anything is stopped, where it could not end well.
-    pub(super) fn command_migrate(&mut self, uid: &JobUid, to: Option<NodeId>) -> Result<(), Rejection> {
+    pub(super) fn command_migrate(
+        &mut self,
+        now: Now,
+        uid: &JobUid,
+        to: Option<NodeId>,
+    ) -> Result<(), Rejection> {
         let Some(to) = to else {
             return Err(rejection("InvalidCommand", "migrate wants a `node` to go to"));
         };
@@ -179,7 +184,7 @@ impl Controller {
             return Err(rejection("Unfit", text));
         }
         for index in movers {
-            self.vacate(&uid.pod(index), Leaving::Migrate { to: to.clone() });
+            self.send_away(now, &uid.pod(index), Leaving::Migrate { to: to.clone() });
         }
         Ok(())
     }

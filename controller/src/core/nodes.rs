@@ -132,6 +132,7 @@ impl Controller {
         self.heard_from(now, id);
         self.refresh_room(id);
         self.restock(id);
+        self.stage_anew(id);
         self.settle_absent(now, id);
         self.dirty.states.insert(id.clone());
     }
@@ -202,6 +203,7 @@ impl Controller {
             self.heard_from(now, id);
         }
         self.notice(now, id, beat.seq, beat.leaving);
+        self.staged(id, (beat.term, beat.generation), &beat.staged);
         self.note_transfers(id, "pulling the image", &beat.pulls);
         self.note_transfers(id, "saving the checkpoint", &beat.saves);
         self.note_transfers(id, "fetching the checkpoint", &beat.restores);

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use berth_protocol::ids::NodeId;
+use berth_protocol::ids::{Namespace, NodeId, PodName};
 use berth_protocol::units::Millis;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +37,13 @@ pub enum Note {
         pods: usize,
     },
     NodeStays(NodeId),
+    /// A pod moves without what was to be there before it.
+    StagingFailed {
+        namespace: Namespace,
+        pod: PodName,
+        node: NodeId,
+        why: String,
+    },
 }
 
 impl Note {
@@ -49,6 +56,7 @@ impl Note {
                 | Self::Blind { .. }
                 | Self::InventoryCut { .. }
                 | Self::NodeLeaves { .. }
+                | Self::StagingFailed { .. }
         )
     }
 }
@@ -75,6 +83,11 @@ impl fmt::Display for Note {
             Self::NodeLeaves { node, within, why, pods } => {
                 write!(f, "node {node} is about to go ({why}): its {pods} pods leave it within {within}")
             }
+            Self::StagingFailed { namespace, pod, node, why } => write!(
+                f,
+                "what pod {namespace}/{pod} needs could not be brought to node {node} ahead of it: {why}; it moves \
+                 without"
+            ),
             Self::NodeStays(node) => write!(f, "node {node} stays after all, and takes pods again"),
             Self::Sighted => write!(f, "nodes are heard again; each has the whole time anew"),
         }

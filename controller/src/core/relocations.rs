@@ -47,6 +47,11 @@ impl Relocation {
         Self { whom, steps: steps.into(), under_way: None, done_at: None }
     }
 
+    /// Whether this pod's move is under way.
+    pub fn moves(&self, pod: &PodId) -> bool {
+        self.under_way.as_ref().is_some_and(|(step, _)| step.pod == *pod)
+    }
+
     /// Moves that are not over.
     pub fn left(&self) -> usize {
         self.steps.len() + usize::from(self.under_way.is_some())
@@ -91,7 +96,11 @@ impl Controller {
     fn is_on_its_way(&self, id: &PodId) -> bool {
         let Some(job) = self.cluster.jobs.get(&id.uid) else { return false };
         match job.pod(id.index).map(|pod| &pod.state) {
-            Some(PodState::Placed(assignment)) => matches!(assignment.leaving, Some(Leaving::Move { .. })),
+            Some(PodState::Placed(assignment)) => match assignment.leaving {
+                Some(Leaving::Move { .. }) => true,
+                Some(Leaving::Migrate { .. } | Leaving::Drain) => assignment.staging.is_some(),
+                _ => false,
+            },
             Some(PodState::Waiting { .. }) => job.particular.contains(&id.index),
             _ => false,
         }
@@ -168,7 +177,7 @@ impl Controller {
             Some(spec) => format!("made room for job {}/{}", spec.namespace, spec.name),
             None => "moved to pack devices better".to_owned(),
         };
-        self.vacate(id, Leaving::Move { to, why });
+        self.send_away(now, id, Leaving::Move { to, why });
         true
     }
 

@@ -357,12 +357,13 @@ impl Controller {
 
 /// What to say of a pod that is to leave its node.
 fn leaving_words(assignment: &Assignment) -> Option<(&'static str, String)> {
-    let saving = assignment.goal == Goal::Vacate;
-    if assignment.goal != Goal::Stop && !saving {
-        return None;
-    }
+    let first = match (assignment.goal, &assignment.staging) {
+        (Goal::Vacate, _) => "is being saved".to_owned(),
+        (Goal::Stop, _) => "is being stopped".to_owned(),
+        (_, Some(staging)) => format!("runs on until {} has what it needs", staging.to),
+        (_, None) => return None,
+    };
     let Some(leaving) = &assignment.leaving else { return Some(("Stopping", "is being stopped".to_owned())) };
-    let first = if saving { "is being saved" } else { "is being stopped" };
     Some(match leaving {
         Leaving::Migrate { to } => ("Migrating", format!("{first}, to go on at {to}")),
         Leaving::Move { to, why } => ("Moving", format!("{first}, to go on at {to}: {why}")),

@@ -24,6 +24,8 @@ pub(super) enum Timer {
     Schedule,
     /// The next look at what pods ask for.
     Prices,
+    /// The end of a wait for what is brought ahead of a pod.
+    Staging,
     /// Expiry of request ids and of rejected statuses.
     Sweep,
     /// The next batch of statuses for a broker that came back.

@@ -1,9 +1,10 @@
 //! What nodes are told: desired sets, specs, leases, requests for logs. Says what `cluster` holds, and decides only
 //! whether to say it again.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use berth_protocol::ids::{Digest, Epoch, LedgerId, NodeId, PodId, RequestId};
+use berth_protocol::codec;
+use berth_protocol::ids::{Digest, Epoch, JobUid, LedgerId, NodeId, PodId, RequestId};
 use berth_protocol::limits::{DESIRED_RESEND_MS_MAX, DESIRED_RESEND_MS_MIN};
 use berth_protocol::message::node::{
     Covers, DepotAccess, Desired, DesiredPod, Heartbeat, Lease, NodeRequest, Request, SpecMessage,
@@ -59,27 +60,44 @@ impl Controller {
             node.resend = Some((now.boot.plus(RESEND_MIN), RESEND_MIN));
         }
         let Some(node) = self.cluster.nodes.get(id).filter(|node| node.session.is_some()) else { return };
-        let pods = self.desired_pods(node);
-        let needed: BTreeSet<Digest> = pods.iter().map(|pod| pod.spec).collect();
+        let mut desired = Desired {
+            store: self.config.store.clone(),
+            term: self.config.term,
+            generation: node.generation,
+            pods: self.desired_pods(node),
+            stage: self.stages(id),
+        };
+        let topic = Topic::node(id, NodeTopic::Desired);
+        if !desired.stage.is_empty() && codec::encode(&topic, &desired).is_err() {
+            // What is for later must not keep back what is for now.
+            desired.stage.clear();
+        }
         let unreported = |pod: &DesiredPod| {
             let assignment =
                 self.cluster.jobs.get(&pod.pod.uid).and_then(|job| job.assignment(pod.pod.index));
             // An agent that has begun has the spec; another may not, whatever it reports.
             assignment.is_some_and(|a| a.named > node.reported || a.phase == PodPhase::Assigned)
         };
-        let wanted: BTreeSet<Digest> = pods
+        let here = desired
+            .pods
             .iter()
             .filter(|pod| pod.goal == Goal::Run)
             .filter(|pod| if changed { !node.specs.contains(&pod.spec) } else { unreported(pod) })
+            .map(|pod| (pod.spec, &pod.pod.uid));
+        let to_come = desired
+            .stage
+            .iter()
+            .filter(|stage| !changed || !node.specs.contains(&stage.spec))
+            .map(|stage| (stage.spec, &stage.pod.uid));
+        let wanted: BTreeMap<Digest, &JobUid> = here.chain(to_come).collect();
+        let specs: Vec<SpecMessage> =
+            wanted.into_iter().filter_map(|(digest, uid)| self.spec(uid, digest)).collect();
+        let needed: BTreeSet<Digest> = desired
+            .pods
+            .iter()
             .map(|pod| pod.spec)
+            .chain(desired.stage.iter().map(|stage| stage.spec))
             .collect();
-        let specs: Vec<SpecMessage> = wanted.iter().filter_map(|digest| self.spec(&pods, digest)).collect();
-        let desired = Desired {
-            store: self.config.store.clone(),
-            term: self.config.term,
-            generation: node.generation,
-            pods,
-        };
         if let Some(node) = self.cluster.nodes.get_mut(id) {
             node.specs.retain(|digest| needed.contains(digest));
             node.specs.extend(specs.iter().map(|spec| spec.digest));
@@ -87,7 +105,8 @@ impl Controller {
         for spec in &specs {
             self.publish(Topic::node(id, NodeTopic::Spec), spec, false);
         }
-        self.publish(Topic::node(id, NodeTopic::Desired), &desired, false);
+        self.publish(topic, &desired, false);
+        self.stages_named(&desired.stage, (desired.term, desired.generation));
         // Saves new pods the round trip of a heartbeat: the grant counts from the last one.
         self.send_lease(now, id);
         self.watch(id, now);
@@ -129,11 +148,10 @@ impl Controller {
     }
 
     /// The spec's bytes; none of a generation that is gone, whose pods only stop.
-    fn spec(&self, pods: &[DesiredPod], digest: &Digest) -> Option<SpecMessage> {
-        let uid = &pods.iter().find(|pod| pod.spec == *digest)?.pod.uid;
-        let job = self.cluster.jobs.get(uid).filter(|job| job.template == *digest)?;
+    fn spec(&self, uid: &JobUid, digest: Digest) -> Option<SpecMessage> {
+        let job = self.cluster.jobs.get(uid).filter(|job| job.template == digest)?;
         let spec: Box<RawValue> = serde_json::value::to_raw_value(&job.file.spec.pod).ok()?;
-        Some(SpecMessage { digest: *digest, spec })
+        Some(SpecMessage { digest, spec })
     }
 
     pub(super) fn resend_desired(&mut self, now: Now, id: &NodeId) {

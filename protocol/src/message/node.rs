@@ -80,9 +80,35 @@ pub struct Heartbeat {
     /// Checkpoints on their way out of it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub restores: Vec<PullProgress>,
+    /// How far all is that the applied set names as to be staged.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub staged: Vec<Staged>,
     /// The machine is about to go: its pods are to go first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub leaving: Option<Departure>,
+}
+
+/// How far that is which is brought ahead of a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Staged {
+    pub pod: PodId,
+    pub epoch: Epoch,
+    pub state: StageState,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum StageState {
+    /// On its way, or waiting for its turn.
+    Busy,
+    /// All of it is here.
+    Ready,
+    /// It is not tried again.
+    Failed {
+        /// A sentence for people.
+        why: String,
+    },
 }
 
 /// Why a machine goes, and how soon.
@@ -255,6 +281,24 @@ pub struct Desired {
     pub generation: Generation,
     /// Ascending by pod; at most `PODS_PER_NODE_MAX`.
     pub pods: Vec<DesiredPod>,
+    /// What is to be brought here ahead of pods that still run elsewhere; at most `STAGES_PER_NODE_MAX`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stage: Vec<Stage>,
+}
+
+/// A pod that is to come. Its images are pulled, and what of its checkpoint the one that it comes with will share is
+/// fetched; it may end up elsewhere all the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Stage {
+    pub pod: PodId,
+    /// That runs elsewhere.
+    pub epoch: Epoch,
+    /// Of the pod's template.
+    pub spec: Digest,
+    /// Its last checkpoint, where that is not here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Digest>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

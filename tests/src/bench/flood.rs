@@ -314,6 +314,7 @@ impl Agent {
             pulls: Vec::new(),
             saves: Vec::new(),
             restores: Vec::new(),
+            staged: Vec::new(),
             leaving: None,
         };
         self.send(NodeTopic::Heartbeat, &beat);

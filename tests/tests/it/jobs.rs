@@ -180,7 +180,7 @@ fn an_image_from_a_layout_runs_as_it_says() {
 }
 
 /// An image with busybox and nothing else, made by umoci.
-fn busybox_layout(layout: &std::path::Path) {
+pub fn busybox_layout(layout: &std::path::Path) {
     let root = layout.with_extension("bundle");
     let tag = format!("{}:latest", layout.display());
     let script = format!(

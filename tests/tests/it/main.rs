@@ -6,3 +6,4 @@ mod drain;
 mod faults;
 mod jobs;
 mod kills;
+mod staging;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use berth_protocol::checkpoint::CheckpointKind;
 use berth_protocol::chunk::{ChunkId, FRAME_HEADER_BYTES, Frame, write_ids};
-use berth_protocol::ids::Digest;
+use berth_protocol::ids::{Digest, PodId};
 use berth_protocol::limits::{CHUNK_BYTES_MAX, CHUNKS_FETCHED_MAX, MANIFEST_BYTES_MAX};
 use berth_protocol::manifest::{Manifest, Piece, SavedFile};
 use hyper::Method;
@@ -23,6 +23,9 @@ use crate::task::{Saved, file};
 /// Kept checkpoints in which chunks are looked for: each has a manifest to read.
 const HELD_LOOKED_AT_MAX: usize = 64;
 
+/// Of a process whose work nothing waits for.
+const KEEP_NICE: libc::c_int = 10;
+
 /// Where a chunk goes, or lies.
 #[derive(Debug, Clone)]
 struct Place {
@@ -33,9 +36,21 @@ struct Place {
 pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
     let mut client = Client::new(&order.access, order.rate);
     let cached = order.cache.join(order.checkpoint.hex());
-    let manifest = manifest(&mut client, &order.checkpoint, &cached).await?;
+    if order.keep.is_some() {
+        if order.dir.is_dir() {
+            return Ok(());
+        }
+        // Whatever is for a pod that waits goes first.
+        // SAFETY: no pointers.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, KEEP_NICE) };
+    }
+    let (manifest, bytes) = manifest(&mut client, &order.checkpoint, &cached).await?;
     is_of(&manifest, order)?;
-    let half = order.dir.with_extension("half");
+    let half = match &order.keep {
+        // Two that share it may be on their way here.
+        Some(pod) => order.dir.with_extension(pod.to_string()),
+        None => order.dir.with_extension("half"),
+    };
     let wrong = |e| TransferError::io(format!("cannot write below {}", half.display()))(e);
     let files = places(&manifest, &order.template.volumes, &Parts::new(half.clone()))?;
     let mut wanted: BTreeMap<ChunkId, Vec<Place>> = BTreeMap::new();
@@ -58,7 +73,7 @@ pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
     }
     let total: u64 = lengths.values().map(|bytes| u64::from(*bytes)).sum();
     let mut done = 0;
-    for (id, part) in held(&order.cache, &wanted) {
+    for (id, part) in held(&order.cache, &manifest.pod, &wanted) {
         if let Some(content) = chunks::read_chunk(&part.path, part.offset, id, lengths[&id]) {
             done += content.len() as u64;
             put(&content, &wanted[&id]).map_err(wrong)?;
@@ -84,6 +99,15 @@ pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
         }
         say(&Said::Progress { done, total });
     }
+    if let Some(pod) = &order.keep {
+        if order.dir.is_dir() {
+            return fs::remove_dir_all(&half).map_err(wrong);
+        }
+        // Each chunk of it is verified when it is used.
+        fs::write(half.join(MANIFEST), bytes).map_err(wrong)?;
+        super::name(&half, pod).map_err(wrong)?;
+        return fs::rename(&half, &order.dir).map_err(wrong);
+    }
     // Verified chunk by chunk as they came; once more as files, since those are what criu reads.
     if let Some((path, _)) = files.iter().find(|(path, saved)| !chunks::is_same(path, saved)) {
         return Err(TransferError::Unfit(format!("{} is not what the manifest says", path.display())));
@@ -101,23 +125,34 @@ pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
     fs::rename(&half, &order.dir).map_err(wrong)
 }
 
-async fn manifest(client: &mut Client<'_>, id: &Digest, cached: &Path) -> Result<Manifest, TransferError> {
+/// The manifest, and the bytes that its digest is of.
+async fn manifest(
+    client: &mut Client<'_>,
+    id: &Digest,
+    cached: &Path,
+) -> Result<(Manifest, Vec<u8>), TransferError> {
     if let Ok(bytes) = fs::read(cached.join(MANIFEST))
         && let Ok(manifest) = Manifest::parse(id, &bytes)
     {
-        return Ok(manifest);
+        return Ok((manifest, bytes));
     }
     let path = format!("/v1/checkpoints/{}", id.hex());
     let bytes = client.ask(Method::GET, &path, Vec::new(), MANIFEST_BYTES_MAX).await?;
-    Manifest::parse(id, &bytes).map_err(|e| TransferError::Unfit(format!("the checkpoint is refused: {e}")))
+    match Manifest::parse(id, &bytes) {
+        Ok(manifest) => Ok((manifest, bytes.into())),
+        Err(error) => Err(TransferError::Unfit(format!("the checkpoint is refused: {error}"))),
+    }
 }
 
 /// Where this node has chunks that are wanted: most of a pod's memory is as it was in its checkpoint before. What is
 /// found is still to be held against its name.
-fn held(cache: &Path, wanted: &BTreeMap<ChunkId, Vec<Place>>) -> BTreeMap<ChunkId, Place> {
+fn held(cache: &Path, pod: &PodId, wanted: &BTreeMap<ChunkId, Vec<Place>>) -> BTreeMap<ChunkId, Place> {
     let mut found = BTreeMap::new();
-    for dir in fs::read_dir(cache).into_iter().flatten().flatten().take(HELD_LOOKED_AT_MAX) {
-        let dir = dir.path();
+    let mut dirs: Vec<PathBuf> =
+        fs::read_dir(cache).into_iter().flatten().flatten().map(|dir| dir.path()).collect();
+    // The pod's own have most of it.
+    dirs.sort_by_cached_key(|dir| super::named(dir).as_ref() != Some(pod));
+    for dir in dirs.into_iter().take(HELD_LOOKED_AT_MAX) {
         let manifest = || {
             let id = Digest::parse(&format!("sha256:{}", dir.file_name()?.to_str()?)).ok()?;
             Manifest::parse(&id, &fs::read(dir.join(MANIFEST)).ok()?).ok()

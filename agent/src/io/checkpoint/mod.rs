@@ -68,6 +68,9 @@ pub struct Fetch {
     pub checkpoint: Digest,
     /// Where it is to be once it is whole and verified.
     pub dir: PathBuf,
+    /// It is to be one of the cache's, kept for this pod: nobody starts from it, nothing waits for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep: Option<PodId>,
     /// A directory of earlier checkpoints; what of them fits is taken instead of being fetched.
     pub cache: PathBuf,
     /// What the pod is to be now: the checkpoint must be of this.
@@ -116,23 +119,33 @@ impl TransferError {
 /// The file in a kept checkpoint that says whose it is.
 const POD: &str = "pod";
 
+/// Says in a checkpoint's directory whose it is.
+fn name(dir: &Path, pod: &PodId) -> io::Result<()> {
+    fs::write(dir.join(POD), pod.to_string())
+}
+
+/// Whose the kept checkpoint is.
+fn named(dir: &Path) -> Option<PodId> {
+    PodId::parse(&fs::read_to_string(dir.join(POD)).ok()?).ok()
+}
+
 /// Keeps a checkpoint that is in the depot for a restore on this very node, in place of the pod's one before.
 pub fn keep(dir: &Path, id: &Digest, pod: &PodId, cache: &Path) -> io::Result<()> {
     fs::create_dir_all(cache)?;
     for entry in fs::read_dir(cache)? {
         let other = entry?.path();
-        if fs::read_to_string(other.join(POD)).is_ok_and(|text| text == pod.to_string()) {
+        if named(&other).as_ref() == Some(pod) {
             fs::remove_dir_all(other)?;
         }
     }
-    fs::write(dir.join(POD), pod.to_string())?;
+    name(dir, pod)?;
     fs::rename(dir, cache.join(id.hex()))
 }
 
 /// Removes kept checkpoints of pods that nobody names any more.
 pub fn collect(cache: &Path, wanted: impl Fn(&PodId) -> bool) {
     for entry in fs::read_dir(cache).into_iter().flatten().flatten() {
-        let pod = fs::read_to_string(entry.path().join(POD)).ok().and_then(|text| PodId::parse(&text).ok());
+        let pod = named(&entry.path());
         let old = entry.metadata().and_then(|meta| meta.modified()).ok().and_then(|at| at.elapsed().ok());
         if old.is_some_and(|age| age > KEPT_MIN) && !pod.is_some_and(|pod| wanted(&pod)) {
             let _ = fs::remove_dir_all(entry.path());

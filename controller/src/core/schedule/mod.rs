@@ -1,5 +1,6 @@
 //! Which waiting pod goes where: keeps the rooms and the queue, states the problem, and applies what `solve` answers.
 
+mod ahead;
 mod cutting;
 pub mod engine;
 pub mod explain;

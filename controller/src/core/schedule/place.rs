@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use berth_protocol::ids::{JobUid, NodeId};
 use berth_protocol::job::VolumeSource;
-use berth_protocol::resources::{GpuShare, Resources};
+use berth_protocol::resources::{GpuShare, Inventory, Resources};
 use berth_protocol::units::{Bytes, MilliCpu};
 
 use super::super::cluster::{Charge, Job, Node};
@@ -39,6 +39,18 @@ impl Class {
     pub fn book(&self) -> BookId {
         self.key.1
     }
+}
+
+/// What a choice of seats for a job's pods goes by, beside their shape.
+pub(super) struct Terms {
+    pub images: Vec<ImageId>,
+    pub book: BookId,
+    /// The job's pods by zone.
+    pub zoned: BTreeMap<usize, usize>,
+    /// Rooms that hold its named volumes.
+    pub homes: BTreeSet<usize>,
+    /// Rooms that are passed over.
+    pub but: BTreeSet<usize>,
 }
 
 #[derive(Default)]
@@ -144,20 +156,15 @@ impl Scheduler {
     }
 
     /// The best seat for one more pod; charges nothing.
-    fn pick(
-        &mut self,
-        uid: &JobUid,
-        shape: &Shape,
-        images: &[ImageId],
-        book: BookId,
-        zoned: &BTreeMap<usize, usize>,
-        homes: &BTreeSet<usize>,
-    ) -> Option<Seat> {
+    pub(super) fn pick(&mut self, uid: &JobUid, shape: &Shape, terms: &Terms) -> Option<Seat> {
         let Self { engine, books, holds, .. } = self;
-        let book = books.get(book)?;
+        let Terms { images, book, zoned, homes, but } = terms;
+        let book = books.get(*book)?;
         let crowd = |room: usize| zoned.get(&book.sites()[room].zone).copied().unwrap_or(0);
-        let open =
-            |room: usize| book.sites()[room].eligible && (book.zoning != Zoning::Apart || crowd(room) == 0);
+        let open = |room: usize| {
+            let apart = book.zoning != Zoning::Apart || crowd(room) == 0;
+            book.sites()[room].eligible && apart && !but.contains(&room)
+        };
         // Room that is held for it, then where its volumes are.
         for room in holds.rooms_of(uid).chain(homes.iter().copied()).filter(|room| open(*room)) {
             let free = &engine.rooms()[room];
@@ -168,7 +175,7 @@ impl Scheduler {
             }
         }
         let plain = book.zoning == Zoning::Free && !book.has_preferences();
-        if plain && book.is_everywhere() && !holds.is_any() {
+        if plain && book.is_everywhere() && !holds.is_any() && but.is_empty() {
             return engine.place(shape, images, None);
         }
         // The engine may choose devices of a held room that are not spare: then another room does.
@@ -201,6 +208,18 @@ impl Scheduler {
     }
 }
 
+/// What a pod takes at a seat of the node that has that.
+pub(super) fn charge_of(shape: &Shape, seat: &Seat, has: &Inventory) -> Charge {
+    let share = |i: &usize| GpuShare { uuid: has.gpus[*i].uuid.clone(), milli: shape.gpu_milli };
+    Charge {
+        cpu: MilliCpu(shape.cpu_milli),
+        memory: Bytes(shape.memory_bytes),
+        disk: Bytes(shape.disk_bytes),
+        gpus: seat.devices.iter().map(share).collect(),
+        gpu_memory: Bytes(shape.gpu_memory_bytes),
+    }
+}
+
 impl Controller {
     /// Places up to `most` of the job's ready pods, a gang all or none.
     pub(super) fn offer(&mut self, now: Now, uid: &JobUid, most: usize) -> Offer {
@@ -224,19 +243,23 @@ impl Controller {
         if over(if gang { pods } else { 1 }).is_some() {
             return Offer::OverQuota;
         }
-        let mut zoned = self.scheduler.zoned(job);
-        let homes = self.homes(job);
-        let images = self.scheduler.images_of(&spec.pod);
+        let mut terms = Terms {
+            images: self.scheduler.images_of(&spec.pod),
+            book,
+            zoned: self.scheduler.zoned(job),
+            homes: self.homes(job),
+            but: BTreeSet::new(),
+        };
         let mut seats: Vec<Seat> = Vec::new();
         while seats.len() < pods {
             if !gang && !seats.is_empty() && self.over_quota(uid, &wants, seats.len() + 1) {
                 break;
             }
-            let seat = self.scheduler.pick(uid, &shape, &images, book, &zoned, &homes);
+            let seat = self.scheduler.pick(uid, &shape, &terms);
             let Some(seat) = seat else { break };
             self.scheduler.charge(uid, &shape, &seat);
             let zone = self.scheduler.books.get(book).map_or(0, |book| book.sites()[seat.room].zone);
-            *zoned.entry(zone).or_default() += 1;
+            *terms.zoned.entry(zone).or_default() += 1;
             seats.push(seat);
         }
         if gang && seats.len() < pods {
@@ -281,17 +304,7 @@ impl Controller {
         let id: NodeId = self.scheduler.nodes[seat.room].clone();
         let free = |node: &&Node| !node.record.strays.contains_key(&uid.pod(index));
         let Some(node) = self.cluster.nodes.get(&id).filter(free) else { return false };
-        let share = |i: &usize| GpuShare {
-            uuid: node.record.inventory.gpus[*i].uuid.clone(),
-            milli: shape.gpu_milli,
-        };
-        let charge = Charge {
-            cpu: MilliCpu(shape.cpu_milli),
-            memory: Bytes(shape.memory_bytes),
-            disk: Bytes(shape.disk_bytes),
-            gpus: seat.devices.iter().map(share).collect(),
-            gpu_memory: Bytes(shape.gpu_memory_bytes),
-        };
+        let charge = charge_of(shape, seat, &node.record.inventory);
         self.scheduler.holds.seated(uid, seat.room);
         self.scheduler.market.placed(shape);
         self.place(now, uid, index, id, charge);

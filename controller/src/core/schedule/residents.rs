@@ -98,8 +98,9 @@ pub(in crate::core) fn movable(
     let named = |volume: &Volume| matches!(volume.source, VolumeSource::Named(_));
     let pod = job.pod(index).ok_or(Stays::NotRunning)?;
     let rested = assignment.started_at.is_some_and(|at| now.wall.since(at) >= REST);
+    let stays = assignment.goal == Goal::Run && assignment.leaving.is_none();
     let holds = [
-        (assignment.goal != Goal::Run || assignment.phase != PodPhase::Running, Stays::NotRunning),
+        (!stays || assignment.phase != PodPhase::Running, Stays::NotRunning),
         (pod.generation != job.file.generation, Stays::Changed),
         // One that could not be saved a moment ago is left alone until a checkpoint of it succeeds.
         (pod.saved.trouble.is_some(), Stays::FailedToSave),

@@ -56,6 +56,7 @@ fn reloads(world: &World) {
             let mut pod = pod.clone();
             if let super::super::cluster::PodState::Placed(assignment) = &mut pod.state {
                 assignment.progress = None;
+                assignment.staging.iter_mut().for_each(|staging| staging.named = None);
             }
             assert_eq!(Some(&pod), other.pod(*index), "{uid} {index}");
         }
@@ -129,6 +130,12 @@ fn storm(seed: u64) {
             19 => {
                 let agent = world.agents.get_mut(node).unwrap();
                 agent.dumps_fail = !agent.dumps_fail;
+            }
+            21 => {
+                use super::world::Stages;
+                let agent = world.agents.get_mut(node).unwrap();
+                let all = [Stages::AtOnce, Stages::Never, Stages::Fails, Stages::Ignores];
+                agent.stages = all[usize::try_from(dice.roll(4)).unwrap()];
             }
             20 => {
                 let agent = world.agents.get_mut(node).unwrap();

@@ -12,35 +12,35 @@ use super::world::{World, inventory, spec};
 
 const WORK_MS: u64 = 600_000;
 
-fn long(name: &str) -> JobSpec {
+pub(super) fn long(name: &str) -> JobSpec {
     let mut job = spec(name);
     job.pod.containers[0].command = ["run".to_owned(), WORK_MS.to_string(), "0".to_owned()].to_vec();
     job
 }
 
-fn status(world: &World, job: &str) -> JobStatus {
+pub(super) fn status(world: &World, job: &str) -> JobStatus {
     world.status(job).unwrap()
 }
 
-fn node_of(world: &World, job: &str) -> Option<NodeId> {
+pub(super) fn node_of(world: &World, job: &str) -> Option<NodeId> {
     let status = status(world, job);
     status.pods.first().filter(|pod| pod.phase == PodPhase::Running).and_then(|pod| pod.node.clone())
 }
 
-fn running(world: &mut World, job: &str) {
+pub(super) fn running(world: &mut World, job: &str) {
     world.until("it runs", |w| node_of(w, job).is_some());
 }
 
-fn running_on(world: &mut World, job: &str, node: &str) {
+pub(super) fn running_on(world: &mut World, job: &str, node: &str) {
     world.until("it runs there", |w| node_of(w, job).is_some_and(|at| at.as_str() == node));
 }
 
-fn ends(world: &mut World, job: &str) -> JobStatus {
+pub(super) fn ends(world: &mut World, job: &str) -> JobStatus {
     world.until("the job ends", |w| status(w, job).phase.is_final());
     status(world, job)
 }
 
-fn rejected(answer: &Answer) -> (&str, &str) {
+pub(super) fn rejected(answer: &Answer) -> (&str, &str) {
     match &answer.verdict {
         Verdict::Rejected { rejected } => (&rejected.code, &rejected.message),
         Verdict::Accepted { .. } => ("accepted", ""),
@@ -48,7 +48,7 @@ fn rejected(answer: &Answer) -> (&str, &str) {
 }
 
 /// Saves the job's pod where it is; returns which checkpoint that is.
-fn saved(world: &mut World, job: &str) -> Digest {
+pub(super) fn saved(world: &mut World, job: &str) -> Digest {
     let last = |world: &World| status(world, job).checkpoint.map(|checkpoint| checkpoint.id);
     let before = last(world);
     let answer = world.command_with(job, "checkpoint", r#""node":null"#);
@@ -57,7 +57,7 @@ fn saved(world: &mut World, job: &str) -> Digest {
     last(world).unwrap()
 }
 
-fn two_nodes() -> World {
+pub(super) fn two_nodes() -> World {
     let mut world = World::new();
     world.add("n1", inventory(4, 0));
     world.add("n2", inventory(4, 0));

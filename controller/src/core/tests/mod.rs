@@ -6,4 +6,5 @@ mod images;
 mod packing;
 mod scenarios;
 mod scheduling;
+mod staging;
 mod world;

@@ -156,6 +156,19 @@ pub struct Agent {
     pub restores_fail: bool,
     /// Models of the devices whose memory is in its pods' checkpoints.
     pub gpus_saved: Vec<String>,
+    /// What it makes of what is to be staged, and how often it was asked.
+    pub stages: Stages,
+    pub staged: BTreeMap<PodId, Staged>,
+    pub asked: Vec<Stage>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stages {
+    AtOnce,
+    Never,
+    Fails,
+    /// Of a version that knows nothing of it.
+    Ignores,
 }
 
 impl Agent {
@@ -174,6 +187,19 @@ impl Agent {
         let n = self.events_last;
         self.events.push_back(NumberedEvent { n, at: Timestamp(now), event: NodeEvent::Pod(event) });
         self.events_at = now;
+    }
+
+    fn stage(&mut self, stages: &[Stage]) {
+        let state = match self.stages {
+            Stages::AtOnce => StageState::Ready,
+            Stages::Never => StageState::Busy,
+            Stages::Fails => StageState::Failed { why: "no luck".to_owned() },
+            Stages::Ignores => return,
+        };
+        self.asked.extend(stages.iter().filter(|stage| !self.staged.contains_key(&stage.pod)).cloned());
+        let staged =
+            |stage: &Stage| Staged { pod: stage.pod.clone(), epoch: stage.epoch, state: state.clone() };
+        self.staged = stages.iter().map(|stage| (stage.pod.clone(), staged(stage))).collect();
     }
 
     fn evict(&mut self, now: u64, pod: &PodId, reason: &str) {
@@ -261,6 +287,7 @@ impl Agent {
         self.session += 1;
         (self.seq, self.beat_at, self.last_grant, self.hello_due) = (0, 0, None, true);
         self.sent.clear();
+        self.staged.clear();
         self.up = true;
     }
 }
@@ -377,6 +404,9 @@ impl World {
             dumps_fail: false,
             restores_fail: false,
             gpus_saved: Vec::new(),
+            stages: Stages::AtOnce,
+            staged: BTreeMap::new(),
+            asked: Vec::new(),
         };
         agent.restart();
         self.agents.insert(id.clone(), agent);
@@ -530,6 +560,7 @@ impl World {
             return;
         }
         agent.order = (desired.term, desired.generation);
+        agent.stage(&desired.stage);
         let named: BTreeSet<&PodId> = desired.pods.iter().map(|pod| &pod.pod).collect();
         agent.pods.retain(|pod, held| {
             named.contains(pod) || matches!(held.life, Life::Running { .. } | Life::Saved { .. })
@@ -717,6 +748,7 @@ impl World {
                     pulls: Vec::new(),
                     saves: Vec::new(),
                     restores: Vec::new(),
+                    staged: agent.staged.values().cloned().collect(),
                     leaving: None,
                 };
                 self.send(&id, NodeTopic::Heartbeat, &beat);
