@@ -258,6 +258,24 @@ fn criu_killed_at_any_moment_leaves_the_pod_running() {
     pod.wait();
 }
 
+#[test]
+fn a_program_that_ends_of_a_dump_that_was_broken_off_is_no_failure_of_its_own() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let program = dir.path().join("criu");
+    let mut pod = pod(&program, "exec sleep 4711.25");
+    // As where the real one is killed while what it has put into the program runs.
+    let breaks = "#!/bin/sh\nkill -TRAP $(pgrep -fx 'sleep 4711.25')\nexit 1\n";
+    fs::write(&program, breaks).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut agent = pod.start();
+    agent.running();
+    agent.order(&Order::Save { level: 1, hold: false });
+    let outcome = agent.exited().outcome;
+    assert_eq!((outcome.cause, outcome.reason.as_deref()), (Cause::Eviction, Some("DumpInterrupted")));
+    pod.wait();
+}
+
 /// Counts on from `/state`, and saves itself there when it is asked.
 fn saves_itself(answer: &str) -> Pod {
     let script = format!(

@@ -13,6 +13,9 @@ use super::cgroup::CgroupError;
 /// What the pod's programs had on a GPU did not come back; they go on from their last checkpoint.
 pub const DEVICE_MEMORY_LOST: &str = "DeviceMemoryLost";
 
+/// A dump that was broken off has ended a program; it goes on from its last checkpoint.
+pub const DUMP_INTERRUPTED: &str = "DumpInterrupted";
+
 #[derive(Debug, thiserror::Error)]
 pub enum ShimError {
     #[error("container {container}: no command: neither the job nor the image names one; give `command`")]
@@ -53,6 +56,8 @@ pub enum ShimError {
     ScratchFull { what: String, max: Bytes },
     #[error("device {device}: {message}")]
     Device { device: String, message: String },
+    #[error("container {container} ended with code {code} as a dump of it was broken off")]
+    DumpInterrupted { container: ContainerName, code: u8 },
     #[error("{message}")]
     DeviceMemory { message: String },
     #[error("cannot {what} {path}: {source}")]
@@ -92,6 +97,7 @@ impl ShimError {
             ShimError::LayerMissing { .. } => "ImageMissing",
             ShimError::Device { .. } => "DeviceUnavailable",
             ShimError::DeviceMemory { .. } => DEVICE_MEMORY_LOST,
+            ShimError::DumpInterrupted { .. } => DUMP_INTERRUPTED,
             ShimError::Restore { .. } | ShimError::Checkpoint(_) => RESTORE_FAILED,
             ShimError::ScratchFull { .. } => "ScratchFull",
             _ if self.disk_full() => "DiskFull",

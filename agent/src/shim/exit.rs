@@ -7,7 +7,7 @@ use berth_protocol::ids::{ContainerName, Run};
 use berth_protocol::pod::{Cause, Outcome, RESTORE_FAILED};
 use berth_protocol::units::Timestamp;
 
-use super::error::{DEVICE_MEMORY_LOST, ShimError};
+use super::error::{DEVICE_MEMORY_LOST, DUMP_INTERRUPTED, ShimError};
 use super::lease::EndedBy;
 use super::sys;
 use crate::task::{ContainerExit, Exit, file};
@@ -54,7 +54,7 @@ pub fn exit(facts: &Facts) -> Exit {
         (Some(error), ..) => {
             let cause = match error.reason() {
                 // Not the program's doing: another checkpoint, or node, may serve.
-                RESTORE_FAILED | DEVICE_MEMORY_LOST => Cause::Eviction,
+                RESTORE_FAILED | DEVICE_MEMORY_LOST | DUMP_INTERRUPTED => Cause::Eviction,
                 _ if error.is_nodes_own() => Cause::Fault,
                 _ => Cause::Failure,
             };

@@ -35,6 +35,9 @@ use saving::Saving;
 
 /// How soon an unconfirmed freeze and an undead process are looked at again.
 const RECHECK_MS: u64 = 5;
+/// A program that fails so soon after a dump of it was broken off has failed of that: what criu put into it to be told of
+/// its memory it can no longer take out, and it ends there by a trap.
+const BROKEN_MS: u64 = 5_000;
 
 pub struct Supervisor {
     task: Task,
@@ -47,6 +50,8 @@ pub struct Supervisor {
     containers: Vec<Container>,
     restoring: Restoring,
     saving: Option<Saving>,
+    /// When the last dump was broken off.
+    broken_off: Option<BootMs>,
     /// The programs were asked to save themselves; one that then ends with `SAVED_ITSELF` wants to be begun anew.
     asked: bool,
     resuming: Resuming,
@@ -94,6 +99,7 @@ impl Supervisor {
             containers: Vec::new(),
             restoring: Restoring::default(),
             saving: None,
+            broken_off: None,
             // One whose memory was saved may have been about to answer.
             asked: task.restore && task.template.checkpoint.asks(),
             resuming: Resuming::default(),
@@ -240,6 +246,13 @@ impl Supervisor {
                 continue;
             };
             let oom_killed = code != 0 && container.cgroup.oom_kills() > 0;
+            let dumped = self.saving.as_ref().is_some_and(Saving::dumps)
+                || self.broken_off.is_some_and(|at| sys::boot_now() < at.plus(Millis(BROKEN_MS)));
+            if code != 0 && !oom_killed && dumped && self.policy.ended_by().is_none() {
+                let container = container.name.clone();
+                self.error.get_or_insert(ShimError::DumpInterrupted { container, code });
+                self.policy.stop(EndedBy::Container, Millis::ZERO, sys::boot_now());
+            }
             let exit = container::Exit { code, oom_killed };
             container.exit = Some(exit);
             container.rests = self.asked && code == asking::SAVED_ITSELF;

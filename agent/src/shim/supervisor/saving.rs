@@ -81,6 +81,11 @@ pub fn undumpable(task: &Task) -> Option<String> {
 }
 
 impl Saving {
+    /// A criu is, or was, at its programs.
+    pub fn dumps(&self) -> bool {
+        !self.dumps.is_empty()
+    }
+
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let dumps = self.dumps.iter().filter(|dump| !dump.done).map(|dump| dump.criu.as_fd());
         let busy = self.archivers.iter().filter(|archiver| archiver.code.is_none());
@@ -413,6 +418,9 @@ impl Supervisor {
     pub(super) fn abort_saving(&mut self, why: &str) {
         let Some(mut saving) = self.saving.take() else { return };
         self.devices.forget_dump();
+        if saving.dumps() {
+            self.broken_off = Some(sys::boot_now());
+        }
         for dump in &mut saving.dumps {
             if dump.stands {
                 // It takes back what it did to the tasks better than the kernel can.
