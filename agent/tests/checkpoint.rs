@@ -118,7 +118,10 @@ fn a_criu_that_hangs_ends_with_its_shim() {
     let mut dumping = None;
     wait_for("a criu", || {
         let new = |pid: &&str| !before.split_whitespace().any(|other| other == *pid);
-        dumping = children().split_whitespace().find(new).and_then(|pid| pid.parse().ok());
+        let is_criu = |pid: &&str| {
+            fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.windows(4).any(|w| w == b"swrk"))
+        };
+        dumping = children().split_whitespace().filter(new).find(is_criu).and_then(|pid| pid.parse().ok());
         dumping.is_some()
     });
     let dumping = nix::unistd::Pid::from_raw(dumping.unwrap());

@@ -304,7 +304,8 @@ impl Supervisor {
                 recheck = self.keep_frozen(now, confirm_by, fenced);
             }
             Goal::Stop { .. } => {
-                if !std::mem::replace(&mut self.stop_signal_sent, true) {
+                // What is still on its way back hears it when it is there.
+                if self.restoring.is_over() && !std::mem::replace(&mut self.stop_signal_sent, true) {
                     self.ask_to_stop();
                 }
                 self.thaw();

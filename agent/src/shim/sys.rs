@@ -12,6 +12,7 @@ use berth_protocol::units::{BootMs, Timestamp};
 use nix::sys::time::{TimeSpec, TimeValLike};
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use nix::time::clock_gettime;
+use nix::unistd::Pid;
 
 /// Milliseconds of CLOCK_BOOTTIME, which goes on while the machine sleeps.
 pub fn boot_now() -> BootMs {
@@ -82,6 +83,13 @@ impl AsFd for Alarm {
 }
 
 /// A handle on a process, readable once it has ended.
+/// Of a child between fork and exec: it ends when `parent` does, by SIGKILL, also where that has been already.
+pub fn end_with(parent: Pid) -> io::Result<()> {
+    // SAFETY: constants.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    if nix::unistd::getppid() == parent { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
+}
+
 pub fn pidfd(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: no pointers; a new descriptor (always CLOEXEC) or -1 comes back.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };

@@ -76,11 +76,11 @@ impl Criu {
         command.arg("swrk").arg(SOCKET_FD.to_string());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let Place { time, cgroups } = place;
+        let shim = nix::unistd::getpid();
         let prepare = move || -> io::Result<()> {
             // With the shim it ends: otherwise it waits for ever for tasks that died with their pod, and they, traced by
             // it, never leave, nor their namespace's init.
-            // SAFETY: constants.
-            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+            sys::end_with(shim)?;
             for dir in &cgroups {
                 File::options().write(true).open(dir.join("cgroup.procs"))?.write_all(b"0")?;
             }

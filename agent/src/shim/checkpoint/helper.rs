@@ -61,10 +61,10 @@ impl Helper {
             command.env_remove(name);
         }
         let time: Option<File> = host_time();
+        let shim = nix::unistd::getpid();
         let prepare = move || -> io::Result<()> {
             // With the shim it ends, also in the midst of a call.
-            // SAFETY: constants.
-            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+            sys::end_with(shim)?;
             let Some(time) = &time else { return Ok(()) };
             // SAFETY: no pointers.
             match unsafe { libc::setns(time.as_raw_fd(), libc::CLONE_NEWTIME) } {
