@@ -64,8 +64,20 @@ impl Controller {
     /// The way in which a pod is sent elsewhere with its work: once what it needs is there, or at once where nothing
     /// lacks or no time is left.
     pub(super) fn send_away(&mut self, now: Now, id: &PodId, why: Leaving) {
-        if self.waits_already(now, id, &why) {
-            return;
+        let job = self.cluster.jobs.get(&id.uid);
+        let Some(assignment) = job.and_then(|job| job.assignment(id.index)) else { return };
+        if assignment.goal != Goal::Run {
+            return self.vacate(id, why);
+        }
+        // What is on its way serves the same order given again, and a drain whatever it was for.
+        let serves = why == Leaving::Drain || assignment.leaving.as_ref() == Some(&why);
+        if let Some(staging) = assignment.staging.clone().filter(|_| serves) {
+            // The node may have less time than when the waiting began.
+            let until = staging.until.min(now.wall.plus(self.wait_max(now, &assignment.node)));
+            return self.change_assignment(id, |assignment| {
+                assignment.leaving = Some(why);
+                assignment.staging = Some(Staging { until, ..staging });
+            });
         }
         self.forget_staging(id);
         if !matches!(why, Leaving::Move { .. }) {
@@ -77,28 +89,6 @@ impl Controller {
         self.change_assignment(id, |assignment| {
             (assignment.leaving, assignment.staging) = (Some(why), Some(staging));
         });
-    }
-
-    /// Whether what is on its way serves this order as well; a drain takes over whatever is.
-    fn waits_already(&mut self, now: Now, id: &PodId, why: &Leaving) -> bool {
-        let Some(assignment) = self.cluster.jobs.get(&id.uid).and_then(|job| job.assignment(id.index)) else {
-            return false;
-        };
-        let Some(staging) = assignment.staging.clone().filter(|_| assignment.goal == Goal::Run) else {
-            return false;
-        };
-        let serves = *why == Leaving::Drain || assignment.leaving.as_ref() == Some(why);
-        let wait = self.wait_max(now, &assignment.node);
-        if !serves || wait < WAIT_MIN {
-            return false;
-        }
-        // The node may have less time than when the waiting began.
-        let until = staging.until.min(now.wall.plus(wait));
-        self.change_assignment(id, |assignment| {
-            assignment.leaving = Some(why.clone());
-            assignment.staging = Some(Staging { until, ..staging });
-        });
-        true
     }
 
     fn change_assignment(&mut self, id: &PodId, change: impl FnOnce(&mut Assignment)) {
@@ -115,7 +105,7 @@ impl Controller {
         let job = self.cluster.jobs.get(&id.uid)?;
         let assignment = job.assignment(id.index)?;
         let runs = matches!(assignment.phase, PodPhase::Running | PodPhase::Checkpointing | PodPhase::Paused);
-        let stays = assignment.goal == Goal::Run && !job.run.suspended && job.run.verdict.is_none();
+        let stays = !job.run.suspended && job.run.verdict.is_none();
         let wait = self.wait_max(now, &assignment.node);
         if !runs || !stays || job.pod(id.index)?.generation != job.file.generation || wait < WAIT_MIN {
             return None;

@@ -178,6 +178,25 @@ fn a_notice_that_comes_while_a_pod_waits_shortens_the_wait() {
 }
 
 #[test]
+fn an_order_given_again_is_the_same_one_and_another_target_another() {
+    let (mut world, from, to) = about_to_move(Stages::Never);
+    let third = world.add("n3", inventory(4, 0));
+    agent(&mut world, &third).stages = Stages::Never;
+    world.run(100);
+    let begun = migrate(&mut world, &to);
+    world.run(20_000);
+    migrate(&mut world, &to);
+    world.run(30_000);
+    assert!(runs_on(&world, &from));
+    let again = migrate(&mut world, &third);
+    world.run(2_000);
+    assert!(agent(&mut world, &to).staged.is_empty() && agent(&mut world, &third).staged.len() == 1);
+    assert_eq!(world.controller.scheduler.reserved.len(), 1);
+    running_on(&mut world, "a", "n3");
+    assert!(world.now - begun > 60_000 && world.now - again < 65_000);
+}
+
+#[test]
 fn who_was_not_asked_to_leave_yet_stays_when_the_drain_is_taken_back() {
     let (mut world, from, to) = about_to_move(Stages::Never);
     world.query(&format!(r#"{{"drain":{{"node":"{from}"}}}}"#));
