@@ -132,14 +132,24 @@ fn named(dir: &Path) -> Option<PodId> {
 /// Keeps a checkpoint that is in the depot for a restore on this very node, in place of the pod's one before.
 pub fn keep(dir: &Path, id: &Digest, pod: &PodId, cache: &Path) -> io::Result<()> {
     fs::create_dir_all(cache)?;
+    name(dir, pod)?;
+    let kept = cache.join(id.hex());
+    if kept.exists() {
+        fs::remove_dir_all(&kept)?;
+    }
+    fs::rename(dir, &kept)?;
+    keep_alone(&kept, pod, cache)
+}
+
+/// A pod has one kept checkpoint: the others of it go.
+fn keep_alone(kept: &Path, pod: &PodId, cache: &Path) -> io::Result<()> {
     for entry in fs::read_dir(cache)? {
         let other = entry?.path();
-        if named(&other).as_ref() == Some(pod) {
+        if other != kept && named(&other).as_ref() == Some(pod) {
             fs::remove_dir_all(other)?;
         }
     }
-    name(dir, pod)?;
-    fs::rename(dir, cache.join(id.hex()))
+    Ok(())
 }
 
 /// Removes kept checkpoints of pods that nobody names any more.
