@@ -145,7 +145,8 @@ impl Controller {
         let keep = job.policy().keep.max(1) as usize;
         let Some(assignment) = job.assignment_mut(id.index) else { return };
         assignment.answered = assignment.answered.max(info.level);
-        if assignment.goal != Goal::Vacate {
+        let stands_still = assignment.goal == Goal::Vacate;
+        if !stands_still {
             assignment.phase = PodPhase::Running;
         }
         let node = Some(assignment.node.clone());
@@ -159,6 +160,12 @@ impl Controller {
             new_bytes: info.new_bytes,
             frozen_ms: info.frozen_ms,
         });
+        if let Some(from) =
+            node.as_ref().and_then(|node| self.cluster.nodes.get_mut(node)).filter(|_| stands_still)
+        {
+            // It waits for the acknowledgement alone.
+            from.ack = Some(now.boot);
+        }
         let record =
             Checkpoint { info, uid: id.uid.clone(), index: id.index, epoch, node, spec, imported: None };
         self.cluster.checkpoints.insert(digest, record);

@@ -1,6 +1,7 @@
 //! What a pod needs is at its next node before it is asked to leave, and no move hangs on it.
 
-use berth_protocol::ids::NodeId;
+use berth_protocol::chunk::{GrantFor, GrantRequest};
+use berth_protocol::ids::{Digest, NodeId};
 use berth_protocol::image::{ImageName, Images};
 use berth_protocol::message::node::StageState;
 use berth_protocol::pod::PodPhase;
@@ -56,12 +57,21 @@ fn a_pod_runs_on_until_what_it_needs_is_there() {
     assert_eq!(message, format!("runs on until {to} has what it needs, to go on at {to}"));
     let asked = agent(&mut world, &to).asked.clone();
     assert_eq!((asked.len(), asked[0].epoch.0, asked[0].from), (1, 1, Some(checkpoint)));
+    // That node may load that checkpoint, and nobody else or nothing else.
+    let grant = |world: &World, node: &NodeId, checkpoint| {
+        let what = GrantFor::Load { checkpoint };
+        let (pod, epoch) = (asked[0].pod.clone(), asked[0].epoch);
+        world.controller.grant(node, &GrantRequest { pod, epoch, what }).is_some()
+    };
+    assert!(grant(&world, &to, checkpoint));
+    assert!(!grant(&world, &from, checkpoint) && !grant(&world, &to, Digest::of(b"another")));
     tell(&mut world, &to, StageState::Ready);
     let told = world.now;
     running_on(&mut world, "a", to.as_str());
     assert!(world.now - told < 5_000, "{} ms", world.now - told);
     assert!(world.controller.cluster.staging.is_empty() && world.controller.scheduler.reserved.is_empty());
     assert!(agent(&mut world, &to).staged.is_empty(), "it is no longer named");
+    assert!(!grant(&world, &to, checkpoint));
     assert_eq!(status(&world, "a").migrations, 1);
 }
 
