@@ -91,16 +91,17 @@ impl Plain {
         fs::read_to_string(self.dir.join("output")).unwrap_or_default()
     }
 
-    /// Saves it, leaves it running, and returns how long that took, and the images' way to the disk, in milliseconds.
-    pub fn dump(&self, criu: &Path) -> Result<(f64, f64)> {
+    /// Saves it, which ends it, and returns how long that took, and the images' way to the disk, in milliseconds.
+    pub fn dump(&mut self, criu: &Path) -> Result<(f64, f64)> {
         let images = self.dir.join("images");
         let _ = fs::remove_dir_all(&images);
         fs::create_dir(&images)?;
         let begun = Instant::now();
         let mut command = Command::new(criu);
-        command.args(["dump", "--leave-running", "-v2", "-o", "dump.log", "-t", &self.pid.to_string(), "-D"]);
+        command.args(["dump", "-v2", "-o", "dump.log", "-t", &self.pid.to_string(), "-D"]);
         ran(command.arg(&images), &images.join("dump.log"))?;
         let dumped = begun.elapsed();
+        self.end();
         for entry in fs::read_dir(&images)? {
             File::open(entry?.path())?.sync_all()?;
         }
@@ -108,9 +109,8 @@ impl Plain {
         Ok((dumped.as_secs_f64() * 1e3, (begun.elapsed() - dumped).as_secs_f64() * 1e3))
     }
 
-    /// Ends it and brings it back as it was at the last dump; in milliseconds.
+    /// Brings it back as it was at the last dump; in milliseconds.
     pub fn restore(&mut self, criu: &Path) -> Result<f64> {
-        self.end();
         let images = self.dir.join("images");
         let begun = Instant::now();
         let mut command = Command::new(criu);

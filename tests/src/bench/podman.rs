@@ -14,7 +14,7 @@ use super::figures::{Figure, median};
 use super::moves::{checkpoint, runs_on};
 use super::process::until;
 use super::user::Status;
-use super::world::{World, temporary};
+use super::world::World;
 
 const ROUNDS: usize = 7;
 const LIMIT: Duration = Duration::from_secs(60);
@@ -36,13 +36,18 @@ pub fn missing() -> Option<String> {
         return Some(format!("no {}: apt-get install podman runc umoci busybox-static", absent.join(", ")));
     }
     let tried = || -> Result<()> {
-        let dir = temporary()?;
+        let dir = lower_case()?;
         let podman = Podman::new(dir.path())?;
         podman.start("tried")?;
         podman.does(&["container", "checkpoint", "--leave-running", "tried"])?;
         podman.end("tried")
     };
     tried().err().map(|error| format!("it takes no checkpoint here: {error:#}"))
+}
+
+/// A directory of this process: podman makes an image's name of the path of its layout, and takes no capitals.
+fn lower_case() -> std::io::Result<tempfile::TempDir> {
+    tempfile::Builder::new().prefix(&format!("berth-podman-{}", std::process::id())).rand_bytes(0).tempdir()
 }
 
 type Part = fn(&Round) -> f64;
@@ -60,7 +65,7 @@ struct Round {
 }
 
 pub fn measure() -> Result<Vec<Figure>> {
-    let dir = temporary()?;
+    let dir = lower_case()?;
     let podman = Podman::new(dir.path())?;
     let theirs: Vec<Round> = (0..ROUNDS).map(|_| podman.round()).collect::<Result<_>>()?;
     let ours = ours(&podman.image())?;
