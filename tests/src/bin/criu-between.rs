@@ -229,6 +229,8 @@ impl Between<'_> {
             return;
         }
         std::thread::sleep(Duration::from_micros(micros.parse().unwrap_or(0)));
+        // First: this process ends with the shim, by its own wish.
+        let _ = fs::rename(&trap, self.dir.join("sprung"));
         let pid = match who {
             "criu" => self.criu,
             "shim" => self.shim,
@@ -238,6 +240,5 @@ impl Between<'_> {
             // SAFETY: no pointers.
             unsafe { libc::kill(pid, libc::SIGKILL) };
         }
-        let _ = fs::rename(&trap, self.dir.join("sprung"));
     }
 }
