@@ -333,8 +333,9 @@ impl Agency {
         let templates: Vec<PodTemplate> = self.core.specs().cloned().collect();
         let preparer = self.preparer.clone();
         tokio::spawn(async move { preparer.collect(templates.iter()).await });
-        let pods = &self.core.ledger().pods;
-        checkpoint::collect(&self.checkpoints_kept(), |pod| pods.keys().any(|key| key.pod == *pod));
+        let pods = self.core.ledger().pods.keys().map(|key| key.pod.clone()).collect();
+        let cache = self.checkpoints_kept();
+        tokio::task::spawn_blocking(move || checkpoint::collect(&cache, &pods));
     }
 
     async fn perform(&mut self, actions: Vec<Action>) {

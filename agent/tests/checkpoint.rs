@@ -184,13 +184,7 @@ fn a_pod_that_was_to_go_on_ends_by_order_before_it_has_begun() {
     let mut first = pod(&criu, COUNTER);
     let mut agent = first.start();
     agent.running();
-    saved(&mut agent, 1, true).unwrap();
-    agent.order(&Order::Stop { grace: Millis::ZERO });
-    agent.exited();
-    first.wait();
-    let mut second = first.next_epoch();
-    fs::rename(first.dir.join(file::CHECKPOINTS_DIR).join("1"), second.dir.join(file::RESTORE_DIR)).unwrap();
-    second.task.restore = true;
+    let mut second = departed(&mut first, &mut agent);
     let mut agent = second.spawn().connect();
     let created = |report| matches!(report, Report::Created { .. }).then_some(());
     agent.until(created);
@@ -203,15 +197,8 @@ fn a_restore_that_fails_is_an_eviction_with_its_reason() {
     let mut first = pod(&criu, COUNTER);
     let mut agent = first.start();
     agent.running();
-    saved(&mut agent, 1, true).unwrap();
-    agent.order(&Order::Stop { grace: Millis::ZERO });
-    agent.exited();
-    first.wait();
-    let mut second = first.next_epoch();
-    let to = second.dir.join(file::RESTORE_DIR);
-    fs::rename(first.dir.join(file::CHECKPOINTS_DIR).join("1"), &to).unwrap();
-    fs::remove_file(to.join("containers/main/images/pstree.img")).unwrap();
-    second.task.restore = true;
+    let mut second = departed(&mut first, &mut agent);
+    fs::remove_file(second.dir.join(file::RESTORE_DIR).join("containers/main/images/pstree.img")).unwrap();
     let outcome = second.start().exited().outcome;
     assert_eq!((outcome.cause, outcome.reason.as_deref()), (Cause::Eviction, Some(RESTORE_FAILED)));
     assert!(outcome.message.as_deref().is_some_and(|text| text.contains("criu: ")), "{outcome:?}");
@@ -267,8 +254,9 @@ fn a_program_that_ends_of_a_dump_that_was_broken_off_is_no_failure_of_its_own() 
     let dir = tempfile::tempdir().unwrap();
     let program = dir.path().join("criu");
     let mut pod = pod(&program, "exec sleep 4711.25");
-    // As where the real one is killed while what it has put into the program runs.
-    let breaks = "#!/bin/sh\nkill -TRAP $(pgrep -fx 'sleep 4711.25')\nexit 1\n";
+    // As where the real one is killed while what it has put into the program runs: that ends after it.
+    let breaks =
+        "#!/bin/sh\n(while kill -0 $$; do :; done; kill -TRAP $(pgrep -fx 'sleep 4711.25')) &\nkill -9 $$\n";
     fs::write(&program, breaks).unwrap();
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     let mut agent = pod.start();

@@ -578,12 +578,7 @@ fn the_hosts_memory_takes_in_what_was_on_the_gpu_beyond_the_pods_limit() {
     gpu.begun("checkpoint");
     assert!(limit(&pod) >= own + held, "{}", limit(&pod));
     gpu.words(&format!("0.hold={held} 0.pid={app}"));
-    let saved_well = agent.until(|report| match report {
-        Report::Saved { saved, .. } => Some(Ok(saved)),
-        Report::SaveFailed { why, .. } => Some(Err(why)),
-        _ => None,
-    });
-    assert_eq!(saved_well.unwrap().devices.unwrap().bytes, Bytes(held));
+    assert_eq!(saving_ended(&mut agent).unwrap().devices.unwrap().bytes, Bytes(held));
     counts_on(&pod);
     wait_for("the limit of before", || limit(&pod) == own);
 
@@ -613,17 +608,11 @@ fn memory_that_never_comes_back_ends_the_pod_as_an_eviction() {
     assert!(pod.dir.join(file::CHECKPOINTS_DIR).join("1").exists(), "what was saved is there");
 }
 
-/// Saved and ended, its next epoch is to begin from that.
-fn departed(gpu: &Gpu, criu: &Path) -> (Pod, Pod) {
+/// A pod that was saved and has ended, and its next epoch, which is to begin from that.
+fn on_its_way(gpu: &Gpu, criu: &Path) -> (Pod, Pod) {
     let mut first = gpu.pod(criu, APP);
     let mut agent = started(&mut first);
-    saved(&mut agent, 1, true).unwrap();
-    agent.order(&Order::Stop { grace: Millis::ZERO });
-    agent.exited();
-    first.wait();
-    let mut second = first.next_epoch();
-    fs::rename(first.dir.join(file::CHECKPOINTS_DIR).join("1"), second.dir.join(file::RESTORE_DIR)).unwrap();
-    second.task.restore = true;
+    let second = departed(&mut first, &mut agent);
     gpu.calls();
     (first, second)
 }
@@ -637,7 +626,7 @@ fn a_start_whose_memory_does_not_come_back_has_failed() {
         ("cuda.thread=1", "knows 0 of the 1 processes"),
         ("cuda.failed=1", "NVIDIA's driver has given up process"),
     ] {
-        let (_first, mut second) = departed(&gpu, &criu);
+        let (_first, mut second) = on_its_way(&gpu, &criu);
         gpu.words(words);
         let outcome = second.start().exited().outcome;
         assert_eq!(
@@ -656,7 +645,7 @@ fn a_helper_that_is_killed_where_the_pod_goes_on_is_replaced() {
     let Some(criu) = criu() else { return };
     let gpu = Gpu::new();
     for call in ["init", "restore", "unlock"] {
-        let (first, mut second) = departed(&gpu, &criu);
+        let (first, mut second) = on_its_way(&gpu, &criu);
         gpu.words(&format!("cuda.{call}.hang=1"));
         let mut agent = second.start();
         gpu.begun(call);

@@ -11,6 +11,10 @@ use crate::limits::{CPU_FEATURES_MAX, GPUS_PER_NODE_MAX, VERSION_BYTES_MAX};
 use crate::resources::Inventory;
 use crate::units::{Bytes, Timestamp};
 
+/// What people may do where CRIU cannot follow.
+pub const INSTEAD: &str = "a program that saves itself can be saved all the same: give its job `checkpoint.signal` or \
+                           `checkpoint.ready`";
+
 /// How the pod was saved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

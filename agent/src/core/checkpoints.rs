@@ -30,13 +30,18 @@ pub struct NotStored {
 pub(super) struct Storing {
     busy: bool,
     failures: u32,
-    pub(super) at: Option<BootMs>,
+    at: Option<BootMs>,
     pub(super) progress: Option<(Bytes, Bytes)>,
 }
 
 impl Storing {
     pub(super) fn wake(&self) -> Option<BootMs> {
         self.at.filter(|_| !self.busy)
+    }
+
+    /// A new token, or another chance.
+    pub(super) fn retry_now(&mut self, now: BootMs) {
+        self.at = self.at.map(|at| at.min(now));
     }
 }
 

@@ -69,9 +69,10 @@ impl Live {
 
     /// A new token for the depot: what may have waited for one is tried again.
     pub(super) fn retry_now(&mut self, now: BootMs) {
-        for at in [&mut self.prep_at, &mut self.store_at, &mut self.checkpoint.at] {
+        for at in [&mut self.prep_at, &mut self.store_at] {
             *at = at.map(|at| at.min(now));
         }
+        self.checkpoint.retry_now(now);
     }
 }
 

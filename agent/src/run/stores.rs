@@ -151,8 +151,13 @@ impl Agency {
 
     pub(super) fn keep_checkpoint(&self, key: &PodKey, level: u64, id: &Digest) {
         let dir = self.checkpoint_dir(key, level);
-        if let Err(error) = checkpoint::keep(&dir, id, &key.pod, &self.checkpoints_kept()) {
-            tracing::warn!("the checkpoint of pod {key} is in the depot, and not kept here: {error}");
+        let cache = self.checkpoints_kept();
+        match checkpoint::keep(&dir, id, &key.pod, &cache) {
+            // Not on the agent's only thread: the pod may stand still for what it does next.
+            Ok(()) => drop(tokio::task::spawn_blocking(move || checkpoint::keep_newest(&cache))),
+            Err(error) => {
+                tracing::warn!("the checkpoint of pod {key} is in the depot, and not kept here: {error}");
+            }
         }
     }
 

@@ -5,16 +5,10 @@ use std::path::PathBuf;
 
 use berth_protocol::ids::ContainerName;
 use berth_protocol::limits::HUMAN_MESSAGE_BYTES_MAX;
-use berth_protocol::pod::RESTORE_FAILED;
+use berth_protocol::pod::{Cause, RESTORE_FAILED};
 use berth_protocol::units::Bytes;
 
 use super::cgroup::CgroupError;
-
-/// What the pod's programs had on a GPU did not come back; they go on from their last checkpoint.
-pub const DEVICE_MEMORY_LOST: &str = "DeviceMemoryLost";
-
-/// A dump that was broken off has ended a program; it goes on from its last checkpoint.
-pub const DUMP_INTERRUPTED: &str = "DumpInterrupted";
 
 #[derive(Debug, thiserror::Error)]
 pub enum ShimError {
@@ -96,8 +90,8 @@ impl ShimError {
             ShimError::VolumeMissing { .. } => "VolumeMissing",
             ShimError::LayerMissing { .. } => "ImageMissing",
             ShimError::Device { .. } => "DeviceUnavailable",
-            ShimError::DeviceMemory { .. } => DEVICE_MEMORY_LOST,
-            ShimError::DumpInterrupted { .. } => DUMP_INTERRUPTED,
+            ShimError::DeviceMemory { .. } => "DeviceMemoryLost",
+            ShimError::DumpInterrupted { .. } => "DumpInterrupted",
             ShimError::Restore { .. } | ShimError::Checkpoint(_) => RESTORE_FAILED,
             ShimError::ScratchFull { .. } => "ScratchFull",
             _ if self.disk_full() => "DiskFull",
@@ -107,16 +101,21 @@ impl ShimError {
         }
     }
 
-    /// Is it the node that lacks something, or the job that asks for what is not there?
-    pub fn is_nodes_own(&self) -> bool {
-        !matches!(
-            self,
+    /// Is it the job that asks for what is not there, the node that lacks something, or neither's doing: another
+    /// checkpoint, or node, may serve?
+    pub fn cause(&self) -> Cause {
+        match self {
             ShimError::CommandNotFound { .. }
-                | ShimError::NoCommand { .. }
-                | ShimError::CommandNotExecutable { .. }
-                | ShimError::User { .. }
-                | ShimError::ScratchFull { .. }
-        )
+            | ShimError::NoCommand { .. }
+            | ShimError::CommandNotExecutable { .. }
+            | ShimError::User { .. }
+            | ShimError::ScratchFull { .. } => Cause::Failure,
+            ShimError::Restore { .. }
+            | ShimError::Checkpoint(_)
+            | ShimError::DeviceMemory { .. }
+            | ShimError::DumpInterrupted { .. } => Cause::Eviction,
+            _ => Cause::Fault,
+        }
     }
 
     /// The code that a shell would give, where the command itself was the matter.

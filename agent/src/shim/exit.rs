@@ -4,10 +4,10 @@ use std::io;
 use std::path::Path;
 
 use berth_protocol::ids::{ContainerName, Run};
-use berth_protocol::pod::{Cause, Outcome, RESTORE_FAILED};
+use berth_protocol::pod::{Cause, Outcome};
 use berth_protocol::units::Timestamp;
 
-use super::error::{DEVICE_MEMORY_LOST, DUMP_INTERRUPTED, ShimError};
+use super::error::ShimError;
 use super::lease::EndedBy;
 use super::sys;
 use crate::task::{ContainerExit, Exit, file};
@@ -52,13 +52,7 @@ pub fn exit(facts: &Facts) -> Exit {
     };
     match (facts.error, facts.ended_by, failed) {
         (Some(error), ..) => {
-            let cause = match error.reason() {
-                // Not the program's doing: another checkpoint, or node, may serve.
-                RESTORE_FAILED | DEVICE_MEMORY_LOST | DUMP_INTERRUPTED => Cause::Eviction,
-                _ if error.is_nodes_own() => Cause::Fault,
-                _ => Cause::Failure,
-            };
-            say(cause, error.reason(), error.message());
+            say(error.cause(), error.reason(), error.message());
             outcome.exit_code = error.exit_code();
         }
         (None, Some(EndedBy::Order), _) => {

@@ -246,9 +246,9 @@ impl Supervisor {
                 continue;
             };
             let oom_killed = code != 0 && container.cgroup.oom_kills() > 0;
-            let dumped = self.saving.as_ref().is_some_and(Saving::dumps)
+            let broken_off = self.saving.as_ref().is_some_and(Saving::is_broken_off)
                 || self.broken_off.is_some_and(|at| sys::boot_now() < at.plus(Millis(BROKEN_MS)));
-            if code != 0 && !oom_killed && dumped && self.policy.ended_by().is_none() {
+            if code != 0 && !oom_killed && broken_off && self.policy.ended_by().is_none() {
                 let container = container.name.clone();
                 self.error.get_or_insert(ShimError::DumpInterrupted { container, code });
                 self.policy.stop(EndedBy::Container, Millis::ZERO, sys::boot_now());

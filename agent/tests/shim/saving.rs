@@ -25,6 +25,11 @@ pub fn criu() -> Option<PathBuf> {
 
 pub fn saved(agent: &mut Agent, level: u64, hold: bool) -> Result<Saved, String> {
     agent.order(&Order::Save { level, hold });
+    saving_ended(agent)
+}
+
+/// What comes of a saving that was ordered.
+pub fn saving_ended(agent: &mut Agent) -> Result<Saved, String> {
     agent.until(|report| match report {
         Report::Saved { saved, .. } => Some(Ok(saved)),
         Report::SaveFailed { why, .. } => Some(Err(why)),
@@ -37,8 +42,8 @@ pub fn moved(from: &mut Pod, agent: &mut Agent) -> (Pod, Agent) {
     moved_to(from, agent, |_| {})
 }
 
-/// The same, to where what `there` changes of its task is otherwise.
-pub fn moved_to(from: &mut Pod, agent: &mut Agent, there: impl FnOnce(&mut Task)) -> (Pod, Agent) {
+/// Saves the pod and ends it; its next epoch, which is to begin from that.
+pub fn departed(from: &mut Pod, agent: &mut Agent) -> Pod {
     let level = from.task.epoch.0;
     let saved = saved(agent, level, true).unwrap();
     assert_eq!(saved.log_records, log_records(from), "the log goes on behind the cut");
@@ -51,6 +56,12 @@ pub fn moved_to(from: &mut Pod, agent: &mut Agent, there: impl FnOnce(&mut Task)
     fs::remove_dir(from.dir.join(file::CHECKPOINTS_DIR)).unwrap();
     from.assert_clean();
     next.task.restore = true;
+    next
+}
+
+/// As `moved`, to where what `there` changes of its task is otherwise.
+pub fn moved_to(from: &mut Pod, agent: &mut Agent, there: impl FnOnce(&mut Task)) -> (Pod, Agent) {
+    let mut next = departed(from, agent);
     there(&mut next.task);
     let mut agent = next.start();
     let restoring = agent.until(|report| match report {

@@ -1,7 +1,7 @@
 //! Pods that are saved by order: on the spot, to go on elsewhere, to be set back, or as the beginning of another job.
 //! What could not end well is refused before anything is stopped.
 
-use berth_protocol::checkpoint::Needs;
+use berth_protocol::checkpoint::{INSTEAD, Needs};
 use berth_protocol::ids::{Digest, Epoch, JobName, JobUid, Namespace, NodeId, PodId};
 use berth_protocol::job::{CheckpointMode, JobSpec};
 use berth_protocol::message::user::Rejection;
@@ -40,10 +40,6 @@ pub(super) fn unsavable(spec: &JobSpec, node: &Inventory) -> Option<String> {
         }
     }
 }
-
-/// For programs on GPUs.
-const INSTEAD: &str = "a program that saves itself can be saved all the same: give it `checkpoint.signal` or \
-                       `checkpoint.ready`";
 
 /// What a checkpoint taken on `node` will need.
 pub(super) fn foreseen(spec: &JobSpec, node: &Inventory, gpus: &[String]) -> Needs {

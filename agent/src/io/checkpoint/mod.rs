@@ -9,12 +9,12 @@ mod pages;
 mod store;
 mod verify;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use berth_protocol::checkpoint::{CheckpointInfo, Needs};
 use berth_protocol::ids::{Digest, Epoch, NodeId, PodId, Run};
@@ -129,7 +129,10 @@ fn named(dir: &Path) -> Option<PodId> {
     PodId::parse(&fs::read_to_string(dir.join(POD)).ok()?).ok()
 }
 
-/// Keeps a checkpoint that is in the depot for a restore on this very node, in place of the pod's one before.
+/// Keeps a checkpoint that is in the depot for a restore on this very node. The pod's one before is then one to let go.
+///
+/// # Errors
+/// It stays where it is.
 pub fn keep(dir: &Path, id: &Digest, pod: &PodId, cache: &Path) -> io::Result<()> {
     fs::create_dir_all(cache)?;
     name(dir, pod)?;
@@ -137,30 +140,41 @@ pub fn keep(dir: &Path, id: &Digest, pod: &PodId, cache: &Path) -> io::Result<()
     if kept.exists() {
         fs::remove_dir_all(&kept)?;
     }
-    fs::rename(dir, &kept)?;
-    keep_alone(&kept, pod, cache)
+    fs::rename(dir, kept)
 }
 
-/// A pod has one kept checkpoint: the others of it go.
-fn keep_alone(kept: &Path, pod: &PodId, cache: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(cache)? {
-        let other = entry?.path();
-        if other != kept && named(&other).as_ref() == Some(pod) {
-            fs::remove_dir_all(other)?;
+/// Removes all kept checkpoints but each pod's newest. Takes as long as there are files.
+pub fn keep_newest(cache: &Path) {
+    let mut newest: BTreeMap<PodId, (SystemTime, PathBuf)> = BTreeMap::new();
+    for entry in fs::read_dir(cache).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let kept_at = fs::metadata(path.join(POD)).and_then(|file| file.modified());
+        let (Some(pod), Ok(kept_at)) = (named(&path), kept_at) else { continue };
+        let older = match newest.get(&pod) {
+            Some((other, _)) if *other > kept_at => Some(path),
+            _ => newest.insert(pod, (kept_at, path)).map(|(_, older)| older),
+        };
+        // Another may do the same now.
+        if let Some(older) = older
+            && let Err(error) = fs::remove_dir_all(&older)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!("cannot remove {}: {error}", older.display());
         }
     }
-    Ok(())
 }
 
-/// Removes kept checkpoints of pods that nobody names any more.
-pub fn collect(cache: &Path, wanted: impl Fn(&PodId) -> bool) {
+/// Removes kept checkpoints of pods that nobody names any more, and what was left of others when an agent ended. Takes as
+/// long as there are files.
+pub fn collect(cache: &Path, wanted: &BTreeSet<PodId>) {
     for entry in fs::read_dir(cache).into_iter().flatten().flatten() {
         let pod = named(&entry.path());
         let old = entry.metadata().and_then(|meta| meta.modified()).ok().and_then(|at| at.elapsed().ok());
-        if old.is_some_and(|age| age > KEPT_MIN) && !pod.is_some_and(|pod| wanted(&pod)) {
+        if old.is_some_and(|age| age > KEPT_MIN) && !pod.is_some_and(|pod| wanted.contains(&pod)) {
             let _ = fs::remove_dir_all(entry.path());
         }
     }
+    keep_newest(cache);
 }
 
 fn say(said: &Said) {
@@ -254,5 +268,31 @@ impl From<Said> for Result<Box<CheckpointInfo>, NotStored> {
                 Err(NotStored { why: "it was answered with something else".to_owned(), retriable: true })
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_each_pod_the_newest_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = dir.path().join("kept");
+        let pods = ["uaaaaaaaaaaa-0", "uaaaaaaaaaaa-1"].map(|text| PodId::parse(text).unwrap());
+        let kept = |text: &str| cache.join(Digest::of(text.as_bytes()).hex());
+        for (age, (text, pod)) in [("a", 0), ("b", 1), ("c", 0), ("d", 0)].into_iter().enumerate().rev() {
+            let saved = dir.path().join(text);
+            fs::create_dir(&saved).unwrap();
+            keep(&saved, &Digest::of(text.as_bytes()), &pods[pod], &cache).unwrap();
+            let at = SystemTime::now() - Duration::from_secs(age as u64);
+            fs::File::open(kept(text).join(POD)).unwrap().set_modified(at).unwrap();
+        }
+        fs::create_dir(cache.join("of.nobody")).unwrap();
+        keep_newest(&cache);
+        assert_eq!(["a", "b", "c", "d"].map(|text| kept(text).exists()), [true, true, false, false]);
+        assert!(cache.join("of.nobody").exists(), "it may be on its way here");
+        collect(&cache, &BTreeSet::from([pods[0].clone()]));
+        assert!(kept("b").exists(), "its pod may come back");
     }
 }

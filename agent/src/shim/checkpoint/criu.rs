@@ -44,6 +44,8 @@ pub struct Criu {
     _images: File,
     log: PathBuf,
     over: bool,
+    /// It ended, or was ended, in the middle.
+    broken_off: bool,
 }
 
 /// Where criu itself runs, and with it what it restores.
@@ -110,6 +112,7 @@ impl Criu {
             _images: dir,
             log: images.join(name),
             over: false,
+            broken_off: false,
         };
         criu.send(&rpc::request(call, &options.0))?;
         Ok(criu)
@@ -132,19 +135,19 @@ impl Criu {
             return None;
         }
         // Looked at first, so that nothing which it said before its end is missed.
-        let ended = self.has_ended();
+        let ended = !sys::is_alive(&self.pidfd);
         let mut buffer = vec![0; RESPONSE_BYTES_MAX];
         let word = match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
             // Helpers of one that was killed may hold its socket open for long.
-            Err(nix::Error::EAGAIN) if ended => Word::Failed(self.why("it ended without an answer")),
+            Err(nix::Error::EAGAIN) if ended => self.broke_off("it ended without an answer"),
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => return None,
             Ok(length) if length > 0 => match Response::read(&buffer[..length]) {
                 Some(response) if !response.success => Word::Failed(self.why(&response.message)),
                 Some(Response { stage: Some(stage), .. }) => return Some(Word::Stage(stage)),
                 Some(response) => Word::Done(response.pid),
-                None => Word::Failed(self.why("it said what is no response")),
+                None => self.broke_off("it said what is no response"),
             },
-            _ => Word::Failed(self.why("it ended without an answer")),
+            _ => self.broke_off("it ended without an answer"),
         };
         self.over = true;
         Some(word)
@@ -169,8 +172,14 @@ impl Criu {
         }
     }
 
-    fn has_ended(&self) -> bool {
-        sys::poll(&mut [sys::want(&self.pidfd, libc::POLLIN)], Some(0)).is_ok_and(|ready| ready > 0)
+    fn broke_off(&mut self, else_said: &str) -> Word {
+        self.broken_off = true;
+        Word::Failed(self.why(else_said))
+    }
+
+    /// Of a dump: it can no longer take back what it did to the tasks.
+    pub fn is_broken_off(&self) -> bool {
+        self.broken_off || (!self.over && !sys::is_alive(&self.pidfd))
     }
 
     /// Waits until the process has ended, as it does at once when it has said `Done`: it is in the control groups of
@@ -182,9 +191,9 @@ impl Criu {
     /// Ends it by force. Of a dump, the tasks go on.
     pub fn kill(&mut self) {
         if !self.over {
-            self.over = true;
+            (self.over, self.broken_off) = (true, true);
             // Once it is reaped its number may be another's.
-            if !self.has_ended() {
+            if sys::is_alive(&self.pidfd) {
                 let _ = kill(self.pid, Signal::SIGKILL);
             }
         }

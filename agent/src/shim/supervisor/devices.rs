@@ -9,6 +9,7 @@
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
 
+use berth_protocol::checkpoint::INSTEAD;
 use berth_protocol::units::{BootMs, Bytes, Millis};
 
 use super::super::cgroup::Cgroup;
@@ -32,9 +33,6 @@ const LOOKS_MAX: u32 = 3_000;
 const LOWER_MS: u64 = 1_000;
 /// What the host is to have left beside what comes from the devices.
 const SPARE_BYTES: u64 = 64 << 20;
-/// What to do where CRIU cannot follow.
-pub const INSTEAD: &str = "a program that saves itself can be saved all the same: give its job `checkpoint.signal` or \
-                       `checkpoint.ready`";
 
 #[derive(Default)]
 pub struct Devices {

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
-use berth_protocol::checkpoint::CheckpointKind;
+use berth_protocol::checkpoint::{CheckpointKind, INSTEAD};
 use berth_protocol::job::{CheckpointMode, ContainerSpec};
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use nix::unistd::Pid;
@@ -22,7 +22,7 @@ use super::super::lease::Goal;
 use super::super::rootfs::{self, Home};
 use super::super::sys;
 use super::asking::Asking;
-use super::devices::{self, INSTEAD};
+use super::devices;
 use super::{Phase, Supervisor};
 use crate::task::{Report, Saved, SavedContainer, SavedDevices, Task, file};
 
@@ -81,9 +81,9 @@ pub fn undumpable(task: &Task) -> Option<String> {
 }
 
 impl Saving {
-    /// A criu is, or was, at its programs.
-    pub fn dumps(&self) -> bool {
-        !self.dumps.is_empty()
+    /// A criu has ended in the middle of its dump.
+    pub fn is_broken_off(&self) -> bool {
+        self.dumps.iter().any(|dump| dump.criu.is_broken_off())
     }
 
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
@@ -418,9 +418,6 @@ impl Supervisor {
     pub(super) fn abort_saving(&mut self, why: &str) {
         let Some(mut saving) = self.saving.take() else { return };
         self.devices.forget_dump();
-        if saving.dumps() {
-            self.broken_off = Some(sys::boot_now());
-        }
         for dump in &mut saving.dumps {
             if dump.stands {
                 // It takes back what it did to the tasks better than the kernel can.
@@ -428,6 +425,9 @@ impl Supervisor {
             } else {
                 dump.criu.kill();
             }
+        }
+        if saving.is_broken_off() {
+            self.broken_off = Some(sys::boot_now());
         }
         for archiver in saving.archivers.iter().filter(|archiver| archiver.code.is_none()) {
             let _ = nix::sys::signal::kill(archiver.pid, nix::sys::signal::Signal::SIGKILL);

@@ -436,7 +436,9 @@ impl Ground {
             until(&format!("no pod's directory on {node}\n{}", self.cluster.log(&node)), 60, || {
                 fs::read_dir(dir.join(&node).join("pods")).ok()?.next().is_none().then_some(())
             });
-            assert!(self.kept(&node).len() <= 1, "{:?}", self.kept(&node));
+            // An agent that was killed before it let the one before go does so a minute after its next start.
+            let one = || (self.kept(&node).len() <= 1).then_some(());
+            until(&format!("one kept checkpoint: {:?}", self.kept(&node)), 90, one);
         }
         until("no process", 20, || self.helpers(None).is_empty().then_some(()));
         let mounts = fs::read_to_string("/proc/self/mountinfo").expect("mounts");
