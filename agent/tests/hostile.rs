@@ -202,6 +202,10 @@ impl Scene {
     }
 }
 
+fn copy(from: &Path, to: &Path) {
+    assert!(Command::new("cp").arg("-a").args([from, to]).status().unwrap().success());
+}
+
 fn tree(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut found = BTreeMap::new();
     let mut dirs = vec![dir.to_owned()];
@@ -357,6 +361,9 @@ fn two_hundred_hands_are_laid_on_checkpoints_and_each_is_refused() {
     let kept = before.join(older.hex());
     fs::create_dir(&before).unwrap();
     fs::rename(&stored[0].1, &kept).unwrap();
+    // What is taken over of it is gone from it.
+    let altered_before = scene.pod.dir.join(file::CHECKPOINTS_DIR).join("altered-before");
+    copy(&before, &altered_before);
     let asked = || std::mem::take(&mut scene.depot.shelf.lock().unwrap().asked);
     asked();
     let distinct = ids.iter().collect::<BTreeSet<_>>().len();
@@ -366,11 +373,11 @@ fn two_hundred_hands_are_laid_on_checkpoints_and_each_is_refused() {
     let lacked = asked();
     // On a busy machine more of so small a process has changed than half.
     assert!(lacked * 3 < distinct * 2, "{lacked} of {distinct} chunks were fetched again");
-    let pages = kept.join("containers/main/images/pages-1.img");
+    let pages = altered_before.join(older.hex()).join("containers/main/images/pages-1.img");
     let length = fs::metadata(&pages).unwrap().len();
     fs::write(&pages, vec![7; length as usize]).unwrap();
     let whole = scene.dir("whole-again");
-    assert_eq!(scene.fetch(newer, &whole, &before), Said::Fetched);
+    assert_eq!(scene.fetch(newer, &whole, &altered_before), Said::Fetched);
     assert!(tree(&whole) == expected, "altered chunks were used");
     assert!(asked() > lacked);
 

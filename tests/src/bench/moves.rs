@@ -20,21 +20,25 @@ const MOVES: usize = 3;
 const LIMIT: Duration = Duration::from_secs(120);
 const ROOM: &str = "cpu=4,memory=4Gi";
 
-/// Half a GiB of samples that stay, and 128 MiB that every step writes anew: weights, their momentum and gradient,
-/// what is between the layers.
+/// Half a GiB of samples that stay, and 125 MiB that every step writes anew, a fifth of it all: weights, their momentum
+/// and gradient, what is between the layers. All of it in place, so that no more than that is ever written.
 const TRAINING: &str = "import numpy as np, time\n\
     rng = np.random.default_rng(1)\n\
     x = rng.standard_normal((128000, 1000), dtype=np.float32)\n\
     y = rng.standard_normal((128000, 1), dtype=np.float32)\n\
     w1, m1 = rng.standard_normal((1000, 8192), dtype=np.float32) * 0.03, np.zeros((1000, 8192), np.float32)\n\
     w2 = rng.standard_normal((8192, 1), dtype=np.float32) * 0.01\n\
+    g1, hidden, back = np.zeros_like(w1), np.zeros((512, 8192), np.float32), np.zeros((512, 8192), np.float32)\n\
     for step in range(1_000_000):\n\
     \x20   rows = slice(step % 250 * 512, step % 250 * 512 + 512)\n\
-    \x20   hidden = np.maximum(x[rows] @ w1, 0)\n\
+    \x20   np.maximum(np.matmul(x[rows], w1, out=hidden), 0, out=hidden)\n\
     \x20   slope = hidden @ w2 - y[rows]\n\
-    \x20   back = (slope @ w2.T) * (hidden > 0)\n\
-    \x20   m1 = 0.9 * m1 + x[rows].T @ back / 512\n\
-    \x20   w1 -= 0.001 * m1\n\
+    \x20   np.multiply(np.matmul(slope, w2.T, out=back), hidden, out=back, where=hidden <= 0)\n\
+    \x20   np.matmul(x[rows].T, back, out=g1)\n\
+    \x20   m1 *= 0.9\n\
+    \x20   m1 += g1\n\
+    \x20   np.multiply(m1, 0.001 / 512, out=g1)\n\
+    \x20   w1 -= g1\n\
     \x20   w2 -= 0.001 * (hidden.T @ slope) / 512\n\
     \x20   print(step, float((slope ** 2).mean()), flush=True)\n\
     \x20   time.sleep(0.2)";

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use berth_protocol::checkpoint::CheckpointKind;
@@ -55,25 +55,31 @@ pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
     let files = places(&manifest, &order.template.volumes, &Parts::new(half.clone()))?;
     let mut wanted: BTreeMap<ChunkId, Vec<Place>> = BTreeMap::new();
     let mut lengths: BTreeMap<ChunkId, u32> = BTreeMap::new();
+    let kept = kept(&order.cache, &manifest.pod);
     for (path, saved) in &files {
-        // What an earlier try or an earlier checkpoint of this node has left counts, if it is right.
-        let earlier = path.strip_prefix(&half).map(|name| cached.join(name));
-        if chunks::is_same(path, saved) || earlier.is_ok_and(|earlier| take_over(&earlier, path, saved)) {
-            continue;
-        }
-        make_room(path, saved).map_err(wrong)?;
-        let mut offset = 0;
-        for piece in &saved.pieces {
-            if let Piece::Chunk { id, bytes } = piece {
-                wanted.entry(*id).or_default().push(Place { path: path.clone(), offset });
-                lengths.insert(*id, *bytes);
+        // What an earlier try or an earlier checkpoint of this node has left counts, where it is right.
+        make_parent(path).map_err(wrong)?;
+        if let Ok(name) = path.strip_prefix(&half) {
+            if link(&cached.join(name), path, saved) {
+                continue;
             }
-            offset += piece.bytes();
+            // Never written through another name of it.
+            if fs::metadata(path).is_ok_and(|file| file.nlink() > 1) {
+                fs::remove_file(path).map_err(wrong)?;
+            }
+            if order.keep.is_none() && !path.exists() {
+                take_over(&kept, &manifest.pod, name, path, saved).map_err(wrong)?;
+            }
+        }
+        for part in chunks::begin(path, saved).map_err(wrong)? {
+            let Some(id) = part.chunk else { continue };
+            wanted.entry(id).or_default().push(Place { path: path.clone(), offset: part.offset });
+            lengths.insert(id, part.bytes);
         }
     }
     let total: u64 = lengths.values().map(|bytes| u64::from(*bytes)).sum();
     let mut done = 0;
-    for (id, part) in held(&order.cache, &manifest.pod, &wanted) {
+    for (id, part) in held(&kept, &wanted) {
         if let Some(content) = chunks::read_chunk(&part.path, part.offset, id, lengths[&id]) {
             done += content.len() as u64;
             put(&content, &wanted[&id]).map_err(wrong)?;
@@ -110,10 +116,6 @@ pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
         super::keep_newest(&order.cache);
         return Ok(());
     }
-    // Verified chunk by chunk as they came; once more as files, since those are what criu reads.
-    if let Some((path, _)) = files.iter().find(|(path, saved)| !chunks::is_same(path, saved)) {
-        return Err(TransferError::Unfit(format!("{} is not what the manifest says", path.display())));
-    }
     let parts = Parts::new(half.clone());
     is_as_said(&manifest, &parts)?;
     for container in &order.template.containers {
@@ -146,36 +148,75 @@ async fn manifest(
     }
 }
 
-/// Where this node has chunks that are wanted: most of a pod's memory is as it was in its checkpoint before. What is
-/// found is still to be held against its name.
-fn held(cache: &Path, pod: &PodId, wanted: &BTreeMap<ChunkId, Vec<Place>>) -> BTreeMap<ChunkId, Place> {
-    let mut found = BTreeMap::new();
+/// A checkpoint that this node keeps, with the files that its manifest names.
+struct Kept {
+    dir: PathBuf,
+    manifest: Manifest,
+}
+
+impl Kept {
+    fn read(dir: PathBuf) -> Option<Self> {
+        let id = Digest::parse(&format!("sha256:{}", dir.file_name()?.to_str()?)).ok()?;
+        let manifest = Manifest::parse(&id, &fs::read(dir.join(MANIFEST)).ok()?).ok()?;
+        Some(Self { dir, manifest })
+    }
+
+    fn files(&self) -> Vec<(PathBuf, &SavedFile)> {
+        let parts = Parts::new(self.dir.clone());
+        places(&self.manifest, &self.manifest.template.volumes, &parts).unwrap_or_default()
+    }
+}
+
+/// All that this node keeps, the pod's own first: they have most of what it needs.
+fn kept(cache: &Path, pod: &PodId) -> Vec<Kept> {
     let mut dirs: Vec<PathBuf> =
         fs::read_dir(cache).into_iter().flatten().flatten().map(|dir| dir.path()).collect();
-    // The pod's own have most of it.
     dirs.sort_by_cached_key(|dir| super::named(dir).as_ref() != Some(pod));
-    for dir in dirs.into_iter().take(HELD_LOOKED_AT_MAX) {
-        let manifest = || {
-            let id = Digest::parse(&format!("sha256:{}", dir.file_name()?.to_str()?)).ok()?;
-            Manifest::parse(&id, &fs::read(dir.join(MANIFEST)).ok()?).ok()
-        };
-        let Some(manifest) = manifest() else { continue };
-        let Ok(files) = places(&manifest, &manifest.template.volumes, &Parts::new(dir.clone())) else {
-            continue;
-        };
-        for (path, saved) in files {
-            let mut offset = 0;
-            for piece in &saved.pieces {
-                if let Piece::Chunk { id, .. } = piece
-                    && wanted.contains_key(id)
-                {
-                    found.entry(*id).or_insert_with(|| Place { path: path.clone(), offset });
-                }
-                offset += piece.bytes();
+    dirs.into_iter().take(HELD_LOOKED_AT_MAX).filter_map(Kept::read).collect()
+}
+
+/// Where this node has chunks that are wanted: most of a pod's memory is as it was in its checkpoint before. What is
+/// found is still to be held against its name.
+fn held(kept: &[Kept], wanted: &BTreeMap<ChunkId, Vec<Place>>) -> BTreeMap<ChunkId, Place> {
+    let mut found = BTreeMap::new();
+    if wanted.is_empty() {
+        return found;
+    }
+    for (path, saved) in kept.iter().flat_map(Kept::files) {
+        let mut offset = 0;
+        for piece in &saved.pieces {
+            if let Piece::Chunk { id, .. } = piece
+                && wanted.contains_key(id)
+            {
+                found.entry(*id).or_insert_with(|| Place { path: path.clone(), offset });
             }
+            offset += piece.bytes();
         }
     }
     found
+}
+
+/// Makes the file `name` of the pod's earlier checkpoint that of this one, where most of it is in its place already: what
+/// differs is then written over. A GiB that is renamed leaves no GiB to write back, behind which everything else waits.
+fn take_over(kept: &[Kept], pod: &PodId, name: &Path, path: &Path, saved: &SavedFile) -> io::Result<()> {
+    let most =
+        |(_, earlier): &(PathBuf, &SavedFile)| chunks::bytes_in_place(earlier, saved) > saved.bytes / 2;
+    for kept in kept.iter().filter(|kept| kept.manifest.pod == *pod) {
+        let from = kept.dir.join(name);
+        let Some((from, _)) = kept.files().into_iter().find(|(file, _)| *file == from).filter(most) else {
+            continue;
+        };
+        // Another name of it may be in use.
+        if !fs::metadata(&from).is_ok_and(|file| file.nlink() == 1) {
+            continue;
+        }
+        // It is no checkpoint any more.
+        match fs::remove_file(kept.dir.join(MANIFEST)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => return fs::rename(from, path),
+        }
+    }
+    Ok(())
 }
 
 fn put(content: &[u8], places: &[Place]) -> io::Result<()> {
@@ -251,9 +292,8 @@ fn places<'a>(
 }
 
 /// Links `earlier` to `path` if it is what it should be.
-fn take_over(earlier: &Path, path: &Path, saved: &SavedFile) -> bool {
+fn link(earlier: &Path, path: &Path, saved: &SavedFile) -> bool {
     let linked = || -> io::Result<()> {
-        make_parent(path)?;
         let _ = fs::remove_file(path);
         fs::hard_link(earlier, path)
     };
@@ -265,12 +305,4 @@ fn make_parent(path: &Path) -> io::Result<()> {
         Some(parent) => fs::DirBuilder::new().recursive(true).mode(0o700).create(parent),
         None => Ok(()),
     }
-}
-
-/// A file of the right length, all zeros.
-fn make_room(path: &Path, saved: &SavedFile) -> io::Result<()> {
-    make_parent(path)?;
-    // Never written through a link to an earlier one.
-    let _ = fs::remove_file(path);
-    File::create(path)?.set_len(saved.bytes)
 }
