@@ -5,6 +5,7 @@
 
 use berth_protocol::chunk::GrantRequest;
 use berth_protocol::ids::{Digest, Generation, NodeId, PodId, Term};
+use berth_protocol::job::CheckpointMode;
 use berth_protocol::limits::STAGES_PER_NODE_MAX;
 use berth_protocol::message::node::{Stage, StageState, Staged};
 use berth_protocol::pod::{Goal, PodPhase};
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::checkpoints::Leaving;
 use super::cluster::{Assignment, Liveness, is_zero};
+use super::moves::unsavable;
 use super::notes::Note;
 use super::timers::Timer;
 use super::{Controller, Now};
@@ -25,6 +27,10 @@ const DEADLINE_PARTS: u64 = 3;
 const WAIT_MIN: Millis = Millis(1_000);
 /// Bytes a second at which the pods of a node that is about to go are taken to be saved.
 const SAVED_PER_SECOND: u64 = 200 << 20;
+/// A pod that may use less than this stands still for a moment only, whatever is there before it.
+const SAVED_FIRST_MIN: u64 = 256 << 20;
+/// Of a checkpoint older than this too little is as it was.
+const SAVED_FIRST_AGE: Millis = Millis(300_000);
 /// A seat is kept so long for a pod that was asked to leave: perhaps it never can.
 const SEAT_KEPT: Millis = Millis(600_000);
 
@@ -36,6 +42,9 @@ pub(super) struct Staging {
     /// The checkpoint, where the pod has one that is not there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<Digest>,
+    /// The pod takes a checkpoint of this level first, while it runs on: that is what is brought.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first: Option<u64>,
     /// The pod waits no longer for it.
     pub until: Timestamp,
     /// It is there, or will not be.
@@ -83,7 +92,15 @@ impl Controller {
         if !matches!(why, Leaving::Move { .. }) {
             self.unreserve(id);
         }
-        let Some(staging) = self.staging_for(now, id, &why) else { return self.vacate(id, why) };
+        let saves_first = self.saves_first(now, id);
+        let Some(mut staging) = self.staging_for(now, id, &why, saves_first) else {
+            return self.vacate(id, why);
+        };
+        if saves_first {
+            self.ask_checkpoint(id);
+            let job = self.cluster.jobs.get(&id.uid);
+            staging.first = job.and_then(|job| job.assignment(id.index)).map(|assignment| assignment.asked);
+        }
         self.cluster.staging.insert(id.clone(), staging.to.clone());
         self.dirty.desired.insert(staging.to.clone());
         self.change_assignment(id, |assignment| {
@@ -100,8 +117,33 @@ impl Controller {
         }
     }
 
+    /// Whether the pod has so much memory, and no checkpoint that is like it, that it pays to save it twice: the second
+    /// time it stands still for what has changed since the first. Where time is short one has to do; what saves itself
+    /// ends with it; and what GPUs hold goes through the memory that the pod needs, and changes with every step.
+    fn saves_first(&self, now: Now, id: &PodId) -> bool {
+        let Some(job) = self.cluster.jobs.get(&id.uid) else { return false };
+        let (Some(pod), Some(assignment)) = (job.pod(id.index), job.assignment(id.index)) else {
+            return false;
+        };
+        let policy = &job.file.spec.pod.checkpoint;
+        let by_criu = matches!(policy.mode, CheckpointMode::Auto | CheckpointMode::Criu) && !policy.asks();
+        let from = self.cluster.nodes.get(&assignment.node);
+        let savable = from.is_some_and(|node| {
+            let drain = node.record.drain.as_ref();
+            drain.is_none_or(|drain| drain.deadline.is_none())
+                && unsavable(&job.file.spec, &node.record.inventory).is_none()
+        });
+        let best = pod.saved.best().and_then(|best| self.cluster.checkpoints.get(&best));
+        assignment.phase == PodPhase::Running
+            && assignment.charge.gpus.is_empty()
+            && assignment.charge.memory.0 >= SAVED_FIRST_MIN
+            && by_criu
+            && savable
+            && best.is_none_or(|best| now.wall.since(best.info.at) >= SAVED_FIRST_AGE)
+    }
+
     /// Where the pod will go on, its seat kept from now, and what lacks there. None: it is to leave at once.
-    fn staging_for(&mut self, now: Now, id: &PodId, why: &Leaving) -> Option<Staging> {
+    fn staging_for(&mut self, now: Now, id: &PodId, why: &Leaving, saves_first: bool) -> Option<Staging> {
         let job = self.cluster.jobs.get(&id.uid)?;
         let assignment = job.assignment(id.index)?;
         let runs = matches!(assignment.phase, PodPhase::Running | PodPhase::Checkpointing | PodPhase::Paused);
@@ -120,11 +162,15 @@ impl Controller {
             }
             Leaving::Suspend | Leaving::Preempt { .. } | Leaving::Restore => return None,
         };
-        let from = self.lacking_at(id, &to)?;
+        let (from, wait) = match saves_first {
+            true => (None, Millis(wait.0 + 2 * self.millis_to_save(id))),
+            false => (self.lacking_at(id, &to)?, wait),
+        };
         if seat.is_some_and(|seat| !self.scheduler.reserve(id, seat)) {
             return None;
         }
-        Some(Staging { to, from, until: now.wall.plus(wait), over: false, named: None })
+        let until = now.wall.plus(wait);
+        Some(Staging { to, from, first: None, until, over: false, named: None })
     }
 
     /// What the node lacks of what the pod will need: the checkpoint is named where that does. None: nothing, for all
@@ -150,17 +196,17 @@ impl Controller {
             return WAIT_MAX;
         };
         let left = deadline.since(now.wall);
-        let bytes: u64 = node.pods.keys().map(|pod| self.bytes_to_save(pod)).sum();
-        let saving = Millis(bytes.saturating_mul(1000) / SAVED_PER_SECOND);
+        let saving = Millis(node.pods.keys().map(|pod| self.millis_to_save(pod)).sum());
         WAIT_MAX.min(Millis(left.0 / DEADLINE_PARTS)).min(left.saturating_sub(saving))
     }
 
-    /// As much as last time, else all that it may use.
-    fn bytes_to_save(&self, id: &PodId) -> u64 {
+    /// For as much as last time, else for all that it may use.
+    fn millis_to_save(&self, id: &PodId) -> u64 {
         let Some(job) = self.cluster.jobs.get(&id.uid) else { return 0 };
         let best = job.pod(id.index).and_then(|pod| pod.saved.best());
         let last = best.and_then(|best| self.cluster.checkpoints.get(&best)).map(|found| found.info.bytes.0);
-        last.or_else(|| Some(job.assignment(id.index)?.charge.memory.0)).unwrap_or(0)
+        let bytes = last.or_else(|| Some(job.assignment(id.index)?.charge.memory.0)).unwrap_or(0);
+        bytes.saturating_mul(1000) / SAVED_PER_SECOND
     }
 
     /// What is to be brought to a node, as far as one message names it.
@@ -169,7 +215,8 @@ impl Controller {
         let stage = |id: &PodId| {
             let job = self.cluster.jobs.get(&id.uid)?;
             let (epoch, assignment) = (job.pod(id.index)?.epoch, job.assignment(id.index)?);
-            let staging = assignment.staging.as_ref().filter(|staging| !staging.over)?;
+            let staging =
+                assignment.staging.as_ref().filter(|staging| !staging.over && staging.first.is_none())?;
             Some(Stage { pod: id.clone(), epoch, spec: assignment.spec, from: staging.from })
         };
         here.filter_map(|(id, _)| stage(id)).take(STAGES_PER_NODE_MAX).collect()
@@ -258,8 +305,29 @@ impl Controller {
         }
     }
 
+    /// What was to be saved first is, or will not be: that is what is to be brought.
+    fn bring_what_was_saved(&mut self) {
+        let answered = |id: &PodId| {
+            let assignment = self.cluster.jobs.get(&id.uid)?.assignment(id.index)?;
+            let first = assignment.staging.as_ref()?.first?;
+            (assignment.answered >= first).then_some(())
+        };
+        let ready = self.cluster.staging.iter().filter(|(id, _)| answered(id).is_some());
+        for (id, to) in ready.map(|(id, to)| (id.clone(), to.clone())).collect::<Vec<_>>() {
+            let lacking = self.lacking_at(&id, &to);
+            self.dirty.desired.insert(to);
+            self.change_assignment(&id, |assignment| {
+                if let Some(staging) = &mut assignment.staging {
+                    (staging.first, staging.over) = (None, lacking.is_none());
+                    staging.from = lacking.flatten();
+                }
+            });
+        }
+    }
+
     /// Asks those to leave that have waited long enough, and forgets what is brought for nobody.
     pub(super) fn tend_staging(&mut self, now: Now) {
+        self.bring_what_was_saved();
         let mut next: Option<Timestamp> = None;
         let mut ripe = Vec::new();
         for (id, to) in &self.cluster.staging {

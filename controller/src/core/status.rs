@@ -360,6 +360,9 @@ fn leaving_words(assignment: &Assignment) -> Option<(&'static str, String)> {
     let first = match (assignment.goal, &assignment.staging) {
         (Goal::Vacate, _) => "is being saved".to_owned(),
         (Goal::Stop, _) => "is being stopped".to_owned(),
+        (_, Some(staging)) if staging.first.is_some() => {
+            "runs on while it is saved a first time, so that it stands still for less".to_owned()
+        }
         (_, Some(staging)) => format!("runs on until {} has what it needs", staging.to),
         (_, None) => return None,
     };

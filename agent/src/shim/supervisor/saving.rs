@@ -364,7 +364,9 @@ impl Supervisor {
             }
         }
         let kept = self.dir.join(file::CHECKPOINT_DIR);
-        saving.archivers.push(archive::pack(&kept, &saving.half.kept())?);
+        if fs::read_dir(&kept)?.next().is_some() {
+            saving.archivers.push(archive::pack(&kept, &saving.half.kept())?);
+        }
         fs::create_dir_all(saving.half.dir().join("volumes"))?;
         for (index, (volume, given)) in self.task.template.volumes.iter().zip(&self.task.volumes).enumerate()
         {

@@ -5,14 +5,22 @@ use berth_protocol::ids::{Digest, NodeId};
 use berth_protocol::image::{ImageName, Images};
 use berth_protocol::message::node::StageState;
 use berth_protocol::pod::PodPhase;
+use berth_protocol::units::Bytes;
 
 use super::checkpoints::{ends, long, node_of, rejected, running, running_on, saved, status, two_nodes};
 use super::world::{Agent, Stages, World, inventory, spec};
 
 /// A job that runs on one of two nodes, and the other one, whose agent does so with what it is to stage.
 fn about_to_move(stages: Stages) -> (World, NodeId, NodeId) {
+    with_memory(128, stages)
+}
+
+fn with_memory(mib: u64, stages: Stages) -> (World, NodeId, NodeId) {
     let mut world = two_nodes();
-    world.submit(&long("a"));
+    let mut job = long("a");
+    job.pod.containers[0].resources.memory = Bytes(mib * Bytes::MIB);
+    job.pod.containers[0].limits.memory = Bytes(mib * Bytes::MIB);
+    world.submit(&job);
     running(&mut world, "a");
     world.run(10_000);
     let from = node_of(&world, "a").unwrap();
@@ -73,6 +81,47 @@ fn a_pod_runs_on_until_what_it_needs_is_there() {
     assert!(agent(&mut world, &to).staged.is_empty(), "it is no longer named");
     assert!(!grant(&world, &to, checkpoint));
     assert_eq!(status(&world, "a").migrations, 1);
+}
+
+#[test]
+fn a_pod_with_much_memory_is_saved_a_first_time_while_it_runs_on() {
+    let (mut world, from, to) = with_memory(1024, Stages::Never);
+    migrate(&mut world, &to);
+    world.until("it is saved", |world| status(world, "a").checkpoint.is_some());
+    let first = status(&world, "a").checkpoint.unwrap().id;
+    world.run(1_000);
+    assert!(runs_on(&world, &from));
+    let asked = agent(&mut world, &to).asked.clone();
+    assert_eq!((asked.len(), asked[0].from), (1, Some(first)), "what was saved, once it is");
+    tell(&mut world, &to, StageState::Ready);
+    running_on(&mut world, "a", to.as_str());
+    assert_ne!(status(&world, "a").checkpoint.unwrap().id, first, "it leaves with one of its own");
+    assert_eq!(status(&world, "a").migrations, 1);
+    // The next time there is one that is like it, and what of it is there was brought already.
+    agent(&mut world, &from).stages = Stages::Never;
+    let last = status(&world, "a").checkpoint.unwrap().id;
+    migrate(&mut world, &from);
+    world.run(1_000);
+    assert_eq!(status(&world, "a").checkpoint.unwrap().id, last);
+}
+
+#[test]
+fn who_cannot_be_saved_a_first_time_is_not_waited_for() {
+    let (mut world, from, to) = with_memory(1024, Stages::Never);
+    agent(&mut world, &from).dumps_fail = true;
+    let begun = migrate(&mut world, &to);
+    world.run(3_000);
+    // Nothing of it is there to be brought, but its image is.
+    assert_eq!(agent(&mut world, &to).asked[0].from, None);
+    agent(&mut world, &from).dumps_fail = false;
+    tell(&mut world, &to, StageState::Ready);
+    running_on(&mut world, "a", to.as_str());
+    assert!(world.now - begun < 10_000);
+    // Before a deadline time is too short for two.
+    let (mut world, from, _) = with_memory(1024, Stages::Never);
+    world.query(&format!(r#"{{"drain":{{"node":"{from}","deadline":60000}}}}"#));
+    world.run(15_000);
+    assert!(status(&world, "a").checkpoint.is_none());
 }
 
 #[test]
