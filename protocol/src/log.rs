@@ -37,6 +37,9 @@ pub struct LogMessage {
     pub container: ContainerName,
     pub stream: Stream,
     pub seq: u64,
+    /// When it was read; agents of before this field do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<Timestamp>,
     /// Bytes that are not UTF-8 appear as U+FFFD.
     pub text: String,
 }
@@ -72,7 +75,8 @@ impl Record<'_> {
 
     pub fn message(&self, epoch: Epoch) -> LogMessage {
         let text = String::from_utf8_lossy(self.bytes).into_owned();
-        LogMessage { epoch, container: self.container.clone(), stream: self.stream, seq: self.seq, text }
+        let (container, at) = (self.container.clone(), Some(self.at));
+        LogMessage { epoch, container, stream: self.stream, seq: self.seq, at, text }
     }
 }
 

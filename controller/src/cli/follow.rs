@@ -297,10 +297,9 @@ impl<'a> Follow<'a> {
                 if let Ok(message) = codec::decode::<LogMessage>(topic, payload)
                     && !retained
                 {
-                    let LogMessage { epoch, container, stream, seq, text } = message;
-                    let bytes = text.into_bytes();
-                    let line =
-                        Line { pod: pod.clone(), epoch, seq, at: get::now(), container, stream, bytes };
+                    let LogMessage { epoch, container, stream, seq, at, text } = message;
+                    let (at, bytes) = (at.unwrap_or_else(get::now), text.into_bytes());
+                    let line = Line { pod: pod.clone(), epoch, seq, at, container, stream, bytes };
                     self.order.insert(line);
                     self.moved_at = Instant::now();
                 }
