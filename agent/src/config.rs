@@ -1,6 +1,7 @@
 //! What an operator sets: flags, then `BERTH_…`, then the file, then defaults. Parsed here once and for all.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
@@ -130,6 +131,10 @@ struct Settings {
     /// Bytes a second that each transfer of a checkpoint may take of the network, as `100Mi` [default: no bound]
     #[arg(long, env = "BERTH_CHECKPOINT_RATE", value_name = "SIZE")]
     checkpoint_rate: Option<String>,
+    /// Give other nodes there what this one keeps of checkpoints, so that a move need not fetch it from the depot [default:
+    /// nowhere]
+    #[arg(long, env = "BERTH_LISTEN_CHUNKS", value_name = "ADDRESS:PORT")]
+    listen_chunks: Option<SocketAddr>,
     /// All that a pod may write outside its volumes, on the node's disk [default: no bound]
     #[arg(long, env = "BERTH_SCRATCH_MAX", value_name = "SIZE")]
     scratch_max: Option<String>,
@@ -182,6 +187,8 @@ pub struct Config {
     pub log_bytes_max: Bytes,
     /// Zero: no bound.
     pub checkpoint_rate: Bytes,
+    /// Where other nodes are given chunks.
+    pub listen_chunks: Option<SocketAddr>,
     /// Zero: no bound.
     pub scratch_bytes_max: Bytes,
     /// What says that the machine is about to go.
@@ -251,15 +258,19 @@ fn pairs(what: &str, items: Vec<String>) -> Result<Vec<(String, String)>> {
         .collect()
 }
 
+/// The network of `--dev=CIDR`, as a test of addresses.
+fn dev_network(cidr: &str) -> Result<impl Fn(Ipv4Addr) -> bool> {
+    let (network, bits) = cidr.split_once('/').unwrap_or((cidr, "32"));
+    let network: Ipv4Addr = network.parse().with_context(|| format!("--dev={cidr}: not a network"))?;
+    let bits: u32 = bits.parse().ok().filter(|bits| *bits <= 32).context("--dev: a prefix is 0 to 32")?;
+    let mask = u32::MAX.checked_shl(32 - bits).unwrap_or(0);
+    Ok(move |ip: Ipv4Addr| u32::from(ip) & mask == u32::from(network) & mask)
+}
+
 /// Why a broker's address is not one that `--dev` may use.
 fn check_dev(cidr: &str, broker: &str) -> Result<()> {
     let (host, _) = crate::io::bus::parse_url(broker)?;
-    let (network, bits) = cidr.split_once('/').unwrap_or((cidr, "32"));
-    let network: std::net::Ipv4Addr =
-        network.parse().with_context(|| format!("--dev={cidr}: not a network"))?;
-    let bits: u32 = bits.parse().ok().filter(|bits| *bits <= 32).context("--dev: a prefix is 0 to 32")?;
-    let mask = u32::MAX.checked_shl(32 - bits).unwrap_or(0);
-    let inside = |ip: std::net::Ipv4Addr| u32::from(ip) & mask == u32::from(network) & mask;
+    let inside = dev_network(cidr)?;
     match host.as_str() {
         "localhost" | "::1" => Ok(()),
         host if host.parse().is_ok_and(inside) => Ok(()),
@@ -268,6 +279,18 @@ fn check_dev(cidr: &str, broker: &str) -> Result<()> {
              (for a test network: --dev=CIDR)"
         ),
     }
+}
+
+/// Why chunks may not be served there.
+fn check_dev_listens(cidr: &str, address: SocketAddr) -> Result<()> {
+    let inside = match address.ip() {
+        IpAddr::V4(ip) => dev_network(cidr)?(ip),
+        IpAddr::V6(ip) => ip.is_loopback(),
+    };
+    if inside && !address.ip().is_unspecified() {
+        return Ok(());
+    }
+    bail!("--listen-chunks {address} is not an address of this machine in {cidr}, where --dev may listen")
 }
 
 impl Config {
@@ -315,6 +338,10 @@ impl Config {
         if let Some(url) = pick!(notice_url) {
             notices.push(Source::url(&url).map_err(|why| anyhow::anyhow!("--notice-url {url}: {why}"))?);
         }
+        let listen_chunks = pick!(listen_chunks);
+        if let (Some(address), Some(cidr)) = (listen_chunks, &dev) {
+            check_dev_listens(cidr, address)?;
+        }
         let log_max = pick!(log_max).unwrap_or_else(|| "16Mi".into());
         Ok(Self {
             data_dir: pick!(data_dir).unwrap_or_else(|| "/var/lib/berth/agent".into()),
@@ -338,6 +365,7 @@ impl Config {
                 Some(rate) => Bytes::parse(&rate).context("--checkpoint-rate")?,
                 None => Bytes::ZERO,
             },
+            listen_chunks,
             scratch_bytes_max: pick!(scratch_max)
                 .map_or(Ok(Bytes::ZERO), |size| Bytes::parse(&size))
                 .context("--scratch-max")?,
@@ -369,6 +397,16 @@ mod tests {
         assert!(config(&["--dev", "--broker", "mqtt://localhost:1883"]).is_ok());
         assert!(config(&["--dev", "--broker", "mqtt://10.0.0.1:1883"]).is_err());
         assert!(config(&["--dev=10.0.0.0/8", "--broker", "mqtt://10.0.0.1:1883"]).is_ok());
+        for (flag, serves) in
+            [("--dev", "127.0.0.1:0"), ("--dev", "[::1]:1"), ("--dev=10.0.0.0/8", "10.1.2.3:7421")]
+        {
+            let config = config(&[flag, "--broker", "mqtt://localhost", "--listen-chunks", serves]).unwrap();
+            assert_eq!(config.listen_chunks, Some(serves.parse().unwrap()));
+        }
+        for (flag, serves) in [("--dev", "10.1.2.3:1"), ("--dev=0.0.0.0/0", "0.0.0.0:1"), ("--dev", "[::]:1")]
+        {
+            assert!(config(&[flag, "--listen-chunks", serves]).is_err(), "{serves}");
+        }
         let refused = config(&[]).unwrap_err().to_string();
         assert!(refused.contains("--dev"), "{refused}");
     }

@@ -6,13 +6,14 @@ mod stores;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::Future;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use berth_protocol::ids::{IdError, LedgerId, SessionNonce};
 use berth_protocol::job::PodTemplate;
-use berth_protocol::message::node::{DepotAccess, HeldPod, NodeRequest};
+use berth_protocol::message::node::{ChunkServer, DepotAccess, HeldPod, NodeRequest};
 use berth_protocol::topic::{NodeTopic, Topic};
 use berth_protocol::units::Millis;
 use tokio::sync::mpsc;
@@ -61,6 +62,8 @@ pub enum RunError {
     Random(#[source] std::io::Error),
     #[error("cannot tell this boot or machine from others: {0}")]
     Identity(#[from] IdError),
+    #[error("--listen-chunks {address}: {source}")]
+    Chunks { address: SocketAddr, source: std::io::Error },
     #[error("cannot set up images: {0}")]
     Images(#[source] std::io::Error),
 }
@@ -77,6 +80,8 @@ struct Agency {
     staging: preparing::Tasks,
     bridge: Option<Bridge>,
     depot: Option<DepotAccess>,
+    /// Where other nodes are given chunks.
+    chunks: Option<ChunkServer>,
     criu: Option<Criu>,
     followers: Followers,
     log_turns: stores::LogTurns,
@@ -137,6 +142,12 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     tracing::warn!(
         "--dev: whoever reaches the broker runs programs on this machine; for one person's machine and for tests only"
     );
+    let chunks = match config.listen_chunks {
+        Some(address) => Some(
+            preparer.serve_chunks(address).await.map_err(|source| RunError::Chunks { address, source })?,
+        ),
+        None => None,
+    };
     let bus = Bus::connect(&config.broker, &config.cluster, &config.node, &nonce, bus_events)?;
     tracing::info!(
         "node {} of cluster {}: {} cores, {} of memory, broker {}",
@@ -157,6 +168,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         staging: preparing::Tasks::default(),
         bridge,
         depot: None,
+        chunks,
         criu,
         followers: Followers::default(),
         log_turns: stores::LogTurns::default(),
@@ -348,6 +360,7 @@ impl Agency {
                         };
                         hello.pods.retain(|pod| !is_alive(pod));
                         hello.pods.extend(alive);
+                        hello.chunks = self.chunks.clone();
                         self.bus.publish(&self.topic(NodeTopic::Hello), &*hello);
                     }
                     // A pod that this hello left out would count as gone, and be placed anew while it runs.

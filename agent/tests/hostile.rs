@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 
-use berth_agent::io::checkpoint::{Fetch, Order as Transfer, Said, Store};
+use berth_agent::io::checkpoint::{Fetch, Order as Transfer, Said, Store, listen};
 use berth_agent::shim::checkpoint::rpc::Message;
 use berth_agent::task::{Order, Report, Saved, file};
 use berth_protocol::checkpoint::Needs;
@@ -21,6 +21,7 @@ use berth_protocol::chunk::{ChunkId, Encoding, Frame, read_ids, write_ids};
 use berth_protocol::ids::{Digest, PodId};
 use berth_protocol::manifest::Manifest;
 use berth_protocol::message::node::DepotAccess;
+use berth_protocol::token::{self, Scope};
 use berth_protocol::units::{Millis, Timestamp};
 use world::*;
 
@@ -53,7 +54,7 @@ impl Depot {
             }
         });
         let expires = Timestamp(u64::MAX >> 12);
-        Self { access: DepotAccess { url, token: "any".to_owned(), expires }, shelf }
+        Self { access: DepotAccess { url, token: "any".to_owned(), expires, peer: None }, shelf }
     }
 }
 
@@ -185,8 +186,19 @@ impl Scene {
     }
 
     fn bring(&self, checkpoint: Digest, dir: PathBuf, keep: Option<PodId>, cache: &Path) -> Said {
+        self.bring_from(self.depot.access.clone(), checkpoint, dir, keep, cache)
+    }
+
+    fn bring_from(
+        &self,
+        access: DepotAccess,
+        checkpoint: Digest,
+        dir: PathBuf,
+        keep: Option<PodId>,
+        cache: &Path,
+    ) -> Said {
         transfer(&Transfer::Fetch(Box::new(Fetch {
-            access: self.depot.access.clone(),
+            access,
             checkpoint,
             dir,
             keep,
@@ -200,6 +212,48 @@ impl Scene {
     fn dir(&self, name: &str) -> PathBuf {
         self.tmp.path().join(name)
     }
+}
+
+/// `cache` keeps the checkpoint, and the node there serves it.
+fn chunks_come_from_another_node(
+    scene: &Scene,
+    cache: &Path,
+    checkpoint: Digest,
+    expected: &BTreeMap<String, Vec<u8>>,
+) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let served = scene.dir("served");
+    copy(cache, &served);
+    let manifest = scene.depot.shelf.lock().unwrap().manifests[&checkpoint.hex()].clone();
+    fs::write(served.join(checkpoint.hex()).join("manifest.json"), manifest).unwrap();
+    let server = runtime.block_on(listen(([127, 0, 0, 1], 0).into(), served.clone())).unwrap();
+    let expires = Timestamp(u64::MAX >> 12);
+    let access = |checkpoint, secret: &[u8; 32]| {
+        let token = token::mint(secret, &Scope::Load { checkpoint }, expires);
+        let peer = Some(Box::new(DepotAccess { url: server.url.clone(), token, expires, peer: None }));
+        DepotAccess { peer, ..scene.depot.access.clone() }
+    };
+    let fetched = |access, name: &str| {
+        let (dir, nothing) = (scene.dir(name), scene.dir("nothing"));
+        scene.depot.shelf.lock().unwrap().asked = 0;
+        assert_eq!(scene.bring_from(access, checkpoint, dir.clone(), None, &nothing), Said::Fetched);
+        assert!(tree(&dir) == *expected, "{name}");
+        fs::remove_dir_all(&dir).unwrap();
+        scene.depot.shelf.lock().unwrap().asked
+    };
+    let right = access(checkpoint, &server.secret);
+    assert_eq!(fetched(right.clone(), "by a node"), 0, "the depot was not asked");
+    // It gives nothing to whoever has another's token, or another checkpoint's; the depot does.
+    let whole = fetched(access(checkpoint, &[0; 32]), "a forged token");
+    assert!(whole > 0);
+    assert_eq!(fetched(access(Digest::of(b"x"), &server.secret), "of another"), whole);
+    // What it gives is held against its name.
+    let pages = served.join(checkpoint.hex()).join("containers/main/images/pages-1.img");
+    let length = fs::metadata(&pages).unwrap().len();
+    fs::write(&pages, vec![7; length as usize]).unwrap();
+    assert!(fetched(right.clone(), "altered") > 0);
+    runtime.shutdown_background();
+    assert_eq!(fetched(right, "gone"), whole);
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -399,6 +453,7 @@ fn two_hundred_hands_are_laid_on_checkpoints_and_each_is_refused() {
     let kept = none.join(newer.hex());
     fs::create_dir_all(&none).unwrap();
     fs::rename(&right, &kept).unwrap();
+    chunks_come_from_another_node(&scene, &none, newer, &expected);
     let image = kept.join("containers/main/images/pstree.img");
     let mut altered = fs::read(&image).unwrap();
     dice.flip(&mut altered);

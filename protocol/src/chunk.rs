@@ -13,6 +13,8 @@
 //! | `GET /v1/checkpoints/{64 hex digits}` (to load) | | 200 the manifest's bytes |
 //! | `POST /v1/checkpoints/{64 hex digits}/chunks` (to load) | ids, at most `CHUNKS_FETCHED_MAX` | 200 frames in the order asked; 404 where one is not the checkpoint's |
 //!
+//! A node that serves what it keeps (`ChunkServer`) knows the last of them alone, for checkpoints whose chunks it has.
+//!
 //! 401: the token has lapsed or is another's; ask for a new grant. 429 and 503: later. 507: the namespace's quota is
 //! full, or the disk.
 

@@ -93,6 +93,9 @@ pub const OUTBOX_EVENTS_MAX: usize = 16 * 1024;
 pub const REASON_BYTES_MAX: usize = 64;
 pub const HUMAN_MESSAGE_BYTES_MAX: usize = 1024;
 
+/// A node's or the depot's address.
+pub const URL_BYTES_MAX: usize = 256;
+
 /// One record of a log: what a single read of the container's pipe brought, cut at a line where possible.
 pub const LOG_RECORD_BYTES_MAX: usize = 16 * 1024;
 /// Rows in one page of a query's reply.

@@ -450,6 +450,7 @@ impl Agent {
             events_last: self.ledger.last_event,
             pods: self.working(),
             inventory: self.inventory.clone(),
+            chunks: None,
         })));
     }
 

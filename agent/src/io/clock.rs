@@ -15,9 +15,13 @@ pub fn now() -> Now {
 
 /// 128 random bits in hexadecimal.
 pub fn random_token() -> std::io::Result<String> {
-    let mut bytes = [0; 16];
+    Ok(random_bytes::<16>()?.iter().map(|b| format!("{b:02x}")).collect())
+}
+
+pub fn random_bytes<const N: usize>() -> std::io::Result<[u8; N]> {
+    let mut bytes = [0; N];
     fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
+    Ok(bytes)
 }
 
 /// The kernel's name for this boot.

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
@@ -12,7 +13,7 @@ use berth_protocol::chunk::{GrantFor, GrantRequest};
 use berth_protocol::ids::Digest;
 use berth_protocol::image::Images;
 use berth_protocol::job::{PodTemplate, Volume, VolumeSource, Workspace};
-use berth_protocol::message::node::DepotAccess;
+use berth_protocol::message::node::{ChunkServer, DepotAccess};
 use berth_protocol::pod::RESTORE_FAILED;
 use berth_protocol::units::Bytes;
 use tokio::process::Command;
@@ -167,6 +168,14 @@ impl Preparer {
             checkpoint::Said::Failed { why, retriable } => Err(failed(why, retriable)),
             other => Err(failed(format!("fetching the checkpoint was answered with {other:?}"), true)),
         }
+    }
+
+    /// Gives other nodes what this one keeps of checkpoints, from now on.
+    ///
+    /// # Errors
+    /// The address is not this machine's, or taken.
+    pub async fn serve_chunks(&self, address: SocketAddr) -> std::io::Result<ChunkServer> {
+        checkpoint::listen(address, self.data_dir.join(CHECKPOINTS_KEPT_DIR)).await
     }
 
     /// The digests of a template's images, where they have one and are here.

@@ -9,6 +9,7 @@ use berth_protocol::checkpoint::CheckpointInfo;
 use berth_protocol::chunk::{GrantFor, GrantRequest};
 use berth_protocol::ids::{Digest, Epoch, JobUid, NodeId, PodId};
 use berth_protocol::job::{Checkpoint as Policy, CheckpointMode, JobSpec};
+use berth_protocol::message::node::ChunkServer;
 use berth_protocol::message::user::CheckpointStatus;
 use berth_protocol::pod::{Goal, PodPhase, RESTORE_FAILED};
 use berth_protocol::units::{BootMs, Millis, Timestamp};
@@ -122,6 +123,15 @@ pub(super) enum Leaving {
     },
     /// Back to a checkpoint.
     Restore,
+}
+
+/// What a node is told that may save or load.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Granted {
+    /// The depot's address.
+    pub url: String,
+    /// Another node that has the chunks too.
+    pub holder: Option<ChunkServer>,
 }
 
 impl Job {
@@ -303,8 +313,8 @@ impl Controller {
         }
     }
 
-    /// Where the depot is, if this node may save or load this pod.
-    pub fn grant(&self, node: &NodeId, asked: &GrantRequest) -> Option<String> {
+    /// Where this node finds chunks, if it may save or load this pod.
+    pub fn grant(&self, node: &NodeId, asked: &GrantRequest) -> Option<Granted> {
         let here = self.cluster.nodes.get(node)?.pods.get(&asked.pod) == Some(&asked.epoch);
         let assignment = self.cluster.jobs.get(&asked.pod.uid)?.assignment(asked.pod.index)?;
         let may = match asked.what {
@@ -313,7 +323,20 @@ impl Controller {
                 here && assignment.from == Some(checkpoint) || self.is_staged(node, asked, checkpoint)
             }
         };
-        may.then(|| self.config.depot_url.clone())
+        may.then(|| {
+            let holder = match asked.what {
+                GrantFor::Load { checkpoint } => self.holder(&checkpoint).filter(|(id, _)| *id != node),
+                GrantFor::Save => None,
+            };
+            Granted { url: self.config.depot_url.clone(), holder: holder.map(|(_, server)| server.clone()) }
+        })
+    }
+
+    /// The node that took the checkpoint, where it serves what it keeps.
+    fn holder(&self, checkpoint: &Digest) -> Option<(&NodeId, &ChunkServer)> {
+        let id = self.cluster.checkpoints.get(checkpoint)?.node.as_ref()?;
+        let node = self.cluster.nodes.get(id).filter(|node| node.liveness == Liveness::Online)?;
+        Some((id, node.session.as_ref()?.chunks.as_ref()?))
     }
 
     /// The checkpoint could not be started there: another node, or the same once more where it is the only one, then

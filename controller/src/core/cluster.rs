@@ -7,6 +7,7 @@ use berth_protocol::ids::{
     RequestId, SessionNonce, Term,
 };
 use berth_protocol::job::JobSpec;
+use berth_protocol::message::node::ChunkServer;
 use berth_protocol::message::user::{CheckpointStatus, JobPhase, NodeState};
 use berth_protocol::pod::PodPhase;
 use berth_protocol::resources::{Inventory, Usage};
@@ -434,6 +435,8 @@ pub(super) struct Session {
     /// Assigned here and not found by the scan: gone once the outbox is in up to the number.
     pub absent: BTreeMap<PodId, Epoch>,
     pub absent_after: u64,
+    /// Where it gives other nodes what it keeps of checkpoints.
+    pub chunks: Option<ChunkServer>,
     /// Why grants are withheld, where they are.
     pub withheld: Option<&'static str>,
 }

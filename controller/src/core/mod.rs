@@ -24,7 +24,6 @@ mod session;
 mod staging;
 mod status;
 mod timers;
-pub mod token;
 mod wire;
 
 #[cfg(test)]
@@ -40,7 +39,7 @@ use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use self::checkpoints::Imported;
+pub use self::checkpoints::{Granted, Imported};
 use self::cluster::Cluster;
 pub use self::notes::Note;
 use self::relocations::Relocation;

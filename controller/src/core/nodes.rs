@@ -4,7 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use berth_protocol::ids::{Epoch, Generation, NodeId, PodId, Term};
-use berth_protocol::limits::{EVENTS_PER_MESSAGE_MAX, HEARTBEAT_MS, LEASE_MARGIN_MS, LOST_AFTER_MS};
+use berth_protocol::limits::{
+    EVENTS_PER_MESSAGE_MAX, HEARTBEAT_MS, LEASE_MARGIN_MS, LOST_AFTER_MS, URL_BYTES_MAX,
+};
 use berth_protocol::message::node::{Bye, Events, Heartbeat, Hello, NodeEvent, PodChange, PodEvent};
 use berth_protocol::pod::PodPhase;
 use berth_protocol::units::{BootMs, Millis, Timestamp};
@@ -122,6 +124,7 @@ impl Controller {
             depot: None,
             absent,
             absent_after: hello.events_last,
+            chunks: hello.chunks.filter(|server| server.url.len() <= URL_BYTES_MAX),
             withheld: None,
         });
         self.dirty.nodes.insert(id.clone());

@@ -10,13 +10,13 @@ use berth_protocol::message::query::{
     QueryError, QueryReply, QueryRequest,
 };
 use berth_protocol::message::user::NodeStatus;
+use berth_protocol::token::{self, Scope};
 use berth_protocol::topic::Topic;
 use berth_protocol::units::Millis;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::cluster::{Job, PodState};
-use super::token::{self, Scope};
 use super::{Controller, Now, fit};
 
 /// A client's depot token.
@@ -165,7 +165,7 @@ impl Controller {
     pub(super) fn depot(&self, now: Now, namespace: Namespace) -> DepotAccess {
         let expires = now.wall.plus(TOKEN_LIFE);
         let token = token::mint(&self.config.secret, &Scope::Namespace(namespace), expires);
-        DepotAccess { url: self.config.depot_url.clone(), token, expires }
+        DepotAccess { url: self.config.depot_url.clone(), token, expires, peer: None }
     }
 
     /// Jobs behind `after`, which is `namespace/job`.

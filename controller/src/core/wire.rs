@@ -11,13 +11,13 @@ use berth_protocol::message::node::{
     held_digest,
 };
 use berth_protocol::pod::{Goal, PodPhase};
+use berth_protocol::token::{self, Scope};
 use berth_protocol::topic::{NodeTopic, Topic};
 use berth_protocol::units::Millis;
 use serde_json::value::RawValue;
 
 use super::cluster::Node;
 use super::timers::Timer;
-use super::token::{self, Scope};
 use super::{Controller, Now};
 
 pub(super) const RESEND_MIN: Millis = Millis(DESIRED_RESEND_MS_MIN);
@@ -192,7 +192,7 @@ impl Controller {
             let expires = now.wall.plus(TOKEN_LIFE);
             session.depot = Some((expires, session.seq));
             let token = token::mint(&config.secret, &Scope::Node(id.clone()), expires);
-            DepotAccess { url: config.depot_url.clone(), token, expires }
+            DepotAccess { url: config.depot_url.clone(), token, expires, peer: None }
         });
         let lease = Lease {
             store: config.store.clone(),

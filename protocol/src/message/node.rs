@@ -40,6 +40,18 @@ pub struct Hello {
     /// Every pod found by a scan of berth's cgroups and shims, whatever the ledger says.
     pub pods: Vec<HeldPod>,
     pub inventory: Inventory,
+    /// Where it gives other nodes what it keeps of checkpoints.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chunks: Option<ChunkServer>,
+}
+
+/// Where a node serves `POST /v1/checkpoints/{digits}/chunks` as the depot does, for the checkpoints that it keeps; with
+/// what tokens for that are made, as long as this session lasts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ChunkServer {
+    pub url: String,
+    pub secret: [u8; 32],
 }
 
 /// A pod that exists on a node, running or not.
@@ -180,6 +192,9 @@ pub struct DepotAccess {
     pub url: String,
     pub token: String,
     pub expires: Timestamp,
+    /// A node that has the chunks too: it is asked first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<Box<DepotAccess>>,
 }
 
 /// `event`: from the agent's outbox, in order.

@@ -293,6 +293,7 @@ impl Agent {
             events_last: 0,
             pods: Vec::new(),
             inventory: inventory(self.id.as_str()),
+            chunks: None,
         };
         self.send(NodeTopic::Hello, &hello);
         self.beat(true);

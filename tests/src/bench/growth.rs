@@ -174,6 +174,7 @@ fn pass(jobs: usize) -> Result<f64> {
         events_last: 0,
         pods: Vec::new(),
         inventory: inventory("n0"),
+        chunks: None,
     };
     let topic = Topic::node(&node, NodeTopic::Hello);
     let payload = codec::encode(&topic, &hello)?;

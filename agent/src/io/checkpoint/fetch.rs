@@ -28,9 +28,10 @@ const KEEP_NICE: libc::c_int = 10;
 
 /// Where a chunk goes, or lies.
 #[derive(Debug, Clone)]
-struct Place {
-    path: PathBuf,
-    offset: u64,
+pub(super) struct Place {
+    pub path: PathBuf,
+    pub offset: u64,
+    pub bytes: u32,
 }
 
 pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
@@ -54,7 +55,6 @@ pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
     let wrong = |e| TransferError::io(format!("cannot write below {}", half.display()))(e);
     let files = places(&manifest, &order.template.volumes, &Parts::new(half.clone()))?;
     let mut wanted: BTreeMap<ChunkId, Vec<Place>> = BTreeMap::new();
-    let mut lengths: BTreeMap<ChunkId, u32> = BTreeMap::new();
     let kept = kept(&order.cache, &manifest.pod);
     for (path, saved) in &files {
         // What an earlier try or an earlier checkpoint of this node has left counts, where it is right.
@@ -73,14 +73,14 @@ pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
         }
         for part in chunks::begin(path, saved).map_err(wrong)? {
             let Some(id) = part.chunk else { continue };
-            wanted.entry(id).or_default().push(Place { path: path.clone(), offset: part.offset });
-            lengths.insert(id, part.bytes);
+            let place = Place { path: path.clone(), offset: part.offset, bytes: part.bytes };
+            wanted.entry(id).or_default().push(place);
         }
     }
-    let total: u64 = lengths.values().map(|bytes| u64::from(*bytes)).sum();
+    let total: u64 = wanted.values().filter_map(|places| Some(u64::from(places.first()?.bytes))).sum();
     let mut done = 0;
     for (id, part) in held(&kept, &wanted) {
-        if let Some(content) = chunks::read_chunk(&part.path, part.offset, id, lengths[&id]) {
+        if let Some(content) = chunks::read_chunk(&part.path, part.offset, id, part.bytes) {
             done += content.len() as u64;
             put(&content, &wanted[&id]).map_err(wrong)?;
             wanted.remove(&id);
@@ -89,20 +89,17 @@ pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
     say(&Said::Progress { done, total });
     let ids: Vec<ChunkId> = wanted.keys().copied().collect();
     let path = format!("/v1/checkpoints/{}/chunks", order.checkpoint.hex());
+    let mut peer = order.access.peer.as_deref().map(|access| Client::new(access, order.rate));
     for asked in ids.chunks(CHUNKS_FETCHED_MAX / 4) {
-        let bound = asked.len() * (CHUNK_BYTES_MAX + FRAME_HEADER_BYTES);
-        let answer = client.ask(Method::POST, &path, write_ids(asked), bound).await?;
-        let mut rest = &answer[..];
-        for id in asked {
-            let content = Frame::read(rest).ok().and_then(|(frame, length)| {
-                rest = &rest[length..];
-                chunks::read_frame(&frame).filter(|_| frame.id == *id)
-            });
-            let broken = || TransferError::Unfit(format!("the depot's chunk {id} is not what its name says"));
-            let content = content.ok_or_else(broken)?;
-            done += content.len() as u64;
-            put(&content, &wanted[id]).map_err(wrong)?;
-        }
+        let brought = match &mut peer {
+            Some(client) => bring(client, &path, asked, &wanted).await,
+            None => bring(&mut client, &path, asked, &wanted).await,
+        };
+        done += match brought {
+            // Whatever a node that should have them said instead: the depot has them.
+            Err(_) if peer.take().is_some() => bring(&mut client, &path, asked, &wanted).await?,
+            brought => brought?,
+        };
         say(&Said::Progress { done, total });
     }
     if let Some(pod) = &order.keep {
@@ -129,6 +126,29 @@ pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
     fs::rename(&half, &order.dir).map_err(wrong)
 }
 
+/// Fetches chunks to all their places; returns how many bytes they are.
+async fn bring(
+    client: &mut Client<'_>,
+    path: &str,
+    asked: &[ChunkId],
+    wanted: &BTreeMap<ChunkId, Vec<Place>>,
+) -> Result<u64, TransferError> {
+    let bound = asked.len() * (CHUNK_BYTES_MAX + FRAME_HEADER_BYTES);
+    let answer = client.ask(Method::POST, path, write_ids(asked), bound).await?;
+    let (mut rest, mut done) = (&answer[..], 0);
+    for id in asked {
+        let content = Frame::read(rest).ok().and_then(|(frame, length)| {
+            rest = &rest[length..];
+            chunks::read_frame(&frame).filter(|_| frame.id == *id)
+        });
+        let broken = || TransferError::Unfit(format!("the depot's chunk {id} is not what its name says"));
+        let content = content.ok_or_else(broken)?;
+        done += content.len() as u64;
+        put(&content, &wanted[id]).map_err(TransferError::io("cannot write a chunk"))?;
+    }
+    Ok(done)
+}
+
 /// The manifest, and the bytes that its digest is of.
 async fn manifest(
     client: &mut Client<'_>,
@@ -149,13 +169,13 @@ async fn manifest(
 }
 
 /// A checkpoint that this node keeps, with the files that its manifest names.
-struct Kept {
+pub(super) struct Kept {
     dir: PathBuf,
     manifest: Manifest,
 }
 
 impl Kept {
-    fn read(dir: PathBuf) -> Option<Self> {
+    pub(super) fn read(dir: PathBuf) -> Option<Self> {
         let id = Digest::parse(&format!("sha256:{}", dir.file_name()?.to_str()?)).ok()?;
         let manifest = Manifest::parse(&id, &fs::read(dir.join(MANIFEST)).ok()?).ok()?;
         Some(Self { dir, manifest })
@@ -177,7 +197,7 @@ fn kept(cache: &Path, pod: &PodId) -> Vec<Kept> {
 
 /// Where this node has chunks that are wanted: most of a pod's memory is as it was in its checkpoint before. What is
 /// found is still to be held against its name.
-fn held(kept: &[Kept], wanted: &BTreeMap<ChunkId, Vec<Place>>) -> BTreeMap<ChunkId, Place> {
+pub(super) fn held<T>(kept: &[Kept], wanted: &BTreeMap<ChunkId, T>) -> BTreeMap<ChunkId, Place> {
     let mut found = BTreeMap::new();
     if wanted.is_empty() {
         return found;
@@ -185,10 +205,10 @@ fn held(kept: &[Kept], wanted: &BTreeMap<ChunkId, Vec<Place>>) -> BTreeMap<Chunk
     for (path, saved) in kept.iter().flat_map(Kept::files) {
         let mut offset = 0;
         for piece in &saved.pieces {
-            if let Piece::Chunk { id, .. } = piece
+            if let Piece::Chunk { id, bytes } = piece
                 && wanted.contains_key(id)
             {
-                found.entry(*id).or_insert_with(|| Place { path: path.clone(), offset });
+                found.entry(*id).or_insert_with(|| Place { path: path.clone(), offset, bytes: *bytes });
             }
             offset += piece.bytes();
         }

@@ -6,6 +6,7 @@ mod chunks;
 mod fetch;
 mod http;
 mod pages;
+mod serve;
 mod store;
 mod verify;
 
@@ -26,6 +27,8 @@ use tokio::process::Command;
 
 use crate::core::checkpoints::NotStored;
 use crate::task::Saved;
+
+pub use serve::listen;
 
 /// A pod that has left may come back.
 const KEPT_MIN: Duration = Duration::from_secs(3600);

@@ -3,7 +3,7 @@
 use berth_protocol::chunk::{GrantFor, GrantRequest};
 use berth_protocol::ids::{Digest, NodeId};
 use berth_protocol::image::{ImageName, Images};
-use berth_protocol::message::node::StageState;
+use berth_protocol::message::node::{ChunkServer, StageState};
 use berth_protocol::pod::PodPhase;
 use berth_protocol::units::Bytes;
 
@@ -122,6 +122,29 @@ fn who_cannot_be_saved_a_first_time_is_not_waited_for() {
     world.query(&format!(r#"{{"drain":{{"node":"{from}","deadline":60000}}}}"#));
     world.run(15_000);
     assert!(status(&world, "a").checkpoint.is_none());
+}
+
+#[test]
+fn a_node_that_keeps_the_checkpoint_is_named_to_who_may_load_it() {
+    let (mut world, from, to) = about_to_move(Stages::Never);
+    let server = ChunkServer { url: "http://10.0.0.1:7421".to_owned(), secret: [5; 32] };
+    let serving = agent(&mut world, &from);
+    serving.chunks = Some(server.clone());
+    serving.restart();
+    world.run(1_000);
+    let checkpoint = saved(&mut world, "a");
+    migrate(&mut world, &to);
+    world.run(5_000);
+    let asked = agent(&mut world, &to).asked[0].clone();
+    let request = |what| GrantRequest { pod: asked.pod.clone(), epoch: asked.epoch, what };
+    let load = request(GrantFor::Load { checkpoint });
+    let granted = world.controller.grant(&to, &load).unwrap();
+    assert_eq!(granted.holder, Some(server));
+    assert_eq!(world.controller.grant(&from, &request(GrantFor::Save)).unwrap().holder, None);
+    // One that has fallen silent is not asked.
+    agent(&mut world, &from).cut = true;
+    world.run(30_000);
+    assert_eq!(world.controller.grant(&to, &load).unwrap().holder, None);
 }
 
 #[test]

@@ -160,6 +160,7 @@ pub struct Agent {
     pub stages: Stages,
     pub staged: BTreeMap<PodId, Staged>,
     pub asked: Vec<Stage>,
+    pub chunks: Option<ChunkServer>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -407,6 +408,7 @@ impl World {
             stages: Stages::AtOnce,
             staged: BTreeMap::new(),
             asked: Vec::new(),
+            chunks: None,
         };
         agent.restart();
         self.agents.insert(id.clone(), agent);
@@ -715,6 +717,7 @@ impl World {
                         })
                         .collect(),
                     inventory: agent.inventory.clone(),
+                    chunks: agent.chunks.clone(),
                 };
                 agent.hello_due = false;
                 agent.beat_at = now;

@@ -14,6 +14,7 @@ use std::time::Duration;
 use berth_protocol::chunk::GrantRequest;
 use berth_protocol::ids::{Digest, Epoch, JobUid, NodeId};
 use berth_protocol::limits::{OUTPUT_BYTES_MAX, WORKSPACE_BYTES_MAX};
+use berth_protocol::token::{self, Scope};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
@@ -28,8 +29,7 @@ use tokio::time::{Instant, Sleep};
 use super::clock;
 use super::depot::{Depot, DepotError, Item};
 use super::metrics::{self, Refusals};
-use crate::core::token::{self, Scope};
-use crate::core::{Counters, Imported};
+use crate::core::{Counters, Granted, Imported};
 
 const CONNECTIONS_MAX: usize = 256;
 const PACKS_MAX: usize = 4;
@@ -63,11 +63,11 @@ pub struct Report {
 #[derive(Debug)]
 pub enum Inquiry {
     Report(oneshot::Sender<Report>),
-    /// May this node save or load this pod? The depot's address, if it may.
+    /// May this node save or load this pod?
     Grant {
         node: NodeId,
         asked: GrantRequest,
-        reply: oneshot::Sender<Option<String>>,
+        reply: oneshot::Sender<Option<Granted>>,
     },
     /// A checkpoint that came from elsewhere is in the depot; answered once it is recorded.
     Import {

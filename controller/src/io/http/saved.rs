@@ -16,6 +16,7 @@ use berth_protocol::limits::{
 };
 use berth_protocol::manifest::Manifest;
 use berth_protocol::message::node::DepotAccess;
+use berth_protocol::token::{self, Scope};
 use berth_protocol::units::Millis;
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
@@ -24,8 +25,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Answer, INQUIRY_TIMEOUT, Inquiry, Service, clock, text};
-use crate::core::Imported;
-use crate::core::token::{self, Scope};
+use crate::core::{Granted, Imported};
 use crate::io::depot::Kept;
 
 const GRANT_BYTES_MAX: usize = 4096;
@@ -140,9 +140,16 @@ impl Service {
             answer.await.ok()
         };
         match tokio::time::timeout(INQUIRY_TIMEOUT, inquired).await.ok().flatten() {
-            Some(Some(url)) => {
+            Some(Some(Granted { url, holder })) => {
                 let expires = clock::now().wall.plus(GRANT_LIFE);
-                let access = DepotAccess { url, token: token::mint(&self.secret, &scope, expires), expires };
+                let access = |url, secret: &[u8; 32], peer| DepotAccess {
+                    url,
+                    token: token::mint(secret, &scope, expires),
+                    expires,
+                    peer,
+                };
+                let peer = holder.map(|server| Box::new(access(server.url, &server.secret, None)));
+                let access = access(url, &self.secret, peer);
                 // Plain data, which serde writes without fail.
                 self::bytes(StatusCode::OK, serde_json::to_vec(&access).unwrap_or_default())
             }

@@ -1,11 +1,12 @@
-//! The words that open the depot's door: what they allow and until when, signed with the controller's secret. Only
-//! this module makes and reads them.
+//! The words that open a depot's door, or a node's that serves chunks: what they allow and until when, signed with a
+//! secret. The depot's is the controller's own; a node draws its own and tells the controller, which makes tokens with
+//! it for other nodes. Only this module makes and reads them.
 //!
 //! A token is `{scope}~{expires}~{mac}`: scope as `node.NAME`, `ns.NAME`, `save.POD.EPOCH` or `load.DIGITS`, expiry in milliseconds since 1970, and
 //! HMAC-SHA-256 (RFC 2104) over the two in hexadecimal. It is fit for an HTTP header.
 
-use berth_protocol::ids::{Digest, Epoch, Namespace, NodeId, PodId};
-use berth_protocol::units::Timestamp;
+use crate::ids::{Digest, Epoch, Namespace, NodeId, PodId};
+use crate::units::Timestamp;
 use sha2::{Digest as _, Sha256};
 
 /// What a token allows.
