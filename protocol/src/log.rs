@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{ContainerName, Epoch};
 use crate::limits::LOG_RECORD_BYTES_MAX;
-use crate::units::Timestamp;
+use crate::units::{Timestamp, rfc3339};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -38,7 +38,7 @@ pub struct LogMessage {
     pub stream: Stream,
     pub seq: u64,
     /// When it was read; agents of before this field do not say.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "rfc3339::option")]
     pub at: Option<Timestamp>,
     /// Bytes that are not UTF-8 appear as U+FFFD.
     pub text: String,

@@ -8,7 +8,7 @@ use berth_protocol::codec;
 use berth_protocol::ids::{Digest, JobName, Namespace};
 use berth_protocol::message::query::{CheckpointDetail, Query};
 use berth_protocol::message::user::{
-    Answer, CheckpointStatus, Command, JobCommand, JobStatus, PodStatus, Verdict,
+    Answer, CheckpointFailure, CheckpointStatus, Command, JobCommand, JobStatus, PodStatus, Verdict,
 };
 use berth_protocol::topic::{JobTopic, Topic};
 use serde_json::json;
@@ -67,12 +67,14 @@ async fn look(session: &mut Session, namespace: &Namespace, job: &JobName) -> an
     Ok(Seen::from_detail(session.query(query).await?)?.status)
 }
 
-/// What the controller says of checkpoints that failed; each with its time, so that no two are the same.
-fn troubles(status: &JobStatus) -> Vec<&str> {
-    let messages = status.pods.iter().filter_map(|pod| pod.message.as_deref());
-    messages
-        .filter_map(|message| message.find("the last checkpoint of pod").map(|at| &message[at..]))
-        .collect()
+/// Of a pod that could not be saved since.
+fn new_failure<'a>(before: &JobStatus, now: &'a JobStatus) -> Option<(&'a PodStatus, &'a CheckpointFailure)> {
+    let known = |pod: &PodStatus| {
+        let same = |other: &&PodStatus| other.pod == pod.pod;
+        before.pods.iter().find(same).and_then(|other| other.checkpoint_failed.clone())
+    };
+    let mut failed = now.pods.iter().filter_map(|pod| Some((pod, pod.checkpoint_failed.as_ref()?)));
+    failed.find(|(pod, failure)| known(pod).as_ref() != Some(*failure))
 }
 
 /// Each pod that ran then has ended there, and with it what was asked of it.
@@ -106,9 +108,8 @@ async fn take(
         if id(&now) != id(&before) {
             return Ok(now.checkpoint);
         }
-        if let Some(trouble) = troubles(&now).into_iter().find(|trouble| !troubles(&before).contains(trouble))
-        {
-            bail!("{trouble}");
+        if let Some((pod, failure)) = new_failure(&before, &now) {
+            bail!("pod {} could not be saved: {}", pod.pod, failure.why);
         }
         if now.phase.is_final() {
             bail!("job {namespace}/{job} ended before it was saved");

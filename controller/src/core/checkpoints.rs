@@ -10,7 +10,7 @@ use berth_protocol::chunk::{GrantFor, GrantRequest};
 use berth_protocol::ids::{Digest, Epoch, JobUid, NodeId, PodId};
 use berth_protocol::job::{Checkpoint as Policy, CheckpointMode, JobSpec};
 use berth_protocol::message::node::ChunkServer;
-use berth_protocol::message::user::CheckpointStatus;
+use berth_protocol::message::user::{CheckpointFailure, CheckpointStatus};
 use berth_protocol::pod::{Goal, PodPhase, RESTORE_FAILED};
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::{Deserialize, Serialize};
@@ -78,6 +78,9 @@ pub(super) struct Saved {
     /// Where it is to go, as long as that is possible.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target: Option<NodeId>,
+    /// The last checkpoint, where that came to nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure: Option<CheckpointFailure>,
     /// What went wrong last, for people.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trouble: Option<String>,
@@ -184,7 +187,7 @@ impl Controller {
         self.dirty.runs.insert(id.uid.clone());
         self.dirty.status.insert(id.uid.clone());
         self.change_saved(id, |saved| {
-            saved.trouble = None;
+            (saved.trouble, saved.failure) = (None, None);
             saved.checkpoints.insert(0, digest);
             saved.checkpoints.truncate(keep);
         });
@@ -241,7 +244,6 @@ impl Controller {
         let Some(assignment) = job.assignment_mut(id.index) else { return };
         assignment.answered = assignment.answered.max(level);
         assignment.phase = PodPhase::Running;
-        // With the time: whoever waits for a checkpoint is to know this failure from the one before it.
         let at = now.wall;
         let mut trouble = format!("the last checkpoint of pod {name}, at {at}, failed: {why}");
         let mut again = false;
@@ -255,7 +257,9 @@ impl Controller {
             _ => {}
         }
         let node = assignment.node.clone();
-        job.change(id.index, |pod| pod.saved.trouble = Some(trouble));
+        job.change(id.index, |pod| {
+            (pod.saved.trouble, pod.saved.failure) = (Some(trouble), Some(CheckpointFailure { at, why }));
+        });
         self.counters.checkpoint_failures += 1;
         self.dirty.pods.insert(id.clone());
         self.dirty.status.insert(id.uid.clone());

@@ -126,6 +126,7 @@ impl Controller {
             restarts: pod.restarts,
             started_at: None,
             finished_at: None,
+            checkpoint_failed: pod.saved.failure.clone(),
             log_records: pod.logs.last().and_then(|log| log.records),
         };
         match &pod.state {

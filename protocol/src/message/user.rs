@@ -163,9 +163,21 @@ pub struct PodStatus {
     pub started_at: Option<Timestamp>,
     #[serde(default, skip_serializing_if = "Option::is_none", with = "rfc3339::option")]
     pub finished_at: Option<Timestamp>,
+    /// Its last checkpoint, where that came to nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint_failed: Option<CheckpointFailure>,
     /// Records that this epoch's log holds, known once the pod has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub log_records: Option<u64>,
+}
+
+/// A checkpoint that was asked for and could not be taken.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CheckpointFailure {
+    #[serde(with = "rfc3339")]
+    pub at: Timestamp,
+    pub why: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
