@@ -14,5 +14,6 @@ pub mod manifest;
 pub mod message;
 pub mod pod;
 pub mod resources;
+pub mod rule;
 pub mod topic;
 pub mod units;

@@ -8,6 +8,7 @@ use berth_protocol::ids::{Digest, Epoch, Generation, LedgerId, PodId, Run, Sessi
 use berth_protocol::job::PodTemplate;
 use berth_protocol::message::node::{Desired, DesiredPod, NumberedEvent};
 use berth_protocol::pod::Outcome;
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -309,7 +310,7 @@ impl Ledger {
         match &self.store {
             Some(store) if *store != desired.store => Judgement::OtherStore,
             _ => match (desired.term, desired.generation).cmp(&(self.term, self.generation)) {
-                std::cmp::Ordering::Less => Judgement::Stale,
+                std::cmp::Ordering::Less if kept(Rule::OrdersNeverGoBack) => Judgement::Stale,
                 std::cmp::Ordering::Equal if self.store.is_some() => Judgement::Known,
                 _ => Judgement::New,
             },
