@@ -8,90 +8,87 @@
 /// One rule, and the run that breaks without it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Rule {
-    /// A grant names (pod, epoch). Else: a node that was lost comes back, hears a lease before its orders, and thaws a
-    /// pod that runs elsewhere by now.
+    /// A grant names (pod, epoch). Else: a node that was lost comes back, hears a lease before its orders, and thaws a pod that
+    /// runs elsewhere by now.
     GrantsNameEpochs,
-    /// A grant answers a heartbeat of this very session. Else: a lease for the fifth heartbeat of the last session
-    /// prolongs what the fifth of this one asked for.
+    /// A grant answers a heartbeat of this very session. Else: a lease for the fifth heartbeat of the last session prolongs
+    /// what the fifth of this one asked for.
     GrantsOfThisSession,
-    /// A grant counts from the moment its heartbeat was sent. Else: one that was long on its way outlasts what the
-    /// controller waits for.
+    /// A grant counts from the moment its heartbeat was made. Else: an agent that was stopped goes on with one that waited in
+    /// its socket, and thaws a pod that was replaced meanwhile.
     GrantsCountFromSend,
+    /// Nothing begins without a grant. Else: orders that waited in a queue begin an epoch that was replaced.
+    StartNeedsGrant,
     /// Orders older than those held are refused. Else: a set that waited in a queue brings back what is over.
     OrdersNeverGoBack,
-    /// A pod starts only when its earlier epoch on the same node is gone. Else: both run side by side.
-    PredecessorGone,
-    /// The end of an earlier run is not that of the current one. Else: a late word of the first run ends the epoch on
-    /// the books, while the second runs.
-    RunsAreTold,
-    /// What the controller did not name stands still, and is not ended. Else: an empty set kills what a restored
-    /// store forgot.
-    UnnamedIsFrozen,
-    /// The agent ends a pod whose shim does not fence it. Else: a shim that hangs lets its pod run for ever.
-    AgentChecksDeadlines,
-    /// Failures of earlier epochs count on the node too. Else: every placement begins a new count.
-    FailuresTravel,
+    /// A later term outranks every generation of an earlier one. Else: nobody obeys a controller that was restarted.
+    TermsOutrank,
     /// A silent node's pod is replaced only when its lease is over as well. Else: a pod with a long grace still runs.
     ReplaceAfterLease,
     /// That lease is the one of the spec placed. Else: a file submitted since says `pause` of a pod that goes on.
     LeaseOfSpecPlaced,
-    /// A controller that starts knows nothing of the grants before, and counts them from now.
+    /// A pod that continues is replaced only when seen gone. Else: behind a partition it runs on, beside the new one.
+    ContinueUntilGone,
+    /// A controller that starts knows nothing of the grants before, and counts them from now. Else: it replaces what its
+    /// predecessor granted last.
     RestartWaits,
+    /// Every placement is an epoch of its own. Else: a node that gets a pod back takes it for the one that is over.
+    EpochRises,
+    /// A scan speaks only of orders that came before it. Else: a pod whose order is on its way counts as gone.
+    AbsenceProven,
+    /// What a scan does not find is gone only when the events before it are in. Else: a result is thrown away.
+    AbsenceAfterEvents,
+    /// A session older than the last is refused. Else: a hello that was long on its way attests an old scan.
+    SessionsGrow,
+    /// The shim fences its pod by itself. Else: a pod whose agent is dead runs on.
+    ShimFences,
+    /// The agent ends a pod whose shim does not fence it. Else: a shim that hangs lets its pod run for ever.
+    AgentChecksDeadlines,
+    /// A dead shim's pod dies with it. Else: it runs on, and nobody can fence it.
+    DeadShimKills,
+    /// A pod starts only when its earlier epoch on the same node is gone. Else: both are there at once.
+    PredecessorGone,
+    /// The end of an earlier run is not that of the current one. Else: a late word of the first run ends the epoch on the
+    /// books, while the second runs.
+    RunsAreTold,
+    /// The agent's records are durable before it acts. Else: a run is begun of which nobody knows.
+    LedgerFirst,
+    /// The controller's writes are durable before anybody hears of them. Else: an epoch is given twice.
+    StoreFirst,
     /// A result counts for the epoch that is placed. Else: the end of an old one ends the new.
     ResultsNameEpochs,
     /// Events are taken in order, each once. Else: a failure sent twice counts twice.
     EventsOnce,
-    /// What a scan does not find is gone only when the events before it are in. Else: a result is thrown away.
-    AbsenceAfterEvents,
-    /// A scan finds what lives, whatever the ledger says. Else: an agent installed anew attests that nothing does.
-    ScanFindsAll,
-    /// Another machine of the same name is refused while pods are there. Else: a cloned disk attests that they are gone.
-    OtherHardware,
-    /// A session older than the last is refused. Else: a hello that was long on its way attests an old scan.
-    SessionsGrow,
-    /// A node that confirms no grant counts as silent. Else: its pods stand still, and are shown as running.
-    GrantsConfirmed,
-    /// A clock that stood still gets no grant.
-    ClocksCompare,
-    /// A command's id that was seen changes nothing. Else: `restart`, delivered twice, restarts twice.
-    CommandsOnce,
-    /// A dead shim's pod dies with it.
-    DeadShimKills,
-    /// The controller's writes are durable before anybody hears of them. Else: an epoch is given twice.
-    StoreFirst,
-    /// The agent's records are durable before it acts. Else: a run is begun of which nobody knows.
-    LedgerFirst,
-    /// Two controllers never grant at once. Else: one that was deposed prolongs what the next has waited out.
-    LeaderAlone,
+    /// Failures of earlier epochs count on the node too. Else: every placement begins a new count.
+    FailuresTravel,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 25] = [
+    pub const ALL: [Rule; 24] = [
         Rule::GrantsNameEpochs,
         Rule::GrantsOfThisSession,
         Rule::GrantsCountFromSend,
+        Rule::StartNeedsGrant,
         Rule::OrdersNeverGoBack,
-        Rule::PredecessorGone,
-        Rule::RunsAreTold,
-        Rule::UnnamedIsFrozen,
-        Rule::AgentChecksDeadlines,
-        Rule::FailuresTravel,
+        Rule::TermsOutrank,
         Rule::ReplaceAfterLease,
         Rule::LeaseOfSpecPlaced,
+        Rule::ContinueUntilGone,
         Rule::RestartWaits,
+        Rule::EpochRises,
+        Rule::AbsenceProven,
+        Rule::AbsenceAfterEvents,
+        Rule::SessionsGrow,
+        Rule::ShimFences,
+        Rule::AgentChecksDeadlines,
+        Rule::DeadShimKills,
+        Rule::PredecessorGone,
+        Rule::RunsAreTold,
+        Rule::LedgerFirst,
+        Rule::StoreFirst,
         Rule::ResultsNameEpochs,
         Rule::EventsOnce,
-        Rule::AbsenceAfterEvents,
-        Rule::ScanFindsAll,
-        Rule::OtherHardware,
-        Rule::SessionsGrow,
-        Rule::GrantsConfirmed,
-        Rule::ClocksCompare,
-        Rule::CommandsOnce,
-        Rule::DeadShimKills,
-        Rule::StoreFirst,
-        Rule::LedgerFirst,
-        Rule::LeaderAlone,
+        Rule::FailuresTravel,
     ];
 
     /// By its name as `Debug` writes it.
@@ -123,8 +120,11 @@ mod mutant {
         BROKEN.get() != Some(rule)
     }
 
-    /// From now on this thread plays without that rule.
-    pub fn without(rule: Option<Rule>) {
-        BROKEN.set(rule);
+    /// Does `work` without that rule, on this thread alone.
+    pub fn without<T>(rule: Rule, work: impl FnOnce() -> T) -> T {
+        let before = BROKEN.replace(Some(rule));
+        let result = work();
+        BROKEN.set(before);
+        result
     }
 }

@@ -179,11 +179,7 @@ impl Agent {
             return Wanted::Stop { at_once: true };
         }
         if entry.unnamed {
-            return if kept(Rule::UnnamedIsFrozen) {
-                Wanted::Quarantine
-            } else {
-                Wanted::Stop { at_once: false }
-            };
+            return Wanted::Quarantine;
         }
         match entry.desired.goal {
             Goal::Run => Wanted::Run,
@@ -217,7 +213,9 @@ impl Agent {
             }
             return;
         };
-        let lease = self.lease_of(now, key, template);
+        let unasked = || Lease { deadline: Some(now.boot.plus(template.on_disconnect.after)) };
+        let lease =
+            self.lease_of(now, key, template).or_else(|| (!kept(Rule::StartNeedsGrant)).then(unasked));
         let vacates = entry.desired.goal == Goal::Vacate;
         let grace =
             if matches!(wanted, Wanted::Stop { at_once: true }) { Millis::ZERO } else { template.grace };

@@ -6,7 +6,6 @@ use berth_protocol::limits::{JOB_FILE_BYTES_MAX, REJECTED_STATUS_MS, SPEC_BYTES_
 use berth_protocol::message::user::{
     Answer, Command, FieldError, JobCommand, JobPhase, JobStatus, Rejection, Verdict,
 };
-use berth_protocol::rule::{Rule, kept};
 use berth_protocol::topic::{JobTopic, Topic};
 use berth_protocol::units::{Millis, Timestamp};
 
@@ -173,8 +172,7 @@ impl Controller {
         let (Some(uid), Some(job)) = (uid.clone(), job) else {
             return Err(rejection("NoSuchJob", format!("there is no job {name} in namespace {namespace}")));
         };
-        let seen = command.id.as_ref().is_some_and(|id| self.cluster.requests.contains_key(id));
-        if seen && kept(Rule::CommandsOnce) {
+        if command.id.as_ref().is_some_and(|id| self.cluster.requests.contains_key(id)) {
             return Ok(job.file.generation);
         }
         let over = job.run.verdict.as_ref().map(|verdict| verdict.phase);

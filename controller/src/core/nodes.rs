@@ -101,7 +101,9 @@ impl Controller {
             .pods
             .iter()
             .filter(|(pod, epoch)| held.get(pod) != Some(epoch))
-            .filter(|(pod, _)| known && !same_ledger || named(pod).is_some_and(applied))
+            .filter(|(pod, _)| {
+                known && !same_ledger || named(pod).is_some_and(applied) || !kept(Rule::AbsenceProven)
+            })
             .map(|(pod, epoch)| (pod.clone(), *epoch))
             .collect();
         node.unknown.clear();
@@ -381,6 +383,9 @@ impl Controller {
         let mut lease = assignment.lease;
         if !kept(Rule::LeaseOfSpecPlaced) {
             lease = job.file.spec.pod.on_disconnect.lease(job.file.spec.pod.grace);
+        }
+        if !kept(Rule::ContinueUntilGone) {
+            lease = lease.or(Some(Millis::ZERO));
         }
         let lease_over = node.granted.plus(lease?).plus(MARGIN);
         let lost = node.heard.plus(assignment.lost_after);
