@@ -14,6 +14,7 @@ pub mod manifest;
 pub mod message;
 pub mod pod;
 pub mod resources;
+pub mod rule;
 pub mod token;
 pub mod topic;
 pub mod units;

@@ -1,32 +1,29 @@
 //! A made-up machine: the real agent core on a made-up disk, with shims that do what their leases say.
 
+mod shim;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use berth_agent::core::ledger::{Ledger, PodKey};
 use berth_agent::core::{Action, Agent, Event, Identity, NoExit, Now, Prepared, Step, Unready};
-use berth_agent::task::{Exit, Lease, Order, Report, Root, Saved};
-use berth_protocol::checkpoint::{CheckpointInfo, CheckpointKind, Needs};
-use berth_protocol::ids::{BootId, Digest, HardwareId, LedgerId, NodeId, Run, SessionNonce};
-use berth_protocol::job::{DisconnectAction, PodTemplate};
+use berth_agent::task::{Exit, Order, Report, Root, Saved};
+use berth_protocol::checkpoint::{CheckpointInfo, Needs};
+use berth_protocol::ids::{BootId, Digest, HardwareId, JobUid, LedgerId, NodeId, Run, SessionNonce};
+use berth_protocol::job::PodTemplate;
 use berth_protocol::message::node::HeldPod;
 use berth_protocol::pod::{Cause, Outcome, RESTORE_FAILED};
 use berth_protocol::resources::{CgroupVersion, Inventory};
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::{BootMs, Bytes, MilliCpu, Millis};
 
-/// How a run of a made-up program goes.
-#[derive(Debug, Clone, Copy)]
-pub struct Program {
-    pub work_ms: u64,
-    pub exit_code: u8,
-}
+use self::shim::{Change, Shim, ShimState};
 
 /// Checkpoints that the depot holds, and the work that is left of each.
 pub type Depot = Rc<RefCell<BTreeMap<Digest, Millis>>>;
 
-/// One in so many saves fails, and one in so many starts from a checkpoint, by its name and the node's.
-const SAVES_PER_FAILURE: u8 = 8;
+/// One in so many starts from a checkpoint fails, by its name and the node's.
 const RESTORES_PER_FAILURE: u8 = 12;
 /// One in so many stagings never ends, and one fails.
 const STAGES_PER_LATE: u8 = 4;
@@ -38,44 +35,23 @@ fn fails(what: &str, one_in: u8) -> bool {
     u8::from_str_radix(&digest[..2], 16).is_ok_and(|byte| byte % one_in == 0)
 }
 
-/// What the kernel and the shim together know of one run.
-#[derive(Debug, Clone)]
-pub struct Shim {
-    pub run: Run,
-    pub state: ShimState,
-    template: PodTemplate,
-    deadline: Option<BootMs>,
-    /// By order, not by the lease.
-    paused: bool,
-    /// Saved, and to stand still until it is stopped or released.
-    held: bool,
-    /// How the last save ended.
-    last_save: Option<Report>,
-    /// It begins from a checkpoint.
-    restore: bool,
-    /// Work that is left, as of `since`.
-    left: Millis,
-    since: BootMs,
-    exit_code: u8,
-    /// berth ends it then.
-    kill_at: Option<BootMs>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ShimState {
-    Created,
-    Running,
-    Frozen,
-}
-
 pub struct Node {
     pub id: NodeId,
     pub agent: Option<Agent>,
     /// What is on disk: survives the agent and the machine.
     ledger: Ledger,
     /// Processes: survive the agent, not the machine.
-    pub shims: BTreeMap<PodKey, Shim>,
+    shims: BTreeMap<PodKey, Shim>,
     exits: BTreeMap<(PodKey, Run), Exit>,
+    /// Pods whose shim is dead, should they outlive it: they compute, and nobody can fence them.
+    orphans: Vec<(PodKey, Shim)>,
+    /// A run was begun while another of the same epoch had not ended.
+    pub launched_twice: Vec<PodKey>,
+    /// The agent is stopped: what comes waits.
+    pub stopped: bool,
+    waiting: Vec<Event>,
+    /// The agent is killed at the next step that acts, once so much of it is done.
+    dies_after: Option<usize>,
     /// The work left in checkpoints on this disk.
     saved: BTreeMap<(PodKey, u64), Millis>,
     depot: Depot,
@@ -105,6 +81,11 @@ impl Node {
             ledger: Ledger::default(),
             shims: BTreeMap::new(),
             exits: BTreeMap::new(),
+            orphans: Vec::new(),
+            launched_twice: Vec::new(),
+            stopped: false,
+            waiting: Vec::new(),
+            dies_after: None,
             saved: BTreeMap::new(),
             depot,
             lacking: Vec::new(),
@@ -161,17 +142,79 @@ impl Node {
     /// `kill -9` of the agent.
     pub fn crash(&mut self) {
         self.agent = None;
+        (self.stopped, self.dies_after) = (false, None);
+        self.waiting.clear();
+        // One failure at a time: of shim and agent one can fence.
+        for shim in self.shims.values_mut() {
+            (shim.hangs, shim.granted) = (false, false);
+        }
+    }
+
+    /// `kill -9` of the agent in the middle of the next step that acts.
+    pub fn crash_after(&mut self, actions: usize) {
+        self.dies_after = Some(actions);
+    }
+
+    /// SIGSTOP.
+    pub fn stop(&mut self) {
+        self.stopped = self.agent.is_some();
+        self.shims.values_mut().for_each(|shim| shim.hangs = false);
+    }
+
+    /// SIGCONT: first, as it may be, its own clock or what waited in its sockets.
+    pub fn go_on(&mut self, now: Now, clock_first: bool) -> Vec<Out> {
+        if !std::mem::take(&mut self.stopped) {
+            return Vec::new();
+        }
+        let waited = std::mem::take(&mut self.waiting);
+        let mut out = if clock_first { self.step(now, Event::Tick) } else { Vec::new() };
+        for event in waited {
+            out.extend(self.step(now, event));
+        }
+        out
+    }
+
+    /// The shims that this agent has granted time hang, or no longer. One that goes on has heard nothing meanwhile.
+    pub fn hang(&mut self, now: Now, hangs: bool) -> Vec<Out> {
+        let can = self.agent.is_some() && !self.stopped;
+        let mut out = Vec::new();
+        for (key, shim) in &mut self.shims {
+            if hangs {
+                shim.hangs = can && shim.granted;
+            } else if std::mem::take(&mut shim.hangs) {
+                let report = shim.report();
+                out.push(Out::Later { ms: 1, event: Event::Reconnected { key: key.clone() } });
+                out.push(Out::Later { ms: 2, event: Event::Shim { key: key.clone(), report } });
+            }
+        }
+        out.extend(self.advance_all(now));
+        out
+    }
+
+    /// Every shim dies.
+    pub fn kill_shims(&mut self) -> Vec<Out> {
+        let mut out = Vec::new();
+        for (key, shim) in std::mem::take(&mut self.shims) {
+            let (run, exit) = (shim.run, Err(NoExit::default()));
+            out.push(Out::Later { ms: 5, event: Event::Gone { key: key.clone(), run, exit } });
+            if !kept(Rule::DeadShimKills) {
+                self.orphans.push((key, shim));
+            }
+        }
+        out
     }
 
     /// The machine loses power: processes end, the disk stays.
     pub fn power_cut(&mut self) {
-        self.agent = None;
+        self.crash();
         self.shims.clear();
+        self.orphans.clear();
         self.boot += 1;
     }
 
     /// Time passes for the processes.
     pub fn advance_all(&mut self, now: Now) -> Vec<Out> {
+        self.orphans.retain_mut(|(_, shim)| shim.computes(now.boot));
         let keys: Vec<PodKey> = self.shims.keys().cloned().collect();
         keys.iter().flat_map(|key| self.advance(now, key)).collect()
     }
@@ -206,22 +249,50 @@ impl Node {
 
     pub fn step(&mut self, now: Now, event: Event) -> Vec<Out> {
         let Some(agent) = &mut self.agent else { return Vec::new() };
+        if self.stopped {
+            self.waiting.push(event);
+            return Vec::new();
+        }
         let step = agent.step(now, event);
         self.perform(now, step)
     }
 
     pub fn next_wake(&self) -> Option<BootMs> {
-        let agent = self.agent.as_ref().map(Agent::next_wake);
+        let agent = self.agent.as_ref().filter(|_| !self.stopped).map(Agent::next_wake);
         let shims = self.shims.values().filter_map(Shim::next_change);
         shims.chain(agent).min()
     }
 
     /// Pods whose program executes right now.
     pub fn executing(&self) -> impl Iterator<Item = &PodKey> {
-        self.shims.iter().filter(|(_, shim)| shim.state == ShimState::Running).map(|(key, _)| key)
+        self.computing().map(|(key, _)| key)
     }
 
-    pub fn held(&self) -> Vec<HeldPod> {
+    fn computing(&self) -> impl Iterator<Item = (&PodKey, &Shim)> {
+        let orphans = self.orphans.iter().map(|(key, shim)| (key, shim));
+        self.shims.iter().chain(orphans).filter(|(_, shim)| shim.state == ShimState::Running)
+    }
+
+    /// Asked for by the pods that execute, beyond what the machine has.
+    pub fn overload(&self) -> Option<MilliCpu> {
+        let asked = self.computing().map(|(_, shim)| shim.template.resources().cpu.0).sum();
+        (asked > self.cpu.0).then_some(MilliCpu(asked))
+    }
+
+    /// Pods of which anything is alive here, frozen or not.
+    pub fn alive(&self) -> impl Iterator<Item = &PodKey> {
+        self.shims.keys()
+    }
+
+    /// Runs of the job that failed here.
+    pub fn failures(&self, uid: &JobUid) -> usize {
+        let failed =
+            |(key, exit): (&PodKey, &Exit)| key.pod.uid == *uid && exit.outcome.cause == Cause::Failure;
+        self.exits.iter().filter(|((key, _), exit)| failed((key, exit))).count()
+    }
+
+    /// What a scan of the machine finds.
+    fn scan(&self) -> Vec<HeldPod> {
         let held = |(key, shim): (&PodKey, &Shim)| HeldPod {
             pod: key.pod.clone(),
             epoch: key.epoch,
@@ -232,45 +303,51 @@ impl Node {
     }
 
     fn perform(&mut self, now: Now, step: Step) -> Vec<Out> {
-        for record in &step.records {
-            self.ledger.apply(record);
+        let mut actions = step.actions;
+        let dies = self.dies_after.filter(|_| !actions.is_empty());
+        if kept(Rule::LedgerFirst) || dies.is_none() {
+            for record in &step.records {
+                self.ledger.apply(record);
+            }
+        }
+        if let Some(done) = dies {
+            actions.truncate(done);
+            self.crash();
         }
         let mut out = Vec::new();
-        for action in step.actions {
+        for action in actions {
             let later = |ms, event| Out::Later { ms, event };
             match action {
-                Action::Hello(_) | Action::Heartbeat(_) | Action::Events(_) => out.push(Out::Send(action)),
+                Action::Hello(mut hello) => {
+                    let alive = self.scan();
+                    let found =
+                        |pod: &HeldPod| alive.iter().any(|a| a.pod == pod.pod && a.epoch == pod.epoch);
+                    hello.pods.retain(|pod| !found(pod));
+                    hello.pods.extend(alive);
+                    out.push(Out::Send(Action::Hello(hello)));
+                }
+                Action::Heartbeat(_) | Action::Events(_) => out.push(Out::Send(action)),
                 Action::Prepare { key, template, from } => {
                     let result = self.prepare(&template, from);
                     out.push(later(20, Event::Prepared { key, result }));
                 }
                 Action::Launch(launch) => {
-                    let program = program(&launch.template);
                     let from = self.ledger.pods.get(&launch.key).and_then(|entry| entry.desired.from);
                     let left = from
                         .filter(|_| launch.restore)
                         .and_then(|from| self.depot.borrow().get(&from).copied());
-                    let shim = Shim {
-                        run: launch.run,
-                        state: ShimState::Created,
-                        template: launch.template,
-                        deadline: None,
-                        paused: false,
-                        held: false,
-                        last_save: None,
-                        restore: launch.restore,
-                        left: left.unwrap_or(Millis(program.work_ms)),
-                        exit_code: program.exit_code,
-                        kill_at: None,
-                        since: now.boot,
-                    };
+                    let mut shim = Shim::new(&launch.key, launch.run, launch.template, now.boot);
+                    (shim.restore, shim.left) = (launch.restore, left.unwrap_or(shim.left));
+                    if self.shims.contains_key(&launch.key) {
+                        self.launched_twice.push(launch.key.clone());
+                    }
                     self.shims.insert(launch.key.clone(), shim);
                     let report = Report::Created { run: launch.run };
                     out.push(later(10, Event::Shim { key: launch.key, report }));
                 }
                 Action::Order { key, order: Order::Save { level, hold } } => {
                     out.extend(self.advance(now, &key));
-                    let Some(shim) = self.shims.get_mut(&key) else { continue };
+                    let Some(shim) = self.shims.get_mut(&key).filter(|shim| !shim.hangs) else { continue };
                     let report = shim.save(now, &key, level, hold);
                     if matches!(report, Report::Saved { .. }) {
                         self.saved.insert((key.clone(), level), shim.left);
@@ -365,125 +442,4 @@ fn info(id: Digest, saved: &Saved) -> CheckpointInfo {
         log_records: saved.log_records,
         needs: Needs::default(),
     }
-}
-
-enum Change {
-    None,
-    State,
-    Exited(Cause, u8),
-}
-
-impl Shim {
-    fn order(&mut self, now: BootMs, order: Order) {
-        match order {
-            Order::Start { lease } if self.state == ShimState::Created => {
-                self.grant(lease);
-                self.since = now;
-                self.state = ShimState::Running;
-            }
-            Order::Start { lease } | Order::Renew { lease } => self.grant(lease),
-            Order::Pause { pause } => self.paused = pause,
-            Order::Stop { grace } => {
-                // The made-up program ignores the stop signal for half its grace.
-                let at = now.plus(Millis(grace.0 / 2));
-                self.kill_at = Some(self.kill_at.map_or(at, |kill_at| kill_at.min(at)));
-            }
-            Order::Release => self.held = false,
-            // Seen to by the node.
-            Order::Follow { .. } | Order::Save { .. } => {}
-        }
-    }
-
-    /// Told again what came of it, where it was asked before.
-    fn save(&mut self, now: Now, key: &PodKey, level: u64, hold: bool) -> Report {
-        let run = self.run;
-        let of_it = |report: &Report| match report {
-            Report::Saved { saved, .. } => saved.level == level,
-            Report::SaveFailed { level: failed, .. } => *failed == level,
-            _ => false,
-        };
-        if let Some(told) = self.last_save.clone().filter(of_it) {
-            return told;
-        }
-        let report = if self.state != ShimState::Running || self.kill_at.is_some() {
-            Report::SaveFailed { run, level, why: "it does not run".to_owned() }
-        } else if fails(&format!("{key}/{run}/{level}"), SAVES_PER_FAILURE) {
-            Report::SaveFailed { run, level, why: "drawn".to_owned() }
-        } else {
-            self.held = hold;
-            let saved = Saved {
-                level,
-                at: now.wall,
-                kind: CheckpointKind::Criu,
-                frozen_ms: 30,
-                log_records: 1,
-                containers: Vec::new(),
-                devices: None,
-            };
-            Report::Saved { run, saved }
-        };
-        self.last_save = Some(report.clone());
-        report
-    }
-
-    fn grant(&mut self, lease: Lease) {
-        self.deadline = self.deadline.max(lease.deadline);
-        if lease.deadline.is_none() {
-            self.deadline = None;
-        }
-    }
-
-    fn fenced(&self, now: BootMs) -> bool {
-        self.state != ShimState::Created && self.deadline.is_some_and(|deadline| deadline <= now)
-    }
-
-    fn report(&self) -> Report {
-        let run = self.run;
-        match self.state {
-            ShimState::Created => Report::Created { run },
-            ShimState::Running => Report::Running { run, started_at: Default::default() },
-            ShimState::Frozen => Report::Paused { run, fenced: !self.paused && !self.held },
-        }
-    }
-
-    fn advance(&mut self, now: BootMs) -> Change {
-        let before = self.state;
-        if self.state == ShimState::Running {
-            self.left = self.left.saturating_sub(now.since(self.since));
-        }
-        self.since = now;
-        if self.kill_at.is_some_and(|at| at <= now) {
-            return Change::Exited(Cause::Eviction, 143);
-        }
-        if self.state == ShimState::Running && self.left == Millis::ZERO {
-            let cause = if self.exit_code == 0 { Cause::Success } else { Cause::Failure };
-            return Change::Exited(cause, self.exit_code);
-        }
-        if self.state != ShimState::Created {
-            let fenced = self.fenced(now);
-            if fenced
-                && self.template.on_disconnect.action == DisconnectAction::Stop
-                && self.kill_at.is_none()
-            {
-                self.kill_at = Some(now.plus(Millis(self.template.grace.0 / 2)));
-            }
-            let freeze = self.template.on_disconnect.action == DisconnectAction::Pause && fenced;
-            self.state =
-                if freeze || self.paused || self.held { ShimState::Frozen } else { ShimState::Running };
-        }
-        if self.state == before { Change::None } else { Change::State }
-    }
-
-    fn next_change(&self) -> Option<BootMs> {
-        let work = (self.state == ShimState::Running).then(|| self.since.plus(self.left));
-        let fence = self.deadline.filter(|_| self.state == ShimState::Running);
-        [work, fence, self.kill_at].into_iter().flatten().min()
-    }
-}
-
-/// The program that a template names: `["work", "MS", "CODE"]`.
-fn program(template: &PodTemplate) -> Program {
-    let number =
-        |at: usize| template.containers.first().and_then(|c| c.command.get(at)?.parse().ok()).unwrap_or(0);
-    Program { work_ms: number(1), exit_code: u8::try_from(number(2)).unwrap_or(1) }
 }

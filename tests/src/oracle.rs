@@ -16,7 +16,8 @@ pub struct Oracle {
 }
 
 impl Oracle {
-    /// A pod executes in one place at most, and never in an epoch older than one that has executed.
+    /// A pod executes in one place at most, and never in an epoch older than one that has executed; what executes on a
+    /// node fits it.
     pub fn check<'a>(&mut self, nodes: impl IntoIterator<Item = &'a Node>) -> Result<(), String> {
         let mut where_now: BTreeMap<&PodId, (&NodeId, Epoch)> = BTreeMap::new();
         for node in nodes {
@@ -25,6 +26,16 @@ impl Oracle {
                     "{} was to start from {lacking}, which the depot does not hold",
                     node.id
                 ));
+            }
+            if let Some(key) = node.launched_twice.first() {
+                return Err(format!("{} began a run of {key} beside another", node.id));
+            }
+            if let Some(asked) = node.overload() {
+                return Err(format!("{} executes pods that ask for {} mCPU", node.id, asked.0));
+            }
+            let mut alive: BTreeSet<&PodId> = BTreeSet::new();
+            if let Some(key) = node.alive().find(|key| !alive.insert(&key.pod)) {
+                return Err(format!("{} holds another epoch beside {key}", node.id));
             }
             for key in node.executing() {
                 if let Some((other, epoch)) = where_now.insert(&key.pod, (&node.id, key.epoch)) {
@@ -47,7 +58,12 @@ impl Oracle {
         self.accepted.insert(job.to_owned());
     }
 
-    pub fn status(&mut self, job: &str, status: JobStatus) -> Result<(), String> {
+    /// A job never goes back on its end, nor counts more failures than its runs had.
+    pub fn status(&mut self, job: &str, status: JobStatus, nodes: &[Node]) -> Result<(), String> {
+        let failed = |uid| nodes.iter().map(|node| node.failures(uid)).sum::<usize>();
+        if let Some(had) = status.uid.as_ref().map(failed).filter(|had| status.failures as usize > *had) {
+            return Err(format!("job {job} counts {} failures, and had {had}", status.failures));
+        }
         if let Some(before) = self.statuses.get(job)
             && before.phase.is_final()
             && before.uid == status.uid

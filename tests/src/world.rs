@@ -11,10 +11,11 @@ use berth_protocol::codec;
 use berth_protocol::ids::{ClusterName, JobName, Namespace, NodeId};
 use berth_protocol::message::node::{Desired, Lease, SpecMessage};
 use berth_protocol::message::user::{Answer, JobPhase, JobStatus, Verdict};
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
 use berth_protocol::units::{BootMs, MilliCpu, Timestamp};
 
-use self::faults::Fault;
+use self::faults::{Fault, Jam};
 use crate::node::{Depot, Node, Out};
 use crate::oracle::Oracle;
 use crate::wishes::Wish;
@@ -33,7 +34,8 @@ pub(crate) enum Due {
     },
     ToNode {
         node: usize,
-        session: u64,
+        /// The broker has it for this session; none: it is not at the broker yet, and any session may get it.
+        session: Option<u64>,
         event: AgentEvent,
     },
     /// Within a machine: reaches whichever agent runs there.
@@ -43,6 +45,8 @@ pub(crate) enum Due {
     },
     Fault(Fault),
     Submit(usize),
+    /// With another `onDisconnect`.
+    Resubmit(usize),
     /// Prices that whichever controller is there then gets.
     Priced(Quote),
     Wish(Wish),
@@ -65,6 +69,10 @@ pub struct World {
     pub(crate) nodes: Vec<Node>,
     depot: Depot,
     cut: Vec<bool>,
+    /// What the network holds back for each node, while it does.
+    jams: Vec<Option<Jam>>,
+    /// The controller is killed in the middle of its next step that says something, after so many messages.
+    controller_dies_after: Option<usize>,
     noticed: Vec<bool>,
     sessions: Vec<u64>,
     pub(crate) jobs: Vec<Job>,
@@ -103,6 +111,8 @@ impl World {
             store: BTreeMap::new(),
             term: 0,
             cut: vec![false; count],
+            jams: (0..count).map(|_| None).collect(),
+            controller_dies_after: None,
             noticed: vec![false; count],
             depot,
             sessions: vec![0; count],
@@ -133,15 +143,20 @@ impl World {
                 .rng
                 .choice(["{mode: none}", "{mode: criu}", "{mode: criu, interval: 7s}"])
                 .unwrap_or("{}");
+            let grace = self.rng.choice([5, 120]).unwrap_or(5);
             let file = format!(
                 "image: host\ncommand: [work, \"{work}\", \"{code}\"]\nresources: {{cpu: 500m, memory: 64Mi}}\n\
                  completions: {completions}\nparallelism: {completions}\nonDisconnect: {{do: {action}}}\n\
-                 terminationGracePeriodSeconds: 5\ncheckpoint: {checkpoint}\n"
+                 terminationGracePeriodSeconds: {grace}\ncheckpoint: {checkpoint}\n"
             );
             let expect = if code == 0 { JobPhase::Succeeded } else { JobPhase::Failed };
             self.jobs.push(Job { name: format!("job{n}"), file, expect });
             let at = self.rng.u64(0..FAULTS_MS / 2);
             self.at(at, Due::Submit(n));
+            if self.rng.u8(0..3) == 0 {
+                let again = at + self.rng.u64(1_000..150_000);
+                self.at(again, Due::Resubmit(n));
+            }
         }
         self.at(0, Due::Fault(Fault::ControllerStart));
         for node in 0..self.nodes.len() {
@@ -152,19 +167,7 @@ impl World {
             let (at, node) = (self.rng.u64(1_000..FAULTS_MS), self.rng.usize(1..self.nodes.len()));
             self.at(at, Due::Fault(Fault::Burn(node)));
         }
-        for _ in 0..self.rng.usize(0..10) {
-            let (at, node) = (self.rng.u64(1_000..FAULTS_MS), self.rng.usize(0..self.nodes.len()));
-            let back = at + self.rng.u64(10..150_000);
-            let (fault, repair) = match self.rng.u8(0..5) {
-                4 => (Fault::Notice(node), Fault::NoticeWithdrawn(node)),
-                0 => (Fault::AgentCrash(node), Fault::AgentStart(node)),
-                1 => (Fault::PowerCut(node), Fault::AgentStart(node)),
-                2 => (Fault::Partition(node), Fault::Heal(node)),
-                _ => (Fault::ControllerCrash, Fault::ControllerStart),
-            };
-            self.at(at, Due::Fault(fault));
-            self.at(back.min(FAULTS_MS), Due::Fault(repair));
-        }
+        self.plan_faults();
         self.plan_wishes();
     }
 
@@ -249,7 +252,10 @@ impl World {
             }
             Due::ToNode { node, session, event } => {
                 // A clean session forgets what waited for the last one.
-                if session == self.sessions[node] && !self.cut[node] {
+                let here = session.is_none_or(|session| session == self.sessions[node]) && !self.cut[node];
+                if let (Some(jam), true) = (&mut self.jams[node], here) {
+                    jam.waiting.push(event);
+                } else if here {
                     let now = self.agent_now();
                     let out = self.nodes[node].step(now, event);
                     self.perform(node, out);
@@ -265,6 +271,7 @@ impl World {
                 self.fault(fault)?;
             }
             Due::Submit(n) => self.submit(n),
+            Due::Resubmit(n) => self.resubmit(n),
             Due::Priced(quote) => {
                 self.ask_controller(ControllerEvent::Priced(Box::new(quote.prices())))?;
             }
@@ -284,6 +291,19 @@ impl World {
         self.send(topic, payload);
         let again = self.now_ms + 4_000;
         self.at(again, Due::Submit(n));
+    }
+
+    /// The file changes in what its pods do on their own; sent as often as it takes.
+    fn resubmit(&mut self, n: usize) {
+        let job = &mut self.jobs[n];
+        let other = if job.file.contains("do: pause") { "do: stop" } else { "do: pause" };
+        for action in ["do: pause", "do: stop", "do: continue"] {
+            if job.file.contains(action) {
+                job.file = job.file.replace(action, other);
+                break;
+            }
+        }
+        self.at(self.now_ms, Due::Submit(n));
     }
 
     /// Delays in the network: short as a rule, now and then long, so that messages overtake each other.
@@ -331,15 +351,13 @@ impl World {
             };
             let topic = Topic::node(&self.nodes[node].id, kind);
             let payload = match action {
-                Action::Hello(mut hello) => {
-                    hello.pods = self.nodes[node].held();
-                    codec::encode(&topic, &*hello)
-                }
+                Action::Hello(hello) => codec::encode(&topic, &*hello),
                 Action::Heartbeat(heartbeat) => codec::encode(&topic, &*heartbeat),
                 Action::Events(events) => codec::encode(&topic, &events),
                 _ => continue,
             };
-            if let (Ok(payload), false) = (payload, self.cut[node]) {
+            let lost = self.cut[node] || self.jams[node].as_ref().is_some_and(|jam| jam.mute);
+            if let (Ok(payload), false) = (payload, lost) {
                 self.send(topic, payload);
             }
         }
@@ -348,12 +366,19 @@ impl World {
     fn ask_controller(&mut self, event: ControllerEvent) -> Result<(), String> {
         let now = self.now();
         let Some(controller) = &mut self.controller else { return Ok(()) };
-        let Step { writes, effects } = controller.step(now, event);
-        for write in writes {
-            match write.value {
-                Some(value) => self.store.insert(write.key, value),
-                None => self.store.remove(&write.key),
-            };
+        let Step { writes, mut effects } = controller.step(now, event);
+        let dies = self.controller_dies_after.filter(|_| !effects.is_empty() && !writes.is_empty());
+        if kept(Rule::StoreFirst) || dies.is_none() {
+            for write in writes {
+                match write.value {
+                    Some(value) => self.store.insert(write.key, value),
+                    None => self.store.remove(&write.key),
+                };
+            }
+        }
+        if let Some(done) = dies {
+            effects.truncate(done);
+            (self.controller, self.controller_dies_after) = (None, None);
         }
         for effect in effects {
             match effect {
@@ -381,7 +406,8 @@ impl World {
                 for _ in 0..self.copies() {
                     let at = self.now_ms + self.delay();
                     let Some(event) = read(*kind, &topic, &payload) else { continue };
-                    self.at(at, Due::ToNode { node: n, session: self.sessions[n], event });
+                    let session = (self.rng.u8(0..4) > 0).then_some(self.sessions[n]);
+                    self.at(at, Due::ToNode { node: n, session, event });
                 }
             }
             Topic::Job { job, kind: JobTopic::Answer, .. } => {
@@ -404,7 +430,7 @@ impl World {
                 let status: JobStatus = codec::decode(&topic, &payload).map_err(|error| error.to_string())?;
                 let line = format!("{job} {:?} {:?}", status.phase, status.message);
                 self.note(|| line);
-                self.oracle.status(job.as_str(), status)?;
+                self.oracle.status(job.as_str(), status, &self.nodes)?;
             }
             _ => {}
         }

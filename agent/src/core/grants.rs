@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use berth_protocol::ids::{Digest, SessionNonce};
 use berth_protocol::limits::PODS_PER_NODE_MAX;
 use berth_protocol::message::node::{Covers, Lease};
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::BootMs;
 
 use super::ledger::PodKey;
@@ -44,11 +45,12 @@ impl Grants {
 
     /// Takes a lease in; returns the pods whose grant grew. `None`: it answers nothing that this session asked.
     pub fn receive(&mut self, nonce: &SessionNonce, lease: &Lease) -> Option<Vec<PodKey>> {
-        if lease.nonce != *nonce {
+        if lease.nonce != *nonce && kept(Rule::GrantsOfThisSession) {
             return None;
         }
         let sent = self.sent.iter().find(|sent| sent.seq == lease.seq)?;
         let covered: Vec<PodKey> = match &lease.covers {
+            _ if !kept(Rule::GrantsNameEpochs) => sent.held.clone(),
             Covers::All(digest) if *digest == sent.digest => sent.held.clone(),
             Covers::All(_) => return None,
             // These may be pods that the heartbeat did not know yet: they come with the orders beside this lease.
@@ -60,7 +62,10 @@ impl Grants {
             // Grants for pods that never came.
             self.granted.retain(|key, _| sent.held.contains(key));
         }
-        let at = sent.at;
+        let at = match self.sent.back() {
+            Some(last) if !kept(Rule::GrantsCountFromSend) => last.at,
+            _ => sent.at,
+        };
         self.last_grant = self.last_grant.max(Some(lease.seq));
         let mut grown = Vec::new();
         for key in covered {

@@ -1,6 +1,7 @@
 //! What an agent must not forget: the orders it holds, the pods it was given and how far they came, the events that
 //! the controller has not acknowledged. Changed by records alone, which are on disk before anything is done.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 
@@ -8,6 +9,7 @@ use berth_protocol::ids::{Digest, Epoch, Generation, LedgerId, PodId, Run, Sessi
 use berth_protocol::job::PodTemplate;
 use berth_protocol::message::node::{Desired, DesiredPod, NumberedEvent};
 use berth_protocol::pod::Outcome;
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -308,12 +310,19 @@ impl Ledger {
     pub fn judge(&self, desired: &Desired) -> Judgement {
         match &self.store {
             Some(store) if *store != desired.store => Judgement::OtherStore,
-            _ => match (desired.term, desired.generation).cmp(&(self.term, self.generation)) {
-                std::cmp::Ordering::Less => Judgement::Stale,
-                std::cmp::Ordering::Equal if self.store.is_some() => Judgement::Known,
+            _ => match self.order_of(desired) {
+                Ordering::Less if kept(Rule::OrdersNeverGoBack) => Judgement::Stale,
+                Ordering::Equal if self.store.is_some() => Judgement::Known,
                 _ => Judgement::New,
             },
         }
+    }
+
+    /// Whether the set comes before the one obeyed last, is that one, or comes after it.
+    fn order_of(&self, desired: &Desired) -> Ordering {
+        let terms = desired.term.cmp(&self.term);
+        let terms = if kept(Rule::TermsOutrank) { terms } else { Ordering::Equal };
+        terms.then(desired.generation.cmp(&self.generation))
     }
 
     /// The lowest place on the bridge that no pod holds.

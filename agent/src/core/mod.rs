@@ -28,6 +28,7 @@ use berth_protocol::message::node::{
 };
 use berth_protocol::pod::Goal;
 use berth_protocol::resources::{GpuShare, Inventory, Usage};
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::{BootMs, Bytes, Millis, Timestamp};
 
 use crate::task::{Exit, Order, Report, Root, Saved};
@@ -524,7 +525,8 @@ impl Agent {
     }
 
     fn lease(&mut self, now: Now, lease: Lease) {
-        if lease.nonce != self.nonce || self.is_foreign(&lease.store) {
+        let other_session = lease.nonce != self.nonce && kept(Rule::GrantsOfThisSession);
+        if other_session || self.is_foreign(&lease.store) {
             return;
         }
         if lease.hello {

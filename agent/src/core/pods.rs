@@ -6,6 +6,7 @@ use berth_protocol::job::{DisconnectAction, PodTemplate};
 use berth_protocol::limits;
 use berth_protocol::message::node::PodChange;
 use berth_protocol::pod::{Cause, Goal, Outcome, RESTORE_FAILED};
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::{BootMs, Bytes, Millis};
 
 use super::checkpoints::{Leaving, Storing};
@@ -141,7 +142,7 @@ impl Agent {
         let Some(entry) = self.ledger.pods.get(key) else { return };
         let run = entry.run;
         let past = |end: Option<BootMs>| end.is_some_and(|end| end <= now.boot);
-        let over = past(self.lease_end(key, entry));
+        let over = kept(Rule::AgentChecksDeadlines) && past(self.lease_end(key, entry));
         let Some(live) = self.live.get_mut(key) else { return };
         let late = match live.shim {
             Shim::Running | Shim::Unknown if over => "ran past its lease",
@@ -194,7 +195,8 @@ impl Agent {
     /// An older epoch of the same pod is still here.
     fn predecessor_lives(&self, key: &PodKey) -> bool {
         let older = |other: &PodKey| other.pod == key.pod && other.epoch < key.epoch;
-        self.ledger.pods.iter().any(|(other, entry)| older(other) && entry.ended.is_none())
+        kept(Rule::PredecessorGone)
+            && self.ledger.pods.iter().any(|(other, entry)| older(other) && entry.ended.is_none())
     }
 
     pub(super) fn reconcile(&mut self, now: Now, key: &PodKey) {
@@ -211,7 +213,9 @@ impl Agent {
             }
             return;
         };
-        let lease = self.lease_of(now, key, template);
+        let unasked = || Lease { deadline: Some(now.boot.plus(template.on_disconnect.after)) };
+        let lease =
+            self.lease_of(now, key, template).or_else(|| (!kept(Rule::StartNeedsGrant)).then(unasked));
         let vacates = entry.desired.goal == Goal::Vacate;
         let grace =
             if matches!(wanted, Wanted::Stop { at_once: true }) { Millis::ZERO } else { template.grace };

@@ -1,10 +1,11 @@
 //! What becomes of jobs and pods: placed, run, ended, evicted, tried again, stopped, forgotten. Knows nodes only as
 //! places; what is said to them is `wire`'s.
 
-use berth_protocol::ids::{Digest, Generation, JobUid, NodeId, PodId, Run};
+use berth_protocol::ids::{Digest, Epoch, Generation, JobUid, NodeId, PodId, Run};
 use berth_protocol::job::{JobSpec, RestartPolicy};
 use berth_protocol::message::user::JobPhase;
 use berth_protocol::pod::{Cause, Goal, Outcome, PodPhase, VACATED};
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::{BootMs, Millis};
 
 use super::checkpoints::{Leaving, cut_logs, is_failed_restore};
@@ -143,7 +144,7 @@ impl Controller {
         };
         self.scheduler.count_in(&job.file.spec, &assignment.charge);
         let placed = job.change(index, |pod| {
-            pod.epoch = pod.epoch.next();
+            pod.epoch = if kept(Rule::EpochRises) { pod.epoch.next() } else { pod.epoch.max(Epoch(1)) };
             pod.saved.target = None;
             pod.no_outputs = None;
             cut_logs(pod, mark);

@@ -9,6 +9,7 @@ use berth_protocol::limits::{
 };
 use berth_protocol::message::node::{Bye, Events, Heartbeat, Hello, NodeEvent, PodChange, PodEvent};
 use berth_protocol::pod::PodPhase;
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 
 use super::cluster::{Liveness, Node, NodeRecord, Outbox, Output, Session};
@@ -37,7 +38,7 @@ pub(super) fn forgotten_node(record: NodeRecord, now: Now) -> Node {
         liveness: Liveness::Silent,
         session: None,
         heard: now.boot,
-        granted: now.boot,
+        granted: if kept(Rule::RestartWaits) { now.boot } else { BootMs::ZERO },
         last_heartbeat_at: None,
         usage: None,
         pods: BTreeMap::new(),
@@ -102,7 +103,9 @@ impl Controller {
             .pods
             .iter()
             .filter(|(pod, epoch)| held.get(pod) != Some(epoch))
-            .filter(|(pod, _)| known && !same_ledger || named(pod).is_some_and(applied))
+            .filter(|(pod, _)| {
+                known && !same_ledger || named(pod).is_some_and(applied) || !kept(Rule::AbsenceProven)
+            })
             .map(|(pod, epoch)| (pod.clone(), *epoch))
             .collect();
         node.unknown.clear();
@@ -159,7 +162,7 @@ impl Controller {
     fn settle_absent(&mut self, now: Now, id: &NodeId) {
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
         let (Some(session), Some(outbox)) = (&mut node.session, &node.outbox) else { return };
-        if outbox.acked < session.absent_after {
+        if outbox.acked < session.absent_after && kept(Rule::AbsenceAfterEvents) {
             return;
         }
         let absent = std::mem::take(&mut session.absent);
@@ -239,10 +242,10 @@ impl Controller {
         let mut acked = outbox.acked;
         for event in message.events {
             // Before: sent again. After a gap: what is missing will be sent again, and this with it.
-            if event.n != acked + 1 {
+            if event.n != acked + 1 && kept(Rule::EventsOnce) {
                 continue;
             }
-            acked = event.n;
+            acked = acked.max(event.n);
             match event.event {
                 NodeEvent::Pod(change) => self.pod_event(now, id, event.at, change),
                 NodeEvent::Inventory(inventory) => self.inventory_changed(id, *inventory),
@@ -275,7 +278,8 @@ impl Controller {
             _ => {}
         }
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
-        if node.pods.get(&pod) != Some(&epoch) {
+        let placed = node.pods.get(&pod);
+        if placed != Some(&epoch) && (placed.is_none() || kept(Rule::ResultsNameEpochs)) {
             let ended = matches!(change, PodChange::Ended { .. });
             if ended && node.record.strays.get(&pod) == Some(&epoch) {
                 node.record.strays.remove(&pod);
@@ -377,9 +381,18 @@ impl Controller {
 
     /// When the pod on this silent node may be replaced (fencing, rule 2); none: only when observed gone.
     fn replaceable(&self, node: &Node, pod: &PodId) -> Option<BootMs> {
-        let assignment = self.cluster.jobs.get(&pod.uid)?.assignment(pod.index)?;
-        let lease_over = node.granted.plus(assignment.lease?).plus(MARGIN);
-        Some(lease_over.max(node.heard.plus(assignment.lost_after)))
+        let job = self.cluster.jobs.get(&pod.uid)?;
+        let assignment = job.assignment(pod.index)?;
+        let mut lease = assignment.lease;
+        if !kept(Rule::LeaseOfSpecPlaced) {
+            lease = job.file.spec.pod.on_disconnect.lease(job.file.spec.pod.grace);
+        }
+        if !kept(Rule::ContinueUntilGone) {
+            lease = lease.or(Some(Millis::ZERO));
+        }
+        let lease_over = node.granted.plus(lease?).plus(MARGIN);
+        let lost = node.heard.plus(assignment.lost_after);
+        Some(if kept(Rule::ReplaceAfterLease) { lease_over.max(lost) } else { lost })
     }
 
     /// Arms the node's timer for whatever comes next.

@@ -1,0 +1,130 @@
+//! The rules that keep a pod from running twice and from being lost, by name, so that the simulator can play without
+//! one of them. It shows that each is needed: a history that goes wrong must be found.
+//!
+//! A Cargo feature would not do: one build of several packages unifies features, and the programs would get what the
+//! simulator's crate turned on. The profile decides instead: without debug assertions, as in every release, `kept` is
+//! the constant `true`, and nothing can change it.
+
+/// One rule, and the run that breaks without it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rule {
+    /// A grant names (pod, epoch). Else: a node that was lost comes back, hears a lease before its orders, and thaws a pod that
+    /// runs elsewhere by now.
+    GrantsNameEpochs,
+    /// A grant answers a heartbeat of this very session. Else: a lease for the fifth heartbeat of the last session prolongs
+    /// what the fifth of this one asked for.
+    GrantsOfThisSession,
+    /// A grant counts from the moment its heartbeat was made. Else: an agent that was stopped goes on with one that waited in
+    /// its socket, and thaws a pod that was replaced meanwhile.
+    GrantsCountFromSend,
+    /// Nothing begins without a grant. Else: orders that waited in a queue begin an epoch that was replaced.
+    StartNeedsGrant,
+    /// Orders older than those held are refused. Else: a set that waited in a queue brings back what is over.
+    OrdersNeverGoBack,
+    /// A later term outranks every generation of an earlier one. Else: nobody obeys a controller that was restarted.
+    TermsOutrank,
+    /// A silent node's pod is replaced only when its lease is over as well. Else: a pod with a long grace still runs.
+    ReplaceAfterLease,
+    /// That lease is the one of the spec placed. Else: a file submitted since says `pause` of a pod that goes on.
+    LeaseOfSpecPlaced,
+    /// A pod that continues is replaced only when seen gone. Else: behind a partition it runs on, beside the new one.
+    ContinueUntilGone,
+    /// A controller that starts knows nothing of the grants before, and counts them from now. Else: it replaces what its
+    /// predecessor granted last.
+    RestartWaits,
+    /// Every placement is an epoch of its own. Else: a node that gets a pod back takes it for the one that is over.
+    EpochRises,
+    /// A scan speaks only of orders that came before it. Else: a pod whose order is on its way counts as gone.
+    AbsenceProven,
+    /// What a scan does not find is gone only when the events before it are in. Else: a result is thrown away.
+    AbsenceAfterEvents,
+    /// A session older than the last is refused. Else: a hello that was long on its way attests an old scan.
+    SessionsGrow,
+    /// The shim fences its pod by itself. Else: a pod whose agent is dead runs on.
+    ShimFences,
+    /// The agent ends a pod whose shim does not fence it. Else: a shim that hangs lets its pod run for ever.
+    AgentChecksDeadlines,
+    /// A dead shim's pod dies with it. Else: it runs on, and nobody can fence it.
+    DeadShimKills,
+    /// A pod starts only when its earlier epoch on the same node is gone. Else: both are there at once.
+    PredecessorGone,
+    /// The end of an earlier run is not that of the current one. Else: a late word of the first run ends the epoch on the
+    /// books, while the second runs.
+    RunsAreTold,
+    /// The agent's records are durable before it acts. Else: a run is begun of which nobody knows.
+    LedgerFirst,
+    /// The controller's writes are durable before anybody hears of them. Else: an epoch is given twice.
+    StoreFirst,
+    /// A result counts for the epoch that is placed. Else: the end of an old one ends the new.
+    ResultsNameEpochs,
+    /// Events are taken in order, each once. Else: a failure sent twice counts twice.
+    EventsOnce,
+    /// Failures of earlier epochs count on the node too. Else: every placement begins a new count.
+    FailuresTravel,
+}
+
+impl Rule {
+    pub const ALL: [Rule; 24] = [
+        Rule::GrantsNameEpochs,
+        Rule::GrantsOfThisSession,
+        Rule::GrantsCountFromSend,
+        Rule::StartNeedsGrant,
+        Rule::OrdersNeverGoBack,
+        Rule::TermsOutrank,
+        Rule::ReplaceAfterLease,
+        Rule::LeaseOfSpecPlaced,
+        Rule::ContinueUntilGone,
+        Rule::RestartWaits,
+        Rule::EpochRises,
+        Rule::AbsenceProven,
+        Rule::AbsenceAfterEvents,
+        Rule::SessionsGrow,
+        Rule::ShimFences,
+        Rule::AgentChecksDeadlines,
+        Rule::DeadShimKills,
+        Rule::PredecessorGone,
+        Rule::RunsAreTold,
+        Rule::LedgerFirst,
+        Rule::StoreFirst,
+        Rule::ResultsNameEpochs,
+        Rule::EventsOnce,
+        Rule::FailuresTravel,
+    ];
+
+    /// By its name as `Debug` writes it.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|rule| format!("{rule:?}") == name)
+    }
+}
+
+/// Is the rule in force? Always, but in a simulator that plays without it.
+#[cfg(not(debug_assertions))]
+pub const fn kept(_: Rule) -> bool {
+    true
+}
+
+#[cfg(debug_assertions)]
+pub use self::mutant::{kept, without};
+
+#[cfg(debug_assertions)]
+mod mutant {
+    use std::cell::Cell;
+
+    use super::Rule;
+
+    thread_local! {
+        static BROKEN: Cell<Option<Rule>> = const { Cell::new(None) };
+    }
+
+    pub fn kept(rule: Rule) -> bool {
+        BROKEN.get() != Some(rule)
+    }
+
+    /// Does `work` without that rule, on this thread alone.
+    pub fn without<T>(rule: Rule, work: impl FnOnce() -> T) -> T {
+        let before = BROKEN.replace(Some(rule));
+        let result = work();
+        BROKEN.set(before);
+        result
+    }
+}
