@@ -650,6 +650,9 @@ impl Agent {
     fn name(&mut self, pod: DesiredPod) {
         let key = PodKey::new(&pod.pod, pod.epoch);
         let newest = self.ledger.pods.keys().filter(|held| held.pod == key.pod).map(|held| held.epoch).max();
+        // An epoch keeps the spec that it began with: a later one is the job's, and may never come here.
+        let spec = self.ledger.pods.get(&key).filter(|entry| entry.run.0 > 0).map(|entry| entry.desired.spec);
+        let pod = DesiredPod { spec: spec.unwrap_or(pod.spec), ..pod };
         let mut entry = match self.ledger.pods.get(&key) {
             Some(entry) if entry.desired == pod && !entry.unnamed => return,
             Some(entry) => entry.clone(),
