@@ -28,7 +28,6 @@ use berth_protocol::message::node::{
 };
 use berth_protocol::pod::Goal;
 use berth_protocol::resources::{GpuShare, Inventory, Usage};
-use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::{BootMs, Bytes, Millis, Timestamp};
 
 use crate::task::{Exit, Order, Report, Root, Saved};
@@ -524,8 +523,7 @@ impl Agent {
     }
 
     fn lease(&mut self, now: Now, lease: Lease) {
-        let other_session = lease.nonce != self.nonce && kept(Rule::GrantsOfThisSession);
-        if other_session || self.is_foreign(&lease.store) {
+        if lease.nonce != self.nonce || self.is_foreign(&lease.store) {
             return;
         }
         if lease.hello {

@@ -213,9 +213,7 @@ impl Agent {
             }
             return;
         };
-        let unasked = || Lease { deadline: Some(now.boot.plus(template.on_disconnect.after)) };
-        let lease =
-            self.lease_of(now, key, template).or_else(|| (!kept(Rule::StartNeedsGrant)).then(unasked));
+        let lease = self.lease_of(now, key, template);
         let vacates = entry.desired.goal == Goal::Vacate;
         let grace =
             if matches!(wanted, Wanted::Stop { at_once: true }) { Millis::ZERO } else { template.grace };

@@ -101,9 +101,7 @@ impl Controller {
             .pods
             .iter()
             .filter(|(pod, epoch)| held.get(pod) != Some(epoch))
-            .filter(|(pod, _)| {
-                known && !same_ledger || named(pod).is_some_and(applied) || !kept(Rule::AbsenceProven)
-            })
+            .filter(|(pod, _)| known && !same_ledger || named(pod).is_some_and(applied))
             .map(|(pod, epoch)| (pod.clone(), *epoch))
             .collect();
         node.unknown.clear();
@@ -275,8 +273,7 @@ impl Controller {
             _ => {}
         }
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
-        let placed = node.pods.get(&pod);
-        if placed != Some(&epoch) && (placed.is_none() || kept(Rule::ResultsNameEpochs)) {
+        if node.pods.get(&pod) != Some(&epoch) && kept(Rule::ResultsNameEpochs) {
             let ended = matches!(change, PodChange::Ended { .. });
             if ended && node.record.strays.get(&pod) == Some(&epoch) {
                 node.record.strays.remove(&pod);
