@@ -21,9 +21,6 @@ pub enum Rule {
     LeaseOfSpecPlaced,
     /// A pod that continues is replaced only when seen gone. Else: behind a partition it runs on, beside the new one.
     ContinueUntilGone,
-    /// A controller that starts knows nothing of the grants before, and counts them from now. Else: it replaces what its
-    /// predecessor granted last.
-    RestartWaits,
     /// Every placement is an epoch of its own. Else: a node that gets a pod back takes it for the one that is over.
     EpochRises,
     /// What a scan does not find is gone only when the events before it are in. Else: a result is thrown away.
@@ -34,10 +31,6 @@ pub enum Rule {
     AgentChecksDeadlines,
     /// A dead shim's pod dies with it. Else: it runs on, and nobody can fence it.
     DeadShimKills,
-    /// A pod starts only when its earlier epoch on the same node is gone. Else: both are there at once.
-    PredecessorGone,
-    /// The agent's records are durable before it acts. Else: a run is begun of which nobody knows.
-    LedgerFirst,
     /// The controller's writes are durable before anybody hears of them. Else: an epoch is given twice.
     StoreFirst,
     /// A result counts for the epoch that is placed. Else: the end of an old one ends the new.
@@ -47,21 +40,18 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Rule; 17] = [
+    pub const ALL: [Rule; 14] = [
         Rule::GrantsNameEpochs,
         Rule::OrdersNeverGoBack,
         Rule::TermsOutrank,
         Rule::ReplaceAfterLease,
         Rule::LeaseOfSpecPlaced,
         Rule::ContinueUntilGone,
-        Rule::RestartWaits,
         Rule::EpochRises,
         Rule::AbsenceAfterEvents,
         Rule::ShimFences,
         Rule::AgentChecksDeadlines,
         Rule::DeadShimKills,
-        Rule::PredecessorGone,
-        Rule::LedgerFirst,
         Rule::StoreFirst,
         Rule::ResultsNameEpochs,
         Rule::EventsOnce,

@@ -319,10 +319,8 @@ impl Node {
     fn perform(&mut self, now: Now, step: Step) -> Vec<Out> {
         let mut actions = step.actions;
         let dies = self.dies_after.filter(|_| !actions.is_empty() && !step.records.is_empty());
-        if kept(Rule::LedgerFirst) || dies.is_none() {
-            for record in &step.records {
-                self.ledger.apply(record);
-            }
+        for record in &step.records {
+            self.ledger.apply(record);
         }
         if let Some(done) = dies {
             actions.truncate(done);

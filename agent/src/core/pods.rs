@@ -195,8 +195,7 @@ impl Agent {
     /// An older epoch of the same pod is still here.
     fn predecessor_lives(&self, key: &PodKey) -> bool {
         let older = |other: &PodKey| other.pod == key.pod && other.epoch < key.epoch;
-        kept(Rule::PredecessorGone)
-            && self.ledger.pods.iter().any(|(other, entry)| older(other) && entry.ended.is_none())
+        self.ledger.pods.iter().any(|(other, entry)| older(other) && entry.ended.is_none())
     }
 
     pub(super) fn reconcile(&mut self, now: Now, key: &PodKey) {

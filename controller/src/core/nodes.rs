@@ -36,7 +36,7 @@ pub(super) fn forgotten_node(record: NodeRecord, now: Now) -> Node {
         liveness: Liveness::Silent,
         session: None,
         heard: now.boot,
-        granted: if kept(Rule::RestartWaits) { now.boot } else { BootMs::ZERO },
+        granted: now.boot,
         last_heartbeat_at: None,
         usage: None,
         pods: BTreeMap::new(),
