@@ -11,14 +11,6 @@ pub enum Rule {
     /// A grant names (pod, epoch). Else: a node that was lost comes back, hears a lease before its orders, and thaws a pod that
     /// runs elsewhere by now.
     GrantsNameEpochs,
-    /// A grant answers a heartbeat of this very session. Else: a lease for the fifth heartbeat of the last session prolongs
-    /// what the fifth of this one asked for.
-    GrantsOfThisSession,
-    /// A grant counts from the moment its heartbeat was made. Else: an agent that was stopped goes on with one that waited in
-    /// its socket, and thaws a pod that was replaced meanwhile.
-    GrantsCountFromSend,
-    /// Nothing begins without a grant. Else: orders that waited in a queue begin an epoch that was replaced.
-    StartNeedsGrant,
     /// Orders older than those held are refused. Else: a set that waited in a queue brings back what is over.
     OrdersNeverGoBack,
     /// A later term outranks every generation of an earlier one. Else: nobody obeys a controller that was restarted.
@@ -29,66 +21,40 @@ pub enum Rule {
     LeaseOfSpecPlaced,
     /// A pod that continues is replaced only when seen gone. Else: behind a partition it runs on, beside the new one.
     ContinueUntilGone,
-    /// A controller that starts knows nothing of the grants before, and counts them from now. Else: it replaces what its
-    /// predecessor granted last.
-    RestartWaits,
     /// Every placement is an epoch of its own. Else: a node that gets a pod back takes it for the one that is over.
     EpochRises,
-    /// A scan speaks only of orders that came before it. Else: a pod whose order is on its way counts as gone.
-    AbsenceProven,
     /// What a scan does not find is gone only when the events before it are in. Else: a result is thrown away.
     AbsenceAfterEvents,
-    /// A session older than the last is refused. Else: a hello that was long on its way attests an old scan.
-    SessionsGrow,
     /// The shim fences its pod by itself. Else: a pod whose agent is dead runs on.
     ShimFences,
     /// The agent ends a pod whose shim does not fence it. Else: a shim that hangs lets its pod run for ever.
     AgentChecksDeadlines,
     /// A dead shim's pod dies with it. Else: it runs on, and nobody can fence it.
     DeadShimKills,
-    /// A pod starts only when its earlier epoch on the same node is gone. Else: both are there at once.
-    PredecessorGone,
-    /// The end of an earlier run is not that of the current one. Else: a late word of the first run ends the epoch on the
-    /// books, while the second runs.
-    RunsAreTold,
-    /// The agent's records are durable before it acts. Else: a run is begun of which nobody knows.
-    LedgerFirst,
     /// The controller's writes are durable before anybody hears of them. Else: an epoch is given twice.
     StoreFirst,
     /// A result counts for the epoch that is placed. Else: the end of an old one ends the new.
     ResultsNameEpochs,
     /// Events are taken in order, each once. Else: a failure sent twice counts twice.
     EventsOnce,
-    /// Failures of earlier epochs count on the node too. Else: every placement begins a new count.
-    FailuresTravel,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 24] = [
+    pub const ALL: [Rule; 14] = [
         Rule::GrantsNameEpochs,
-        Rule::GrantsOfThisSession,
-        Rule::GrantsCountFromSend,
-        Rule::StartNeedsGrant,
         Rule::OrdersNeverGoBack,
         Rule::TermsOutrank,
         Rule::ReplaceAfterLease,
         Rule::LeaseOfSpecPlaced,
         Rule::ContinueUntilGone,
-        Rule::RestartWaits,
         Rule::EpochRises,
-        Rule::AbsenceProven,
         Rule::AbsenceAfterEvents,
-        Rule::SessionsGrow,
         Rule::ShimFences,
         Rule::AgentChecksDeadlines,
         Rule::DeadShimKills,
-        Rule::PredecessorGone,
-        Rule::RunsAreTold,
-        Rule::LedgerFirst,
         Rule::StoreFirst,
         Rule::ResultsNameEpochs,
         Rule::EventsOnce,
-        Rule::FailuresTravel,
     ];
 
     /// By its name as `Debug` writes it.

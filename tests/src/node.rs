@@ -10,7 +10,9 @@ use berth_agent::core::ledger::{Ledger, PodKey};
 use berth_agent::core::{Action, Agent, Event, Identity, NoExit, Now, Prepared, Step, Unready};
 use berth_agent::task::{Exit, Order, Report, Root, Saved};
 use berth_protocol::checkpoint::{CheckpointInfo, Needs};
-use berth_protocol::ids::{BootId, Digest, HardwareId, JobUid, LedgerId, NodeId, Run, SessionNonce};
+use berth_protocol::ids::{
+    BootId, Digest, Generation, HardwareId, JobUid, LedgerId, NodeId, Run, SessionNonce, Term,
+};
 use berth_protocol::job::PodTemplate;
 use berth_protocol::message::node::HeldPod;
 use berth_protocol::pod::{Cause, Outcome, RESTORE_FAILED};
@@ -135,6 +137,7 @@ impl Node {
         let (agent, step) = Agent::start(self.ledger.clone(), identity, self.inventory(), now);
         self.agent = Some(agent);
         let mut out = self.perform(now, step);
+        self.heard_late();
         out.extend(self.step(now, Event::BusUp));
         out
     }
@@ -155,6 +158,11 @@ impl Node {
         self.dies_after = Some(actions);
     }
 
+    /// Orders that were long on their way may name a checkpoint let go since; they are replaced before they matter.
+    pub fn heard_late(&mut self) {
+        self.lacking.clear();
+    }
+
     /// SIGSTOP.
     pub fn stop(&mut self) {
         self.stopped = self.agent.is_some();
@@ -171,6 +179,7 @@ impl Node {
         for event in waited {
             out.extend(self.step(now, event));
         }
+        self.heard_late();
         out
     }
 
@@ -279,6 +288,11 @@ impl Node {
         (asked > self.cpu.0).then_some(MilliCpu(asked))
     }
 
+    /// The orders that this node holds.
+    pub fn orders(&self) -> (Term, Generation) {
+        (self.ledger.term, self.ledger.generation)
+    }
+
     /// Pods of which anything is alive here, frozen or not.
     pub fn alive(&self) -> impl Iterator<Item = &PodKey> {
         self.shims.keys()
@@ -304,11 +318,9 @@ impl Node {
 
     fn perform(&mut self, now: Now, step: Step) -> Vec<Out> {
         let mut actions = step.actions;
-        let dies = self.dies_after.filter(|_| !actions.is_empty());
-        if kept(Rule::LedgerFirst) || dies.is_none() {
-            for record in &step.records {
-                self.ledger.apply(record);
-            }
+        let dies = self.dies_after.filter(|_| !actions.is_empty() && !step.records.is_empty());
+        for record in &step.records {
+            self.ledger.apply(record);
         }
         if let Some(done) = dies {
             actions.truncate(done);

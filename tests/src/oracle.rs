@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use berth_protocol::ids::{Epoch, NodeId, PodId};
+use berth_protocol::ids::{Epoch, Generation, NodeId, PodId, Term};
 use berth_protocol::message::user::{JobPhase, JobStatus};
 
 use crate::node::Node;
@@ -13,6 +13,7 @@ pub struct Oracle {
     epochs: BTreeMap<PodId, Epoch>,
     accepted: BTreeSet<String>,
     statuses: BTreeMap<String, JobStatus>,
+    orders: BTreeMap<NodeId, (Term, Generation)>,
 }
 
 impl Oracle {
@@ -27,6 +28,12 @@ impl Oracle {
                     node.id
                 ));
             }
+            let orders = node.orders();
+            let newest = self.orders.entry(node.id.clone()).or_insert(orders);
+            if orders < *newest {
+                return Err(format!("{} went back from orders {newest:?} to {orders:?}", node.id));
+            }
+            *newest = orders;
             if let Some(key) = node.launched_twice.first() {
                 return Err(format!("{} began a run of {key} beside another", node.id));
             }

@@ -135,7 +135,8 @@ impl World {
         // One machine may never return; `continue` pods on it would wait for an operator.
         let dead = self.rng.u8(0..3) == 0;
         for n in 0..self.rng.usize(1..8) {
-            let (work, code) = (self.rng.u64(50..90_000), if self.rng.u8(0..4) == 0 { 3 } else { 0 });
+            let code = if self.rng.u8(0..4) == 0 { 3 } else { 0 };
+            let work = if self.rng.bool() { self.rng.u64(50..90_000) } else { self.rng.u64(90_000..300_000) };
             let actions: &[&str] = if dead { &["pause", "stop"] } else { &["pause", "continue", "stop"] };
             let action = self.rng.choice(actions).copied().unwrap_or("pause");
             let completions = self.rng.u32(1..4);
@@ -258,6 +259,9 @@ impl World {
                 } else if here {
                     let now = self.agent_now();
                     let out = self.nodes[node].step(now, event);
+                    if session.is_none() {
+                        self.nodes[node].heard_late();
+                    }
                     self.perform(node, out);
                 }
             }

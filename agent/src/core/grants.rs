@@ -45,7 +45,7 @@ impl Grants {
 
     /// Takes a lease in; returns the pods whose grant grew. `None`: it answers nothing that this session asked.
     pub fn receive(&mut self, nonce: &SessionNonce, lease: &Lease) -> Option<Vec<PodKey>> {
-        if lease.nonce != *nonce && kept(Rule::GrantsOfThisSession) {
+        if lease.nonce != *nonce {
             return None;
         }
         let sent = self.sent.iter().find(|sent| sent.seq == lease.seq)?;
@@ -62,10 +62,7 @@ impl Grants {
             // Grants for pods that never came.
             self.granted.retain(|key, _| sent.held.contains(key));
         }
-        let at = match self.sent.back() {
-            Some(last) if !kept(Rule::GrantsCountFromSend) => last.at,
-            _ => sent.at,
-        };
+        let at = sent.at;
         self.last_grant = self.last_grant.max(Some(lease.seq));
         let mut grown = Vec::new();
         for key in covered {

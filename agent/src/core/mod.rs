@@ -28,7 +28,6 @@ use berth_protocol::message::node::{
 };
 use berth_protocol::pod::Goal;
 use berth_protocol::resources::{GpuShare, Inventory, Usage};
-use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::{BootMs, Bytes, Millis, Timestamp};
 
 use crate::task::{Exit, Order, Report, Root, Saved};
@@ -525,8 +524,7 @@ impl Agent {
     }
 
     fn lease(&mut self, now: Now, lease: Lease) {
-        let other_session = lease.nonce != self.nonce && kept(Rule::GrantsOfThisSession);
-        if other_session || self.is_foreign(&lease.store) {
+        if lease.nonce != self.nonce || self.is_foreign(&lease.store) {
             return;
         }
         if lease.hello {
@@ -651,6 +649,9 @@ impl Agent {
     fn name(&mut self, pod: DesiredPod) {
         let key = PodKey::new(&pod.pod, pod.epoch);
         let newest = self.ledger.pods.keys().filter(|held| held.pod == key.pod).map(|held| held.epoch).max();
+        // An epoch keeps the spec that it began with: a later one is the job's, and may never come here.
+        let spec = self.ledger.pods.get(&key).filter(|entry| entry.run.0 > 0).map(|entry| entry.desired.spec);
+        let pod = DesiredPod { spec: spec.unwrap_or(pod.spec), ..pod };
         let mut entry = match self.ledger.pods.get(&key) {
             Some(entry) if entry.desired == pod && !entry.unnamed => return,
             Some(entry) => entry.clone(),

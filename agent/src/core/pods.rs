@@ -195,8 +195,7 @@ impl Agent {
     /// An older epoch of the same pod is still here.
     fn predecessor_lives(&self, key: &PodKey) -> bool {
         let older = |other: &PodKey| other.pod == key.pod && other.epoch < key.epoch;
-        kept(Rule::PredecessorGone)
-            && self.ledger.pods.iter().any(|(other, entry)| older(other) && entry.ended.is_none())
+        self.ledger.pods.iter().any(|(other, entry)| older(other) && entry.ended.is_none())
     }
 
     pub(super) fn reconcile(&mut self, now: Now, key: &PodKey) {
@@ -213,9 +212,7 @@ impl Agent {
             }
             return;
         };
-        let unasked = || Lease { deadline: Some(now.boot.plus(template.on_disconnect.after)) };
-        let lease =
-            self.lease_of(now, key, template).or_else(|| (!kept(Rule::StartNeedsGrant)).then(unasked));
+        let lease = self.lease_of(now, key, template);
         let vacates = entry.desired.goal == Goal::Vacate;
         let grace =
             if matches!(wanted, Wanted::Stop { at_once: true }) { Millis::ZERO } else { template.grace };

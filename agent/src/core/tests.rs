@@ -287,6 +287,16 @@ fn a_stop_before_the_start_ends_the_epoch_as_an_eviction() {
     assert_eq!(lines, ["cancel u-0.1", "tell u-0.1 ended Eviction"]);
 }
 
+/// Seed 80 of the simulator: a node came back with an epoch of before its job was sent again, and could not stop it for
+/// want of the new spec.
+#[test]
+fn an_epoch_keeps_the_spec_that_it_began_with() {
+    let began = template(RestartPolicy::Never);
+    let mut bench = Bench::running(&began);
+    let sent_again = PodTemplate { grace: Millis(7_000), ..began };
+    assert_eq!(bench.desired(&[(key(0, 1), Goal::Stop, &sent_again)]), ["stop u-0.1 30s"]);
+}
+
 #[test]
 fn failures_are_retried_with_growing_pauses_until_the_limit() {
     let template = template(RestartPolicy::OnFailure);

@@ -38,7 +38,7 @@ pub(super) fn forgotten_node(record: NodeRecord, now: Now) -> Node {
         liveness: Liveness::Silent,
         session: None,
         heard: now.boot,
-        granted: if kept(Rule::RestartWaits) { now.boot } else { BootMs::ZERO },
+        granted: now.boot,
         last_heartbeat_at: None,
         usage: None,
         pods: BTreeMap::new(),
@@ -103,9 +103,7 @@ impl Controller {
             .pods
             .iter()
             .filter(|(pod, epoch)| held.get(pod) != Some(epoch))
-            .filter(|(pod, _)| {
-                known && !same_ledger || named(pod).is_some_and(applied) || !kept(Rule::AbsenceProven)
-            })
+            .filter(|(pod, _)| known && !same_ledger || named(pod).is_some_and(applied))
             .map(|(pod, epoch)| (pod.clone(), *epoch))
             .collect();
         node.unknown.clear();
@@ -278,8 +276,7 @@ impl Controller {
             _ => {}
         }
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
-        let placed = node.pods.get(&pod);
-        if placed != Some(&epoch) && (placed.is_none() || kept(Rule::ResultsNameEpochs)) {
+        if node.pods.get(&pod) != Some(&epoch) && kept(Rule::ResultsNameEpochs) {
             let ended = matches!(change, PodChange::Ended { .. });
             if ended && node.record.strays.get(&pod) == Some(&epoch) {
                 node.record.strays.remove(&pod);

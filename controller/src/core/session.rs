@@ -2,7 +2,6 @@
 
 use berth_protocol::limits::{LEASE_MARGIN_MS, LOST_AFTER_MS};
 use berth_protocol::message::node::{Heartbeat, Hello};
-use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::Millis;
 
 use super::Now;
@@ -23,7 +22,7 @@ pub(super) fn refusal(node: &Node, hello: &Hello) -> Option<&'static str> {
     if !same_ledger {
         return None;
     }
-    if hello.session < node.record.session && kept(Rule::SessionsGrow) {
+    if hello.session < node.record.session {
         return Some("stale-hello");
     }
     if hello.session == node.record.session && hello.nonce != node.record.nonce {

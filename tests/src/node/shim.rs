@@ -17,6 +17,8 @@ const SAVES_PER_FAILURE: u8 = 8;
 /// One in so many pods takes this long to freeze at the end of its lease: less than the lease allows for it.
 const FREEZES_PER_SLOW: u8 = 3;
 const SLOW_FREEZE: Millis = Millis(9_000);
+/// What is killed at once ends this much later.
+const DEATH: Millis = Millis(300);
 
 /// How a run of a made-up program goes.
 #[derive(Debug, Clone, Copy)]
@@ -104,7 +106,7 @@ impl Shim {
             Order::Pause { pause } => self.paused = pause,
             Order::Stop { grace } => {
                 // The made-up program ignores the stop signal for half its grace.
-                let at = now.plus(Millis(grace.0 / 2));
+                let at = now.plus(DEATH.max(Millis(grace.0 / 2)));
                 self.kill_at = Some(self.kill_at.map_or(at, |kill_at| kill_at.min(at)));
             }
             Order::Release => self.held = false,

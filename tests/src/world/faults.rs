@@ -65,7 +65,16 @@ impl World {
                 0 => (Fault::AgentCrash(node), Fault::AgentStart(node)),
                 1 => (Fault::PowerCut(node), Fault::AgentStart(node)),
                 2 => (Fault::Partition(node), Fault::Heal(node)),
-                3 => (Fault::ControllerCrash, Fault::ControllerStart),
+                3 => {
+                    if self.rng.bool() {
+                        // A node that the next controller does not hear, and its predecessor granted last.
+                        let soon = at + self.rng.u64(10..20_000);
+                        self.at(at, Due::Fault(Fault::Partition(node)));
+                        self.at(soon, Due::Fault(Fault::ControllerStart));
+                        self.at(back, Due::Fault(Fault::Heal(node)));
+                    }
+                    (Fault::ControllerCrash, Fault::ControllerStart)
+                }
                 4 => (Fault::Notice(node), Fault::NoticeWithdrawn(node)),
                 5 => (Fault::AgentCrashWithin(node), Fault::AgentStart(node)),
                 6 => (Fault::AgentStop(node), Fault::AgentGoOn(node)),
