@@ -158,6 +158,11 @@ impl Node {
         self.dies_after = Some(actions);
     }
 
+    /// The faults are over.
+    pub fn live_on(&mut self) {
+        self.dies_after = None;
+    }
+
     /// Orders that were long on their way may name a checkpoint let go since; they are replaced before they matter.
     pub fn heard_late(&mut self) {
         self.lacking.clear();

@@ -199,6 +199,9 @@ impl World {
         while self.now_ms < FAULTS_MS + REST_MS {
             if self.now_ms >= FAULTS_MS && !self.calm {
                 self.calm = true;
+                // What was to die in the middle of its next step and has had none lives on.
+                self.controller_dies_after = None;
+                self.nodes.iter_mut().for_each(Node::live_on);
                 self.note(|| "the faults are over".into());
             }
             if self.calm && self.oracle.all_accepted(&expect) && self.oracle.converged(&expect).is_ok() {

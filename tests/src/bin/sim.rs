@@ -3,15 +3,19 @@
 //! throughout, and a violation is what is looked for.
 
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 use std::time::Instant;
 
 use berth_protocol::rule::Rule;
 use berth_tests::world;
 
+type History = (Result<u64, String>, Vec<String>);
+
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let mutant = args.iter().position(|arg| arg == "--mutant").map(|at| args.get(at + 1));
-    let Some(name) = mutant else { return play(&args) };
+    let Some(name) = mutant else { return play(&args, world::run) };
     match name.and_then(|name| Rule::parse(name)) {
         Some(rule) => play_without(rule, &args),
         None => {
@@ -23,7 +27,7 @@ fn main() -> ExitCode {
 
 #[cfg(debug_assertions)]
 fn play_without(rule: Rule, args: &[String]) -> ExitCode {
-    berth_protocol::rule::without(rule, || play(args))
+    play(args, move |seed, trace| berth_protocol::rule::without(rule, || world::run(seed, trace)))
 }
 
 #[cfg(not(debug_assertions))]
@@ -32,13 +36,13 @@ fn play_without(_: Rule, _: &[String]) -> ExitCode {
     ExitCode::FAILURE
 }
 
-fn play(args: &[String]) -> ExitCode {
+fn play(args: &[String], run: impl Fn(u64, bool) -> History + Sync) -> ExitCode {
     let number = |flag: &str| -> Option<u64> {
         let at = args.iter().position(|arg| arg == flag)?;
         args.get(at + 1)?.parse().ok()
     };
     if let Some(seed) = number("--seed") {
-        let (result, trace) = world::run(seed, true);
+        let (result, trace) = run(seed, true);
         trace.iter().for_each(|line| println!("{line}"));
         return match result {
             Ok(steps) => {
@@ -52,17 +56,35 @@ fn play(args: &[String]) -> ExitCode {
         };
     }
     let (from, seeds) = (number("--from").unwrap_or(1), number("--seeds").unwrap_or(500));
-    let (begin, mut steps) = (Instant::now(), 0);
-    for seed in from..from + seeds {
-        match world::run(seed, false).0 {
-            Ok(taken) => steps += taken,
-            Err(error) => {
-                println!("seed {seed}: {error}");
-                println!("to see it: make sim SEED={seed}");
-                return ExitCode::FAILURE;
+    let begin = Instant::now();
+    let (next, end, steps) = (AtomicU64::new(from), AtomicU64::new(from + seeds), AtomicU64::new(0));
+    // Until one of them goes wrong: the first by number, however the threads come along.
+    let play_on = || {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= end.load(Ordering::Relaxed) {
+                return None;
+            }
+            match run(seed, false).0 {
+                Ok(taken) => drop(steps.fetch_add(taken, Ordering::Relaxed)),
+                Err(error) => {
+                    end.fetch_min(seed, Ordering::Relaxed);
+                    return Some((seed, error));
+                }
             }
         }
+    };
+    let wrong = thread::scope(|scope| {
+        let threads = thread::available_parallelism().map_or(1, usize::from);
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(play_on)).collect();
+        threads.into_iter().filter_map(|thread| thread.join().expect("no panic")).min()
+    });
+    if let Some((seed, error)) = wrong {
+        println!("seed {seed}: {error}");
+        println!("to see it: make sim SEED={seed}");
+        return ExitCode::FAILURE;
     }
+    let steps = steps.into_inner();
     println!("{seeds} seeds, {steps} steps, no violation, {:.1} s", begin.elapsed().as_secs_f64());
     ExitCode::SUCCESS
 }
