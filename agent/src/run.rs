@@ -62,7 +62,7 @@ pub enum RunError {
     Random(#[source] std::io::Error),
     #[error("cannot tell this boot or machine from others: {0}")]
     Identity(#[from] IdError),
-    #[error("--listen-chunks {address}: {source}")]
+    #[error("cannot give chunks away at --listen-chunks {address}")]
     Chunks { address: SocketAddr, source: std::io::Error },
     #[error("cannot set up images: {0}")]
     Images(#[source] std::io::Error),
