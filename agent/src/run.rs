@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use berth_protocol::ids::{IdError, LedgerId, SessionNonce};
 use berth_protocol::job::PodTemplate;
-use berth_protocol::message::node::{ChunkServer, DepotAccess, HeldPod, NodeRequest};
+use berth_protocol::message::node::{DepotAccess, HeldPod, NodeRequest};
 use berth_protocol::topic::{NodeTopic, Topic};
 use berth_protocol::units::Millis;
 use tokio::sync::mpsc;
@@ -80,8 +80,6 @@ struct Agency {
     staging: preparing::Tasks,
     bridge: Option<Bridge>,
     depot: Option<DepotAccess>,
-    /// Where other nodes are given chunks.
-    chunks: Option<ChunkServer>,
     criu: Option<Criu>,
     followers: Followers,
     log_turns: stores::LogTurns,
@@ -116,16 +114,23 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let mut probe = Probe::new(probe_config(&config, bridge.is_some())).await;
     let random = || clock::random_token().map_err(RunError::Random);
     let nonce = SessionNonce::parse(&random()?[..16])?;
+    let preparer = Arc::new(Preparer::open(&config).map_err(RunError::Images)?);
+    let chunks = match config.listen_chunks {
+        Some(address) => Some(
+            preparer.serve_chunks(address).await.map_err(|source| RunError::Chunks { address, source })?,
+        ),
+        None => None,
+    };
     let identity = Identity {
         hardware: clock::hardware_id()?,
         boot: clock::boot_id()?,
         nonce: nonce.clone(),
         ledger: LedgerId::parse(&random()?)?,
         damaged: damaged > 0,
+        chunks,
     };
     let (events, mut inbox) = mpsc::unbounded_channel();
     let (bus_events, mut bus_inbox) = mpsc::channel(BUS_QUEUE);
-    let preparer = Arc::new(Preparer::open(&config).map_err(RunError::Images)?);
     let shims = Shims::new(config.data_dir.join("pods"), events.clone());
     shims.sweep(|key| ledger.pods.contains_key(key));
     probe.sample().await;
@@ -142,12 +147,6 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     tracing::warn!(
         "--dev: whoever reaches the broker runs programs on this machine; for one person's machine and for tests only"
     );
-    let chunks = match config.listen_chunks {
-        Some(address) => Some(
-            preparer.serve_chunks(address).await.map_err(|source| RunError::Chunks { address, source })?,
-        ),
-        None => None,
-    };
     let bus = Bus::connect(&config.broker, &config.cluster, &config.node, &nonce, bus_events)?;
     tracing::info!(
         "node {} of cluster {}: {} cores, {} of memory, broker {}",
@@ -168,7 +167,6 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         staging: preparing::Tasks::default(),
         bridge,
         depot: None,
-        chunks,
         criu,
         followers: Followers::default(),
         log_turns: stores::LogTurns::default(),
@@ -360,7 +358,6 @@ impl Agency {
                         };
                         hello.pods.retain(|pod| !is_alive(pod));
                         hello.pods.extend(alive);
-                        hello.chunks = self.chunks.clone();
                         self.bus.publish(&self.topic(NodeTopic::Hello), &*hello);
                     }
                     // A pod that this hello left out would count as gone, and be placed anew while it runs.

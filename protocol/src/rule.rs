@@ -23,8 +23,6 @@ pub enum Rule {
     ContinueUntilGone,
     /// Every placement is an epoch of its own. Else: a node that gets a pod back takes it for the one that is over.
     EpochRises,
-    /// What a scan does not find is gone only when the events before it are in. Else: a result is thrown away.
-    AbsenceAfterEvents,
     /// The shim fences its pod by itself. Else: a pod whose agent is dead runs on.
     ShimFences,
     /// The agent ends a pod whose shim does not fence it. Else: a shim that hangs lets its pod run for ever.
@@ -40,7 +38,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Rule; 14] = [
+    pub const ALL: [Rule; 13] = [
         Rule::GrantsNameEpochs,
         Rule::OrdersNeverGoBack,
         Rule::TermsOutrank,
@@ -48,7 +46,6 @@ impl Rule {
         Rule::LeaseOfSpecPlaced,
         Rule::ContinueUntilGone,
         Rule::EpochRises,
-        Rule::AbsenceAfterEvents,
         Rule::ShimFences,
         Rule::AgentChecksDeadlines,
         Rule::DeadShimKills,

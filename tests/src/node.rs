@@ -133,6 +133,7 @@ impl Node {
             nonce: SessionNonce::parse(&name("s", self.sessions)).expect("a token"),
             ledger: LedgerId::parse(&name("l", 0)).expect("a token"),
             damaged: false,
+            chunks: None,
         };
         let (agent, step) = Agent::start(self.ledger.clone(), identity, self.inventory(), now);
         self.agent = Some(agent);

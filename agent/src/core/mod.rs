@@ -23,8 +23,8 @@ use berth_protocol::image::Images;
 use berth_protocol::job::PodTemplate;
 use berth_protocol::limits;
 use berth_protocol::message::node::{
-    DepotAccess, Desired, DesiredPod, Events, Heartbeat, HeldPod, Hello, Lease, NodeEvent, NumberedEvent,
-    PodChange, PodEvent, PullProgress, held_digest,
+    ChunkServer, DepotAccess, Desired, DesiredPod, Events, Heartbeat, HeldPod, Hello, Lease, NodeEvent,
+    NumberedEvent, PodChange, PodEvent, PullProgress, held_digest,
 };
 use berth_protocol::pod::Goal;
 use berth_protocol::resources::{GpuShare, Inventory, Usage};
@@ -242,6 +242,8 @@ pub struct Identity {
     pub ledger: LedgerId,
     /// Records of the ledger could not be read.
     pub damaged: bool,
+    /// Where other nodes are given chunks.
+    pub chunks: Option<ChunkServer>,
 }
 
 /// Unacknowledged events are sent again after this long.
@@ -255,6 +257,7 @@ pub struct Agent {
     boot: BootId,
     nonce: SessionNonce,
     previous: Option<SessionNonce>,
+    chunks: Option<ChunkServer>,
     inventory: Inventory,
     grants: Grants,
     live: BTreeMap<PodKey, Live>,
@@ -281,6 +284,7 @@ impl Agent {
             hardware: identity.hardware,
             boot: identity.boot,
             nonce: identity.nonce.clone(),
+            chunks: identity.chunks,
             inventory,
             grants: Grants::default(),
             live: BTreeMap::new(),
@@ -450,7 +454,7 @@ impl Agent {
             events_last: self.ledger.last_event,
             pods: self.working(),
             inventory: self.inventory.clone(),
-            chunks: None,
+            chunks: self.chunks.clone(),
         })));
     }
 

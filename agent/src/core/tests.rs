@@ -95,6 +95,7 @@ impl Bench {
             nonce: SessionNonce::parse(&format!("n{session}")).unwrap(),
             ledger: LedgerId::parse("l").unwrap(),
             damaged: false,
+            chunks: None,
         };
         let now = Now { wall: Timestamp(1_000_000), boot: BootMs(1_000_000) };
         let (agent, step) = Agent::start(disk.clone(), identity, inventory(), now);

@@ -160,7 +160,7 @@ impl Controller {
     fn settle_absent(&mut self, now: Now, id: &NodeId) {
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
         let (Some(session), Some(outbox)) = (&mut node.session, &node.outbox) else { return };
-        if outbox.acked < session.absent_after && kept(Rule::AbsenceAfterEvents) {
+        if outbox.acked < session.absent_after {
             return;
         }
         let absent = std::mem::take(&mut session.absent);

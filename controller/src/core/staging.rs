@@ -92,14 +92,9 @@ impl Controller {
         if !matches!(why, Leaving::Move { .. }) {
             self.unreserve(id);
         }
-        let saves_first = self.saves_first(now, id);
-        let Some(mut staging) = self.staging_for(now, id, &why, saves_first) else {
-            return self.vacate(id, why);
-        };
-        if saves_first {
+        let Some(staging) = self.staging_for(now, id, &why) else { return self.vacate(id, why) };
+        if staging.first.is_some() {
             self.ask_checkpoint(id);
-            let job = self.cluster.jobs.get(&id.uid);
-            staging.first = job.and_then(|job| job.assignment(id.index)).map(|assignment| assignment.asked);
         }
         self.cluster.staging.insert(id.clone(), staging.to.clone());
         self.dirty.desired.insert(staging.to.clone());
@@ -143,12 +138,12 @@ impl Controller {
     }
 
     /// Where the pod will go on, its seat kept from now, and what lacks there. None: it is to leave at once.
-    fn staging_for(&mut self, now: Now, id: &PodId, why: &Leaving, saves_first: bool) -> Option<Staging> {
+    fn staging_for(&mut self, now: Now, id: &PodId, why: &Leaving) -> Option<Staging> {
         let job = self.cluster.jobs.get(&id.uid)?;
         let assignment = job.assignment(id.index)?;
         let runs = matches!(assignment.phase, PodPhase::Running | PodPhase::Checkpointing | PodPhase::Paused);
         let stays = !job.run.suspended && job.run.verdict.is_none();
-        let wait = self.wait_max(now, &assignment.node);
+        let (wait, next) = (self.wait_max(now, &assignment.node), assignment.answered + 1);
         if !runs || !stays || job.pod(id.index)?.generation != job.file.generation || wait < WAIT_MIN {
             return None;
         }
@@ -162,15 +157,15 @@ impl Controller {
             }
             Leaving::Suspend | Leaving::Preempt { .. } | Leaving::Restore => return None,
         };
-        let (from, wait) = match saves_first {
-            true => (None, Millis(wait.0 + 2 * self.millis_to_save(id))),
-            false => (self.lacking_at(id, &to)?, wait),
+        let (first, from, wait) = match self.saves_first(now, id).then_some(next) {
+            Some(level) => (Some(level), None, Millis(wait.0 + 2 * self.millis_to_save(id))),
+            None => (None, self.lacking_at(id, &to)?, wait),
         };
         if seat.is_some_and(|seat| !self.scheduler.reserve(id, seat)) {
             return None;
         }
         let until = now.wall.plus(wait);
-        Some(Staging { to, from, first: None, until, over: false, named: None })
+        Some(Staging { to, from, first, until, over: false, named: None })
     }
 
     /// What the node lacks of what the pod will need: the checkpoint is named where that does. None: nothing, for all

@@ -10,14 +10,15 @@ use std::time::Instant;
 use berth_protocol::rule::Rule;
 use berth_tests::world;
 
-type History = (Result<u64, String>, Vec<String>);
-
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let mutant = args.iter().position(|arg| arg == "--mutant").map(|at| args.get(at + 1));
-    let Some(name) = mutant else { return play(&args, world::run) };
-    match name.and_then(|name| Rule::parse(name)) {
-        Some(rule) => play_without(rule, &args),
+    let Some(at) = args.iter().position(|arg| arg == "--mutant") else { return play(&args, None) };
+    match args.get(at + 1).and_then(|name| Rule::parse(name)) {
+        Some(_) if !cfg!(debug_assertions) => {
+            println!("this program keeps every rule: it was built without debug assertions");
+            ExitCode::FAILURE
+        }
+        Some(rule) => play(&args, Some(rule)),
         None => {
             println!("--mutant takes one of {:?}", Rule::ALL);
             ExitCode::FAILURE
@@ -25,24 +26,22 @@ fn main() -> ExitCode {
     }
 }
 
-#[cfg(debug_assertions)]
-fn play_without(rule: Rule, args: &[String]) -> ExitCode {
-    play(args, move |seed, trace| berth_protocol::rule::without(rule, || world::run(seed, trace)))
+/// One history, without `broken` where a rule is named.
+fn history(seed: u64, trace: bool, broken: Option<Rule>) -> (Result<u64, String>, Vec<String>) {
+    match broken {
+        #[cfg(debug_assertions)]
+        Some(rule) => berth_protocol::rule::without(rule, || world::run(seed, trace)),
+        _ => world::run(seed, trace),
+    }
 }
 
-#[cfg(not(debug_assertions))]
-fn play_without(_: Rule, _: &[String]) -> ExitCode {
-    println!("this program keeps every rule: it was built without debug assertions");
-    ExitCode::FAILURE
-}
-
-fn play(args: &[String], run: impl Fn(u64, bool) -> History + Sync) -> ExitCode {
+fn play(args: &[String], broken: Option<Rule>) -> ExitCode {
     let number = |flag: &str| -> Option<u64> {
         let at = args.iter().position(|arg| arg == flag)?;
         args.get(at + 1)?.parse().ok()
     };
     if let Some(seed) = number("--seed") {
-        let (result, trace) = run(seed, true);
+        let (result, trace) = history(seed, true, broken);
         trace.iter().for_each(|line| println!("{line}"));
         return match result {
             Ok(steps) => {
@@ -65,7 +64,7 @@ fn play(args: &[String], run: impl Fn(u64, bool) -> History + Sync) -> ExitCode 
             if seed >= end.load(Ordering::Relaxed) {
                 return None;
             }
-            match run(seed, false).0 {
+            match history(seed, false, broken).0 {
                 Ok(taken) => drop(steps.fetch_add(taken, Ordering::Relaxed)),
                 Err(error) => {
                     end.fetch_min(seed, Ordering::Relaxed);
@@ -81,7 +80,10 @@ fn play(args: &[String], run: impl Fn(u64, bool) -> History + Sync) -> ExitCode 
     });
     if let Some((seed, error)) = wrong {
         println!("seed {seed}: {error}");
-        println!("to see it: make sim SEED={seed}");
+        match broken {
+            Some(rule) => println!("to see it: target/debug/sim --mutant {rule:?} --seed {seed}"),
+            None => println!("to see it: make sim SEED={seed}"),
+        }
         return ExitCode::FAILURE;
     }
     let steps = steps.into_inner();

@@ -1,0 +1,45 @@
+//! Each fencing rule is needed: without it a history goes wrong, and the simulator sees it.
+//!
+//! Debug assertions alone can break a rule, so that this is a test of debug builds.
+#![cfg(debug_assertions)]
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use berth_protocol::rule::{Rule, without};
+use berth_tests::world;
+
+/// Where a history last went wrong: it is begun with, and the next ones are tried where it no longer does.
+const RULES: [(Rule, u64); Rule::ALL.len()] = [
+    (Rule::GrantsNameEpochs, 17),
+    (Rule::OrdersNeverGoBack, 1),
+    (Rule::TermsOutrank, 3),
+    (Rule::ReplaceAfterLease, 79),
+    (Rule::LeaseOfSpecPlaced, 433),
+    (Rule::ContinueUntilGone, 44),
+    (Rule::EpochRises, 1),
+    (Rule::ShimFences, 17),
+    (Rule::AgentChecksDeadlines, 18),
+    (Rule::DeadShimKills, 1),
+    (Rule::StoreFirst, 17),
+    (Rule::ResultsNameEpochs, 17),
+    (Rule::EventsOnce, 2),
+];
+const SEEDS_MAX: u64 = 1_000;
+
+#[test]
+fn without_any_one_rule_a_history_goes_wrong() {
+    let next = AtomicUsize::new(0);
+    let play = || {
+        while let Some((rule, first)) = RULES.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let mut seeds = *first..first + SEEDS_MAX;
+            let wrong = seeds.find(|seed| without(*rule, || world::run(*seed, false).0.is_err()));
+            let seed = wrong.unwrap_or_else(|| panic!("nothing goes wrong without {rule:?}"));
+            // It is the rule's doing.
+            assert_eq!(world::run(seed, false).0.err(), None, "seed {seed} goes wrong with {rule:?} as well");
+        }
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..2).map(|_| scope.spawn(play)).collect();
+        threads.into_iter().for_each(|thread| thread.join().expect("each rule is needed"));
+    });
+}
