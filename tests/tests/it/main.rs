@@ -6,4 +6,5 @@ mod drain;
 mod faults;
 mod jobs;
 mod kills;
+mod offline;
 mod staging;
