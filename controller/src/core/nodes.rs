@@ -247,6 +247,7 @@ impl Controller {
             match event.event {
                 NodeEvent::Pod(change) => self.pod_event(now, id, event.at, change),
                 NodeEvent::Inventory(inventory) => self.inventory_changed(id, *inventory),
+                NodeEvent::Unknown => self.refuse("unknown-event"),
             }
         }
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };

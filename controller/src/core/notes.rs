@@ -37,6 +37,11 @@ pub enum Note {
         pods: usize,
     },
     NodeStays(NodeId),
+    /// Its messages are not read.
+    OtherVersion {
+        node: NodeId,
+        why: String,
+    },
     /// A pod moves without what was to be there before it.
     StagingFailed {
         namespace: Namespace,
@@ -56,6 +61,7 @@ impl Note {
                 | Self::Blind { .. }
                 | Self::InventoryCut { .. }
                 | Self::NodeLeaves { .. }
+                | Self::OtherVersion { .. }
                 | Self::StagingFailed { .. }
         )
     }
@@ -88,6 +94,7 @@ impl fmt::Display for Note {
                 "what pod {namespace}/{pod} needs could not be brought to node {node} ahead of it: {why}; it moves \
                  without"
             ),
+            Self::OtherVersion { node, why } => write!(f, "node {node} is refused: {why}"),
             Self::NodeStays(node) => write!(f, "node {node} stays after all, and takes pods again"),
             Self::Sighted => write!(f, "nodes are heard again; each has the whole time anew"),
         }
