@@ -284,6 +284,8 @@ impl Ledger {
             Record::PodDropped { key } => {
                 self.pods.remove(key);
             }
+            // A number that goes back is of a record that a damaged disk has brought back.
+            Record::Event { event } if event.n <= self.last_event => {}
             Record::Event { event } => {
                 self.last_event = event.n;
                 self.outbox.push_back((**event).clone());
