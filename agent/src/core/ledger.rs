@@ -339,12 +339,12 @@ impl Ledger {
         let (waiting, last) = (self.outbox.front().map_or(u64::MAX, |event| event.n), self.last_event);
         let mut records = vec![Record::Created { ledger: id }, Record::Acked { n: last }];
         records.extend(
-            (last + 1..)
+            (last.saturating_add(1)..)
                 .zip(&self.outbox)
                 .map(|(n, event)| Record::Event { event: Box::new(NumberedEvent { n, ..event.clone() }) }),
         );
         // What waits for an event to be told waits for all of them now.
-        let last = last + self.outbox.len() as u64;
+        let last = last.saturating_add(self.outbox.len() as u64);
         for (key, entry) in &self.pods {
             let mut entry = entry.clone();
             let told = entry.ended.as_mut().map(|ended| &mut ended.event);

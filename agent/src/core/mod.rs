@@ -412,7 +412,7 @@ impl Agent {
     }
 
     fn event(&mut self, now: Now, event: NodeEvent) -> u64 {
-        let n = self.ledger.last_event + 1;
+        let n = self.ledger.last_event.saturating_add(1);
         self.record(Record::Event { event: Box::new(NumberedEvent { n, at: now.wall, event }) });
         n
     }
@@ -562,7 +562,8 @@ impl Agent {
         let acks = self.ledger.id.as_ref() == Some(&lease.ledger)
             && self.ledger.outbox.front().is_some_and(|event| event.n <= lease.acked);
         if acks {
-            self.record(Record::Acked { n: lease.acked });
+            // Never more than there were: the next event is numbered from here.
+            self.record(Record::Acked { n: lease.acked.min(self.ledger.last_event) });
             self.resend_at = self.resend_at.filter(|_| !self.ledger.outbox.is_empty());
             if self.inventory_untold {
                 self.tell_inventory(now);
