@@ -14,11 +14,15 @@ const DRIFT_PARTS: u64 = 1_000;
 
 /// Why a known node's hello is not taken.
 pub(super) fn refusal(node: &Node, hello: &Hello) -> Option<&'static str> {
+    let same_ledger = node.outbox.as_ref().is_some_and(|outbox| outbox.ledger == hello.ledger);
+    if node.record.damaged {
+        // Which machine it was is not known. Its ledger tells, where that is.
+        return (!same_ledger && !node.pods.is_empty()).then_some("other-hardware");
+    }
     if node.record.hardware != hello.hardware {
         // A name that another machine took: only once nothing of the first can run.
         return (!node.pods.is_empty()).then_some("other-hardware");
     }
-    let same_ledger = node.outbox.as_ref().is_some_and(|outbox| outbox.ledger == hello.ledger);
     if !same_ledger {
         return None;
     }

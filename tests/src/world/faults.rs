@@ -185,7 +185,8 @@ impl World {
                     secret: [7; 32],
                     seed: self.rng.u64(..),
                 };
-                let entries = self.store.clone().into_iter().collect();
+                let entries: Vec<_> =
+                    self.store.iter().map(|(key, value)| (key.clone(), Some(value.clone()))).collect();
                 let controller = Controller::load(config, entries, self.now())
                     .map_err(|error| format!("cannot load: {error}"))?;
                 self.controller = Some(controller);

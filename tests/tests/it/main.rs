@@ -3,7 +3,10 @@
 mod checkpoints;
 mod cluster;
 mod drain;
+#[path = "../../../controller/tests/common/etcd.rs"]
+mod etcd;
 mod faults;
 mod jobs;
 mod kills;
+mod several;
 mod staging;

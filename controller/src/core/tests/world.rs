@@ -308,6 +308,8 @@ pub fn outcome(now: u64, cause: Cause, exit_code: Option<u8>) -> Outcome {
 pub struct World {
     pub controller: Controller,
     pub store: BTreeMap<String, Vec<u8>>,
+    /// Keys whose values cannot be read at the next start.
+    pub damaged: BTreeSet<String>,
     pub term: u64,
     pub now: u64,
     pub agents: BTreeMap<NodeId, Agent>,
@@ -349,6 +351,7 @@ impl World {
         let mut world = Self {
             controller,
             store: BTreeMap::new(),
+            damaged: BTreeSet::new(),
             term: 1,
             now,
             agents: BTreeMap::new(),
@@ -376,8 +379,13 @@ impl World {
     /// And finds no broker.
     pub fn restart_controller_alone(&mut self) {
         self.term += 1;
-        let entries = self.store.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
-        self.controller = Controller::load(config(self.term), entries, at(self.now)).unwrap();
+        self.controller = Controller::load(config(self.term), self.entries(), at(self.now)).unwrap();
+    }
+
+    /// As the store lists them; what is damaged has no value.
+    pub fn entries(&self) -> Vec<(String, Option<Vec<u8>>)> {
+        let damaged = |key: &String| self.damaged.contains(key);
+        self.store.iter().map(|(key, value)| (key.clone(), (!damaged(key)).then(|| value.clone()))).collect()
     }
 
     pub fn add(&mut self, name: &str, inventory: Inventory) -> NodeId {
@@ -720,7 +728,6 @@ impl World {
                     chunks: agent.chunks.clone(),
                 };
                 agent.hello_due = false;
-                agent.beat_at = now;
                 self.send(&id, NodeTopic::Hello, &hello);
             }
             let agent = self.agents.get_mut(&id).unwrap();
