@@ -138,7 +138,9 @@ impl Daemon {
     pub async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<(), RunError> {
         let notifier = Notifier::from_env();
         notifier.send("READY=1");
-        notifier.send("STATUS=leading");
+        if matches!(self.store, Store::Etcd(..)) {
+            notifier.send("STATUS=leading");
+        }
         let result = self.work(shutdown, &notifier).await;
         notifier.send("STOPPING=1");
         self.http.abort();
