@@ -47,6 +47,8 @@ const COLLECT_EVERY: Duration = Duration::from_secs(600);
 const TRIM_AFTER: Duration = Duration::from_secs(4);
 /// The agent's start waits so long for CRIU's check; beyond it, pods that start meanwhile cannot be saved by it.
 const CRIU_WAIT: Duration = Duration::from_secs(3);
+/// Where pods may go on by themselves, and from a checkpoint: no less than a lease.
+const CRIU_WAIT_BEGUN: Duration = Duration::from_secs(20);
 /// To systemd, while pods leave a machine that shuts down: so much more, from each time it is said.
 const STAYS: &str = "EXTEND_TIMEOUT_USEC=15000000";
 /// Messages from the broker that may wait.
@@ -136,7 +138,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     probe.sample().await;
     // A pod that is started knows by which CRIU it is saved: worth a moment, on a loaded board not more.
     let mut find_criu = tokio::spawn(find_criu(config.criu.clone()));
-    let found = tokio::time::timeout(CRIU_WAIT, &mut find_criu).await;
+    let wait = if ledger.pods.values().any(|entry| entry.begun) { CRIU_WAIT_BEGUN } else { CRIU_WAIT };
+    let found = tokio::time::timeout(wait, &mut find_criu).await;
     let mut searching = found.is_err();
     let criu = found.ok().and_then(Result::ok).flatten();
     probe.set_criu(criu.as_ref().map(|criu| criu.version.clone()));
@@ -319,8 +322,8 @@ impl Agency {
                 match action {
                     // The ledger names nothing of what this makes, so it need not wait for the disk; and what is ready
                     // at once, as host images are, shares one sync with the orders.
-                    Action::Prepare { key, template, from } => {
-                        let ready = self.prepare(key, template, from);
+                    Action::Prepare { key, template, from, kept } => {
+                        let ready = self.prepare(key, template, from, kept);
                         inputs.extend(ready.map(Input::Event));
                     }
                     // A preparation may be of this same step.
@@ -375,8 +378,8 @@ impl Agency {
                     self.bus.publish(&self.topic(NodeTopic::Heartbeat), &*heartbeat);
                 }
                 Action::Events(events) => drop(self.bus.publish(&self.topic(NodeTopic::Event), &events)),
-                Action::Prepare { key, template, from } => {
-                    let ready = self.prepare(key, template, from);
+                Action::Prepare { key, template, from, kept } => {
+                    let ready = self.prepare(key, template, from, kept);
                     ready.into_iter().for_each(|event| drop(self.events.send(event)));
                 }
                 Action::CancelPrepare { key } => self.preparing.cancel(&key),

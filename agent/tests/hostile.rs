@@ -155,7 +155,7 @@ impl Scene {
     fn store(&self, dir: &Path, saved: &Saved) -> Digest {
         let task = &self.pod.task;
         let order = Transfer::Store(Box::new(Store {
-            access: self.depot.access.clone(),
+            access: Some(self.depot.access.clone()),
             dir: dir.to_owned(),
             saved: saved.clone(),
             node: task.node.clone(),
@@ -384,6 +384,8 @@ fn two_hundred_hands_are_laid_on_checkpoints_and_each_is_refused() {
                 let (_, dir, saved) = &stored[1];
                 let image = dir.join("containers/main/images/core-9.img");
                 fs::write(&image, stronger_thread(dice.roll(4))).unwrap();
+                // What was said of it before would be said again.
+                fs::remove_file(dir.join("manifest.json")).unwrap();
                 asked = scene.store(dir, saved);
                 fs::remove_file(image).unwrap();
                 let shelf = scene.depot.shelf.lock().unwrap();

@@ -56,6 +56,8 @@ pub struct Node {
     dies_after: Option<usize>,
     /// The work left in checkpoints on this disk.
     saved: BTreeMap<(PodKey, u64), Millis>,
+    /// And in those that a next run is about to begin from.
+    resumes: BTreeMap<PodKey, Millis>,
     depot: Depot,
     /// Orders that named a checkpoint which the depot did not hold.
     pub lacking: Vec<Digest>,
@@ -89,6 +91,7 @@ impl Node {
             waiting: Vec::new(),
             dies_after: None,
             saved: BTreeMap::new(),
+            resumes: BTreeMap::new(),
             depot,
             lacking: Vec::new(),
             boot: 1,
@@ -345,15 +348,17 @@ impl Node {
                     out.push(Out::Send(Action::Hello(hello)));
                 }
                 Action::Heartbeat(_) | Action::Events(_) => out.push(Out::Send(action)),
-                Action::Prepare { key, template, from } => {
-                    let result = self.prepare(&template, from);
+                Action::Prepare { key, template, from, kept } => {
+                    let result = self.prepare(&key, &template, from, kept);
                     out.push(later(20, Event::Prepared { key, result }));
                 }
                 Action::Launch(launch) => {
                     let from = self.ledger.pods.get(&launch.key).and_then(|entry| entry.desired.from);
+                    let own = self.resumes.remove(&launch.key);
                     let left = from
                         .filter(|_| launch.restore)
                         .and_then(|from| self.depot.borrow().get(&from).copied());
+                    let left = own.or(left);
                     let mut shim = Shim::new(&launch.key, launch.run, launch.template, now.boot);
                     (shim.restore, shim.left) = (launch.restore, left.unwrap_or(shim.left));
                     if self.shims.contains_key(&launch.key) {
@@ -368,6 +373,7 @@ impl Node {
                     let Some(shim) = self.shims.get_mut(&key).filter(|shim| !shim.hangs) else { continue };
                     let report = shim.save(now, &key, level, hold);
                     if matches!(report, Report::Saved { .. }) {
+                        self.saved.retain(|(of, _), _| *of != key);
                         self.saved.insert((key.clone(), level), shim.left);
                     }
                     out.push(later(30, Event::Shim { key: key.clone(), report }));
@@ -433,8 +439,18 @@ impl Node {
 }
 
 impl Node {
-    fn prepare(&mut self, template: &PodTemplate, from: Option<Digest>) -> Result<Prepared, Unready> {
-        if let Some(from) = from {
+    fn prepare(
+        &mut self,
+        key: &PodKey,
+        template: &PodTemplate,
+        from: Option<Digest>,
+        kept: bool,
+    ) -> Result<Prepared, Unready> {
+        let own = self.saved.range((key.clone(), 0)..=(key.clone(), u64::MAX)).next_back();
+        let own = own.map(|(_, left)| *left).filter(|_| kept);
+        self.resumes.remove(key);
+        self.resumes.extend(own.map(|left| (key.clone(), left)));
+        if let Some(from) = from.filter(|_| own.is_none()) {
             if !self.depot.borrow().contains_key(&from) {
                 self.lacking.push(from);
             }
@@ -444,7 +460,8 @@ impl Node {
             }
         }
         let roots = vec![Root::Host; template.containers.len()];
-        Ok(Prepared { roots, volumes: Vec::new(), workspace: None })
+        let restore = own.is_some() || from.is_some();
+        Ok(Prepared { roots, volumes: Vec::new(), workspace: None, restore })
     }
 }
 

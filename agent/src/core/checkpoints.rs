@@ -7,7 +7,7 @@ use berth_protocol::message::node::PodChange;
 use berth_protocol::pod::{Cause, Goal, Outcome, VACATED};
 use berth_protocol::units::{BootMs, Bytes};
 
-use super::ledger::{PodEntry, PodKey, Record};
+use super::ledger::{PodEntry, PodKey, Record, is_own};
 use super::restart::doubled;
 use super::{Action, Agent, Now};
 use crate::task::{Order, Saved};
@@ -55,32 +55,55 @@ pub(super) enum Leaving {
 }
 
 impl Agent {
-    /// Takes the checkpoint that the order asks for, where it is time.
+    /// Takes the checkpoint that the order asks for, or that is due without one, where it is time.
     pub(super) fn checkpoint(&mut self, now: Now, key: &PodKey) {
-        let busy = self.ledger.pods.values().filter(|entry| entry.checkpoints.saving).count();
         let Some(entry) = self.ledger.pods.get(key) else { return };
-        let checkpoints = &entry.checkpoints;
-        let level = entry.desired.checkpoint;
-        if checkpoints.tried >= level
-            || checkpoints.saving
-            || checkpoints.saved.is_some()
-            || busy >= SAVING_MAX
-        {
+        let ordered = entry.checkpoints.tried < entry.desired.checkpoint;
+        let due = || self.own_checkpoint_due(key, entry).is_some_and(|due| due <= now.boot);
+        if entry.checkpoints.saving || !(ordered && entry.checkpoints.saved.is_none() || due()) {
+            return;
+        }
+        let unasked = !ordered || entry.checkpoints.saved.is_some();
+        if self.all_saving() {
             return;
         }
         let hold = entry.desired.goal == Goal::Vacate;
         let mut entry = entry.clone();
-        (entry.checkpoints.tried, entry.checkpoints.saving, entry.checkpoints.hold) = (level, true, hold);
-        let run = entry.run;
+        let checkpoints = &mut entry.checkpoints;
+        (checkpoints.saving, checkpoints.unasked, checkpoints.hold) = (true, unasked, hold);
+        match unasked {
+            true => checkpoints.own += 1,
+            false => checkpoints.tried = entry.desired.checkpoint,
+        }
+        let (run, level) = (entry.run, checkpoints.level());
         self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
-        self.pod_event(now, key, run, PodChange::Checkpointing { level });
+        if !unasked {
+            self.pod_event(now, key, run, PodChange::Checkpointing { level });
+        }
         self.act(Action::Order { key: key.clone(), order: Order::Save { level, hold } });
+    }
+
+    fn all_saving(&self) -> bool {
+        self.ledger.pods.values().filter(|entry| entry.checkpoints.saving).count() >= SAVING_MAX
+    }
+
+    /// When a checkpoint is due that no controller is there to ask for: by the job's interval, and before the machine goes.
+    /// `None`: not as things are. One that is still here, since the depot is out of reach, is replaced by it.
+    pub(super) fn own_checkpoint_due(&self, key: &PodKey, entry: &PodEntry) -> Option<BootMs> {
+        let policy = &self.template(entry)?.checkpoint;
+        let live = self.live.get(key)?;
+        let runs_since = live.runs_since().filter(|_| entry.desired.goal == Goal::Run && !entry.unnamed)?;
+        let free = !entry.checkpoints.saving && !live.checkpoint.busy && policy.mode != CheckpointMode::None;
+        let by_interval = policy.interval.map(|interval| runs_since.plus(interval));
+        let before_the_end = self.leaving_since.filter(|at| runs_since < *at);
+        let due = by_interval.into_iter().chain(before_the_end).min();
+        due.filter(|_| free && !self.all_saving()).map(|due| due.max(self.alone_from(key)))
     }
 
     /// The shim was found again: it may not have heard the last order to save, and says again what came of it.
     pub(super) fn ask_saving(&mut self, key: &PodKey) {
         let Some(entry) = self.ledger.pods.get(key).filter(|entry| entry.checkpoints.saving) else { return };
-        let (level, hold) = (entry.checkpoints.tried, entry.checkpoints.hold);
+        let (level, hold) = (entry.checkpoints.level(), entry.checkpoints.hold);
         self.act(Action::Order { key: key.clone(), order: Order::Save { level, hold } });
     }
 
@@ -103,19 +126,26 @@ impl Agent {
 
     pub(super) fn saved(&mut self, now: Now, key: &PodKey, saved: Saved) {
         let Some(mut entry) = self.ledger.pods.get(key).cloned() else { return };
-        if !entry.checkpoints.saving || entry.checkpoints.tried != saved.level {
+        if !entry.checkpoints.saving || entry.checkpoints.level() != saved.level {
             return;
         }
-        entry.checkpoints.saving = false;
+        (entry.checkpoints.saving, entry.checkpoints.unasked) = (false, false);
         entry.checkpoints.saved = Some(saved);
         self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
+        if let Some(live) = self.live.get_mut(key) {
+            live.counted_from = now.boot;
+            live.checkpoint = Storing::default();
+        }
         self.store_checkpoint(now, key);
         self.next_to_save(now);
     }
 
     pub(super) fn save_failed(&mut self, now: Now, key: &PodKey, level: u64, why: String) {
-        let saving = |entry: &&PodEntry| entry.checkpoints.saving && entry.checkpoints.tried == level;
+        let saving = |entry: &&PodEntry| entry.checkpoints.saving && entry.checkpoints.level() == level;
         if self.ledger.pods.get(key).filter(saving).is_some() {
+            if let Some(live) = self.live.get_mut(key) {
+                live.counted_from = now.boot;
+            }
             self.checkpoint_failed(now, key, level, why);
             self.next_to_save(now);
         }
@@ -124,12 +154,16 @@ impl Agent {
     fn checkpoint_failed(&mut self, now: Now, key: &PodKey, level: u64, why: String) {
         let Some(mut entry) = self.ledger.pods.get(key).cloned() else { return };
         let held = std::mem::take(&mut entry.checkpoints.hold);
-        entry.checkpoints.saving = false;
-        entry.checkpoints.saved = None;
+        (entry.checkpoints.saving, entry.checkpoints.unasked) = (false, false);
+        // One that waits for the depot is as good as it was.
+        entry.checkpoints.saved = entry.checkpoints.saved.filter(|saved| saved.level != level);
         let run = entry.run;
         self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
         self.warn(format!("pod {key}: no checkpoint: {why}"));
-        self.pod_event(now, key, run, PodChange::CheckpointFailed { level, why });
+        // The controller has not asked for it, and hears of its own.
+        if !is_own(level) {
+            self.pod_event(now, key, run, PodChange::CheckpointFailed { level, why });
+        }
         if held {
             self.act(Action::Order { key: key.clone(), order: Order::Release });
         }
@@ -137,8 +171,10 @@ impl Agent {
 
     /// Another pod may have waited for its turn.
     fn next_to_save(&mut self, now: Now) {
-        let waits =
-            |entry: &PodEntry| entry.checkpoints.tried < entry.desired.checkpoint && entry.ended.is_none();
+        let waits = |entry: &PodEntry| {
+            let own = self.template(entry).is_some_and(|template| template.checkpoint.interval.is_some());
+            (own || entry.checkpoints.tried < entry.desired.checkpoint) && entry.ended.is_none()
+        };
         let waiting: Vec<PodKey> =
             self.ledger.pods.iter().filter(|(_, entry)| waits(entry)).map(|(key, _)| key.clone()).collect();
         for key in waiting {
@@ -172,11 +208,16 @@ impl Agent {
             |entry: &&PodEntry| entry.checkpoints.saved.as_ref().is_some_and(|saved| saved.level == level);
         let Some(mut entry) = self.ledger.pods.get(key).filter(waits).cloned() else { return };
         match result {
-            Ok(info) => {
+            Ok(mut info) => {
                 let id = info.id;
+                if is_own(level) {
+                    info.level = 0;
+                }
                 let event = self.pod_event(now, key, entry.run, PodChange::Checkpointed { info });
                 entry.checkpoints.saved = None;
-                entry.checkpoints.stored = Some((level, event));
+                if !is_own(level) {
+                    entry.checkpoints.stored = Some((level, event));
+                }
                 self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
                 // Not before it is recorded: an agent that ends in between sends it again, from where the shim left it.
                 self.act(Action::KeepCheckpoint { key: key.clone(), level, id });

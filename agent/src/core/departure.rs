@@ -26,6 +26,7 @@ impl Agent {
             None if self.leaving.is_some() => self.warn("this machine stays after all".to_owned()),
             _ => {}
         }
+        self.leaving_since = leaving.as_ref().map(|_| self.leaving_since.unwrap_or(now.boot));
         self.leaving = leaving;
         self.heartbeat(now);
     }

@@ -5,7 +5,9 @@ use std::cmp::Ordering;
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 
-use berth_protocol::ids::{Digest, Epoch, Generation, LedgerId, PodId, Run, SessionNonce, StoreId, Term};
+use berth_protocol::ids::{
+    Digest, Epoch, Generation, HardwareId, LedgerId, PodId, Run, SessionNonce, StoreId, Term,
+};
 use berth_protocol::job::PodTemplate;
 use berth_protocol::message::node::{Desired, DesiredPod, NumberedEvent};
 use berth_protocol::pod::Outcome;
@@ -58,6 +60,9 @@ pub enum Record {
     Session {
         number: u64,
         nonce: SessionNonce,
+        /// The machine that this ledger's pods were given to.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        hardware: Option<HardwareId>,
     },
     /// A desired set was accepted; its pods are as the following records say.
     Orders {
@@ -120,6 +125,14 @@ pub struct PodEntry {
     /// Failures within this epoch.
     #[serde(default)]
     pub failures: u32,
+    /// And evictions after which it went on here, without the controller.
+    #[serde(default)]
+    pub evictions: u32,
+    /// A grant has let a run of this epoch begin. Where the job says `continue`, that was for good.
+    #[serde(default)]
+    pub begun: bool,
+    #[serde(default)]
+    pub begin: Begin,
     /// In the log when the last run was over: its next may come to nothing.
     #[serde(default)]
     pub log_records: u64,
@@ -132,14 +145,31 @@ pub struct PodEntry {
     pub ended: Option<Ended>,
 }
 
+/// What the next run of an epoch begins from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Begin {
+    /// The checkpoint that the orders name, where they do.
+    #[default]
+    AsOrdered,
+    /// Nothing: the run before has failed.
+    Anew,
+    /// The last checkpoint that this node keeps; where it keeps none, as ordered.
+    Kept,
+}
+
 /// How far the pod's checkpoints came.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Checkpoints {
     /// The highest level begun; none at or below it is tried again.
     pub tried: u64,
-    /// The shim was told to take it.
+    /// Begun without an order, while no controller was heard.
+    pub own: u64,
+    /// The shim was told to take one.
     pub saving: bool,
+    /// It is one of those without an order.
+    pub unasked: bool,
     /// The shim holds the pod still once it is taken.
     pub hold: bool,
     /// On this node's disk, and not yet in the depot.
@@ -150,10 +180,23 @@ pub struct Checkpoints {
     pub stored: Option<(u64, u64)>,
 }
 
+/// Levels from here on are the agent's own: the controller never comes so far, and is told of none.
+const OWN_LEVELS: u64 = 1 << 32;
+
+/// Was that one taken without an order?
+pub fn is_own(level: u64) -> bool {
+    level >= OWN_LEVELS
+}
+
 impl Checkpoints {
     /// Of the run before nothing more is to come.
     pub fn new_run(&mut self) {
-        (self.saving, self.hold, self.saved) = (false, false, None);
+        (self.saving, self.unasked, self.hold, self.saved) = (false, false, false, None);
+    }
+
+    /// The level of the one under way.
+    pub fn level(&self) -> u64 {
+        if self.unasked { OWN_LEVELS + self.own } else { self.tried }
     }
 }
 
@@ -178,6 +221,9 @@ impl PodEntry {
             run_over: false,
             retry_at: None,
             failures: 0,
+            evictions: 0,
+            begun: false,
+            begin: Begin::default(),
             log_records: 0,
             slot: None,
             checkpoints: Checkpoints::default(),
@@ -201,6 +247,7 @@ pub struct Ledger {
     pub id: Option<LedgerId>,
     pub session: u64,
     pub nonce: Option<SessionNonce>,
+    pub hardware: Option<HardwareId>,
     pub store: Option<StoreId>,
     pub term: Term,
     pub generation: Generation,
@@ -215,9 +262,10 @@ impl Ledger {
     pub fn apply(&mut self, record: &Record) {
         match record {
             Record::Created { ledger } => self.id = Some(ledger.clone()),
-            Record::Session { number, nonce } => {
+            Record::Session { number, nonce, hardware } => {
                 self.session = *number;
                 self.nonce = Some(nonce.clone());
+                self.hardware.clone_from(hardware);
             }
             Record::Orders { store, term, generation } => {
                 self.store = Some(store.clone());
@@ -253,7 +301,11 @@ impl Ledger {
     pub fn snapshot(&self) -> Vec<Record> {
         let mut records = Vec::with_capacity(self.pods.len() + self.specs.len() + self.outbox.len() + 4);
         records.extend(self.id.clone().map(|ledger| Record::Created { ledger }));
-        records.extend(self.nonce.clone().map(|nonce| Record::Session { number: self.session, nonce }));
+        records.extend(self.nonce.clone().map(|nonce| Record::Session {
+            number: self.session,
+            nonce,
+            hardware: self.hardware.clone(),
+        }));
         records.extend(self.store.clone().map(|store| Record::Orders {
             store,
             term: self.term,

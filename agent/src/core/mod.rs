@@ -6,6 +6,7 @@
 pub mod checkpoints;
 pub mod departure;
 pub mod grants;
+mod leases;
 pub mod ledger;
 mod pods;
 mod restart;
@@ -129,6 +130,8 @@ pub struct Prepared {
     pub roots: Vec<Root>,
     pub volumes: Vec<Option<PathBuf>>,
     pub workspace: Option<PathBuf>,
+    /// A checkpoint to begin from was brought to the pod's directory.
+    pub restore: bool,
 }
 
 /// Why a pod cannot start.
@@ -154,6 +157,8 @@ pub enum Action {
         template: Box<PodTemplate>,
         /// The checkpoint to begin from, to be brought here as well.
         from: Option<Digest>,
+        /// Before that one the last that is kept here, where it is whole.
+        kept: bool,
     },
     CancelPrepare {
         key: PodKey,
@@ -271,6 +276,10 @@ pub struct Agent {
     /// The operator was told of a controller that this node does not belong to.
     said_foreign: bool,
     leaving: Option<Leaves>,
+    /// When that was first heard.
+    leaving_since: Option<BootMs>,
+    /// When the session began.
+    since: BootMs,
     /// An earlier inventory is still on its way to the controller.
     inventory_untold: bool,
     out: Step,
@@ -296,6 +305,8 @@ impl Agent {
             resend_at: None,
             said_foreign: false,
             leaving: None,
+            leaving_since: None,
+            since: now.boot,
             inventory_untold: false,
             out: Step::default(),
             ledger,
@@ -309,7 +320,14 @@ impl Agent {
             }
         }
         let number = agent.ledger.session + 1;
-        agent.record(Record::Session { number, nonce: identity.nonce });
+        let hardware = agent.ledger.hardware.clone().or_else(|| Some(agent.hardware.clone()));
+        agent.record(Record::Session { number, nonce: identity.nonce, hardware });
+        if !agent.is_at_home() {
+            agent.warn(
+                "the data directory comes from another machine: none of its pods starts here without the controller"
+                    .to_owned(),
+            );
+        }
         let keys: Vec<PodKey> = agent.ledger.pods.keys().cloned().collect();
         for key in &keys {
             agent.adopt(now, key);
@@ -540,6 +558,7 @@ impl Agent {
             self.live.values_mut().for_each(|live| live.retry_now(now.boot));
         }
         let Some(grown) = self.grants.receive(&self.nonce, &lease) else { return };
+        self.settle_in();
         let acks = self.ledger.id.as_ref() == Some(&lease.ledger)
             && self.ledger.outbox.front().is_some_and(|event| event.n <= lease.acked);
         if acks {

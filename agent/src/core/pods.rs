@@ -10,7 +10,7 @@ use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::{BootMs, Bytes, Millis};
 
 use super::checkpoints::{Leaving, Storing};
-use super::ledger::{PodEntry, PodKey, Record};
+use super::ledger::{Begin, PodEntry, PodKey, Record};
 use super::restart::doubled;
 use super::{Action, Agent, Launch, Now, Prepared, Unready};
 use crate::task::{Lease, Order, Report};
@@ -29,6 +29,8 @@ pub(super) struct Live {
     prep_at: Option<BootMs>,
     /// When the next run is due.
     retry_at: Option<BootMs>,
+    /// Its last checkpoint, or else the beginning of its run, as far as this session saw either.
+    pub(super) counted_from: BootMs,
     /// Bytes here and in all of a pull under way.
     pub(super) pull: Option<(Bytes, Bytes)>,
     pub(super) storing: bool,
@@ -63,9 +65,19 @@ enum Shim {
 
 impl Live {
     /// Its run is over, and the next one due then.
-    pub(super) fn rest_until(&mut self, at: BootMs) {
+    pub(super) fn rest_until(&mut self, at: BootMs, begin: Begin) {
         self.shim = Shim::None;
         self.retry_at = Some(at);
+        match &mut self.prep {
+            Prep::Ready(prepared) if begin == Begin::Anew => prepared.restore = false,
+            prep => *prep = Prep::No,
+        }
+    }
+
+    /// It runs, and was last saved, or began, then.
+    pub(super) fn runs_since(&self) -> Option<BootMs> {
+        let undisturbed = self.shim == Shim::Running && !self.stop_sent && !self.pause_sent;
+        undisturbed.then_some(self.counted_from)
     }
 
     /// A new token for the depot: what may have waited for one is tried again.
@@ -82,9 +94,8 @@ const CROWDED_PAUSE: Millis = Millis::from_secs(10);
 /// Preparations that may fail in a row before the pod does.
 const PREP_ATTEMPTS_MAX: u32 = 6;
 const PREP_RETRY_MS: u64 = 2_000;
-/// Beyond the end of a lease that the shim keeps itself, the agent ends the pod.
-const SHIM_SLACK: Millis = Millis::from_secs(1);
-/// And one that was told to end it, this long after the grace.
+const PREP_RETRY_MS_MAX: u64 = 300_000;
+/// A shim that was told to end its pod has ended it this long after the grace, or the agent does.
 const STOP_SLACK: Millis = Millis::from_secs(60);
 
 impl Agent {
@@ -114,28 +125,16 @@ impl Agent {
         }
         let end =
             matches!(live.shim, Shim::Running | Shim::Unknown).then(|| self.lease_end(key, entry)).flatten();
-        [live.prep_at, live.retry_at, end, live.stop_by, live.checkpoint.wake()].into_iter().flatten().min()
+        let storing = live.checkpoint.wake().filter(|_| {
+            let goes_on = matches!(entry.desired.goal, Goal::Run | Goal::Vacate) && !entry.unnamed;
+            goes_on && matches!(live.shim, Shim::Running | Shim::Paused)
+        });
+        let own = self.own_checkpoint_due(key, entry);
+        [live.prep_at, live.retry_at, end, live.stop_by, storing, own].into_iter().flatten().min()
     }
 
     pub(super) fn template(&self, entry: &PodEntry) -> Option<&PodTemplate> {
         self.ledger.specs.get(&entry.desired.spec)
-    }
-
-    /// Until when the pod may run on the grants so far; `None`: not granted, or run out.
-    fn lease_of(&self, now: Now, key: &PodKey, template: &PodTemplate) -> Option<Lease> {
-        let since = self.grants.since(key)?;
-        if template.on_disconnect.action == DisconnectAction::Continue {
-            return Some(Lease { deadline: None });
-        }
-        let deadline = since.plus(template.on_disconnect.after);
-        (now.boot < deadline).then_some(Lease { deadline: Some(deadline) })
-    }
-
-    /// When a pod whose shim fails to fence it is ended by the agent.
-    fn lease_end(&self, key: &PodKey, entry: &PodEntry) -> Option<BootMs> {
-        let template = self.template(entry)?;
-        let lease = template.on_disconnect.lease(template.grace)?;
-        Some(self.grants.since(key)?.plus(lease).plus(SHIM_SLACK))
     }
 
     pub(super) fn check_deadline(&mut self, now: Now, key: &PodKey) {
@@ -212,7 +211,7 @@ impl Agent {
             }
             return;
         };
-        let lease = self.lease_of(now, key, template);
+        let lease = self.lease_of(now, key, entry, template);
         let vacates = entry.desired.goal == Goal::Vacate;
         let grace =
             if matches!(wanted, Wanted::Stop { at_once: true }) { Millis::ZERO } else { template.grace };
@@ -265,8 +264,14 @@ impl Agent {
             return;
         }
         let Some(entry) = self.ledger.pods.get(key) else { return };
+        // What the machine's end has ended goes on when the machine is there again.
+        let stays_down = self.leaving.is_some() && entry.begin == Begin::Kept;
         let Some(template) = self.template(entry).cloned() else { return };
         let Some(live) = self.live.get_mut(key) else { return };
+        if stays_down {
+            live.retry_at = None;
+            return;
+        }
         let due = |at: Option<BootMs>| at.is_none_or(|at| at <= now.boot);
         if self.ledger.outbox.len() >= limits::OUTBOX_EVENTS_MAX && due(live.retry_at) {
             live.retry_at = Some(now.boot.plus(CROWDED_PAUSE));
@@ -274,19 +279,20 @@ impl Agent {
         }
         match &live.prep {
             Prep::Busy => {}
-            Prep::No if due(live.prep_at) => {
+            Prep::No if due(live.prep_at) && due(live.retry_at) => {
                 live.prep = Prep::Busy;
-                live.prep_at = None;
-                let from = entry.desired.from.filter(|_| entry.run == Run::default());
-                self.act(Action::Prepare { key: key.clone(), template: Box::new(template), from });
+                (live.prep_at, live.retry_at) = (None, None);
+                let from = entry.desired.from.filter(|_| entry.begin != Begin::Anew);
+                let kept = entry.begin == Begin::Kept;
+                self.act(Action::Prepare { key: key.clone(), template: Box::new(template), from, kept });
             }
             Prep::Ready(prepared) if due(live.retry_at) => {
                 let prepared = prepared.clone();
+                let restore = prepared.restore;
                 live.shim = Shim::Launched;
                 live.retry_at = None;
                 (live.stop_sent, live.stop_by, live.pause_sent) = (false, None, false);
                 let mut entry = entry.clone();
-                let restore = entry.desired.from.is_some() && entry.run == Run::default();
                 entry.run = entry.run.next();
                 entry.run_over = false;
                 entry.retry_at = None;
@@ -341,6 +347,10 @@ impl Agent {
     }
 
     pub(super) fn prepared(&mut self, now: Now, key: &PodKey, result: Result<Prepared, Unready>) {
+        let entry = self.ledger.pods.get(key);
+        let alone = entry.is_some_and(|entry| {
+            self.template(entry).is_some_and(|template| self.is_on_its_own(now, key, entry, template))
+        });
         let Some(live) = self.live.get_mut(key) else { return };
         live.pull = None;
         if !matches!(live.prep, Prep::Busy) {
@@ -352,9 +362,10 @@ impl Agent {
                 live.prep_failures = 0;
                 self.reconcile(now, key);
             }
-            Err(unready) if unready.retriable && live.prep_failures + 1 < PREP_ATTEMPTS_MAX => {
+            Err(unready) if unready.retriable && (alone || live.prep_failures + 1 < PREP_ATTEMPTS_MAX) => {
                 live.prep = Prep::No;
-                live.prep_at = Some(now.boot.plus(doubled(PREP_RETRY_MS, live.prep_failures, u64::MAX)));
+                live.prep_at =
+                    Some(now.boot.plus(doubled(PREP_RETRY_MS, live.prep_failures, PREP_RETRY_MS_MAX)));
                 live.prep_failures += 1;
                 self.warn(format!("pod {key}: {}: {}; trying again", unready.reason, unready.message));
             }
@@ -416,6 +427,10 @@ impl Agent {
             return;
         };
         let before = std::mem::replace(&mut live.shim, shim);
+        if shim == Shim::Running && before != Shim::Paused && before != shim {
+            live.counted_from = now.boot;
+            self.note_begun(key);
+        }
         if before == Shim::Unknown {
             // The shim was found again: it may not have heard the last grant or order.
             self.renewed(key);

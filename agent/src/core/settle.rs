@@ -7,7 +7,7 @@ use berth_protocol::pod::{Cause, Outcome};
 use berth_protocol::units::Bytes;
 
 use super::checkpoints::{NotStored, name_end};
-use super::ledger::{Ended, PodKey, Record};
+use super::ledger::{Begin, Ended, PodKey, Record};
 use super::pods::Live;
 use super::restart::{Next, after_run, doubled};
 use super::{Action, Agent, NoExit, Now};
@@ -49,21 +49,27 @@ impl Agent {
         let mut exit = exit;
         name_end(entry, &mut exit.outcome);
         let Some(template) = self.template(entry) else { return self.end(now, key, exit.outcome) };
-        match after_run(template, key, entry, &exit.outcome) {
-            Next::End => self.end(now, key, exit.outcome),
-            Next::Retry(backoff) => {
-                let mut entry = entry.clone();
-                entry.run_over = true;
-                entry.retry_at = Some(now.wall.plus(backoff));
-                entry.failures += u32::from(exit.outcome.cause == Cause::Failure);
-                entry.log_records = exit.outcome.log_records;
-                self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
-                let change = PodChange::Retrying { outcome: exit.outcome, backoff };
-                self.pod_event(now, key, exit.run, change);
-                if let Some(live) = self.live.get_mut(key) {
-                    live.rest_until(now.boot.plus(backoff));
-                }
-            }
+        let alone = self.is_on_its_own(now, key, entry, template);
+        let (backoff, begin) = match after_run(template, key, entry, &exit.outcome, alone) {
+            Next::End => return self.end(now, key, exit.outcome),
+            Next::Retry(backoff) => (backoff, Begin::Anew),
+            Next::GoOn(backoff, begin) => (backoff, begin),
+        };
+        let mut entry = entry.clone();
+        entry.run_over = true;
+        entry.retry_at = Some(now.wall.plus(backoff));
+        entry.begin = begin;
+        match exit.outcome.cause {
+            Cause::Success => {}
+            Cause::Failure => entry.failures += 1,
+            Cause::Eviction | Cause::Fault => entry.evictions += 1,
+        }
+        entry.log_records = exit.outcome.log_records;
+        self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
+        let change = PodChange::Retrying { outcome: exit.outcome, backoff };
+        self.pod_event(now, key, exit.run, change);
+        if let Some(live) = self.live.get_mut(key) {
+            live.rest_until(now.boot.plus(backoff), begin);
         }
     }
 

@@ -1,5 +1,7 @@
 //! Orders and happenings in, what the agent does about them out.
 
+mod alone;
+
 use berth_protocol::checkpoint::{CheckpointInfo, CheckpointKind};
 use berth_protocol::ids::{Epoch, Generation, JobUid, StoreId, Term};
 use berth_protocol::image::ImageName;
@@ -23,6 +25,8 @@ struct Bench {
     heartbeat: Option<Heartbeat>,
     /// What the next orders name as to come.
     stage: Vec<Stage>,
+    /// What the agent did at its start.
+    began: Vec<String>,
 }
 
 fn template(policy: RestartPolicy) -> PodTemplate {
@@ -89,19 +93,24 @@ impl Bench {
     }
 
     fn on(disk: Ledger, session: u64) -> Self {
+        Self::at(disk, session, "hw", Timestamp(1_000_000))
+    }
+
+    fn at(disk: Ledger, session: u64, hardware: &str, wall: Timestamp) -> Self {
         let identity = Identity {
-            hardware: HardwareId::parse("hw").unwrap(),
+            hardware: HardwareId::parse(hardware).unwrap(),
             boot: BootId::parse("b").unwrap(),
             nonce: SessionNonce::parse(&format!("n{session}")).unwrap(),
             ledger: LedgerId::parse("l").unwrap(),
             damaged: false,
             chunks: None,
         };
-        let now = Now { wall: Timestamp(1_000_000), boot: BootMs(1_000_000) };
+        let now = Now { wall, boot: BootMs(1_000_000) };
         let (agent, step) = Agent::start(disk.clone(), identity, inventory(), now);
+        let (generation, began) = (disk.generation.0, Vec::new());
         let mut bench =
-            Self { agent, disk, now, generation: 0, level: 0, heartbeat: None, stage: Vec::new() };
-        bench.take(step);
+            Self { agent, disk, now, generation, level: 0, heartbeat: None, stage: Vec::new(), began };
+        bench.began = bench.take(step);
         bench.event(Event::BusUp);
         bench
     }
@@ -125,7 +134,9 @@ impl Bench {
                         if let NodeEvent::Pod(event) = event.event {
                             let what = match event.change {
                                 PodChange::Ended { outcome } => format!("ended {:?}", outcome.cause),
-                                PodChange::Retrying { .. } => "retrying".into(),
+                                PodChange::Retrying { outcome, .. } => {
+                                    format!("retrying {:?}", outcome.cause)
+                                }
                                 PodChange::Checkpointed { info } => format!("checkpointed {}", info.level),
                                 other => format!("{other:?}").to_lowercase(),
                             };
@@ -134,6 +145,7 @@ impl Bench {
                     }
                     continue;
                 }
+                Action::Prepare { key, kept: true, .. } => format!("prepare {key} from what is kept"),
                 Action::Prepare { key, .. } => format!("prepare {key}"),
                 Action::CancelPrepare { key } => format!("cancel {key}"),
                 Action::Stage { key, .. } => format!("stage {key}"),
@@ -223,8 +235,20 @@ impl Bench {
     }
 
     fn prepared(&mut self, key: &PodKey) -> Vec<String> {
-        let prepared = Prepared { roots: vec![Root::Host], volumes: vec![], workspace: None };
+        let prepared = Prepared { roots: vec![Root::Host], volumes: vec![], workspace: None, restore: false };
         self.event(Event::Prepared { key: key.clone(), result: Ok(prepared) })
+    }
+
+    fn gone(&mut self, key: &PodKey, run: u64) -> Vec<String> {
+        self.event(Event::Gone { key: key.clone(), run: Run(run), exit: Err(NoExit::default()) })
+    }
+
+    /// The agent's next session, on the same disk and with no broker, as its loop runs it.
+    fn alone(self, hardware: &str) -> Self {
+        let session = self.disk.session + 1;
+        let mut bench = Self::at(self.disk, session, hardware, self.now.wall);
+        bench.event(Event::BusDown);
+        bench
     }
 
     fn report(&mut self, key: &PodKey, report: Report) -> Vec<String> {
@@ -304,7 +328,7 @@ fn failures_are_retried_with_growing_pauses_until_the_limit() {
     let mut bench = Bench::running(&template);
     let mut pauses = Vec::new();
     for run in 1..=2 {
-        assert_eq!(bench.exited(&key(0, 1), run, Cause::Failure, 1), ["tell u-0.1 retrying"]);
+        assert_eq!(bench.exited(&key(0, 1), run, Cause::Failure, 1), ["tell u-0.1 retrying Failure"]);
         let begin = bench.now.boot;
         while !bench.wait(250).iter().any(|line| line.starts_with("launch")) {
             assert!(bench.now.boot.since(begin) < Millis(60_000), "never started again");

@@ -138,7 +138,7 @@ mod tests {
     fn records() -> Vec<Record> {
         vec![
             Record::Created { ledger: LedgerId::parse("l1").unwrap() },
-            Record::Session { number: 1, nonce: SessionNonce::parse("n1").unwrap() },
+            Record::Session { number: 1, nonce: SessionNonce::parse("n1").unwrap(), hardware: None },
             Record::Orders { store: StoreId::parse("s1").unwrap(), term: Term(3), generation: Generation(7) },
         ]
     }

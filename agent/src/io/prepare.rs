@@ -24,6 +24,7 @@ use tokio::sync::watch;
 use super::checkpoint;
 use super::depot;
 use super::image::{ImageError, ImageRecord, ImageRef, ImageStore, RegistryConfig, StoreConfig};
+use super::shims;
 use crate::config::Config;
 use crate::core::ledger::PodKey;
 use crate::core::{Event, Prepared, Unready};
@@ -37,6 +38,8 @@ pub const CHECKPOINTS_KEPT_DIR: &str = "checkpoints";
 const VOLUME_UNUSED_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 /// What a workspace may unpack to, against archives made to fill a disk.
 const WORKSPACE_BYTES_MAX: u64 = 2 << 30;
+/// Between two looks whether a pod's supervisor has ended.
+const FREE_PAUSE: Duration = Duration::from_millis(10);
 const WORKSPACE_UNPACK_MAX: Duration = Duration::from_secs(300);
 
 pub struct Preparer {
@@ -108,6 +111,32 @@ impl Preparer {
         depot: Option<&DepotAccess>,
     ) -> Result<(), Unready> {
         self.fetch(key, checkpoint, template, Some(dir.join(file::RESTORE_DIR)), depot).await
+    }
+
+    /// Lays out the pod's last checkpoint that this node keeps, where one is whole; `dir` is the pod's.
+    pub async fn resume(&self, key: &PodKey, template: &PodTemplate, dir: &Path) -> bool {
+        // A supervisor that has told of its pod's end still clears away.
+        while !shims::is_free(dir) {
+            tokio::time::sleep(FREE_PAUSE).await;
+        }
+        let order = checkpoint::Order::Resume(Box::new(checkpoint::Resume {
+            pod: key.pod.clone(),
+            epoch: key.epoch,
+            dir: dir.join(file::RESTORE_DIR),
+            own: dir.join(file::CHECKPOINTS_DIR),
+            cache: self.data_dir.join(CHECKPOINTS_KEPT_DIR),
+            log: dir.join(file::LOG_DIR),
+            template: template.clone(),
+            images: self.image_digests(template),
+        }));
+        match checkpoint::run(&order, |_, _| {}).await {
+            checkpoint::Said::Fetched => true,
+            checkpoint::Said::Failed { why, .. } => {
+                tracing::warn!("pod {key} goes on without a checkpoint of this node's: {why}");
+                false
+            }
+            _ => false,
+        }
     }
 
     /// Brings ahead what a pod will need that still runs elsewhere: its images and files, and that checkpoint, to be kept
@@ -206,7 +235,7 @@ impl Preparer {
             Some(workspace) => Some(self.workspace(workspace, depot).await?),
             None => None,
         };
-        Ok(Prepared { roots, volumes, workspace })
+        Ok(Prepared { roots, volumes, workspace, restore: false })
     }
 
     /// What the node's own configuration has to grant, and what this version cannot give.

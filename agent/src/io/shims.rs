@@ -322,7 +322,7 @@ async fn connect(dir: &Path, mut child: Option<&mut Child>) -> Option<UnixStream
 }
 
 /// No shim lives in this directory.
-fn is_free(dir: &Path) -> bool {
+pub(super) fn is_free(dir: &Path) -> bool {
     match File::open(dir.join(file::LOCK)) {
         Ok(lock) => lock.try_lock().is_ok(),
         Err(_) => true,

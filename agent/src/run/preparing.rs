@@ -36,15 +36,19 @@ impl Agency {
         key: PodKey,
         template: Box<PodTemplate>,
         from: Option<Digest>,
+        kept: bool,
     ) -> Option<Event> {
         let (preparer, events, depot) = (self.preparer.clone(), self.events.clone(), self.depot.clone());
         let (name, dir) = (key.clone(), self.shims.pod_dir(&key));
         let mut work = Box::pin(async move {
             let mut result = preparer.prepare(&name, &template, depot.as_ref(), &events).await;
-            if let (Ok(_), Some(from)) = (&result, from)
-                && let Err(unready) = preparer.bring(&name, from, &template, &dir, depot.as_ref()).await
-            {
-                result = Err(unready);
+            if let Ok(prepared) = &mut result {
+                prepared.restore = kept && preparer.resume(&name, &template, &dir).await;
+                if let Some(from) = from.filter(|_| !prepared.restore) {
+                    prepared.restore = true;
+                    let brought = preparer.bring(&name, from, &template, &dir, depot.as_ref()).await;
+                    result = brought.and(result);
+                }
             }
             Event::Prepared { key: name, result }
         });

@@ -2,6 +2,7 @@
 //! and word of what the image store holds.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,7 +18,7 @@ use tokio::sync::{Mutex, watch};
 use super::Agency;
 use crate::core::Event;
 use crate::core::checkpoints::NotStored;
-use crate::core::ledger::PodKey;
+use crate::core::ledger::{PodKey, is_own};
 use crate::io::checkpoint::{self, Order, Said, Store};
 use crate::io::depot::DepotError;
 use crate::io::prepare::CHECKPOINTS_KEPT_DIR;
@@ -43,6 +44,23 @@ async fn put_log(
     let _turn = turn.lock().await;
     let access = access.ok_or(DepotError::NoAccess)?;
     depot::put_log(access, &key.pod, key.epoch, logs::segments(dir).await).await
+}
+
+/// Makes a checkpoint one that the pod can go on from should the machine end before the depot is in reach, and lets the
+/// ones before it go.
+async fn seal(key: &PodKey, order: &Store) {
+    match checkpoint::run(&Order::Store(Box::new(order.clone())), |_, _| {}).await {
+        Said::Sealed => {
+            let all = order.dir.parent().map(checkpoint::own_ones).unwrap_or_default();
+            let older: Vec<PathBuf> = all.into_iter().filter(|dir| *dir != order.dir).collect();
+            let remove = move || older.iter().for_each(|older| drop(fs::remove_dir_all(older)));
+            let _ = tokio::task::spawn_blocking(remove).await;
+        }
+        Said::Failed { why, .. } => {
+            tracing::warn!("pod {key}: its checkpoint would not outlast a restart of this machine: {why}");
+        }
+        _ => {}
+    }
 }
 
 /// Tells the core of the images that come and go, as long as there is a store.
@@ -112,7 +130,31 @@ impl Agency {
         versions.extend(inventory.criu.clone().map(|version| ("criu".to_owned(), version)));
         versions.extend(needs.gpu_driver.clone().map(|version| ("gpuDriver".to_owned(), version)));
         let (node, rate) = (self.config.node.clone(), self.config.checkpoint_rate.0);
+        let (pod, epoch) = (key.pod.clone(), key.epoch);
+        let order = Store {
+            access: None,
+            dir,
+            saved,
+            node,
+            pod,
+            epoch,
+            run,
+            spec,
+            template,
+            images,
+            needs,
+            versions,
+            rate,
+        };
         tokio::spawn(async move {
+            // No controller may be there for long, and the machine may end meanwhile.
+            if is_own(level) {
+                seal(&key, &order).await;
+            }
+            let progress = |done, total| {
+                let (done, total) = (Bytes(done), Bytes(total));
+                let _ = events.send(Event::Storing { key: key.clone(), done, total });
+            };
             let request = GrantRequest { pod: key.pod.clone(), epoch: key.epoch, what: GrantFor::Save };
             // First what the pod has said until then: should the node be lost, nothing else has it.
             let granted = match put_log(turn, depot.as_ref(), &key, &pod_dir).await {
@@ -120,28 +162,12 @@ impl Agency {
                 Err(error) => Err(error),
             };
             let said = match granted {
-                Err(error) => Said::Failed { why: error.to_string(), retriable: true },
+                Err(error) => {
+                    seal(&key, &order).await;
+                    Said::Failed { why: error.to_string(), retriable: true }
+                }
                 Ok(access) => {
-                    let (pod, epoch) = (key.pod.clone(), key.epoch);
-                    let order = Order::Store(Box::new(Store {
-                        access,
-                        dir,
-                        saved,
-                        node,
-                        pod,
-                        epoch,
-                        run,
-                        spec,
-                        template,
-                        images,
-                        needs,
-                        versions,
-                        rate,
-                    }));
-                    let progress = |done, total| {
-                        let (done, total) = (Bytes(done), Bytes(total));
-                        let _ = events.send(Event::Storing { key: key.clone(), done, total });
-                    };
+                    let order = Order::Store(Box::new(Store { access: Some(access), ..order }));
                     checkpoint::run(&order, progress).await
                 }
             };
@@ -153,8 +179,15 @@ impl Agency {
         let dir = self.checkpoint_dir(key, level);
         let cache = self.checkpoints_kept();
         match checkpoint::keep(&dir, id, &key.pod, &cache) {
-            // Not on the agent's only thread: the pod may stand still for what it does next.
-            Ok(()) => drop(tokio::task::spawn_blocking(move || checkpoint::keep_newest(&cache))),
+            // Not on the agent's only thread: the pod may stand still for what it does next. Those that were not sent are
+            // older than this; one to come is not listed yet.
+            Ok(()) => {
+                let older = dir.parent().map(checkpoint::own_ones).unwrap_or_default();
+                drop(tokio::task::spawn_blocking(move || {
+                    older.iter().for_each(|older| drop(fs::remove_dir_all(older)));
+                    checkpoint::keep_newest(&cache);
+                }));
+            }
             Err(error) => {
                 tracing::warn!("the checkpoint of pod {key} is in the depot, and not kept here: {error}");
             }

@@ -135,11 +135,33 @@ pub fn last_seq(dir: &Path) -> io::Result<u64> {
     }
 }
 
+/// Takes back all records behind the first `records` of a log that nobody writes: they will be said again.
+pub fn cut(dir: &Path, records: u64) -> io::Result<()> {
+    let all = match segments(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        all => all?,
+    };
+    for (first, path) in all.into_iter().rev() {
+        if first <= records + 1 {
+            let (_, bytes) = count_records(&path, records + 1 - first)?;
+            return OpenOptions::new().write(true).open(path)?.set_len(bytes);
+        }
+        fs::remove_file(path)?;
+    }
+    // By a segment's name the next record has its number.
+    File::create(segment(dir, records + 1)).map(drop)
+}
+
 /// Counts the whole records of a segment, and their bytes.
 fn whole_records(path: &Path) -> io::Result<(u64, u64)> {
+    count_records(path, u64::MAX)
+}
+
+/// Of the first `most` records.
+fn count_records(path: &Path, most: u64) -> io::Result<(u64, u64)> {
     let mut segment = Segment::open(path)?;
     let mut count = 0;
-    while segment.next(|_| ())?.is_some() {
+    while count < most && segment.next(|_| ())?.is_some() {
         count += 1;
     }
     Ok((count, segment.offset))
@@ -299,6 +321,30 @@ mod tests {
             [(1, "one\n"), (2, "two\n"), (3, "three\n")].map(|(n, t)| (n, t.to_owned())).into();
         assert_eq!(all(dir.path(), 0), expect);
         assert_eq!(all(dir.path(), 3), expect[2..]);
+    }
+
+    #[test]
+    fn what_will_be_said_again_is_cut_off() {
+        let dir = tempfile::tempdir().unwrap();
+        let total = Bytes(SEGMENTS * SEGMENT_BYTES_MIN);
+        let mut writer = Writer::open(dir.path(), total).unwrap();
+        let text = "x".repeat(1000);
+        (1..=200).for_each(|_| put(&mut writer, &text));
+        drop(writer);
+        for last in [500, 150, 64, 3, 0] {
+            cut(dir.path(), last).unwrap();
+            let left = last_seq(dir.path()).unwrap();
+            assert_eq!(left, last.min(200));
+            assert_eq!(all(dir.path(), 1).len() as u64, left);
+        }
+        let mut writer = Writer::open(dir.path(), total).unwrap();
+        put(&mut writer, "again\n");
+        assert_eq!(all(dir.path(), 1), [(1, "again\n".to_owned())]);
+        cut(&dir.path().join("none"), 1).unwrap();
+        // The records before were dropped with their segment.
+        fs::rename(segment(dir.path(), 1), segment(dir.path(), 50)).unwrap();
+        cut(dir.path(), 20).unwrap();
+        assert_eq!(Writer::open(dir.path(), total).unwrap().last_seq(), 20);
     }
 
     #[test]

@@ -337,34 +337,6 @@ impl Controller {
         }
     }
 
-    /// A run failed, and the agent starts the next one by itself.
-    pub(super) fn pod_retrying(&mut self, now: Now, id: &PodId, outcome: &Outcome) {
-        let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
-        let current = job.file.generation;
-        if job.change(id.index, |pod| {
-            pod.restarts += 1;
-            pod.generation == current
-        }) != Some(true)
-        {
-            return;
-        }
-        let Some(assignment) = job.assignment_mut(id.index) else { return };
-        assignment.phase = PodPhase::Starting;
-        let ending = ending(assignment, outcome);
-        assignment.last = Some(Box::new(ending.clone()));
-        if outcome.cause == Cause::Failure {
-            job.run.failures += 1;
-            self.counters.failures += 1;
-            self.dirty.runs.insert(id.uid.clone());
-            if job.run.verdict.is_none() && job.run.failures > job.file.spec.pod.restart.backoff_limit {
-                job.run.verdict = Some(failed(&job.file.spec, id.index, &ending, job.run.failures));
-            }
-        }
-        self.dirty.pods.insert(id.clone());
-        self.dirty.status.insert(id.uid.clone());
-        self.reconcile(now, &id.uid);
-    }
-
     /// A pod of an earlier generation has stopped: its index is the new generation's.
     fn renew(&mut self, uid: &JobUid, index: u32) {
         let Some(job) = self.cluster.jobs.get_mut(uid) else { return };

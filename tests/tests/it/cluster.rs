@@ -148,6 +148,17 @@ impl Cluster {
     }
 
     pub fn agent_with(&mut self, node: &str, flags: &[&str], env: &[(&str, &str)]) -> usize {
+        let agent = self.agent_alone(node, flags, env);
+        until(&format!("{node} online: {}", self.log(node)), 30, || {
+            let nodes = self.json(&["get", "nodes"])?;
+            let online = |row: &&Value| row["node"] == node && row["state"] == "online";
+            nodes.as_array()?.iter().find(online).map(drop)
+        });
+        agent
+    }
+
+    /// Likewise, whether or not a controller is there.
+    pub fn agent_alone(&mut self, node: &str, flags: &[&str], env: &[(&str, &str)]) -> usize {
         let mut command = Command::new(program("berth-agent"));
         command.args([
             "--dev",
@@ -161,11 +172,6 @@ impl Cluster {
         ]);
         command.arg(self.dir.path().join(node)).args(flags).envs(env.iter().copied());
         self.agents.push(Daemon::start(node, &mut command, &self.log_path(node)));
-        until(&format!("{node} online: {}", self.log(node)), 30, || {
-            let nodes = self.json(&["get", "nodes"])?;
-            let online = |row: &&Value| row["node"] == node && row["state"] == "online";
-            nodes.as_array()?.iter().find(online).map(drop)
-        });
         self.agents.len() - 1
     }
 

@@ -8,5 +8,6 @@ mod etcd;
 mod faults;
 mod jobs;
 mod kills;
+mod offline;
 mod several;
 mod staging;

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use berth_protocol::checkpoint::CheckpointKind;
 use berth_protocol::chunk::{ChunkId, FRAME_HEADER_BYTES, Frame, write_ids};
 use berth_protocol::ids::{Digest, PodId};
+use berth_protocol::job::PodTemplate;
 use berth_protocol::limits::{CHUNK_BYTES_MAX, CHUNKS_FETCHED_MAX, MANIFEST_BYTES_MAX};
 use berth_protocol::manifest::{Manifest, Piece, SavedFile};
 use hyper::Method;
@@ -46,7 +47,7 @@ pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, KEEP_NICE) };
     }
     let (manifest, bytes) = manifest(&mut client, &order.checkpoint, &cached).await?;
-    is_of(&manifest, order)?;
+    is_of(&manifest, &order.template, &order.images)?;
     let half = match &order.keep {
         // Two that share it may be on their way here.
         Some(pod) => order.dir.with_extension(pod.to_string()),
@@ -113,17 +114,28 @@ pub async fn fetch(order: &Fetch) -> Result<(), TransferError> {
         super::keep_newest(&order.cache);
         return Ok(());
     }
-    let parts = Parts::new(half.clone());
-    is_as_said(&manifest, &parts)?;
-    for container in &order.template.containers {
+    approve(&manifest, &half, &order.template)?;
+    give(&half, &order.dir).map_err(wrong)
+}
+
+/// What a restore goes by, whatever the digests say.
+pub(super) fn approve(manifest: &Manifest, half: &Path, template: &PodTemplate) -> Result<(), TransferError> {
+    let parts = Parts::new(half.to_owned());
+    is_as_said(manifest, &parts)?;
+    for container in &template.containers {
         if parts.images(&container.name).is_dir() || manifest.kind == CheckpointKind::Criu {
             verify::verify(&parts.images(&container.name), container)?;
         }
     }
-    if order.dir.exists() {
-        fs::remove_dir_all(&order.dir).map_err(wrong)?;
+    Ok(())
+}
+
+/// Gives a whole checkpoint the name by which a shim uses it.
+pub(super) fn give(half: &Path, dir: &Path) -> io::Result<()> {
+    if dir.exists() {
+        fs::remove_dir_all(dir)?;
     }
-    fs::rename(&half, &order.dir).map_err(wrong)
+    fs::rename(half, dir)
 }
 
 /// Fetches chunks to all their places; returns how many bytes they are.
@@ -246,15 +258,19 @@ fn put(content: &[u8], places: &[Place]) -> io::Result<()> {
 }
 
 /// The checkpoint must be of the very pod that is to come: nothing in it says what may be mounted or who may run.
-fn is_of(manifest: &Manifest, order: &Fetch) -> Result<(), TransferError> {
-    let (theirs, ours) = (&manifest.template, &order.template);
+pub(super) fn is_of(
+    manifest: &Manifest,
+    ours: &PodTemplate,
+    images: &[Option<Digest>],
+) -> Result<(), TransferError> {
+    let theirs = &manifest.template;
     let names = manifest.containers.iter().map(|container| &container.name);
     let same = theirs.containers == ours.containers
         && theirs.volumes == ours.volumes
         && theirs.network == ours.network
         && theirs.workspace == ours.workspace
         && names.eq(ours.containers.iter().map(|container| &container.name));
-    let images = manifest.containers.iter().map(|container| container.image).zip(&order.images);
+    let images = manifest.containers.iter().map(|container| container.image).zip(images);
     if let Some((theirs, ours)) = images.filter_map(|(a, b)| Some((a?, (*b)?))).find(|(a, b)| a != b) {
         let why =
             format!("the checkpoint is refused: it is of image {theirs}, and here the tag means {ours}");
@@ -284,7 +300,7 @@ fn is_as_said(manifest: &Manifest, parts: &Parts) -> Result<(), TransferError> {
 }
 
 /// Every file of the manifest, and where it goes.
-fn places<'a>(
+pub(super) fn places<'a>(
     manifest: &'a Manifest,
     volumes: &[berth_protocol::job::Volume],
     parts: &Parts,
@@ -312,7 +328,7 @@ fn places<'a>(
 }
 
 /// Links `earlier` to `path` if it is what it should be.
-fn link(earlier: &Path, path: &Path, saved: &SavedFile) -> bool {
+pub(super) fn link(earlier: &Path, path: &Path, saved: &SavedFile) -> bool {
     let linked = || -> io::Result<()> {
         let _ = fs::remove_file(path);
         fs::hard_link(earlier, path)
@@ -320,7 +336,7 @@ fn link(earlier: &Path, path: &Path, saved: &SavedFile) -> bool {
     chunks::is_same(earlier, saved) && linked().is_ok()
 }
 
-fn make_parent(path: &Path) -> io::Result<()> {
+pub(super) fn make_parent(path: &Path) -> io::Result<()> {
     match path.parent() {
         Some(parent) => fs::DirBuilder::new().recursive(true).mode(0o700).create(parent),
         None => Ok(()),

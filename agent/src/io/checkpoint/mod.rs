@@ -6,6 +6,7 @@ mod chunks;
 mod fetch;
 mod http;
 mod pages;
+mod resume;
 mod serve;
 mod store;
 mod verify;
@@ -39,13 +40,16 @@ const KEPT_MIN: Duration = Duration::from_secs(3600);
 pub enum Order {
     Store(Box<Store>),
     Fetch(Box<Fetch>),
+    Resume(Box<Resume>),
 }
 
-/// Send a checkpoint of this node's to the depot.
+/// Send a checkpoint of this node's to the depot, or make it one to begin from without the depot.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Store {
-    pub access: DepotAccess,
+    /// `None`: it is only sealed, which is to say on disk for good, with a manifest by which every byte can be verified.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub access: Option<DepotAccess>,
     /// The checkpoint's directory, as the shim left it.
     pub dir: PathBuf,
     pub saved: Saved,
@@ -83,12 +87,31 @@ pub struct Fetch {
     pub rate: u64,
 }
 
+/// Lay out the last checkpoint of a pod that this node keeps, without the depot, and set the epoch's log back to where
+/// it stood then.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Resume {
+    pub pod: PodId,
+    pub epoch: Epoch,
+    /// Where it is to be once it is whole and verified.
+    pub dir: PathBuf,
+    /// The pod's own, of which the depot may not have heard: a directory each, named by its level.
+    pub own: PathBuf,
+    /// What the depot has too.
+    pub cache: PathBuf,
+    pub log: PathBuf,
+    pub template: PodTemplate,
+    pub images: Vec<Option<Digest>>,
+}
+
 /// What a child says.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Said {
     Progress { done: u64, total: u64 },
     Stored(Box<CheckpointInfo>),
+    Sealed,
     Fetched,
     Failed { why: String, retriable: bool },
 }
@@ -144,6 +167,16 @@ pub fn keep(dir: &Path, id: &Digest, pod: &PodId, cache: &Path) -> io::Result<()
         fs::remove_dir_all(&kept)?;
     }
     fs::rename(dir, kept)
+}
+
+/// Of a pod's own checkpoints those that are whole, the newest first.
+pub fn own_ones(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let level = |path: &Path| path.file_name()?.to_str()?.parse::<u64>().ok();
+    let mut found: Vec<(u64, PathBuf)> =
+        entries.filter_map(|entry| Some((level(&entry.path())?, entry.path()))).collect();
+    found.sort_by_key(|(level, _)| std::cmp::Reverse(*level));
+    found.into_iter().map(|(_, path)| path).collect()
 }
 
 /// Removes all kept checkpoints but each pod's newest. Takes as long as there are files.
@@ -210,8 +243,12 @@ pub fn worker_main() -> ExitCode {
     };
     let done = runtime.block_on(async {
         match order {
-            Order::Store(order) => store::store(&order).await.map(|info| Said::Stored(Box::new(info))),
+            Order::Store(order) => match &order.access {
+                Some(access) => store::store(&order, access).await.map(|info| Said::Stored(Box::new(info))),
+                None => store::seal(&order).map(|()| Said::Sealed),
+            },
             Order::Fetch(order) => fetch::fetch(&order).await.map(|()| Said::Fetched),
+            Order::Resume(order) => resume::resume(&order).map(|()| Said::Fetched),
         }
     });
     match done {
@@ -267,7 +304,7 @@ impl From<Said> for Result<Box<CheckpointInfo>, NotStored> {
         match said {
             Said::Stored(info) => Ok(info),
             Said::Failed { why, retriable } => Err(NotStored { why, retriable }),
-            Said::Progress { .. } | Said::Fetched => {
+            Said::Progress { .. } | Said::Fetched | Said::Sealed => {
                 Err(NotStored { why: "it was answered with something else".to_owned(), retriable: true })
             }
         }

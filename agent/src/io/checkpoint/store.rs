@@ -3,19 +3,23 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use berth_protocol::checkpoint::CheckpointInfo;
 use berth_protocol::chunk::{ChunkId, read_ids, write_ids};
+use berth_protocol::ids::Digest;
 use berth_protocol::job::VolumeSource;
 use berth_protocol::limits::{CHUNK_BYTES_MAX, CHUNKS_ASKED_MAX, PACK_BYTES_MAX};
 use berth_protocol::manifest::{MANIFEST_VERSION, Manifest, Piece, SavedContainer, SavedFile, SavedVolume};
+use berth_protocol::message::node::DepotAccess;
 use berth_protocol::units::Bytes;
 use hyper::{Method, StatusCode};
 
 use super::http::Client;
 use super::{Said, Store, TransferError, chunks, pages, say};
 use crate::shim::checkpoint::Parts;
+use crate::shim::sys;
 use crate::task::file;
 
 /// A container's part that is no image of CRIU's, by the name that it has among them.
@@ -35,10 +39,13 @@ struct Part {
     saved: SavedFile,
 }
 
-pub async fn store(order: &Store) -> Result<CheckpointInfo, TransferError> {
-    let (manifest, parts) = describe(order)?;
+pub async fn store(order: &Store, access: &DepotAccess) -> Result<CheckpointInfo, TransferError> {
+    let (manifest, parts) = match sealed(order) {
+        Some(sealed) => sealed,
+        None => describe(order)?,
+    };
     let (id, bytes) = manifest.render().map_err(|e| TransferError::Unfit(e.to_string()))?;
-    let mut client = Client::new(&order.access, order.rate);
+    let mut client = Client::new(access, order.rate);
     let all: BTreeSet<ChunkId> = manifest.chunks().map(|(id, _)| id).collect();
     let mut lacking = lacking(&mut client, &all).await?;
     let mut sent = 0;
@@ -71,6 +78,36 @@ pub async fn store(order: &Store) -> Result<CheckpointInfo, TransferError> {
         }
     }
     Err(super::http::HttpError::Refused(StatusCode::CONFLICT).into())
+}
+
+/// Makes a checkpoint outlast the machine's end, and fit to begin from without the depot.
+///
+/// # Errors
+/// It is not read, or not on disk.
+pub fn seal(order: &Store) -> Result<(), TransferError> {
+    if sealed(order).is_some() {
+        return Ok(());
+    }
+    let (manifest, _) = describe(order)?;
+    let (_, bytes) = manifest.render().map_err(|e| TransferError::Unfit(e.to_string()))?;
+    let wrong = || TransferError::io(format!("cannot write {} to its disk", order.dir.display()));
+    let dir = File::open(&order.dir).map_err(wrong())?;
+    // SAFETY: the descriptor is open.
+    if unsafe { libc::syncfs(dir.as_raw_fd()) } != 0 {
+        return Err(wrong()(std::io::Error::last_os_error()));
+    }
+    // Last: where it is, all the rest is.
+    sys::write_durably(&order.dir, MANIFEST, &bytes).map_err(wrong())
+}
+
+/// What was said of the checkpoint when it was sealed: what it needs is of the machine as it was then.
+fn sealed(order: &Store) -> Option<(Manifest, Vec<Part>)> {
+    let bytes = fs::read(order.dir.join(MANIFEST)).ok()?;
+    let manifest = Manifest::parse(&Digest::of(&bytes), &bytes).ok()?;
+    let layout = Parts::new(order.dir.clone());
+    let places = super::fetch::places(&manifest, &order.template.volumes, &layout).ok()?;
+    let parts = places.into_iter().map(|(path, saved)| Part { path, saved: saved.clone() }).collect();
+    Some((manifest, parts))
 }
 
 fn describe(order: &Store) -> Result<(Manifest, Vec<Part>), TransferError> {

@@ -1,0 +1,88 @@
+//! Until when a pod may run, and what lets it run on when no controller is heard.
+
+use berth_protocol::job::{DisconnectAction, PodTemplate};
+use berth_protocol::limits::DISCONNECT_AFTER_MS;
+use berth_protocol::units::{BootMs, Millis};
+
+use super::ledger::{PodEntry, PodKey, Record};
+use super::{Agent, Now};
+use crate::task::Lease;
+
+/// Beyond the end of a lease that the shim keeps itself, the agent ends the pod.
+const SHIM_SLACK: Millis = Millis::from_secs(1);
+/// Without a grant for this long a pod is on its own: longer than a restart of the broker.
+const ALONE_AFTER: Millis = Millis(DISCONNECT_AFTER_MS);
+
+impl Agent {
+    /// Until when the pod may run on the grants so far; `None`: not granted, or run out.
+    pub(super) fn lease_of(
+        &self,
+        now: Now,
+        key: &PodKey,
+        entry: &PodEntry,
+        template: &PodTemplate,
+    ) -> Option<Lease> {
+        if self.needs_no_grant(entry, template) {
+            return Some(Lease { deadline: None });
+        }
+        let since = self.grants.since(key)?;
+        if template.on_disconnect.action == DisconnectAction::Continue {
+            return Some(Lease { deadline: None });
+        }
+        let deadline = since.plus(template.on_disconnect.after);
+        (now.boot < deadline).then_some(Lease { deadline: Some(deadline) })
+    }
+
+    /// When a pod whose shim fails to fence it is ended by the agent.
+    pub(super) fn lease_end(&self, key: &PodKey, entry: &PodEntry) -> Option<BootMs> {
+        let template = self.template(entry)?;
+        let lease = template.on_disconnect.lease(template.grace)?;
+        Some(self.grants.since(key)?.plus(lease).plus(SHIM_SLACK))
+    }
+
+    /// Told beside an event that is written anyway.
+    pub(super) fn note_begun(&mut self, key: &PodKey) {
+        let continues = |template: &PodTemplate| template.on_disconnect.action == DisconnectAction::Continue;
+        let Some(entry) = self.ledger.pods.get(key).filter(|entry| !entry.begun) else { return };
+        if self.template(entry).is_some_and(continues) {
+            let entry = PodEntry { begun: true, ..entry.clone() };
+            self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
+        }
+    }
+
+    /// The ledger's pods were given to this very machine. A copy of its disk elsewhere starts nothing by itself.
+    pub(super) fn is_at_home(&self) -> bool {
+        self.ledger.hardware.as_ref() == Some(&self.hardware)
+    }
+
+    /// The controller has taken this machine for the node that it was.
+    pub(super) fn settle_in(&mut self) {
+        if !self.is_at_home() {
+            let (number, nonce, hardware) = (self.ledger.session, self.nonce.clone(), self.hardware.clone());
+            self.record(Record::Session { number, nonce, hardware: Some(hardware) });
+        }
+    }
+
+    /// A pod that continues whatever happens to the controller, was let begin by it, and begins again without it.
+    pub(super) fn needs_no_grant(&self, entry: &PodEntry, template: &PodTemplate) -> bool {
+        template.on_disconnect.action == DisconnectAction::Continue && entry.begun && self.is_at_home()
+    }
+
+    /// Whatever ends the pod, nobody takes it elsewhere, and nobody else may run it: it goes on here.
+    pub(super) fn is_on_its_own(
+        &self,
+        now: Now,
+        key: &PodKey,
+        entry: &PodEntry,
+        template: &PodTemplate,
+    ) -> bool {
+        let heard = self.grants.since(key).is_some_and(|since| now.boot < since.plus(ALONE_AFTER));
+        let superseded = self.ledger.pods.keys().any(|other| other.pod == key.pod && other.epoch > key.epoch);
+        !heard && !superseded && !entry.unnamed && self.needs_no_grant(entry, template)
+    }
+
+    /// From when on a pod that nobody asks for has to be saved all the same.
+    pub(super) fn alone_from(&self, key: &PodKey) -> BootMs {
+        self.grants.since(key).unwrap_or(BootMs::ZERO).max(self.since).plus(ALONE_AFTER)
+    }
+}
