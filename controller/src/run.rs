@@ -156,7 +156,7 @@ impl Daemon {
         notifier: &Notifier,
     ) -> Result<(), RunError> {
         let mut shutdown = std::pin::pin!(shutdown);
-        let mut alive = notifier.watchdog_period().map(tokio::time::interval);
+        let mut alive = beats(notifier);
         loop {
             let idle = self.trim_at.map_or(WAKE_CHECK_MAX, |at| at.saturating_duration_since(Instant::now()));
             let wait = self.until_wake().min(idle);
@@ -311,7 +311,7 @@ async fn lead(store: &mut Store) -> Result<Term, StoreError> {
         notifier.send("READY=1");
         notifier.send("STATUS=standing by");
     }
-    let mut alive = notifier.watchdog_period().map(tokio::time::interval);
+    let mut alive = beats(&notifier);
     let mut campaign = std::pin::pin!(store.campaign());
     loop {
         tokio::select! {
@@ -356,6 +356,12 @@ fn event(event: BusEvent) -> Event {
         BusEvent::Down => Event::BusDown,
         BusEvent::Message { topic, payload } => Event::Message { topic, payload },
     }
+}
+
+/// The service manager's watchdog, where it has one; it begins to watch behind `READY=1`.
+fn beats(notifier: &Notifier) -> Option<tokio::time::Interval> {
+    let period = notifier.watchdog_period()?;
+    Some(tokio::time::interval_at(tokio::time::Instant::now() + period, period))
 }
 
 async fn beat(alive: &mut Option<tokio::time::Interval>) {
