@@ -38,15 +38,15 @@ pub enum Source {
 
 /// The text of a notice: none where it says that there is none.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Notice {
+pub struct Notice {
     /// Until the machine goes, where the notice says so.
-    within: Option<Millis>,
-    text: String,
+    pub within: Option<Millis>,
+    pub text: String,
 }
 
 /// Reads what a file or an answer holds: a time (RFC 3339), a span such as `90s`, JSON with either as `time`, anything
 /// else; `FALSE`, `NONE` and nothing in an answer say that there is no notice.
-fn read(text: &str, now: Timestamp) -> Notice {
+pub fn read(text: &str, now: Timestamp) -> Notice {
     let text = text.trim();
     let json: Option<Value> = serde_json::from_str(text).ok();
     let time = json.as_ref().and_then(|json| json["time"].as_str()).unwrap_or(text);

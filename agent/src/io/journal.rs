@@ -33,7 +33,8 @@ pub struct Journal {
     _lock: File,
 }
 
-fn line(record: &Record, out: &mut Vec<u8>) -> io::Result<()> {
+/// Writes a record as the file has it.
+pub fn line(record: &Record, out: &mut Vec<u8>) -> io::Result<()> {
     let json = serde_json::to_vec(record)?;
     write!(out, "{:08x} ", crc32fast::hash(&json))?;
     out.extend_from_slice(&json);
@@ -45,6 +46,19 @@ fn parse(line: &[u8]) -> Option<Record> {
     let (crc, json) = (line.get(..8)?, line.get(9..)?);
     let crc = u32::from_str_radix(std::str::from_utf8(crc).ok()?, 16).ok()?;
     (crc32fast::hash(json) == crc).then(|| serde_json::from_slice(json).ok())?
+}
+
+/// What the whole lines of a journal say, with the number of damaged ones passed over, and the bytes of all whole ones.
+pub fn read(bytes: &[u8]) -> (Ledger, usize, usize) {
+    let whole = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
+    let (mut ledger, mut damaged) = (Ledger::default(), 0);
+    for line in bytes[..whole].split(|b| *b == b'\n').filter(|line| !line.is_empty()) {
+        match parse(line) {
+            Some(record) => ledger.apply(&record),
+            None => damaged += 1,
+        }
+    }
+    (ledger, damaged, whole)
 }
 
 fn sync_dir(dir: &Path) -> io::Result<()> {
@@ -65,16 +79,9 @@ impl Journal {
         sync_dir(dir).map_err(wrong)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(wrong)?;
-        let whole = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
+        let (ledger, damaged, whole) = read(&bytes);
         file.set_len(whole as u64).map_err(wrong)?;
         file.seek(SeekFrom::End(0)).map_err(wrong)?;
-        let (mut ledger, mut damaged) = (Ledger::default(), 0);
-        for line in bytes[..whole].split(|b| *b == b'\n').filter(|line| !line.is_empty()) {
-            match parse(line) {
-                Some(record) => ledger.apply(&record),
-                None => damaged += 1,
-            }
-        }
         let journal = Self {
             dir: dir.into(),
             file,

@@ -31,6 +31,16 @@ use crate::task::Saved;
 
 pub use serve::listen;
 
+/// Reads bytes as an image of CRIU's, each kind of which berth looks into, of a file of so many bytes; keeps nothing.
+/// `None`: they are none.
+pub fn inspect(image: &[u8], file_bytes: u64) -> Option<usize> {
+    verify::thread(image);
+    let (_, mappings) = pages::pagemap(image)?;
+    let cuts = pages::cuts(file_bytes, Some(&mappings));
+    debug_assert_eq!(cuts.iter().map(|cut| u64::from(*cut)).sum::<u64>(), file_bytes);
+    Some(cuts.len())
+}
+
 /// A pod that has left may come back.
 const KEPT_MIN: Duration = Duration::from_secs(3600);
 

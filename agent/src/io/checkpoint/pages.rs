@@ -44,7 +44,7 @@ pub fn messages(image: &[u8]) -> Option<Vec<&[u8]>> {
     Some(found)
 }
 
-fn pagemap(image: &[u8]) -> Option<(u64, Vec<(u64, u64)>)> {
+pub fn pagemap(image: &[u8]) -> Option<(u64, Vec<(u64, u64)>)> {
     let messages = messages(image)?;
     let (head, entries) = messages.split_first()?;
     let mut id = None;
@@ -75,10 +75,11 @@ fn pagemap(image: &[u8]) -> Option<(u64, Vec<(u64, u64)>)> {
 
 /// The lengths of the pieces of a file of `bytes`, in order.
 pub fn cuts(bytes: u64, mappings: Option<&Vec<(u64, u64)>>) -> Vec<u32> {
-    let known: u64 = mappings.into_iter().flatten().map(|(_, length)| *length).sum();
+    let mut lengths = mappings.into_iter().flatten().map(|(_, length)| *length);
+    let known = lengths.try_fold(0_u64, u64::checked_add);
     // Of a pages image that is not as its pagemap says, offsets serve as well.
     let whole = vec![(0, bytes)];
-    let mappings = mappings.filter(|_| known == bytes).unwrap_or(&whole);
+    let mappings = mappings.filter(|_| known == Some(bytes)).unwrap_or(&whole);
     let mut lengths = Vec::new();
     for (address, length) in mappings {
         let (mut at, end) = (*address, address.saturating_add(*length));

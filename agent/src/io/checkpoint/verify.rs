@@ -17,7 +17,7 @@ const SECCOMP_FILTER: u64 = 2;
 
 /// The identities and powers of one thread, from `core-*.img`.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Thread {
+pub(super) struct Thread {
     uids: BTreeSet<u64>,
     /// Bits of all sets together.
     capabilities: u64,
@@ -69,7 +69,7 @@ pub fn verify(images: &Path, spec: &ContainerSpec) -> Result<(), TransferError> 
 }
 
 /// `None`: malformed.
-fn thread(image: &[u8]) -> Option<Thread> {
+pub(super) fn thread(image: &[u8]) -> Option<Thread> {
     let messages = messages(image)?;
     let [core] = messages[..] else { return None };
     let mut found = Thread::default();

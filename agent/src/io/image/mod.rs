@@ -30,3 +30,27 @@ pub use error::ImageError;
 pub use record::{ImageConfig, ImageRecord, Progress, RegistryConfig};
 pub use store::{ImageStore, StoreConfig};
 pub use worker::worker_main;
+
+/// Reads bytes as each of the things that registries and archives send, and keeps nothing. `None`: they are not that.
+pub fn inspect(bytes: &[u8]) -> [Option<u64>; 4] {
+    let document = manifest::parse(bytes).ok().map(|document| match document {
+        manifest::Document::Index(all) => all.len() as u64,
+        manifest::Document::Manifest { layers, .. } => layers.len() as u64,
+    });
+    let configuration = manifest::parse_configuration(bytes).ok().map(|found| found.diff_ids.len() as u64);
+    let mut tar = tar_stream::TarStream::new(bytes);
+    let mut entries = 0;
+    let whole = loop {
+        match tar.next_entry() {
+            Ok(Some(_)) => entries += 1,
+            Ok(None) => break Some(entries),
+            Err(_) => break None,
+        }
+    };
+    let credentials = serde_json::from_slice::<auth::AuthFile>(bytes).ok();
+    let known = credentials.map(|file| {
+        file.credentials("registry.lab:5000", "team/app");
+        0
+    });
+    [document, configuration, whole, known]
+}

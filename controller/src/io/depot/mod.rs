@@ -6,7 +6,7 @@
 pub mod bucket;
 mod check;
 mod index;
-mod packs;
+pub mod packs;
 mod saved;
 
 #[cfg(test)]

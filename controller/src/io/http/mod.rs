@@ -180,6 +180,11 @@ impl Route {
     }
 }
 
+/// Does a request's path name anything here?
+pub fn is_path(path: &str) -> bool {
+    Route::parse(path).is_some()
+}
+
 /// A number in its one spelling.
 fn number<T: std::str::FromStr + ToString>(text: &str) -> Option<T> {
     text.parse().ok().filter(|number: &T| number.to_string() == text)

@@ -1,8 +1,6 @@
 //! Any bytes as a topic, as each message, as records of a log, and as frames and manifest of a checkpoint: no panic,
 //! and what is read is what is written.
 
-#![no_main]
-
 use std::fmt::Debug;
 
 use berth_protocol::chunk::{Frame, GrantRequest};
@@ -10,20 +8,24 @@ use berth_protocol::codec::{decode, encode};
 use berth_protocol::ids::{ClientId, ClusterName, Digest, JobName, Namespace, NodeId};
 use berth_protocol::log::{LogMessage, read_record};
 use berth_protocol::manifest::Manifest;
-use berth_protocol::message::node::{Bye, Desired, Events, Heartbeat, Hello, Lease, NodeRequest, SpecMessage};
+use berth_protocol::message::node::{
+    Bye, Desired, Events, Heartbeat, Hello, Lease, NodeRequest, SpecMessage,
+};
 use berth_protocol::message::query::{QueryReply, QueryRequest};
 use berth_protocol::message::user::{Answer, JobCommand, JobStatus, NodeStatus};
+use berth_protocol::token;
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
-use libfuzzer_sys::fuzz_target;
+use berth_protocol::units::Timestamp;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-fuzz_target!(|bytes: &[u8]| {
+pub fn wire(bytes: &[u8]) {
     topic(bytes);
     records(bytes);
     messages(bytes);
     checkpoints(bytes);
-});
+    tokens(bytes);
+}
 
 fn topic(bytes: &[u8]) {
     let (Ok(cluster), Ok(text)) = (ClusterName::parse("lab"), std::str::from_utf8(bytes)) else { return };
@@ -76,6 +78,13 @@ fn checkpoints(mut bytes: &[u8]) {
         assert_eq!(written, bytes[..length]);
         bytes = &bytes[length..];
     }
+}
+
+fn tokens(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let (secret, now) = ([7; 32], Timestamp(0));
+    let opened = token::verify(&secret, text, now);
+    assert!(opened.is_err() || token::verify(&[8; 32], text, now).is_err(), "two secrets open {text}");
 }
 
 fn there_and_back<T: DeserializeOwned + Serialize + PartialEq + Debug>(topic: &Topic, bytes: &[u8]) {
