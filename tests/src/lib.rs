@@ -4,5 +4,6 @@
 pub mod bench;
 pub mod node;
 pub mod oracle;
+pub mod plan;
 mod wishes;
 pub mod world;
