@@ -2,6 +2,7 @@
 
 use berth_protocol::limits::{LEASE_MARGIN_MS, LOST_AFTER_MS};
 use berth_protocol::message::node::{Heartbeat, Hello};
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::Millis;
 
 use super::Now;
@@ -41,7 +42,7 @@ pub(super) fn refusal(node: &Node, hello: &Hello) -> Option<&'static str> {
 pub(super) fn why_withheld(session: &mut Session, beat: &Heartbeat, now: Now) -> Option<&'static str> {
     if beat.last_grant > session.confirmed.0 {
         session.confirmed = (beat.last_grant, now.boot);
-    } else if now.boot.since(session.confirmed.1) >= LOST_AFTER {
+    } else if now.boot.since(session.confirmed.1) >= LOST_AFTER && kept(Rule::OneWayLoss) {
         return Some("no lease has reached it: the way from the controller to it is broken");
     }
     let offset = i128::from(now.boot.0) - i128::from(beat.boot_ms.0);
@@ -50,5 +51,6 @@ pub(super) fn why_withheld(session: &mut Session, beat: &Heartbeat, now: Now) ->
         .map_or(offset, |(least, at)| offset.min(least + i128::from(now.boot.since(at).0 / DRIFT_PARTS)));
     session.offset = Some((least, now.boot));
     let lag = offset - least;
-    (lag > i128::from(MARGIN.0 / 2)).then_some("its clock stood still, or its heartbeats are delayed")
+    (lag > i128::from(MARGIN.0 / 2) && kept(Rule::ClockWatched))
+        .then_some("its clock stood still, or its heartbeats are delayed")
 }

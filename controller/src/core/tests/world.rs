@@ -459,8 +459,14 @@ impl World {
     }
 
     pub fn submit(&mut self, spec: &JobSpec) -> Answer {
-        let topic = Topic::job(&spec.namespace, &spec.name, JobTopic::Submit);
         let payload = serde_json::to_vec(&berth_protocol::job::render(spec)).unwrap();
+        self.submit_bytes(spec.name.as_str(), &payload)
+    }
+
+    pub fn submit_bytes(&mut self, job: &str, payload: &[u8]) -> Answer {
+        let job = JobName::parse(job).unwrap();
+        let topic = Topic::job(&Namespace::default_namespace(), &job, JobTopic::Submit);
+        let payload = payload.to_vec();
         self.feed(Event::Message { topic, payload });
         self.deliver_all();
         self.answers.last().cloned().unwrap()
