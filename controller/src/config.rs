@@ -9,10 +9,12 @@ use berth_protocol::units::{Bytes, MilliCpu, UnitError};
 use clap::Parser;
 use serde::Deserialize;
 
+use crate::admin::Admin;
 use crate::core::Allowance;
 use crate::core::schedule::moves::MOVES_MAX;
 use crate::io::bus::{BrokerUrl, BrokerUrlError};
 use crate::io::depot::{Bucket, BucketError};
+use crate::io::store::{StoreChoice, StoreChoiceError};
 
 const DEFAULT_DATA_DIR: &str = "/var/lib/berth/controller";
 const DEFAULT_CLUSTER: &str = "default";
@@ -31,6 +33,12 @@ pub enum ConfigError {
     Broker(#[from] BrokerUrlError),
     #[error("--cluster: {0}")]
     Cluster(#[from] berth_protocol::ids::IdError),
+    #[error("--store: {0}")]
+    Store(#[from] StoreChoiceError),
+    #[error(
+        "--store {0} is for several controllers, and each would have a broker of its own: name one that they share with --broker mqtt://HOST:PORT"
+    )]
+    LonelyBroker(StoreChoice),
     #[error("--depot: {0}")]
     Depot(#[from] BucketError),
     #[error("--checkpoint-quota: {0}")]
@@ -95,6 +103,7 @@ pub enum BrokerChoice {
 #[derive(Debug, Clone)]
 pub struct Config {
     pub data_dir: PathBuf,
+    pub store: StoreChoice,
     pub cluster: ClusterName,
     pub broker: BrokerChoice,
     pub listen_mqtt: SocketAddr,
@@ -115,13 +124,45 @@ pub struct Config {
 
 /// berth's controller: takes jobs over MQTT, places them on nodes, keeps their records.
 #[derive(Debug, Parser)]
-#[command(name = "berth-controller", version, after_help = EXAMPLES)]
+#[command(name = "berth-controller", version, after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
 pub struct Flags {
     /// Read the settings below from a TOML file too; flags and BERTH_… variables go before it
     #[arg(long, value_name = "FILE", env = "BERTH_CONFIG")]
     config: Option<PathBuf>,
     #[command(flatten)]
     settings: Settings,
+    #[command(subcommand)]
+    pub admin: Option<Admin>,
+}
+
+/// Which store an administrative command is about: the settings of the controller that uses it.
+#[derive(Debug, clap::Args)]
+pub struct Place {
+    /// Read the settings below from the controller's TOML file too
+    #[arg(long, value_name = "FILE", env = "BERTH_CONFIG")]
+    config: Option<PathBuf>,
+    /// Where the store lives [default: /var/lib/berth/controller]
+    #[arg(long, value_name = "DIR", env = "BERTH_DATA_DIR")]
+    data_dir: Option<PathBuf>,
+    /// `embedded` or etcd://HOST:PORT[,HOST:PORT…] [default: embedded]
+    #[arg(long, value_name = "STORE", env = "BERTH_STORE")]
+    store: Option<String>,
+    /// The cluster's name [default: default]
+    #[arg(long, value_name = "NAME", env = "BERTH_CLUSTER")]
+    cluster: Option<String>,
+}
+
+impl Place {
+    pub fn resolve(self) -> Result<(StoreChoice, PathBuf, ClusterName), ConfigError> {
+        let file = self.config.as_deref().map(Settings::read).transpose()?.unwrap_or_default();
+        let flags = Settings {
+            data_dir: self.data_dir,
+            store: self.store,
+            cluster: self.cluster,
+            ..Settings::default()
+        };
+        flags.or(file).place()
+    }
 }
 
 const EXAMPLES: &str = "\
@@ -131,7 +172,11 @@ Examples:
   berth-controller --dev --data-dir /tmp/berth --listen-mqtt 127.0.0.1:2883 --listen-http 127.0.0.1:7520
       A second one beside it.
   berth-controller --dev --broker mqtt://127.0.0.1:1883
-      With a broker that is there already, such as Mosquitto.";
+      With a broker that is there already, such as Mosquitto.
+  berth-controller --dev --broker mqtt://127.0.0.1:1883 --store etcd://10.0.0.1:2379,10.0.0.2:2379,10.0.0.3:2379
+      One of several: one leads, the others stand by.
+  berth-controller backup /srv/backup/berth.sqlite
+      A copy of all records, while the controller runs.";
 
 /// What flags, variables and the file may each say. The file's keys are the flags' names.
 #[derive(Debug, Default, clap::Args, Deserialize)]
@@ -140,6 +185,10 @@ struct Settings {
     /// Where the store and the depot live [default: /var/lib/berth/controller]
     #[arg(long, value_name = "DIR", env = "BERTH_DATA_DIR")]
     data_dir: Option<PathBuf>,
+    /// `embedded`, in the data directory, or the etcd that several controllers share: etcd://HOST:PORT[,HOST:PORT…]
+    /// [default: embedded]
+    #[arg(long, value_name = "STORE", env = "BERTH_STORE")]
+    store: Option<String>,
     /// The cluster's name, part of every topic [default: default]
     #[arg(long, value_name = "NAME", env = "BERTH_CLUSTER")]
     cluster: Option<String>,
@@ -210,8 +259,9 @@ impl NamespaceTable {
     }
 }
 
-const KEYS: [&str; 11] = [
+const KEYS: [&str; 12] = [
     "data-dir",
+    "store",
     "cluster",
     "broker",
     "listen-mqtt",
@@ -253,9 +303,18 @@ impl Settings {
         toml::from_str(&text).map_err(malformed)
     }
 
+    fn place(&self) -> Result<(StoreChoice, PathBuf, ClusterName), ConfigError> {
+        Ok((
+            self.store.as_deref().map(StoreChoice::parse).transpose()?.unwrap_or_default(),
+            self.data_dir.clone().unwrap_or_else(|| DEFAULT_DATA_DIR.into()),
+            ClusterName::parse(self.cluster.as_deref().unwrap_or(DEFAULT_CLUSTER))?,
+        ))
+    }
+
     fn or(self, other: Self) -> Self {
         Self {
             data_dir: self.data_dir.or(other.data_dir),
+            store: self.store.or(other.store),
             cluster: self.cluster.or(other.cluster),
             broker: self.broker.or(other.broker),
             listen_mqtt: self.listen_mqtt.or(other.listen_mqtt),
@@ -283,9 +342,11 @@ impl Config {
             Some("true" | "1") => None,
             Some(cidr) => Some(Cidr::parse(cidr)?),
         };
+        let (store, data_dir, cluster) = settings.place()?;
         let config = Self {
-            data_dir: settings.data_dir.unwrap_or_else(|| DEFAULT_DATA_DIR.into()),
-            cluster: ClusterName::parse(settings.cluster.as_deref().unwrap_or(DEFAULT_CLUSTER))?,
+            data_dir,
+            store,
+            cluster,
             broker,
             listen_mqtt: settings.listen_mqtt.unwrap_or(DEFAULT_LISTEN_MQTT),
             listen_http: settings.listen_http.unwrap_or(DEFAULT_LISTEN_HTTP),
@@ -301,6 +362,9 @@ impl Config {
             network,
         };
         config.depot.as_deref().map(Bucket::parse).transpose()?;
+        if config.store != StoreChoice::Embedded && config.broker == BrokerChoice::Embedded {
+            return Err(ConfigError::LonelyBroker(config.store));
+        }
         config.refuse_exposure("--listen-http", config.listen_http)?;
         if config.broker == BrokerChoice::Embedded {
             config.refuse_exposure("--listen-mqtt", config.listen_mqtt)?;
@@ -315,6 +379,11 @@ impl Config {
     pub fn hides_depot(&self) -> bool {
         let open = self.broker == BrokerChoice::Embedded && !self.listen_mqtt.ip().is_loopback();
         open && self.listen_http.ip().is_loopback() && self.depot_url.is_none()
+    }
+
+    /// Several controllers may follow each other, and each has a depot of its own.
+    pub fn keeps_depot_to_itself(&self) -> bool {
+        self.store != StoreChoice::Embedded && self.depot.is_none()
     }
 
     fn refuse_exposure(&self, flag: &'static str, address: SocketAddr) -> Result<(), ConfigError> {
@@ -377,6 +446,8 @@ mod tests {
             (&["--dev", "--cluster=A"], "", "--cluster: cluster `A` may hold only"),
             (&["--dev", "--broker=mqtts://b"], "", "asks for TLS"),
             (&["--dev", "--broker=b"], "", "write mqtt://HOST:PORT"),
+            (&["--dev", "--store=etcd:2379"], "", "--store: `etcd:2379` is no store: write `embedded`"),
+            (&["--dev", "--store=etcd://a:1"], "", "name one that they share with --broker"),
             (&["--dev", "--depot=/srv"], "", "write s3://BUCKET"),
             (&["--dev", "--depot=s3://b//x"], "", "an empty part"),
             (&["--dev"], "checkpoint-quota = \"much\"", "--checkpoint-quota: `much` is not a size"),

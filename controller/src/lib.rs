@@ -1,5 +1,6 @@
 //! What the controller daemon and the command-line client are made of: `core` decides, `io` acts, `cli` asks.
 
+pub mod admin;
 pub mod cli;
 pub mod config;
 pub mod core;

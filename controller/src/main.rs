@@ -3,6 +3,7 @@
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
+use berth_controller::admin::Admin;
 use berth_controller::config::{Config, Flags};
 use berth_controller::run::{Daemon, RunError, chain};
 use clap::Parser as _;
@@ -15,8 +16,11 @@ const FILE_THREADS_MAX: usize = 4;
 fn main() -> ExitCode {
     one_arena();
     raise_file_limit();
-    let flags = Flags::parse();
+    let mut flags = Flags::parse();
     log_to_stderr();
+    if let Some(admin) = flags.admin.take() {
+        return administer(admin);
+    }
     let config = match Config::resolve(flags) {
         Ok(config) => config,
         Err(error) => {
@@ -29,6 +33,27 @@ fn main() -> ExitCode {
         Err(error) => {
             tracing::error!("{}", chain(&error));
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// Its findings are for stdout, as those of any command.
+fn administer(admin: Admin) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!("{}", chain(&error));
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(admin.run()) {
+        Ok((told, sound)) => {
+            println!("{told}");
+            if sound { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => {
+            tracing::error!("{}", chain(&error));
+            ExitCode::from(2)
         }
     }
 }
@@ -47,18 +72,27 @@ fn serve(config: Config) -> Result<(), RunError> {
                 config.listen_http
             );
         }
+        if config.keeps_depot_to_itself() {
+            tracing::warn!(
+                "the records are in etcd, for several controllers, but the depot is a directory of this machine's: logs and \
+                 checkpoints are lost to another that takes over. Name a bucket with --depot"
+            );
+        }
         let (mut interrupt, mut terminate) =
             (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-        let daemon = Daemon::start(config).await?;
-        daemon
-            .run(async {
-                tokio::select! {
-                    _ = interrupt.recv() => {}
-                    _ = terminate.recv() => {}
-                }
-                tracing::info!("stopping");
-            })
-            .await
+        let mut stop = std::pin::pin!(async {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            tracing::info!("stopping");
+        });
+        let daemon = tokio::select! {
+            biased;
+            () = &mut stop => return Ok(()),
+            daemon = Daemon::start(config) => daemon?,
+        };
+        daemon.run(stop).await
     })
 }
 

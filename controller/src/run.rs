@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use berth_protocol::ids::Term;
-use berth_protocol::topic::filter;
+use berth_protocol::topic::{NodeTopic, Topic, filter};
 use berth_protocol::units::Timestamp;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::config::{BrokerChoice, Config};
-use crate::core::{self, Controller, Effect, Event, Write};
+use crate::core::{self, Controller, Effect, Event, SetAside, Write};
 use crate::io::broker::{Broker, BrokerError, BrokerOptions, CONTROLLER_CLIENT_ID};
 use crate::io::bus::{BrokerUrl, Bus, BusEvent, BusEvents, BusOptions};
 use crate::io::clock;
@@ -22,7 +22,7 @@ use crate::io::http::{HttpError, Inquiry, Report, Server};
 use crate::io::memory;
 use crate::io::metrics::Refusals;
 use crate::io::random;
-use crate::io::store::{Compare, Op, Store, StoreError};
+use crate::io::store::{Op, Store, StoreError};
 use crate::io::systemd::Notifier;
 
 /// Events that one transaction takes together.
@@ -77,8 +77,8 @@ impl Daemon {
     /// Opens the store and takes the lead; then listens and connects. Needs a tokio runtime.
     pub async fn start(config: Config) -> Result<Self, RunError> {
         let refusals = Arc::new(Refusals::default());
-        let store = Store::open(&config.data_dir)?;
-        let term = store.campaign().await?;
+        let mut store = Store::open(&config.store, &config.data_dir, &config.cluster).await?;
+        let term = lead(&mut store).await?;
         let bucket = config.depot.as_deref().map(Bucket::parse).transpose().map_err(DepotError::from)?;
         let quota = config.checkpoint_quota.map(|bytes| bytes.0);
         let depot = Depot::open(config.data_dir.join("depot"), bucket, quota)?;
@@ -86,13 +86,13 @@ impl Daemon {
         let depot = Arc::new(depot);
         let (worked, results) = mpsc::channel(RESULTS_MAX);
         let (ask, inquiries) = mpsc::channel(INQUIRIES_MAX);
-        let secret = *store.secret();
+        let secret = store.identity().secret;
         let http = Server::bind(config.listen_http, depot.clone(), secret, refusals.clone(), ask).await?;
         let http_address = http.address()?;
         let controller = Controller::load(
             core::Config {
                 cluster: config.cluster.clone(),
-                store: store.id().clone(),
+                store: store.identity().id.clone(),
                 term,
                 depot_url: config.depot_url.clone().unwrap_or_else(|| format!("http://{http_address}")),
                 namespaces: config.namespaces.clone(),
@@ -100,13 +100,14 @@ impl Daemon {
                 secret,
                 seed: u64::from_ne_bytes(random::bytes()?),
             },
-            store.list("").await?.entries,
+            store.list().await?,
             clock::now(),
         )?;
+        report(controller.set_aside());
         let (broker, bus) = connect(&config, &store, &refusals)?;
         let (bus, events) = Bus::connect(bus, refusals);
         let http = tokio::spawn(http.run());
-        tracing::info!(cluster = %config.cluster, store = %store.id(), %term, http = %http_address, "started");
+        tracing::info!(cluster = %config.cluster, store = %store.identity().id, %term, http = %http_address, "started");
         Ok(Self {
             controller,
             store,
@@ -137,10 +138,15 @@ impl Daemon {
     pub async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<(), RunError> {
         let notifier = Notifier::from_env();
         notifier.send("READY=1");
+        if matches!(self.store, Store::Etcd(..)) {
+            notifier.send("STATUS=leading");
+        }
         let result = self.work(shutdown, &notifier).await;
         notifier.send("STOPPING=1");
         self.http.abort();
         self.bus.close().await;
+        // Behind the last message of this term.
+        self.store.resign().await;
         result
     }
 
@@ -150,7 +156,7 @@ impl Daemon {
         notifier: &Notifier,
     ) -> Result<(), RunError> {
         let mut shutdown = std::pin::pin!(shutdown);
-        let mut alive = notifier.watchdog_period().map(tokio::time::interval);
+        let mut alive = beats(notifier);
         loop {
             let idle = self.trim_at.map_or(WAKE_CHECK_MAX, |at| at.saturating_duration_since(Instant::now()));
             let wait = self.until_wake().min(idle);
@@ -158,6 +164,7 @@ impl Daemon {
                 biased;
                 () = &mut shutdown => return Ok(()),
                 () = beat(&mut alive) => notifier.send("WATCHDOG=1"),
+                error = self.store.deposed() => return Err(error.into()),
                 Some(inquiry) = self.inquiries.recv() => self.answer(inquiry).await?,
                 Some(event) = self.results.recv() => self.step([event]).await?,
                 Some(event) = self.events.next() => self.take(event).await?,
@@ -224,7 +231,7 @@ impl Daemon {
                 Some(value) => Op::Put { key, value },
                 None => Op::Delete { key },
             });
-            self.store.txn(vec![Compare::Term(self.term)], ops.collect()).await?;
+            self.store.txn(self.term, ops.collect()).await?;
             self.trim_at = Some(Instant::now() + TRIM_AFTER);
         }
         for effect in step.effects {
@@ -235,6 +242,10 @@ impl Daemon {
 
     async fn release(&self, effect: Effect) {
         match effect {
+            // A grant of a leader that may be deposed already could hold beside one of the next; its other words are
+            // harmless, since the next one's term outranks them.
+            Effect::Publish { topic: Topic::Node { kind: NodeTopic::Lease, .. }, .. }
+                if self.store.leads_until() <= clock::boottime() => {}
             Effect::Publish { topic, payload, retain } => {
                 self.bus.publish(&topic, payload, retain).await;
             }
@@ -275,9 +286,38 @@ impl Daemon {
     }
 }
 
+fn report(aside: &SetAside) {
+    for key in &aside.damaged {
+        tracing::error!("the store's record {key} is damaged, and left as it is");
+    }
+    for job in &aside.jobs {
+        tracing::error!(
+            "the job with uid {job} is set aside: a record of it is damaged or lost. `berth-controller fsck` says which, \
+             `berth-controller restore` puts a backup in the store's place"
+        );
+    }
+}
+
 fn told(result: Result<(), DepotError>) {
     if let Err(error) = result {
         tracing::warn!("{}", chain(&error));
+    }
+}
+
+/// Waits until this controller leads: a standby is a service that has started.
+async fn lead(store: &mut Store) -> Result<Term, StoreError> {
+    let notifier = Notifier::from_env();
+    if matches!(store, Store::Etcd(..)) {
+        notifier.send("READY=1");
+        notifier.send("STATUS=standing by");
+    }
+    let mut alive = beats(&notifier);
+    let mut campaign = std::pin::pin!(store.campaign());
+    loop {
+        tokio::select! {
+            term = &mut campaign => return term,
+            () = beat(&mut alive) => notifier.send("WATCHDOG=1"),
+        }
     }
 }
 
@@ -301,7 +341,9 @@ fn connect(
             let id = CONTROLLER_CLIENT_ID.to_owned();
             (Some(broker), url, id.clone(), Some((id, password)))
         }
-        BrokerChoice::Url(url) => (None, url.clone(), format!("{CONTROLLER_CLIENT_ID}-{}", store.id()), None),
+        BrokerChoice::Url(url) => {
+            (None, url.clone(), format!("{CONTROLLER_CLIENT_ID}-{}", store.identity().id), None)
+        }
     };
     let filters = filter::controller(&config.cluster);
     let cluster = config.cluster.clone();
@@ -314,6 +356,12 @@ fn event(event: BusEvent) -> Event {
         BusEvent::Down => Event::BusDown,
         BusEvent::Message { topic, payload } => Event::Message { topic, payload },
     }
+}
+
+/// The service manager's watchdog, where it has one; it begins to watch behind `READY=1`.
+fn beats(notifier: &Notifier) -> Option<tokio::time::Interval> {
+    let period = notifier.watchdog_period()?;
+    Some(tokio::time::interval_at(tokio::time::Instant::now() + period, period))
 }
 
 async fn beat(alive: &mut Option<tokio::time::Interval>) {

@@ -1,13 +1,15 @@
 //! The store against a model, against `kill -9`, and on a full disk.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::io::{BufRead as _, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
-use berth_controller::io::store::{Compare, Op, Store, StoreError};
-use berth_protocol::ids::Term;
+use berth_controller::io::store::{self, Op, Sqlite, Store, StoreChoice, StoreError};
+use berth_protocol::ids::{ClusterName, Term};
 use proptest::prelude::*;
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -20,7 +22,7 @@ fn put(key: &str, value: &[u8]) -> Op {
 
 #[derive(Debug, Clone)]
 enum Action {
-    Txn { expect: Option<(String, bool)>, ops: Vec<Op> },
+    Txn(Vec<Op>),
     Campaign,
     Reopen,
 }
@@ -32,11 +34,57 @@ fn action() -> impl Strategy<Value = Action> {
         key().prop_map(|key| Op::Delete { key }),
     ];
     prop_oneof![
-        8 => (prop::option::of((key(), any::<bool>())), prop::collection::vec(op, 0..4))
-            .prop_map(|(expect, ops)| Action::Txn { expect, ops }),
+        8 => prop::collection::vec(op, 0..4).prop_map(Action::Txn),
         1 => Just(Action::Campaign),
         1 => Just(Action::Reopen),
     ]
+}
+
+/// Of a store and of a map the same is asked, and the same is found.
+async fn compare(mut open: impl AsyncFnMut() -> Store, actions: Vec<Action>) {
+    let mut store = open().await;
+    let identity = store.identity().clone();
+    let mut model: BTreeMap<String, Option<Vec<u8>>> = BTreeMap::new();
+    let mut term = store.campaign().await.unwrap();
+    for action in actions {
+        match action {
+            Action::Txn(ops) => {
+                // Of several changes of a key the last one counts, as in the controller's loop.
+                let ops: BTreeMap<String, Op> = ops
+                    .into_iter()
+                    .map(|op| match &op {
+                        Op::Put { key, .. } | Op::Delete { key } => (key.clone(), op),
+                    })
+                    .collect();
+                store.txn(term, ops.values().cloned().collect()).await.unwrap();
+                for (key, op) in ops {
+                    match op {
+                        Op::Put { value, .. } => drop(model.insert(key, Some(value))),
+                        Op::Delete { .. } => drop(model.remove(&key)),
+                    }
+                }
+            }
+            Action::Campaign => {
+                let old = term;
+                store.resign().await;
+                term = store.campaign().await.unwrap();
+                assert_eq!(term, old.next());
+                let late = store.txn(old, vec![put("a", b"late")]).await;
+                assert!(matches!(late, Err(StoreError::Deposed(deposed)) if deposed == old));
+            }
+            Action::Reopen => {
+                store.resign().await;
+                drop(store);
+                store = open().await;
+                assert_eq!(store.identity(), &identity);
+                let old = term;
+                term = store.campaign().await.unwrap();
+                assert_eq!(term, old.next());
+            }
+        }
+    }
+    assert_eq!(store.list().await.unwrap(), model.into_iter().collect::<Vec<_>>());
+    store.resign().await;
 }
 
 proptest! {
@@ -44,109 +92,127 @@ proptest! {
 
     #[test]
     fn it_does_what_a_map_does(actions in prop::collection::vec(action(), 1..30)) {
-        runtime().block_on(async {
-            let dir = tempfile::tempdir().unwrap();
-            let mut store = Store::open(dir.path()).unwrap();
-            let (id, secret) = (store.id().clone(), *store.secret());
-            let mut model: BTreeMap<String, (Vec<u8>, u64)> = BTreeMap::new();
-            let (mut revision, mut term) = (0, Term(0));
-            for action in actions {
-                match action {
-                    Action::Txn { expect, ops } => {
-                        let compare = expect.map(|(key, right)| {
-                            let is = model.get(&key).map_or(0, |(_, revision)| *revision);
-                            (right, Compare::Revision { key, is: if right { is } else { is + 1 } })
-                        });
-                        let holds = compare.as_ref().is_none_or(|(right, _)| *right);
-                        let compares = compare.into_iter().map(|(_, compare)| compare);
-                        let compares = compares.chain([Compare::Term(term)]).collect();
-                        let result = store.txn(compares, ops.clone()).await;
-                        if !holds {
-                            assert!(matches!(result, Err(StoreError::Conflict(_))));
-                            continue;
-                        }
-                        revision += u64::from(!ops.is_empty());
-                        assert_eq!(result.unwrap(), revision);
-                        for op in ops {
-                            match op {
-                                Op::Put { key, value } => drop(model.insert(key, (value, revision))),
-                                Op::Delete { key } => drop(model.remove(&key)),
-                            }
-                        }
-                    }
-                    Action::Campaign => {
-                        let old = term;
-                        term = store.campaign().await.unwrap();
-                        assert_eq!(term, old.next());
-                        let late = store.txn(vec![Compare::Term(old)], vec![put("a", b"late")]).await;
-                        assert!(matches!(late, Err(StoreError::Conflict(Compare::Term(t))) if t == old));
-                    }
-                    Action::Reopen => {
-                        drop(store);
-                        store = Store::open(dir.path()).unwrap();
-                        assert_eq!((store.id(), store.secret()), (&id, &secret));
-                    }
-                }
-            }
-            for prefix in ["", "a", "a/", "b/", "c"] {
-                let listing = store.list(prefix).await.unwrap();
-                let expected = model.iter().filter(|(key, _)| key.starts_with(prefix));
-                let expected: Vec<_> = expected.map(|(key, (value, _))| (key.clone(), value.clone())).collect();
-                assert_eq!((listing.revision, listing.entries), (revision, expected));
-            }
-        });
+        let dir = tempfile::tempdir().unwrap();
+        let open = async || Store::Embedded(Sqlite::open(dir.path()).unwrap());
+        runtime().block_on(compare(open, actions));
     }
 }
 
 #[test]
 fn a_second_controller_is_told_to_go_away() {
     let dir = tempfile::tempdir().unwrap();
-    let first = Store::open(dir.path()).unwrap();
-    let Err(error) = Store::open(dir.path()) else { panic!("two have it open") };
+    let first = Sqlite::open(dir.path()).unwrap();
+    let Err(error) = Sqlite::open(dir.path()) else { panic!("two have it open") };
     assert!(matches!(error, StoreError::Locked { .. }), "{error}");
     drop(first);
-    Store::open(dir.path()).unwrap();
+    Sqlite::open(dir.path()).unwrap();
 }
 
 #[test]
 fn transactions_at_once_share_commits_and_a_backup_is_whole() {
     let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("backup.sqlite");
     runtime().block_on(async {
-        let store = std::sync::Arc::new(Store::open(&dir.path().join("a")).unwrap());
+        let store = Arc::new(Sqlite::open(&dir.path().join("a")).unwrap());
+        let term = store.campaign().await.unwrap();
         let tasks: Vec<_> = (0..500)
             .map(|n| {
                 let store = store.clone();
-                tokio::spawn(
-                    async move { store.txn(Vec::new(), vec![put(&format!("k/{n:03}"), b"v")]).await },
-                )
+                tokio::spawn(async move { store.txn(term, vec![put(&format!("k/{n:03}"), b"v")]).await })
             })
             .collect();
         for task in tasks {
             task.await.unwrap().unwrap();
         }
-        std::fs::create_dir(dir.path().join("b")).unwrap();
-        store.backup(&dir.path().join("b/store.sqlite")).unwrap();
-        let copy = Store::open(&dir.path().join("b")).unwrap();
-        assert_eq!(copy.list("").await.unwrap(), store.list("").await.unwrap());
-        assert_eq!(copy.id(), store.id());
+        let embedded = StoreChoice::Embedded;
+        let contents = store::read(&embedded, &dir.path().join("a"), &cluster()).await.unwrap();
+        assert_eq!((contents.term, contents.entries.len()), (term, 500));
+        store::write(&file, &contents).unwrap();
+        assert_eq!(store::read_file(&file).unwrap(), contents);
+        assert_eq!(contents.identity, *store.identity());
     });
 }
 
-#[test]
-fn a_damaged_file_is_refused() {
-    let dir = tempfile::tempdir().unwrap();
+fn cluster() -> ClusterName {
+    ClusterName::parse("lab").unwrap()
+}
+
+/// A store of 200 records, as its file.
+fn filled(dir: &Path) -> PathBuf {
     runtime().block_on(async {
-        let store = Store::open(dir.path()).unwrap();
-        let ops = (0..200).map(|n| put(&format!("{n:04}"), &[7; 500])).collect();
-        store.txn(Vec::new(), ops).await.unwrap();
+        let store = Sqlite::open(dir).unwrap();
+        let term = store.campaign().await.unwrap();
+        let ops = (0..200).map(|n| put(&format!("{n:04}"), &[n; 500])).collect();
+        store.txn(term, ops).await.unwrap();
     });
-    let file = dir.path().join("store.sqlite");
-    let mut bytes = std::fs::read(&file).unwrap();
-    let middle = bytes.len() / 2;
+    dir.join("store.sqlite")
+}
+
+/// What is found of the 200: keys, and which of them are damaged.
+async fn found(dir: &Path) -> Result<(usize, Vec<String>), StoreError> {
+    let entries = Sqlite::open(dir)?.list().await?;
+    let damaged = entries.iter().filter(|(_, value)| value.is_none()).map(|(key, _)| key.clone()).collect();
+    Ok((entries.len(), damaged))
+}
+
+#[test]
+fn one_changed_bit_is_found_and_costs_one_record() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = filled(dir.path());
+    let mut bytes = fs::read(&file).unwrap();
+    // Wherever its value is, or once was.
+    let places: Vec<usize> =
+        (0..bytes.len() - 500).filter(|at| bytes[*at..].starts_with(&[77; 500])).collect();
+    assert!(!places.is_empty());
+    places.into_iter().for_each(|at| bytes[at] ^= 1);
+    fs::write(&file, bytes).unwrap();
+    let (records, damaged) = runtime().block_on(found(dir.path())).unwrap();
+    assert_eq!((records, damaged), (200, vec!["0077".to_owned()]));
+}
+
+#[test]
+fn a_damaged_page_is_refused_and_what_is_around_it_salvaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = filled(dir.path());
+    let mut bytes = fs::read(&file).unwrap();
+    let middle = bytes.len() / 2 / 4096 * 4096;
     bytes[middle..middle + 4096].fill(0xa5);
-    std::fs::write(&file, bytes).unwrap();
-    let Err(error) = Store::open(dir.path()) else { panic!("it opened") };
-    assert!(matches!(error, StoreError::Damaged { .. } | StoreError::Sqlite { .. }), "{error}");
+    fs::write(&file, bytes).unwrap();
+    let error = runtime().block_on(found(dir.path())).unwrap_err();
+    assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
+    assert!(!store::structure(dir.path()).unwrap().is_empty());
+    let salvaged = store::salvage(dir.path()).unwrap();
+    let kept = salvaged.entries.len();
+    assert!((150..200).contains(&kept), "{kept} of 200");
+    let before = store::replace(dir.path(), &salvaged).unwrap().expect("the damaged file is kept");
+    assert!(before.exists());
+    assert_eq!(runtime().block_on(found(dir.path())).unwrap(), (kept, Vec::new()));
+    assert!(store::structure(dir.path()).unwrap().is_empty());
+}
+
+/// As the version before checksums left it.
+#[test]
+fn a_store_of_the_first_layout_is_brought_up_to_date() {
+    let dir = tempfile::tempdir().unwrap();
+    let secret = [9_u8; 32];
+    let old = rusqlite::Connection::open(dir.path().join("store.sqlite")).unwrap();
+    old.execute_batch(
+        "CREATE TABLE entry (key TEXT PRIMARY KEY, value BLOB NOT NULL, revision INTEGER NOT NULL) WITHOUT ROWID;
+         CREATE TABLE leader (store TEXT NOT NULL, secret BLOB NOT NULL, term INTEGER NOT NULL, revision INTEGER NOT NULL);
+         INSERT INTO entry VALUES ('job/a', X'7b7d', 3);
+         PRAGMA user_version = 1;",
+    )
+    .unwrap();
+    old.execute("INSERT INTO leader VALUES ('store-1', ?1, 41, 3)", [secret]).unwrap();
+    drop(old);
+    runtime().block_on(async {
+        for term in [42, 43] {
+            let store = Sqlite::open(dir.path()).unwrap();
+            assert_eq!((store.identity().id.as_str(), store.identity().secret), ("store-1", secret));
+            assert_eq!(store.campaign().await.unwrap(), Term(term));
+            assert_eq!(store.list().await.unwrap(), [("job/a".to_owned(), Some(b"{}".to_vec()))]);
+        }
+    });
 }
 
 /// The child of the next test: writes, and says each number once it is durable.
@@ -154,10 +220,11 @@ fn a_damaged_file_is_refused() {
 fn child_that_writes() {
     let Some(dir) = std::env::var_os("BERTH_TEST_STORE") else { return };
     runtime().block_on(async {
-        let store = Store::open(Path::new(&dir)).unwrap();
-        let first = store.list("").await.unwrap().entries.len();
+        let store = Sqlite::open(Path::new(&dir)).unwrap();
+        let first = store.list().await.unwrap().len();
+        let term = store.campaign().await.unwrap();
         for n in first.. {
-            store.txn(Vec::new(), vec![put(&format!("{n:08}"), &[1; 200])]).await.unwrap();
+            store.txn(term, vec![put(&format!("{n:08}"), &[1; 200])]).await.unwrap();
             println!("durable {n}");
         }
     });
@@ -183,8 +250,8 @@ fn what_was_acknowledged_survives_kill_9() {
         acknowledged = durable.last().map_or(acknowledged, |last| last + 1);
         child.wait().unwrap();
     }
-    let store = Store::open(dir.path()).unwrap();
-    let entries = runtime().block_on(store.list("")).unwrap().entries;
+    let store = Sqlite::open(dir.path()).unwrap();
+    let entries = runtime().block_on(store.list()).unwrap();
     assert!(entries.len() >= acknowledged, "{} of {acknowledged} are there", entries.len());
     assert!(entries.iter().enumerate().all(|(n, (key, _))| *key == format!("{n:08}")), "without gaps");
 }
@@ -207,10 +274,11 @@ fn a_full_disk_is_an_error_and_what_was_answered_stays() {
     }
     let _unmount = Unmount(dir.path());
     runtime().block_on(async {
-        let store = Store::open(dir.path()).unwrap();
+        let store = Sqlite::open(dir.path()).unwrap();
+        let term = store.campaign().await.unwrap();
         let mut answered = 0;
         let error = loop {
-            match store.txn(Vec::new(), vec![put(&format!("{answered:08}"), &[9; 8000])]).await {
+            match store.txn(term, vec![put(&format!("{answered:08}"), &[9; 8000])]).await {
                 Ok(_) => answered += 1,
                 Err(error) => break error,
             }
@@ -218,12 +286,11 @@ fn a_full_disk_is_an_error_and_what_was_answered_stays() {
         };
         let chain = berth_controller::run::chain(&error);
         assert!(chain.contains("full") || chain.contains("I/O"), "{chain}");
-        let after =
-            tokio::time::timeout(Duration::from_secs(5), store.txn(Vec::new(), vec![put("x", b"")])).await;
+        let after = tokio::time::timeout(Duration::from_secs(5), store.txn(term, vec![put("x", b"")])).await;
         assert!(after.unwrap().is_err(), "nothing is answered any more");
         drop(store);
         assert!(mount(&["-o", "remount,size=8m"]));
-        let store = Store::open(dir.path()).unwrap();
-        assert!(store.list("").await.unwrap().entries.len() >= answered);
+        let store = Sqlite::open(dir.path()).unwrap();
+        assert!(store.list().await.unwrap().len() >= answered);
     });
 }

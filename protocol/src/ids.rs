@@ -175,6 +175,27 @@ id!(
     RequestId, "id", parse_token
 );
 
+impl HardwareId {
+    /// Of a machine whose id is not recorded; none has it.
+    pub fn unknown() -> Self {
+        Self("unknown".into())
+    }
+}
+
+impl BootId {
+    /// Of a boot whose id is not recorded; none has it.
+    pub fn unknown() -> Self {
+        Self("unknown".into())
+    }
+}
+
+impl SessionNonce {
+    /// Of a session whose nonce is not recorded; none has it.
+    pub fn unknown() -> Self {
+        Self("unknown".into())
+    }
+}
+
 impl JobName {
     /// The name of the job's pod `index`, as users see it.
     pub fn pod(&self, index: u32) -> PodName {

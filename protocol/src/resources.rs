@@ -146,6 +146,33 @@ pub struct Inventory {
 }
 
 impl Inventory {
+    /// Of a node whose own is not recorded: nothing, and room for nothing.
+    pub fn unknown() -> Self {
+        Self {
+            hostname: String::new(),
+            arch: String::new(),
+            kernel: String::new(),
+            os: String::new(),
+            cpu: MilliCpu(0),
+            memory: Bytes(0),
+            disk: Bytes(0),
+            cpu_model: String::new(),
+            cpu_features: BTreeSet::new(),
+            cgroup: CgroupVersion::V2,
+            criu: None,
+            gpus: Vec::new(),
+            gpu_driver: None,
+            saves_gpus: false,
+            cuda: None,
+            labels: BTreeMap::new(),
+            taints: BTreeSet::new(),
+            host_image: false,
+            bridge: false,
+            agent_version: String::new(),
+            images: Images::default(),
+        }
+    }
+
     /// Nothing differs but the images, by which no node is chosen or passed over: they decide between equals alone.
     pub fn is_but_for_images(&self, other: &Inventory) -> bool {
         let images = other.images.clone();

@@ -11,6 +11,13 @@ pub enum Rule {
     /// A grant names (pod, epoch). Else: a node that was lost comes back, hears a lease before its orders, and thaws a pod that
     /// runs elsewhere by now.
     GrantsNameEpochs,
+    /// A grant answers a heartbeat of this session. Else: a late one for the last session's fifth lengthens the lease of this
+    /// one's.
+    GrantsNameSessions,
+    /// It counts from when that heartbeat was made. Else: one that waited on its way thaws a pod that runs elsewhere by now.
+    GrantsCountFromSend,
+    /// A run begins with a grant. Else: orders that waited on their way begin an old epoch late.
+    StartNeedsGrant,
     /// Orders older than those held are refused. Else: a set that waited in a queue brings back what is over.
     OrdersNeverGoBack,
     /// A later term outranks every generation of an earlier one. Else: nobody obeys a controller that was restarted.
@@ -29,17 +36,38 @@ pub enum Rule {
     AgentChecksDeadlines,
     /// A dead shim's pod dies with it. Else: it runs on, and nobody can fence it.
     DeadShimKills,
+    /// A pod runs when no reason to freeze it is left. Else: what lifts one thaws a pod that is fenced.
+    FreezeReasonsAreASet,
+    /// The agent's records are durable before it acts on them. Else: it begins a run, and forgets that.
+    LedgerFirst,
+    /// The next run begins when the last one is seen gone. Else: a restarted agent begins it beside the other.
+    RestartAfterGone,
+    /// A run's end names it. Else: the end of one that is told late ends the next.
+    ResultsNameRuns,
+    /// Failures of earlier epochs count. Else: a pod that moves is forgiven anew.
+    FailuresAddUp,
+    /// A node that confirms no grant for long counts as silent. Else: its pods stand still, and nobody sees it.
+    OneWayLoss,
+    /// A node whose clock stood still gets no grant. Else: its leases end when it no longer matters.
+    ClockWatched,
     /// The controller's writes are durable before anybody hears of them. Else: an epoch is given twice.
     StoreFirst,
     /// A result counts for the epoch that is placed. Else: the end of an old one ends the new.
     ResultsNameEpochs,
     /// Events are taken in order, each once. Else: a failure sent twice counts twice.
     EventsOnce,
+    /// A command is obeyed once, by its id. Else: one that is sent again, or comes twice, begins the job anew twice.
+    CommandsOnce,
+    /// A file is taken once, by its id. Else: v1 that was sent twice comes again behind v2, and the job goes back.
+    SubmitsOnce,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 13] = [
+    pub const ALL: [Rule; 25] = [
         Rule::GrantsNameEpochs,
+        Rule::GrantsNameSessions,
+        Rule::GrantsCountFromSend,
+        Rule::StartNeedsGrant,
         Rule::OrdersNeverGoBack,
         Rule::TermsOutrank,
         Rule::ReplaceAfterLease,
@@ -49,9 +77,18 @@ impl Rule {
         Rule::ShimFences,
         Rule::AgentChecksDeadlines,
         Rule::DeadShimKills,
+        Rule::FreezeReasonsAreASet,
+        Rule::LedgerFirst,
+        Rule::RestartAfterGone,
+        Rule::ResultsNameRuns,
+        Rule::FailuresAddUp,
+        Rule::OneWayLoss,
+        Rule::ClockWatched,
         Rule::StoreFirst,
         Rule::ResultsNameEpochs,
         Rule::EventsOnce,
+        Rule::CommandsOnce,
+        Rule::SubmitsOnce,
     ];
 
     /// By its name as `Debug` writes it.

@@ -5,5 +5,6 @@ pub mod bench;
 pub mod fuzz;
 pub mod node;
 pub mod oracle;
+pub mod plan;
 mod wishes;
 pub mod world;

@@ -1,68 +1,110 @@
 //! A made-up machine: the real agent core on a made-up disk, with shims that do what their leases say.
 
+mod perform;
 mod shim;
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use berth_agent::core::ledger::{Ledger, PodKey};
-use berth_agent::core::{Action, Agent, Event, Identity, NoExit, Now, Prepared, Step, Unready};
-use berth_agent::task::{Exit, Order, Report, Root, Saved};
-use berth_protocol::checkpoint::{CheckpointInfo, Needs};
+use berth_agent::core::ledger::{Ledger, PodKey, Record};
+use berth_agent::core::{Action, Agent, Event, Identity, NoExit, Now};
+use berth_agent::task::{Exit, Report};
 use berth_protocol::ids::{
     BootId, Digest, Generation, HardwareId, JobUid, LedgerId, NodeId, Run, SessionNonce, Term,
 };
-use berth_protocol::job::PodTemplate;
 use berth_protocol::message::node::HeldPod;
-use berth_protocol::pod::{Cause, Outcome, RESTORE_FAILED};
+use berth_protocol::pod::{Cause, Outcome};
 use berth_protocol::resources::{CgroupVersion, Inventory};
 use berth_protocol::rule::{Rule, kept};
-use berth_protocol::units::{BootMs, Bytes, MilliCpu, Millis};
+use berth_protocol::units::{BootMs, Bytes, MilliCpu, Millis, Timestamp};
 
 use self::shim::{Change, Shim, ShimState};
 
 /// Checkpoints that the depot holds, and the work that is left of each.
 pub type Depot = Rc<RefCell<BTreeMap<Digest, Millis>>>;
 
-/// One in so many starts from a checkpoint fails, by its name and the node's.
-const RESTORES_PER_FAILURE: u8 = 12;
-/// One in so many stagings never ends, and one fails.
-const STAGES_PER_LATE: u8 = 4;
-const STAGES_PER_FAILURE: u8 = 5;
+/// CLOCK_BOOTTIME, and civil time, at the beginning of every history.
+pub(crate) const BOOT_MS: u64 = 1_000_000;
+const WALL_MS: i64 = 1_700_000_000_000;
 
 /// Drawn from names alone, so that a history repeats itself.
+fn odds(what: &str) -> u8 {
+    u8::from_str_radix(&Digest::of(what.as_bytes()).hex()[..2], 16).unwrap_or(1)
+}
+
 fn fails(what: &str, one_in: u8) -> bool {
-    let digest = Digest::of(what.as_bytes()).hex();
-    u8::from_str_radix(&digest[..2], 16).is_ok_and(|byte| byte % one_in == 0)
+    odds(what) % one_in == 0
+}
+
+/// A machine's clocks.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Clocks {
+    /// How long CLOCK_BOOTTIME stood still.
+    pub lag: u64,
+    /// How far civil time is from what it was set to first.
+    pub ahead: i64,
+}
+
+impl Clocks {
+    pub fn boot(self, now_ms: u64) -> BootMs {
+        BootMs((BOOT_MS + now_ms).saturating_sub(self.lag))
+    }
+
+    pub fn wall(self, now_ms: u64) -> Timestamp {
+        Timestamp((WALL_MS + self.ahead).saturating_add_unsigned(now_ms).unsigned_abs())
+    }
+
+    /// When a moment of CLOCK_BOOTTIME comes, in the history's time.
+    pub fn comes(self, at: BootMs) -> u64 {
+        at.since(BootMs(BOOT_MS)).0 + self.lag
+    }
 }
 
 pub struct Node {
     pub id: NodeId,
     pub agent: Option<Agent>,
+    pub clocks: Clocks,
     /// What is on disk: survives the agent and the machine.
     ledger: Ledger,
+    /// Written and not yet synced: survives the agent alone.
+    unsynced: Vec<Record>,
     /// Processes: survive the agent, not the machine.
     shims: BTreeMap<PodKey, Shim>,
     exits: BTreeMap<(PodKey, Run), Exit>,
+    /// Runs that failed here.
+    failed: Vec<JobUid>,
     /// Pods whose shim is dead, should they outlive it: they compute, and nobody can fence them.
     orphans: Vec<(PodKey, Shim)>,
     /// A run was begun while another of the same epoch had not ended.
     pub launched_twice: Vec<PodKey>,
+    /// Another run was due, and the job forgives no more failures.
+    pub forgiven: Vec<PodKey>,
     /// The agent is stopped: what comes waits.
     pub stopped: bool,
+    /// The whole machine is: its processes, and its clock.
+    paused_at: Option<u64>,
+    /// A machine that was paused cannot know it: until then what is fenced by its clock may run on.
+    excused: BTreeMap<PodKey, u64>,
+    /// From this heartbeat of that session on its clock is known to have stood still.
+    pub(crate) clock_broke: Option<(SessionNonce, u64)>,
     waiting: Vec<Event>,
-    /// The agent is killed at the next step that acts, once so much of it is done.
-    dies_after: Option<usize>,
+    /// The agent is killed at the next step that acts, or begins a run, once so much of it is done.
+    dies_after: Option<(usize, bool)>,
+    /// The agent is killed while it writes what it is about to do: so many records are whole.
+    dies_writing: Option<usize>,
     /// The work left in checkpoints on this disk.
     saved: BTreeMap<(PodKey, u64), Millis>,
     /// And in those that a next run is about to begin from.
     resumes: BTreeMap<PodKey, Millis>,
     depot: Depot,
-    /// Orders that named a checkpoint which the depot did not hold.
-    pub lacking: Vec<Digest>,
+    /// Pods that were to start from a checkpoint which the depot does not hold.
+    pub lacking: Vec<(PodKey, Digest)>,
+    /// Tells machines of one name apart.
+    machine: String,
     boot: u64,
     sessions: u64,
+    ledgers: u64,
     cpu: MilliCpu,
 }
 
@@ -80,22 +122,32 @@ pub enum Out {
 impl Node {
     pub fn new(id: NodeId, cpu: MilliCpu, depot: Depot) -> Self {
         Self {
+            machine: id.to_string(),
             id,
             agent: None,
+            clocks: Clocks::default(),
             ledger: Ledger::default(),
+            unsynced: Vec::new(),
             shims: BTreeMap::new(),
             exits: BTreeMap::new(),
+            failed: Vec::new(),
             orphans: Vec::new(),
             launched_twice: Vec::new(),
+            forgiven: Vec::new(),
             stopped: false,
+            paused_at: None,
+            excused: BTreeMap::new(),
+            clock_broke: None,
             waiting: Vec::new(),
             dies_after: None,
+            dies_writing: None,
             saved: BTreeMap::new(),
             resumes: BTreeMap::new(),
             depot,
             lacking: Vec::new(),
             boot: 1,
             sessions: 0,
+            ledgers: 0,
             cpu,
         }
     }
@@ -126,22 +178,26 @@ impl Node {
         }
     }
 
+    pub fn now(&self, now_ms: u64) -> Now {
+        Now { wall: self.clocks.wall(now_ms), boot: self.clocks.boot(now_ms) }
+    }
+
     /// The agent starts, on the ledger that the disk has.
     pub fn start(&mut self, now: Now) -> Vec<Out> {
         self.sessions += 1;
-        let name = |kind: &str, n: u64| format!("{kind}-{}-{n}", self.id);
+        let name = |kind: &str, n: u64| format!("{kind}-{}-{n}", self.machine);
         let identity = Identity {
-            hardware: HardwareId::parse(&name("hw", 0)).expect("a token"),
+            hardware: HardwareId::parse(&format!("hw-{}", self.id)).expect("a token"),
             boot: BootId::parse(&name("boot", self.boot)).expect("a token"),
             nonce: SessionNonce::parse(&name("s", self.sessions)).expect("a token"),
-            ledger: LedgerId::parse(&name("l", 0)).expect("a token"),
+            ledger: LedgerId::parse(&name("l", self.ledgers)).expect("a token"),
             damaged: false,
             chunks: None,
         };
+        self.sync();
         let (agent, step) = Agent::start(self.ledger.clone(), identity, self.inventory(), now);
         self.agent = Some(agent);
         let mut out = self.perform(now, step);
-        self.heard_late();
         out.extend(self.step(now, Event::BusUp));
         out
     }
@@ -149,7 +205,7 @@ impl Node {
     /// `kill -9` of the agent.
     pub fn crash(&mut self) {
         self.agent = None;
-        (self.stopped, self.dies_after) = (false, None);
+        (self.stopped, self.dies_after, self.dies_writing) = (false, None, None);
         self.waiting.clear();
         // One failure at a time: of shim and agent one can fence.
         for shim in self.shims.values_mut() {
@@ -157,19 +213,19 @@ impl Node {
         }
     }
 
-    /// `kill -9` of the agent in the middle of the next step that acts.
-    pub fn crash_after(&mut self, actions: usize) {
-        self.dies_after = Some(actions);
+    /// `kill -9` of the agent in the middle of the next step that acts, or that begins a run.
+    pub fn crash_after(&mut self, actions: usize, launching: bool) {
+        self.dies_after = Some((actions, launching));
+    }
+
+    /// `kill -9` of the agent in the middle of its next write.
+    pub fn crash_writing(&mut self, records: usize) {
+        self.dies_writing = Some(records);
     }
 
     /// The faults are over.
     pub fn live_on(&mut self) {
-        self.dies_after = None;
-    }
-
-    /// Orders that were long on their way may name a checkpoint let go since; they are replaced before they matter.
-    pub fn heard_late(&mut self) {
-        self.lacking.clear();
+        (self.dies_after, self.dies_writing) = (None, None);
     }
 
     /// SIGSTOP.
@@ -188,7 +244,6 @@ impl Node {
         for event in waited {
             out.extend(self.step(now, event));
         }
-        self.heard_late();
         out
     }
 
@@ -222,12 +277,52 @@ impl Node {
         out
     }
 
-    /// The machine loses power: processes end, the disk stays.
-    pub fn power_cut(&mut self) {
+    /// The machine loses power: processes end; of what was not synced so many records are on disk.
+    pub fn power_cut(&mut self, synced: usize) {
         self.crash();
+        self.unsynced.truncate(synced);
+        self.sync();
         self.shims.clear();
         self.orphans.clear();
+        self.excused.clear();
+        (self.paused_at, self.clock_broke) = (None, None);
         self.boot += 1;
+    }
+
+    fn sync(&mut self) {
+        for record in std::mem::take(&mut self.unsynced) {
+            self.ledger.apply(&record);
+        }
+    }
+
+    /// Its hypervisor stops it, its clock with it.
+    pub fn pause(&mut self, now_ms: u64) {
+        self.paused_at.get_or_insert(now_ms);
+    }
+
+    pub fn is_paused(&self) -> bool {
+        self.paused_at.is_some()
+    }
+
+    /// And lets it go on. It overlaps with whatever took its place by the leases that remained, and no longer.
+    pub fn resume(&mut self, now_ms: u64, answered: Option<&SessionNonce>) {
+        let Some(since) = self.paused_at.take() else { return };
+        self.clocks.lag += now_ms - since;
+        for (key, shim) in &self.shims {
+            let until = match shim.template.on_disconnect.lease(shim.template.grace) {
+                Some(lease) => now_ms + lease.0 + 2_000,
+                None => u64::MAX,
+            };
+            self.excused.insert(key.clone(), until);
+        }
+        let nonce = self.agent.as_ref().and_then(|agent| agent.ledger().nonce.clone());
+        let known = nonce.filter(|nonce| answered == Some(nonce) && now_ms - since >= CLOCK_STOPS_MS);
+        self.clock_broke = known.map(|nonce| (nonce, u64::MAX));
+    }
+
+    /// May it run beside a newer epoch, for its clock stood still?
+    pub fn is_excused(&self, key: &PodKey, now_ms: u64) -> bool {
+        self.excused.get(key).is_some_and(|until| now_ms < *until)
     }
 
     /// Time passes for the processes.
@@ -257,9 +352,17 @@ impl Node {
                     },
                     containers: Vec::new(),
                 };
+                if cause == Cause::Failure {
+                    self.failed.push(key.pod.uid.clone());
+                }
                 self.exits.insert((key.clone(), shim.run), exit.clone());
                 self.shims.remove(key);
-                Report::Exited { exit }
+                // The agent hears of it by the shim's word, and once more when it sees its end.
+                let (run, again) = (exit.run, Ok(exit.clone()));
+                let late = if fails(&format!("late {key} {run}"), 4) { 3_000 } else { 5 };
+                let gone = Event::Gone { key: key.clone(), run, exit: again };
+                let told = Event::Shim { key: key.clone(), report: Report::Exited { exit } };
+                return vec![Out::Later { ms: 1, event: told }, Out::Later { ms: late, event: gone }];
             }
         };
         vec![Out::Later { ms: 1, event: Event::Shim { key: key.clone(), report } }]
@@ -275,10 +378,14 @@ impl Node {
         self.perform(now, step)
     }
 
-    pub fn next_wake(&self) -> Option<BootMs> {
+    /// In the history's time.
+    pub fn next_wake(&self) -> Option<u64> {
+        if self.paused_at.is_some() {
+            return None;
+        }
         let agent = self.agent.as_ref().filter(|_| !self.stopped).map(Agent::next_wake);
         let shims = self.shims.values().filter_map(Shim::next_change);
-        shims.chain(agent).min()
+        shims.chain(agent).min().map(|at| self.clocks.comes(at))
     }
 
     /// Pods whose program executes right now.
@@ -288,7 +395,8 @@ impl Node {
 
     fn computing(&self) -> impl Iterator<Item = (&PodKey, &Shim)> {
         let orphans = self.orphans.iter().map(|(key, shim)| (key, shim));
-        self.shims.iter().chain(orphans).filter(|(_, shim)| shim.state == ShimState::Running)
+        let all = self.shims.iter().chain(orphans).filter(|_| self.paused_at.is_none());
+        all.filter(|(_, shim)| shim.state == ShimState::Running)
     }
 
     /// Asked for by the pods that execute, beyond what the machine has.
@@ -297,9 +405,9 @@ impl Node {
         (asked > self.cpu.0).then_some(MilliCpu(asked))
     }
 
-    /// The orders that this node holds.
-    pub fn orders(&self) -> (Term, Generation) {
-        (self.ledger.term, self.ledger.generation)
+    /// The orders that this node holds, and in which ledger.
+    pub fn orders(&self) -> (u64, Term, Generation) {
+        (self.ledgers, self.ledger.term, self.ledger.generation)
     }
 
     /// Pods of which anything is alive here, frozen or not.
@@ -309,9 +417,7 @@ impl Node {
 
     /// Runs of the job that failed here.
     pub fn failures(&self, uid: &JobUid) -> usize {
-        let failed =
-            |(key, exit): (&PodKey, &Exit)| key.pod.uid == *uid && exit.outcome.cause == Cause::Failure;
-        self.exits.iter().filter(|((key, _), exit)| failed((key, exit))).count()
+        self.failed.iter().filter(|failed| *failed == uid).count()
     }
 
     /// What a scan of the machine finds.
@@ -325,156 +431,11 @@ impl Node {
         self.shims.iter().map(held).collect()
     }
 
-    fn perform(&mut self, now: Now, step: Step) -> Vec<Out> {
-        let mut actions = step.actions;
-        let dies = self.dies_after.filter(|_| !actions.is_empty() && !step.records.is_empty());
-        for record in &step.records {
-            self.ledger.apply(record);
-        }
-        if let Some(done) = dies {
-            actions.truncate(done);
-            self.crash();
-        }
-        let mut out = Vec::new();
-        for action in actions {
-            let later = |ms, event| Out::Later { ms, event };
-            match action {
-                Action::Hello(mut hello) => {
-                    let alive = self.scan();
-                    let found =
-                        |pod: &HeldPod| alive.iter().any(|a| a.pod == pod.pod && a.epoch == pod.epoch);
-                    hello.pods.retain(|pod| !found(pod));
-                    hello.pods.extend(alive);
-                    out.push(Out::Send(Action::Hello(hello)));
-                }
-                Action::Heartbeat(_) | Action::Events(_) => out.push(Out::Send(action)),
-                Action::Prepare { key, template, from, kept } => {
-                    let result = self.prepare(&key, &template, from, kept);
-                    out.push(later(20, Event::Prepared { key, result }));
-                }
-                Action::Launch(launch) => {
-                    let from = self.ledger.pods.get(&launch.key).and_then(|entry| entry.desired.from);
-                    let own = self.resumes.remove(&launch.key);
-                    let left = from
-                        .filter(|_| launch.restore)
-                        .and_then(|from| self.depot.borrow().get(&from).copied());
-                    let left = own.or(left);
-                    let mut shim = Shim::new(&launch.key, launch.run, launch.template, now.boot);
-                    (shim.restore, shim.left) = (launch.restore, left.unwrap_or(shim.left));
-                    if self.shims.contains_key(&launch.key) {
-                        self.launched_twice.push(launch.key.clone());
-                    }
-                    self.shims.insert(launch.key.clone(), shim);
-                    let report = Report::Created { run: launch.run };
-                    out.push(later(10, Event::Shim { key: launch.key, report }));
-                }
-                Action::Order { key, order: Order::Save { level, hold } } => {
-                    out.extend(self.advance(now, &key));
-                    let Some(shim) = self.shims.get_mut(&key).filter(|shim| !shim.hangs) else { continue };
-                    let report = shim.save(now, &key, level, hold);
-                    if matches!(report, Report::Saved { .. }) {
-                        self.saved.retain(|(of, _), _| *of != key);
-                        self.saved.insert((key.clone(), level), shim.left);
-                    }
-                    out.push(later(30, Event::Shim { key: key.clone(), report }));
-                    out.extend(self.advance(now, &key));
-                }
-                Action::StoreCheckpoint { key, run, saved, .. } => {
-                    let Some(left) = self.saved.get(&(key.clone(), saved.level)) else { continue };
-                    let id = Digest::of(format!("{key}/{run}/{}", saved.level).as_bytes());
-                    self.depot.borrow_mut().insert(id, *left);
-                    let result = Ok(Box::new(info(id, &saved)));
-                    out.push(later(200, Event::CheckpointStored { key, level: saved.level, result }));
-                }
-                Action::Order { key, order } => {
-                    if let Some(shim) = self.shims.get_mut(&key) {
-                        let begins = shim.state == ShimState::Created && matches!(order, Order::Start { .. });
-                        if begins && shim.restore {
-                            let report = Report::Restoring { run: shim.run };
-                            out.push(later(1, Event::Shim { key: key.clone(), report }));
-                        }
-                        if begins {
-                            let report = Report::Running { run: shim.run, started_at: now.wall };
-                            out.push(later(3, Event::Shim { key: key.clone(), report }));
-                        }
-                        shim.order(now.boot, order);
-                        out.extend(self.advance(now, &key));
-                    }
-                }
-                Action::Adopt { key, run } | Action::Kill { key, run } if !self.shims.contains_key(&key) => {
-                    let exit = self.exits.get(&(key.clone(), run)).cloned().ok_or_else(NoExit::default);
-                    out.push(later(5, Event::Gone { key, run, exit }));
-                }
-                Action::Adopt { key, .. } => {
-                    let shim = &self.shims[&key];
-                    let said = [Some(shim.report()), shim.last_save.clone()].into_iter().flatten();
-                    out.extend(said.map(|report| later(5, Event::Shim { key: key.clone(), report })));
-                }
-                Action::Kill { key, run } => {
-                    self.shims.remove(&key);
-                    out.push(later(5, Event::Gone { key, run, exit: Err(NoExit::default()) }));
-                }
-                Action::StoreLog { key } => out.push(later(5, Event::LogStored { key, stored: true })),
-                Action::StoreOutputs { key } => {
-                    out.push(later(5, Event::OutputsStored { key, result: Ok(None) }));
-                }
-                Action::Stage { key, from, .. } => {
-                    let (drawn, why) = (format!("{key}/{}", self.id), "drawn".to_owned());
-                    // Some take longer than anybody waits.
-                    if !fails(&drawn, STAGES_PER_LATE) {
-                        let result = if fails(&drawn, STAGES_PER_FAILURE) { Err(why) } else { Ok(()) };
-                        out.push(later(500, Event::Staged { key, from, result }));
-                    }
-                }
-                Action::KeepCheckpoint { .. }
-                | Action::CancelPrepare { .. }
-                | Action::CancelStage { .. }
-                | Action::Drop { .. }
-                | Action::Depot(_)
-                | Action::Warn(_) => {}
-            }
-        }
-        out
+    /// Runs begun of each pod here, by what the ledger says.
+    pub fn held(&self) -> BTreeSet<PodKey> {
+        self.ledger.pods.keys().cloned().collect()
     }
 }
 
-impl Node {
-    fn prepare(
-        &mut self,
-        key: &PodKey,
-        template: &PodTemplate,
-        from: Option<Digest>,
-        kept: bool,
-    ) -> Result<Prepared, Unready> {
-        let own = self.saved.range((key.clone(), 0)..=(key.clone(), u64::MAX)).next_back();
-        let own = own.map(|(_, left)| *left).filter(|_| kept);
-        self.resumes.remove(key);
-        self.resumes.extend(own.map(|left| (key.clone(), left)));
-        if let Some(from) = from.filter(|_| own.is_none()) {
-            if !self.depot.borrow().contains_key(&from) {
-                self.lacking.push(from);
-            }
-            if fails(&format!("{from}/{}", self.id), RESTORES_PER_FAILURE) {
-                let (reason, message) = (RESTORE_FAILED.to_owned(), "drawn".to_owned());
-                return Err(Unready { reason, message, retriable: false, elsewhere: true });
-            }
-        }
-        let roots = vec![Root::Host; template.containers.len()];
-        let restore = own.is_some() || from.is_some();
-        Ok(Prepared { roots, volumes: Vec::new(), workspace: None, restore })
-    }
-}
-
-fn info(id: Digest, saved: &Saved) -> CheckpointInfo {
-    CheckpointInfo {
-        id,
-        level: saved.level,
-        at: saved.at,
-        kind: saved.kind,
-        bytes: Bytes(1 << 20),
-        new_bytes: Bytes(1 << 20),
-        frozen_ms: saved.frozen_ms,
-        log_records: saved.log_records,
-        needs: Needs::default(),
-    }
-}
+/// A clock that stood still for so long shows, whatever the network does to heartbeats.
+const CLOCK_STOPS_MS: u64 = 25_000;

@@ -2,10 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use berth_protocol::ids::{Epoch, Generation, NodeId, PodId, Term};
-use berth_protocol::message::user::{JobPhase, JobStatus};
+use berth_agent::core::ledger::PodKey;
+use berth_protocol::ids::{Epoch, Generation, PodId, Term};
+use berth_protocol::message::user::JobStatus;
 
 use crate::node::Node;
+use crate::plan::Expect;
 
 /// What the oracle remembers of a history.
 #[derive(Default)]
@@ -13,29 +15,32 @@ pub struct Oracle {
     epochs: BTreeMap<PodId, Epoch>,
     accepted: BTreeSet<String>,
     statuses: BTreeMap<String, JobStatus>,
-    orders: BTreeMap<NodeId, (Term, Generation)>,
+    /// By machine.
+    orders: BTreeMap<usize, (u64, Term, Generation)>,
+    /// What was asked of each job that makes a new generation of it.
+    changes: BTreeMap<String, BTreeSet<String>>,
 }
 
 impl Oracle {
     /// A pod executes in one place at most, and never in an epoch older than one that has executed; what executes on a
     /// node fits it.
-    pub fn check<'a>(&mut self, nodes: impl IntoIterator<Item = &'a Node>) -> Result<(), String> {
-        let mut where_now: BTreeMap<&PodId, (&NodeId, Epoch)> = BTreeMap::new();
-        for node in nodes {
-            if let Some(lacking) = node.lacking.first() {
-                return Err(format!(
-                    "{} was to start from {lacking}, which the depot does not hold",
-                    node.id
-                ));
-            }
+    pub fn check(&mut self, nodes: &[Node], now_ms: u64) -> Result<(), String> {
+        let mut where_now: BTreeMap<&PodId, (&Node, &PodKey)> = BTreeMap::new();
+        for (n, node) in nodes.iter().enumerate() {
             let orders = node.orders();
-            let newest = self.orders.entry(node.id.clone()).or_insert(orders);
+            let newest = self.orders.entry(n).or_insert(orders);
             if orders < *newest {
                 return Err(format!("{} went back from orders {newest:?} to {orders:?}", node.id));
             }
             *newest = orders;
             if let Some(key) = node.launched_twice.first() {
                 return Err(format!("{} began a run of {key} beside another", node.id));
+            }
+            if let Some(key) = node.forgiven.first() {
+                return Err(format!(
+                    "{} goes on with {key} after more failures than its job forgives",
+                    node.id
+                ));
             }
             if let Some(asked) = node.overload() {
                 return Err(format!("{} executes pods that ask for {} mCPU", node.id, asked.0));
@@ -45,31 +50,57 @@ impl Oracle {
                 return Err(format!("{} holds another epoch beside {key}", node.id));
             }
             for key in node.executing() {
-                if let Some((other, epoch)) = where_now.insert(&key.pod, (&node.id, key.epoch)) {
-                    return Err(format!(
-                        "pod {} runs twice: epoch {epoch} on {other} and epoch {} on {}",
-                        key.pod, key.epoch, node.id
-                    ));
+                let excused = |node: &Node, key| node.is_excused(key, now_ms);
+                if let Some((other, theirs)) = where_now.insert(&key.pod, (node, key)) {
+                    let (older, its) = if theirs.epoch < key.epoch { (other, theirs) } else { (node, key) };
+                    if theirs.epoch == key.epoch || !excused(older, its) {
+                        return Err(format!(
+                            "pod {} runs twice: epoch {} on {} and epoch {} on {}",
+                            key.pod, theirs.epoch, other.id, key.epoch, node.id
+                        ));
+                    }
                 }
                 let newest = self.epochs.entry(key.pod.clone()).or_insert(key.epoch);
-                if key.epoch < *newest {
+                if key.epoch < *newest && !excused(node, key) {
                     return Err(format!("pod {} went back from epoch {newest} to {}", key.pod, key.epoch));
                 }
-                *newest = key.epoch;
+                *newest = key.epoch.max(*newest);
             }
         }
         Ok(())
+    }
+
+    /// Somebody asked for what makes a new generation of the job; asked again, it is the same.
+    pub fn changed(&mut self, job: &str, what: String) {
+        self.changes.entry(job.to_owned()).or_default().insert(what);
     }
 
     pub fn accepted(&mut self, job: &str) {
         self.accepted.insert(job.to_owned());
     }
 
-    /// A job never goes back on its end, nor counts more failures than its runs had.
-    pub fn status(&mut self, job: &str, status: JobStatus, nodes: &[Node]) -> Result<(), String> {
+    /// A job never goes back on its end, nor counts more failures than its runs had or its file forgives, nor begins
+    /// anew oftener than it was asked to.
+    pub fn status(
+        &mut self,
+        job: &str,
+        status: JobStatus,
+        forgives: Option<u32>,
+        nodes: &[Node],
+    ) -> Result<(), String> {
         let failed = |uid| nodes.iter().map(|node| node.failures(uid)).sum::<usize>();
         if let Some(had) = status.uid.as_ref().map(failed).filter(|had| status.failures as usize > *had) {
             return Err(format!("job {job} counts {} failures, and had {had}", status.failures));
+        }
+        if let Some(most) = forgives.map(|forgives| forgives + 1).filter(|most| status.failures > *most) {
+            return Err(format!("job {job} was to end with its failure {most}, and had {}", status.failures));
+        }
+        let changes = self.changes.get(job).map_or(0, |changes| changes.len() as u64);
+        if status.generation.0 > changes {
+            return Err(format!(
+                "job {job} was begun {} times, and {changes} were asked for",
+                status.generation
+            ));
         }
         if let Some(before) = self.statuses.get(job)
             && before.phase.is_final()
@@ -84,19 +115,20 @@ impl Oracle {
     }
 
     /// Every accepted job has come to the end that its program has.
-    pub fn converged(&self, expect: &BTreeMap<String, JobPhase>) -> Result<(), String> {
+    pub fn converged(&self, expect: &BTreeMap<String, Expect>) -> Result<(), String> {
         for job in &self.accepted {
             let phase = self.statuses.get(job).map(|status| status.phase);
-            if phase != expect.get(job).copied() {
+            let wanted = expect.get(job).copied();
+            if !wanted.is_some_and(|wanted| wanted.is(phase)) {
                 let status = self.statuses.get(job);
                 let detail = status.and_then(|s| serde_json::to_string(s).ok()).unwrap_or_default();
-                return Err(format!("job {job} should end as {:?}, is {phase:?}: {detail}", expect.get(job)));
+                return Err(format!("job {job} should end as {wanted:?}, is {phase:?}: {detail}"));
             }
         }
         Ok(())
     }
 
-    pub fn all_accepted(&self, expect: &BTreeMap<String, JobPhase>) -> bool {
+    pub fn all_accepted(&self, expect: &BTreeMap<String, Expect>) -> bool {
         self.accepted.len() == expect.len()
     }
 }

@@ -1,32 +1,30 @@
-//! One history: a controller, some nodes, a network that loses, doubles, delays and reorders, and faults, all drawn
-//! from one seed.
+//! One history: a controller, some nodes, a network that loses, doubles, delays and reorders, and what its plan says.
 
 mod faults;
+mod network;
 
 use std::collections::BTreeMap;
 
-use berth_agent::core::{Action, Event as AgentEvent, Now as AgentNow};
+use berth_agent::core::{Event as AgentEvent, Now as AgentNow};
 use berth_controller::core::{Controller, Effect, Event as ControllerEvent, Now, Quote, Step};
-use berth_protocol::codec;
 use berth_protocol::ids::{ClusterName, JobName, Namespace, NodeId};
-use berth_protocol::message::node::{Desired, Lease, SpecMessage};
-use berth_protocol::message::user::{Answer, JobPhase, JobStatus, Verdict};
 use berth_protocol::rule::{Rule, kept};
-use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
-use berth_protocol::units::{BootMs, MilliCpu, Timestamp};
+use berth_protocol::topic::{JobTopic, Topic};
 
-use self::faults::{Fault, Jam};
-use crate::node::{Depot, Node, Out};
+pub(crate) use self::faults::{Fault, mishap};
+use self::network::Link;
+use crate::node::{Clocks, Depot, Node};
 use crate::oracle::Oracle;
+use crate::plan::{Expect, Item, Job, Plan};
 use crate::wishes::Wish;
 
-/// Civil time at the beginning of every history.
-const EPOCH_MS: u64 = 1_700_000_000_000;
-/// How long a history is disturbed, and how long it then has to come to rest.
-pub(crate) const FAULTS_MS: u64 = 600_000;
+/// How long a history has to come to rest.
 const REST_MS: u64 = 1_800_000;
+/// Whoever asks whether a checkpoint is still needed looks this long after it was said.
+const UNCORDON_MS: u64 = 30_000;
 
 /// Something under way, due at its time.
+#[derive(Debug)]
 pub(crate) enum Due {
     ToController {
         topic: Topic,
@@ -52,32 +50,26 @@ pub(crate) enum Due {
     Wish(Wish),
 }
 
-pub(crate) struct Job {
-    pub name: String,
-    file: String,
-    expect: JobPhase,
-}
-
 pub struct World {
+    /// Of the controller's machine; each link has its own.
     pub(crate) rng: fastrand::Rng,
+    users: fastrand::Rng,
     now_ms: u64,
+    span: u64,
     due: BTreeMap<(u64, u64), Due>,
     pub(crate) sequence: u64,
     controller: Option<Controller>,
+    /// The controller's machine's.
+    clocks: Clocks,
     store: BTreeMap<String, Vec<u8>>,
     term: u64,
     pub(crate) nodes: Vec<Node>,
+    links: Vec<Link>,
     depot: Depot,
-    cut: Vec<bool>,
-    /// What the network holds back for each node, while it does.
-    jams: Vec<Option<Jam>>,
     /// The controller is killed in the middle of its next step that says something, after so many messages.
     controller_dies_after: Option<usize>,
-    noticed: Vec<bool>,
-    sessions: Vec<u64>,
     pub(crate) jobs: Vec<Job>,
-    oracle: Oracle,
-    burnt: Option<usize>,
+    pub(crate) oracle: Oracle,
     calm: bool,
     cluster: ClusterName,
     /// What happened, for a person; empty unless asked for.
@@ -85,91 +77,71 @@ pub struct World {
     pub steps: u64,
 }
 
-/// Runs one seed. The error says what went wrong, and when.
+/// Plays a seed's history. The error says what went wrong, and when.
 pub fn run(seed: u64, trace: bool) -> (Result<u64, String>, Vec<String>) {
-    let mut world = World::new(seed, trace);
+    play(&Plan::of(seed), trace)
+}
+
+/// Plays a history as planned: how many steps it took, or what went wrong, and when.
+pub fn play(plan: &Plan, trace: bool) -> (Result<u64, String>, Vec<String>) {
+    let mut world = World::new(plan, trace);
     let result = world.play().map_err(|error| format!("at {} ms: {error}", world.now_ms));
     (result.map(|()| world.steps), world.trace.unwrap_or_default())
 }
 
 impl World {
-    fn new(seed: u64, trace: bool) -> Self {
-        let mut rng = fastrand::Rng::with_seed(seed);
-        let count = rng.usize(2..8);
+    fn new(plan: &Plan, trace: bool) -> Self {
+        let mut rng = fastrand::Rng::with_seed(plan.seed);
         let depot = Depot::default();
-        let nodes: Vec<Node> = (0..count)
-            .map(|n| {
-                let id = NodeId::parse(&format!("n{n}")).expect("a name");
-                Node::new(id, MilliCpu(rng.u64(1..5) * 1000), depot.clone())
-            })
-            .collect();
+        let name = |n: usize| NodeId::parse(&format!("n{n}")).expect("a name");
+        let nodes: Vec<Node> =
+            plan.nodes.iter().enumerate().map(|(n, cpu)| Node::new(name(n), *cpu, depot.clone())).collect();
         let mut world = Self {
             now_ms: 0,
+            span: plan.span,
             due: BTreeMap::new(),
             sequence: 0,
             controller: None,
+            clocks: Clocks::default(),
             store: BTreeMap::new(),
             term: 0,
-            cut: vec![false; count],
-            jams: (0..count).map(|_| None).collect(),
+            links: nodes.iter().map(|_| Link::new(&mut rng)).collect(),
             controller_dies_after: None,
-            noticed: vec![false; count],
             depot,
-            sessions: vec![0; count],
             nodes,
             jobs: Vec::new(),
             oracle: Oracle::default(),
-            burnt: None,
             calm: false,
             cluster: ClusterName::parse("sim").expect("a name"),
             trace: trace.then(Vec::new),
             steps: 0,
+            users: rng.fork(),
             rng,
         };
-        world.plan();
+        world.at(0, Due::Fault(Fault::ControllerStart));
+        for node in 0..world.nodes.len() {
+            world.at(1, Due::Fault(Fault::AgentStart(node)));
+            // Whatever was lost on its way: in the end every node is there for pods.
+            world.at(world.span + UNCORDON_MS, Due::Wish(Wish::Uncordon(node)));
+        }
+        for item in &plan.items {
+            world.plan(item);
+        }
         world
     }
 
-    /// Draws the jobs and the faults.
-    fn plan(&mut self) {
-        // One machine may never return; `continue` pods on it would wait for an operator.
-        let dead = self.rng.u8(0..3) == 0;
-        for n in 0..self.rng.usize(1..8) {
-            let code = if self.rng.u8(0..4) == 0 { 3 } else { 0 };
-            let work = if self.rng.bool() { self.rng.u64(50..90_000) } else { self.rng.u64(90_000..300_000) };
-            let actions: &[&str] = if dead { &["pause", "stop"] } else { &["pause", "continue", "stop"] };
-            let action = self.rng.choice(actions).copied().unwrap_or("pause");
-            let completions = self.rng.u32(1..4);
-            let checkpoint = self
-                .rng
-                .choice(["{mode: none}", "{mode: criu}", "{mode: criu, interval: 7s}"])
-                .unwrap_or("{}");
-            let grace = self.rng.choice([5, 120]).unwrap_or(5);
-            let file = format!(
-                "image: host\ncommand: [work, \"{work}\", \"{code}\"]\nresources: {{cpu: 500m, memory: 64Mi}}\n\
-                 completions: {completions}\nparallelism: {completions}\nonDisconnect: {{do: {action}}}\n\
-                 terminationGracePeriodSeconds: {grace}\ncheckpoint: {checkpoint}\n"
-            );
-            let expect = if code == 0 { JobPhase::Succeeded } else { JobPhase::Failed };
-            self.jobs.push(Job { name: format!("job{n}"), file, expect });
-            let at = self.rng.u64(0..FAULTS_MS / 2);
-            self.at(at, Due::Submit(n));
-            if self.rng.u8(0..3) == 0 {
-                let again = at + self.rng.u64(1_000..150_000);
-                self.at(again, Due::Resubmit(n));
+    fn plan(&mut self, item: &Item) {
+        match item {
+            Item::Job(job) => {
+                let n = self.jobs.len();
+                self.at(job.at, Due::Submit(n));
+                job.again.into_iter().for_each(|at| self.at(at, Due::Resubmit(n)));
+                self.oracle.changed(&job.name, job.file.clone());
+                self.jobs.push(job.clone());
             }
+            Item::Mishap(faults) => faults.iter().for_each(|(at, fault)| self.at(*at, Due::Fault(*fault))),
+            Item::Wish(wishes) => wishes.iter().for_each(|(at, wish)| self.at(*at, Due::Wish(*wish))),
         }
-        self.at(0, Due::Fault(Fault::ControllerStart));
-        for node in 0..self.nodes.len() {
-            self.at(1, Due::Fault(Fault::AgentStart(node)));
-        }
-        if dead {
-            // The first one stays, so that there is room for everything in the end.
-            let (at, node) = (self.rng.u64(1_000..FAULTS_MS), self.rng.usize(1..self.nodes.len()));
-            self.at(at, Due::Fault(Fault::Burn(node)));
-        }
-        self.plan_faults();
-        self.plan_wishes();
     }
 
     pub(crate) fn at(&mut self, ms: u64, due: Due) {
@@ -178,12 +150,11 @@ impl World {
     }
 
     fn now(&self) -> Now {
-        Now { wall: Timestamp(EPOCH_MS + self.now_ms), boot: BootMs(1_000_000 + self.now_ms) }
+        Now { wall: self.clocks.wall(self.now_ms), boot: self.clocks.boot(self.now_ms) }
     }
 
-    fn agent_now(&self) -> AgentNow {
-        let Now { wall, boot } = self.now();
-        AgentNow { wall, boot }
+    fn agent_now(&self, node: usize) -> AgentNow {
+        self.nodes[node].now(self.now_ms)
     }
 
     fn note(&mut self, text: impl FnOnce() -> String) {
@@ -194,22 +165,19 @@ impl World {
     }
 
     fn play(&mut self) -> Result<(), String> {
-        let expect: BTreeMap<String, JobPhase> =
+        let expect: BTreeMap<String, Expect> =
             self.jobs.iter().map(|job| (job.name.clone(), job.expect)).collect();
-        while self.now_ms < FAULTS_MS + REST_MS {
-            if self.now_ms >= FAULTS_MS && !self.calm {
-                self.calm = true;
-                // What was to die in the middle of its next step and has had none lives on.
-                self.controller_dies_after = None;
-                self.nodes.iter_mut().for_each(Node::live_on);
-                self.note(|| "the faults are over".into());
+        while self.now_ms < self.span + REST_MS {
+            if self.now_ms >= self.span && !self.calm {
+                self.calm()?;
             }
             if self.calm && self.oracle.all_accepted(&expect) && self.oracle.converged(&expect).is_ok() {
                 return Ok(());
             }
             self.advance()?;
             self.steps += 1;
-            self.oracle.check(&self.nodes)?;
+            self.oracle.check(&self.nodes, self.now_ms)?;
+            self.check_lacking()?;
         }
         if !self.oracle.all_accepted(&expect) {
             return Err("a job was never accepted".into());
@@ -219,18 +187,18 @@ impl World {
 
     /// The next thing that is due, anywhere.
     fn advance(&mut self) -> Result<(), String> {
-        let base = BootMs(1_000_000);
         let message = self.due.keys().next().map(|(ms, _)| *ms);
-        let controller = self.controller.as_ref().and_then(Controller::next_wake).map(|at| at.since(base).0);
-        let nodes: Vec<Option<u64>> =
-            self.nodes.iter().map(|node| node.next_wake().map(|at| at.since(base).0)).collect();
-        let next = nodes.iter().flatten().copied().chain(message).chain(controller).min();
+        let controller =
+            self.controller.as_ref().and_then(Controller::next_wake).map(|at| self.clocks.comes(at));
+        let nodes: Vec<Option<u64>> = self.nodes.iter().map(Node::next_wake).collect();
+        let calm = Some(self.span).filter(|_| !self.calm);
+        let next = nodes.iter().flatten().copied().chain(message).chain(controller).chain(calm).min();
         let Some(next) = next else { return Err("nothing will ever happen again".into()) };
         // A wake that lies in the past is due now; time moves at least a millisecond, so that nothing spins.
         self.now_ms = if Some(next) == message { next.max(self.now_ms) } else { next.max(self.now_ms + 1) };
         for (node, wake) in nodes.into_iter().enumerate() {
             if wake.is_some_and(|wake| wake <= self.now_ms) {
-                let now = self.agent_now();
+                let now = self.agent_now(node);
                 let mut out = self.nodes[node].advance_all(now);
                 out.extend(self.nodes[node].step(now, AgentEvent::Tick));
                 self.perform(node, out);
@@ -254,25 +222,20 @@ impl World {
             Due::ToController { topic, payload } => {
                 self.ask_controller(ControllerEvent::Message { topic, payload })?;
             }
+            Due::ToNode { node, .. } | Due::Local { node, .. } if self.nodes[node].is_paused() => {
+                self.links[node].asleep.push(due);
+            }
             Due::ToNode { node, session, event } => {
+                let link = &mut self.links[node];
                 // A clean session forgets what waited for the last one.
-                let here = session.is_none_or(|session| session == self.sessions[node]) && !self.cut[node];
-                if let (Some(jam), true) = (&mut self.jams[node], here) {
+                let here = session.is_none_or(|session| session == link.session) && !link.cut && !link.deaf;
+                if let (Some(jam), true) = (&mut link.jam, here) {
                     jam.waiting.push(event);
                 } else if here {
-                    let now = self.agent_now();
-                    let out = self.nodes[node].step(now, event);
-                    if session.is_none() {
-                        self.nodes[node].heard_late();
-                    }
-                    self.perform(node, out);
+                    self.tell(node, event);
                 }
             }
-            Due::Local { node, event } => {
-                let now = self.agent_now();
-                let out = self.nodes[node].step(now, event);
-                self.perform(node, out);
-            }
+            Due::Local { node, event } => self.tell(node, event),
             Due::Fault(fault) => {
                 self.note(|| format!("{fault:?}"));
                 self.fault(fault)?;
@@ -290,11 +253,18 @@ impl World {
         Ok(())
     }
 
+    fn tell(&mut self, node: usize, event: AgentEvent) {
+        let now = self.agent_now(node);
+        let out = self.nodes[node].step(now, event);
+        self.perform(node, out);
+    }
+
     /// A client sends its file again until it is answered.
     fn submit(&mut self, n: usize) {
         let Ok(name) = JobName::parse(&self.jobs[n].name) else { return };
         let topic = Topic::job(&Namespace::default_namespace(), &name, JobTopic::Submit);
-        let payload = self.jobs[n].file.clone().into_bytes();
+        let job = &self.jobs[n];
+        let payload = format!("{}id: {}-{}\n", job.file, job.name, job.version).into_bytes();
         self.send(topic, payload);
         let again = self.now_ms + 4_000;
         self.at(again, Due::Submit(n));
@@ -310,64 +280,10 @@ impl World {
                 break;
             }
         }
+        job.version += 1;
+        let (name, file) = (job.name.clone(), job.file.clone());
+        self.oracle.changed(&name, file);
         self.at(self.now_ms, Due::Submit(n));
-    }
-
-    /// Delays in the network: short as a rule, now and then long, so that messages overtake each other.
-    fn delay(&mut self) -> u64 {
-        match self.rng.u8(..) {
-            _ if self.calm => self.rng.u64(1..20),
-            0..200 => self.rng.u64(1..20),
-            200..250 => self.rng.u64(20..1_000),
-            _ => self.rng.u64(1_000..15_000),
-        }
-    }
-
-    /// How many copies of a message arrive.
-    fn copies(&mut self) -> u32 {
-        match self.rng.u8(..) {
-            _ if self.calm => 1,
-            0..20 => 0,
-            20..40 => 2,
-            _ => 1,
-        }
-    }
-
-    pub(crate) fn send(&mut self, topic: Topic, payload: Vec<u8>) {
-        self.note(|| format!("-> {topic} {}", String::from_utf8_lossy(&payload[..payload.len().min(300)])));
-        for _ in 0..self.copies() {
-            let at = self.now_ms + self.delay();
-            self.at(at, Due::ToController { topic: topic.clone(), payload: payload.clone() });
-        }
-    }
-
-    fn perform(&mut self, node: usize, out: Vec<Out>) {
-        for out in out {
-            let action = match out {
-                Out::Later { ms, event } => {
-                    let at = self.now_ms + ms;
-                    self.at(at, Due::Local { node, event });
-                    continue;
-                }
-                Out::Send(action) => action,
-            };
-            let kind = match &action {
-                Action::Hello(_) => NodeTopic::Hello,
-                Action::Heartbeat(_) => NodeTopic::Heartbeat,
-                _ => NodeTopic::Event,
-            };
-            let topic = Topic::node(&self.nodes[node].id, kind);
-            let payload = match action {
-                Action::Hello(hello) => codec::encode(&topic, &*hello),
-                Action::Heartbeat(heartbeat) => codec::encode(&topic, &*heartbeat),
-                Action::Events(events) => codec::encode(&topic, &events),
-                _ => continue,
-            };
-            let lost = self.cut[node] || self.jams[node].as_ref().is_some_and(|jam| jam.mute);
-            if let (Ok(payload), false) = (payload, lost) {
-                self.send(topic, payload);
-            }
-        }
     }
 
     fn ask_controller(&mut self, event: ControllerEvent) -> Result<(), String> {
@@ -391,70 +307,32 @@ impl World {
             match effect {
                 Effect::Publish { topic, payload, .. } => self.published(topic, payload)?,
                 Effect::Price(quote) => {
-                    let at = self.now_ms + self.delay();
+                    let at = self.now_ms + network::delay(&mut self.rng, self.calm);
                     self.at(at, Due::Priced(quote));
                 }
                 Effect::DeleteCheckpoint(id) => drop(self.depot.borrow_mut().remove(&id)),
-                Effect::DeleteLog { .. } | Effect::DeleteBlob(_) | Effect::TidyDepot | Effect::Note(_) => {}
+                Effect::Note(note) => self.note(|| format!("note: {note}")),
+                Effect::DeleteLog { .. } | Effect::DeleteBlob(_) | Effect::TidyDepot => {}
             }
         }
         Ok(())
     }
 
-    fn published(&mut self, topic: Topic, payload: Vec<u8>) -> Result<(), String> {
-        match &topic {
-            Topic::Node { node, kind } => {
-                self.note(|| {
-                    format!("<- {topic} {}", String::from_utf8_lossy(&payload[..payload.len().min(1_200)]))
-                });
-                let Some(n) = self.nodes.iter().position(|candidate| candidate.id == *node) else {
-                    return Ok(());
-                };
-                for _ in 0..self.copies() {
-                    let at = self.now_ms + self.delay();
-                    let Some(event) = read(*kind, &topic, &payload) else { continue };
-                    let session = (self.rng.u8(0..4) > 0).then_some(self.sessions[n]);
-                    self.at(at, Due::ToNode { node: n, session, event });
+    /// Orders that were long on their way may name a checkpoint that was let go since. The store's may not.
+    fn check_lacking(&mut self) -> Result<(), String> {
+        for n in 0..self.nodes.len() {
+            for (key, from) in std::mem::take(&mut self.nodes[n].lacking) {
+                let record = self.store.get(&format!("pod/{}/{}", key.pod.uid, key.pod.index));
+                let record = record.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(bytes).ok());
+                let Some(record) = record.filter(|record| record["epoch"] == key.epoch.0) else { continue };
+                if record["state"]["placed"]["from"] == from.to_string() {
+                    let id = &self.nodes[n].id;
+                    return Err(format!(
+                        "{key} was to start on {id} from {from}, which the depot does not hold"
+                    ));
                 }
             }
-            Topic::Job { job, kind: JobTopic::Answer, .. } => {
-                let answer: Answer = codec::decode(&topic, &payload).map_err(|error| error.to_string())?;
-                if answer.id.is_some() {
-                    // A wish may be one that cannot be granted.
-                    return Ok(());
-                }
-                match answer.verdict {
-                    Verdict::Accepted { .. } => {
-                        self.oracle.accepted(job.as_str());
-                        let name = job.as_str().to_owned();
-                        let done = self.jobs.iter().position(|candidate| candidate.name == name);
-                        self.due.retain(|_, due| !matches!(due, Due::Submit(n) if Some(*n) == done));
-                    }
-                    Verdict::Rejected { rejected } => return Err(format!("{job} rejected: {rejected:?}")),
-                }
-            }
-            Topic::Job { job, kind: JobTopic::Status, .. } if !payload.is_empty() => {
-                let status: JobStatus = codec::decode(&topic, &payload).map_err(|error| error.to_string())?;
-                let line = format!("{job} {:?} {:?}", status.phase, status.message);
-                self.note(|| line);
-                self.oracle.status(job.as_str(), status, &self.nodes)?;
-            }
-            _ => {}
         }
         Ok(())
-    }
-}
-
-/// What a node makes of the controller's message.
-fn read(kind: NodeTopic, topic: &Topic, payload: &[u8]) -> Option<AgentEvent> {
-    match kind {
-        NodeTopic::Desired => codec::decode::<Desired>(topic, payload).ok().map(AgentEvent::Desired),
-        NodeTopic::Lease => codec::decode::<Lease>(topic, payload).ok().map(AgentEvent::Lease),
-        NodeTopic::Spec => {
-            let message: SpecMessage = codec::decode(topic, payload).ok()?;
-            let template = serde_json::from_str(message.spec.get()).ok()?;
-            Some(AgentEvent::Spec { digest: message.digest, template })
-        }
-        _ => None,
     }
 }

@@ -44,8 +44,8 @@ impl Grants {
     }
 
     /// Takes a lease in; returns the pods whose grant grew. `None`: it answers nothing that this session asked.
-    pub fn receive(&mut self, nonce: &SessionNonce, lease: &Lease) -> Option<Vec<PodKey>> {
-        if lease.nonce != *nonce {
+    pub fn receive(&mut self, now: BootMs, nonce: &SessionNonce, lease: &Lease) -> Option<Vec<PodKey>> {
+        if lease.nonce != *nonce && kept(Rule::GrantsNameSessions) {
             return None;
         }
         let sent = self.sent.iter().find(|sent| sent.seq == lease.seq)?;
@@ -62,7 +62,7 @@ impl Grants {
             // Grants for pods that never came.
             self.granted.retain(|key, _| sent.held.contains(key));
         }
-        let at = sent.at;
+        let at = if kept(Rule::GrantsCountFromSend) { sent.at } else { now };
         self.last_grant = self.last_grant.max(Some(lease.seq));
         let mut grown = Vec::new();
         for key in covered {
@@ -132,9 +132,15 @@ mod tests {
         let mut grants = Grants::default();
         let first = grants.sent(BootMs(100), digest(&held), held.clone());
         let second = grants.sent(BootMs(200), digest(&held), held.clone());
-        assert_eq!(grants.receive(&me, &lease(&me, second, Covers::All(digest(&held)))), Some(held.clone()));
+        assert_eq!(
+            grants.receive(BootMs(9_999), &me, &lease(&me, second, Covers::All(digest(&held)))),
+            Some(held.clone())
+        );
         // A late answer to the first takes nothing away and adds nothing.
-        assert_eq!(grants.receive(&me, &lease(&me, first, Covers::All(digest(&held)))), Some(vec![]));
+        assert_eq!(
+            grants.receive(BootMs(9_999), &me, &lease(&me, first, Covers::All(digest(&held)))),
+            Some(vec![])
+        );
         assert_eq!(grants.since(&held[0]), Some(BootMs(200)));
     }
 
@@ -143,11 +149,20 @@ mod tests {
         let (me, held) = (nonce("a"), vec![key(0, 1)]);
         let mut grants = Grants::default();
         let seq = grants.sent(BootMs(100), digest(&held), held.clone());
-        assert_eq!(grants.receive(&me, &lease(&nonce("b"), seq, Covers::All(digest(&held)))), None);
-        assert_eq!(grants.receive(&me, &lease(&me, seq + 1, Covers::All(digest(&held)))), None);
-        assert_eq!(grants.receive(&me, &lease(&me, seq, Covers::All(digest(&[key(0, 2)])))), None);
+        assert_eq!(
+            grants.receive(BootMs(9_999), &me, &lease(&nonce("b"), seq, Covers::All(digest(&held)))),
+            None
+        );
+        assert_eq!(
+            grants.receive(BootMs(9_999), &me, &lease(&me, seq + 1, Covers::All(digest(&held)))),
+            None
+        );
+        assert_eq!(
+            grants.receive(BootMs(9_999), &me, &lease(&me, seq, Covers::All(digest(&[key(0, 2)])))),
+            None
+        );
         let pairs = Covers::Pairs(vec![(key(0, 2).pod, Epoch(2))]);
-        assert_eq!(grants.receive(&me, &lease(&me, seq, pairs)), Some(vec![key(0, 2)]));
+        assert_eq!(grants.receive(BootMs(9_999), &me, &lease(&me, seq, pairs)), Some(vec![key(0, 2)]));
         assert_eq!((grants.since(&held[0]), grants.since(&key(0, 2))), (None, Some(BootMs(100))));
     }
 }

@@ -29,6 +29,7 @@ use berth_protocol::message::node::{
 };
 use berth_protocol::pod::Goal;
 use berth_protocol::resources::{GpuShare, Inventory, Usage};
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::{BootMs, Bytes, Millis, Timestamp};
 
 use crate::task::{Exit, Order, Report, Root, Saved};
@@ -546,7 +547,8 @@ impl Agent {
     }
 
     fn lease(&mut self, now: Now, lease: Lease) {
-        if lease.nonce != self.nonce || self.is_foreign(&lease.store) {
+        let other = lease.nonce != self.nonce && kept(Rule::GrantsNameSessions);
+        if other || self.is_foreign(&lease.store) {
             return;
         }
         if lease.hello {
@@ -557,7 +559,7 @@ impl Agent {
             self.act(Action::Depot(depot));
             self.live.values_mut().for_each(|live| live.retry_now(now.boot));
         }
-        let Some(grown) = self.grants.receive(&self.nonce, &lease) else { return };
+        let Some(grown) = self.grants.receive(now.boot, &self.nonce, &lease) else { return };
         self.settle_in();
         let acks = self.ledger.id.as_ref() == Some(&lease.ledger)
             && self.ledger.outbox.front().is_some_and(|event| event.n <= lease.acked);

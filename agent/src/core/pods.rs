@@ -104,7 +104,7 @@ impl Agent {
         let Some(entry) = self.ledger.pods.get(key) else { return };
         let run = entry.run;
         let mut live = Live::default();
-        if entry.may_be_alive() {
+        if entry.may_be_alive() && kept(Rule::RestartAfterGone) {
             live.shim = Shim::Unknown;
             self.act(Action::Adopt { key: key.clone(), run });
         } else if let (Some(at), Some(template)) =
@@ -233,7 +233,8 @@ impl Agent {
             }
             (Shim::Created, Wanted::Run) => match lease {
                 Some(lease) => Order::Start { lease },
-                None => return,
+                None if kept(Rule::StartNeedsGrant) => return,
+                None => Order::Start { lease: Lease { deadline: None } },
             },
             (Shim::Running | Shim::Paused, Wanted::Pause | Wanted::Quarantine) if !live.pause_sent => {
                 live.pause_sent = true;

@@ -2,6 +2,7 @@
 
 use berth_protocol::job::{PodTemplate, RestartPolicy};
 use berth_protocol::pod::{Cause, Goal, Outcome, RESTORE_FAILED};
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::Millis;
 
 use super::ledger::{Begin, PodEntry, PodKey};
@@ -52,7 +53,8 @@ pub(super) fn after_run(
         (Cause::Success, RestartPolicy::Always) => Next::Retry(restart.backoff(key, 1)),
         (Cause::Failure, RestartPolicy::OnFailure | RestartPolicy::Always) => {
             let failures = entry.failures + 1;
-            let all = entry.desired.failures + u64::from(failures);
+            let before = if kept(Rule::FailuresAddUp) { entry.desired.failures } else { 0 };
+            let all = before + u64::from(failures);
             if all > u64::from(restart.backoff_limit) {
                 Next::End
             } else {

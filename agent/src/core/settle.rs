@@ -4,6 +4,7 @@
 use berth_protocol::ids::{Digest, Run};
 use berth_protocol::message::node::PodChange;
 use berth_protocol::pod::{Cause, Outcome};
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::Bytes;
 
 use super::checkpoints::{NotStored, name_end};
@@ -20,7 +21,7 @@ impl Agent {
     pub(super) fn gone(&mut self, now: Now, key: &PodKey, run: Run, exit: Result<Exit, NoExit>) {
         let Some(entry) = self.ledger.pods.get(key) else { return };
         // The supervisor of an earlier run may end late.
-        if !entry.may_be_alive() || run != entry.run {
+        if !entry.may_be_alive() || run != entry.run && kept(Rule::ResultsNameRuns) {
             return;
         }
         let exit = exit.unwrap_or_else(|lost| Exit {
@@ -43,7 +44,7 @@ impl Agent {
 
     pub(super) fn run_over(&mut self, now: Now, key: &PodKey, exit: Exit) {
         let Some(entry) = self.ledger.pods.get(key) else { return };
-        if exit.run != entry.run || !entry.may_be_alive() {
+        if exit.run != entry.run && kept(Rule::ResultsNameRuns) || !entry.may_be_alive() {
             return;
         }
         let mut exit = exit;

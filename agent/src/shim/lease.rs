@@ -4,6 +4,7 @@
 
 use berth_protocol::job::{DisconnectAction, OnDisconnect};
 use berth_protocol::limits::FREEZE_CONFIRM_MS;
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::{BootMs, Millis};
 
 use crate::task::Lease;
@@ -68,6 +69,9 @@ impl Policy {
 
     pub fn pause(&mut self, paused: bool) {
         self.paused = paused;
+        if !paused && !kept(Rule::FreezeReasonsAreASet) {
+            self.lease = self.lease.map(|_| Lease { deadline: None });
+        }
     }
 
     pub fn hold(&mut self, held: bool) {

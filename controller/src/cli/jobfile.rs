@@ -11,6 +11,7 @@ use berth_protocol::message::user::FieldError;
 
 use super::command::Format;
 use super::config::Settings;
+use super::connect::random;
 use super::{Usage, print_value};
 
 /// A job file read and found sound.
@@ -20,6 +21,30 @@ pub struct JobFile {
     pub job: JobName,
     /// As written.
     pub payload: Vec<u8>,
+}
+
+impl JobFile {
+    /// With an id of its own, where it has none: should the network bring it once more behind a later one, the job does
+    /// not go back. Lines stay where they are, and a file that has no place for it goes as it is.
+    pub fn named(self) -> anyhow::Result<Self> {
+        let topic = Some((&self.namespace, &self.job));
+        let Ok(before) = parse(&self.payload, topic) else { return Ok(self) };
+        if before.id.is_some() {
+            return Ok(self);
+        }
+        let id = format!("submit-{:016x}", random()?);
+        let text = String::from_utf8_lossy(&self.payload);
+        let payload = match text.trim_start().strip_prefix('{') {
+            Some(rest) => {
+                let head = &text[..text.len() - rest.len()];
+                format!("{head}\"id\": \"{id}\", {rest}")
+            }
+            None => format!("{text}\nid: {id}\n"),
+        };
+        let fits = payload.len() <= JOB_FILE_BYTES_MAX;
+        let same = parse(payload.as_bytes(), topic).is_ok_and(|after| after.written == before.written);
+        Ok(if fits && same { Self { payload: payload.into_bytes(), ..self } } else { self })
+    }
 }
 
 /// Reads `path`, or standard input where it is `-`.

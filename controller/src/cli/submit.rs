@@ -20,7 +20,7 @@ pub async fn submit(settings: &Settings, args: Submit) -> anyhow::Result<u8> {
     // Every file is read and checked before the first is sent.
     let mut files = Vec::new();
     for path in &args.files {
-        files.push((path, jobfile::check(settings, path, jobfile::read(path)?)?));
+        files.push((path, jobfile::check(settings, path, jobfile::read(path)?)?.named()?));
     }
     let filters =
         files.iter().flat_map(|(_, file)| filter::job(&settings.cluster, &file.namespace, &file.job));

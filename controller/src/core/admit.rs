@@ -6,6 +6,7 @@ use berth_protocol::limits::{JOB_FILE_BYTES_MAX, REJECTED_STATUS_MS, SPEC_BYTES_
 use berth_protocol::message::user::{
     Answer, Command, FieldError, JobCommand, JobPhase, JobStatus, Rejection, Verdict,
 };
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::topic::{JobTopic, Topic};
 use berth_protocol::units::{Millis, Timestamp};
 
@@ -60,11 +61,31 @@ impl Controller {
         }
         let parsed = job::parse(payload, Some((namespace, name))).map_err(invalid)?;
         let known = self.cluster.names.get(&(namespace.clone(), name.clone())).cloned();
-        if let Some(job) = known.as_ref().and_then(|uid| self.cluster.jobs.get(uid))
-            && job.file.written == parsed.written
-            && !job.run.expired
-        {
-            return Ok(job.file.generation);
+        let job = known.as_ref().and_then(|uid| self.cluster.jobs.get(uid)).filter(|job| !job.run.expired);
+        let (now_at, same) = job
+            .map_or((Generation(0), false), |job| (job.file.generation, job.file.written == parsed.written));
+        let seen = |id: &&RequestId| self.cluster.requests.contains_key(*id) && kept(Rule::SubmitsOnce);
+        let seen = parsed.id.as_ref().filter(seen);
+        if same {
+            let new = parsed.id.clone().filter(|_| seen.is_none());
+            new.into_iter().for_each(|id| self.remember_request(now, id));
+            return Ok(now_at);
+        }
+        // A file that was overtaken comes like one that is meant to bring the old one back: what tells them apart is
+        // what the sender says of it.
+        if let Some(id) = seen {
+            let text = format!(
+                "a file with id {id} was taken before, and job {name} is another one since, at generation {now_at}: a \
+                 changed file, and one that is to come back, need another id"
+            );
+            return Err(rejection("Overtaken", text));
+        }
+        if let Some(replaces) = parsed.replaces.filter(|replaces| *replaces != now_at) {
+            let text = format!(
+                "the file is to follow generation {replaces} of job {name}, which is at generation {now_at}: look at \
+                 what it is now, and submit again"
+            );
+            return Err(rejection("Overtaken", text));
         }
         let bad = rulebook::check(&parsed.spec.placement);
         if !bad.is_empty() {
@@ -84,6 +105,7 @@ impl Controller {
             return Err(rejection("TooLarge", text));
         }
         self.forget_rejection(namespace, name, false);
+        parsed.id.into_iter().for_each(|id| self.remember_request(now, id));
         let digest = Digest::of(&template);
         match known {
             Some(uid) => Ok(self.replace_job(now, &uid, parsed.spec, parsed.written, digest)),
@@ -172,7 +194,8 @@ impl Controller {
         let (Some(uid), Some(job)) = (uid.clone(), job) else {
             return Err(rejection("NoSuchJob", format!("there is no job {name} in namespace {namespace}")));
         };
-        if command.id.as_ref().is_some_and(|id| self.cluster.requests.contains_key(id)) {
+        let seen = command.id.as_ref().is_some_and(|id| self.cluster.requests.contains_key(id));
+        if seen && kept(Rule::CommandsOnce) {
             return Ok(job.file.generation);
         }
         let over = job.run.verdict.as_ref().map(|verdict| verdict.phase);

@@ -310,6 +310,10 @@ impl Controller {
 
     /// What the depot holds that nothing names goes, unless it is so young that its event may be on its way.
     pub(super) fn depot_listed(&mut self, now: Now, manifests: Vec<(Digest, Timestamp)>) {
+        if !self.set_aside.damaged.is_empty() {
+            // A record that cannot be read may be that of any of them.
+            return;
+        }
         for (id, at) in manifests {
             if !self.cluster.checkpoints.contains_key(&id) && now.wall.since(at) >= ORPHAN_AFTER {
                 self.effect(Effect::DeleteCheckpoint(id));

@@ -362,6 +362,26 @@ pub(super) struct NodeRecord {
     /// Pods of known jobs that the node holds at an epoch it should not: told to stop.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub strays: BTreeMap<PodId, Epoch>,
+    /// Nothing above is known: the stored record is damaged, and the next hello replaces it.
+    #[serde(skip)]
+    pub damaged: bool,
+}
+
+impl NodeRecord {
+    /// In the place of one that cannot be read: pods are known to be there, and nothing else.
+    pub fn damaged() -> Self {
+        Self {
+            hardware: HardwareId::unknown(),
+            boot: BootId::unknown(),
+            nonce: SessionNonce::unknown(),
+            session: 0,
+            inventory: Inventory::unknown(),
+            cordoned: false,
+            drain: None,
+            strays: BTreeMap::new(),
+            damaged: true,
+        }
+    }
 }
 
 /// How far a node's outbox is in; stored with every effect of its events.

@@ -42,6 +42,7 @@ use serde::de::DeserializeOwned;
 pub use self::checkpoints::{Granted, Imported};
 use self::cluster::Cluster;
 pub use self::notes::Note;
+pub use self::records::SetAside;
 use self::relocations::Relocation;
 use self::schedule::Scheduler;
 pub use self::schedule::market::Quote;
@@ -163,6 +164,8 @@ pub struct Counters {
     pub prices: u64,
     /// Silence is held to be the controller's own blindness.
     pub blind: bool,
+    /// Records of the store that are damaged, and jobs that are set aside for it.
+    pub damaged: (usize, usize),
 }
 
 /// The controller's state and every decision about it.
@@ -185,6 +188,7 @@ pub struct Controller {
     republish: Option<JobUid>,
     /// Moves on their way, in the order of their plans.
     relocations: Vec<Relocation>,
+    set_aside: SetAside,
     dirty: Dirty,
 }
 
@@ -219,10 +223,16 @@ const SWEEP: Millis = Millis(600_000);
 impl Controller {
     /// Rebuilds the state from the store's entries (`records` says which).
     ///
+    /// A value that is none is damaged.
+    ///
     /// # Errors
     /// An entry that this version cannot read: nothing is guessed.
-    pub fn load(config: Config, entries: Vec<(String, Vec<u8>)>, now: Now) -> Result<Self, LoadError> {
-        let cluster = records::load(entries, now)?;
+    pub fn load(
+        config: Config,
+        entries: impl IntoIterator<Item = (String, Option<Vec<u8>>)>,
+        now: Now,
+    ) -> Result<Self, LoadError> {
+        let (cluster, set_aside) = records::load(entries, now)?;
         let next_seq = cluster.jobs.values().map(|job| job.file.seq + 1).max().unwrap_or(0);
         let mut controller = Self {
             random: config.seed,
@@ -237,6 +247,7 @@ impl Controller {
             other_versions: BTreeSet::new(),
             republish: None,
             relocations: Vec::new(),
+            set_aside,
             dirty: Dirty::default(),
         };
         controller.resume(now);
@@ -312,6 +323,11 @@ impl Controller {
 
     pub fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    /// What of the store was not loaded.
+    pub fn set_aside(&self) -> &SetAside {
+        &self.set_aside
     }
 
     fn message(&mut self, now: Now, topic: Topic, payload: &[u8]) {
@@ -503,6 +519,7 @@ impl Controller {
             write(records::outbox(id), outbox.map(records::bytes));
         }
         self.counters.blind = self.blind;
+        self.counters.damaged = (self.set_aside.damaged.len(), self.set_aside.jobs.len());
         self.dirty.follow = held_back;
         dirty.step
     }

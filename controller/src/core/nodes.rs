@@ -74,12 +74,13 @@ impl Controller {
             cordoned: false,
             drain: None,
             strays: BTreeMap::new(),
+            damaged: false,
         };
         let known = self.cluster.nodes.contains_key(id);
         let node =
             self.cluster.nodes.entry(id.clone()).or_insert_with(|| forgotten_node(record.clone(), now));
         let same_ledger = node.outbox.as_ref().is_some_and(|outbox| outbox.ledger == hello.ledger);
-        let stranger = known && node.record.hardware != hello.hardware;
+        let stranger = known && !node.record.damaged && node.record.hardware != hello.hardware;
         if !node.record.inventory.is_but_for_images(&record.inventory) || !known {
             node.version += 1;
         }
@@ -87,6 +88,10 @@ impl Controller {
         node.record = NodeRecord { cordoned: node.record.cordoned && !stranger, drain, ..record };
         if !same_ledger {
             node.outbox = Some(Outbox { ledger: hello.ledger.clone(), acked: hello.events_acked });
+            self.dirty.outboxes.insert(id.clone());
+        } else if let Some(outbox) = node.outbox.as_mut().filter(|outbox| outbox.acked < hello.events_acked) {
+            // Told to a store that is this one's future: a backup was put in its place. They do not come again.
+            outbox.acked = hello.events_acked;
             self.dirty.outboxes.insert(id.clone());
         }
         node.reported = (hello.term, hello.generation);

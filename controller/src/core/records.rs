@@ -5,6 +5,8 @@
 //! `node/{node}`, `outbox/{node}`, `request/{id}` when a command took effect, `rejected/{ns}/{job}` until when its
 //! status says so. Keys sort so that a job comes before what belongs to it.
 
+use std::collections::BTreeSet;
+
 use berth_protocol::ids::{Digest, JobName, JobUid, Namespace, NodeId, RequestId};
 use berth_protocol::job::PodTemplate;
 use berth_protocol::units::Timestamp;
@@ -69,19 +71,53 @@ fn read<T: DeserializeOwned>(key: &str, value: &[u8]) -> Result<T, LoadError> {
     serde_json::from_slice(value).map_err(|source| LoadError::Entry { key: key.to_owned(), source })
 }
 
-/// The state that the entries say, in whatever order they come.
-pub(super) fn load(entries: Vec<(String, Vec<u8>)>, now: Now) -> Result<Cluster, LoadError> {
+/// What of the store could not be loaded. It stays there as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SetAside {
+    /// Keys whose values are damaged.
+    pub damaged: Vec<String>,
+    /// Jobs with a damaged or missing record: nothing of them is acted upon. Their pods run nowhere else meanwhile.
+    pub jobs: BTreeSet<JobUid>,
+}
+
+impl SetAside {
+    /// What a controller that begins with these entries would set aside.
+    pub fn of(entries: &[(String, Option<Vec<u8>>)], now: Now) -> Result<Self, LoadError> {
+        load(entries.iter().cloned(), now).map(|(_, aside)| aside)
+    }
+}
+
+/// The state that the entries say, in whatever order they come, without what is damaged: a job is taken whole or not
+/// at all.
+pub(super) fn load(
+    entries: impl IntoIterator<Item = (String, Option<Vec<u8>>)>,
+    now: Now,
+) -> Result<(Cluster, SetAside), LoadError> {
     let mut cluster = Cluster::default();
+    let mut aside = SetAside::default();
     let mut later = Vec::new();
     for (key, value) in entries {
         let unknown = || LoadError::UnknownKey { key: key.clone() };
-        match key.split_once('/').ok_or_else(unknown)? {
+        let (kind, name) = key.split_once('/').ok_or_else(unknown)?;
+        let Some(value) = value else {
+            match kind {
+                "job" | "run" | "pod" => {
+                    let uid = name.split_once('/').map_or(name, |(uid, _)| uid);
+                    aside.jobs.insert(JobUid::parse(uid).map_err(|_| unknown())?);
+                }
+                "node" => {
+                    let node = NodeId::parse(name).map_err(|_| unknown())?;
+                    cluster.nodes.insert(node, forgotten_node(NodeRecord::damaged(), now));
+                }
+                _ => {}
+            }
+            aside.damaged.push(key);
+            continue;
+        };
+        match (kind, name) {
             ("job", uid) => {
                 let uid = JobUid::parse(uid).map_err(|_| unknown())?;
                 let file: JobFile = read(&key, &value)?;
-                if let Some(workspace) = &file.spec.pod.workspace {
-                    cluster.named_blobs.add(workspace.digest);
-                }
                 let template = template_digest(&file.spec.pod);
                 cluster.jobs.insert(uid, Job::new(file, JobRun::default(), template));
             }
@@ -115,41 +151,68 @@ pub(super) fn load(entries: Vec<(String, Vec<u8>)>, now: Now) -> Result<Cluster,
         }
     }
     for (key, value) in later {
-        belonging(&mut cluster, &key, &value)?;
+        belonging(&mut cluster, &mut aside, &key, &value)?;
     }
-    // The name of a job that is being forgotten may be a restored one's already: that comes last.
-    for expired in [true, false] {
-        for (uid, job) in cluster.jobs.iter().filter(|(_, job)| job.run.expired == expired) {
-            let name = (job.file.spec.namespace.clone(), job.file.spec.name.clone());
-            cluster.names.insert(name, uid.clone());
-        }
-    }
-    Ok(cluster)
+    aside.jobs.iter().for_each(|uid| drop(cluster.jobs.remove(uid)));
+    count_names(&mut cluster, &aside);
+    Ok((cluster, aside))
 }
 
-/// Entries that belong to a job or a node. One whose owner is gone is a defect of the store.
-fn belonging(cluster: &mut Cluster, key: &str, value: &[u8]) -> Result<(), LoadError> {
+/// Entries that belong to a job or a node.
+fn belonging(cluster: &mut Cluster, aside: &mut SetAside, key: &str, value: &[u8]) -> Result<(), LoadError> {
     let unknown = || LoadError::UnknownKey { key: key.to_owned() };
     let (kind, rest) = key.split_once('/').ok_or_else(unknown)?;
     if kind == "outbox" {
         let node = NodeId::parse(rest).map_err(|_| unknown())?;
         let outbox: Outbox = read(key, value)?;
-        cluster.nodes.get_mut(&node).ok_or_else(unknown)?.outbox = Some(outbox);
+        if let Some(node) = cluster.nodes.get_mut(&node) {
+            node.outbox = Some(outbox);
+        }
         return Ok(());
     }
     let (uid, index) = rest.split_once('/').map_or((rest, None), |(uid, index)| (uid, Some(index)));
     let uid = JobUid::parse(uid).map_err(|_| unknown())?;
-    let job = cluster.jobs.get_mut(&uid).ok_or_else(unknown)?;
+    let Some(job) = cluster.jobs.get_mut(&uid) else {
+        // Its file is lost, or damaged.
+        aside.jobs.insert(uid);
+        return Ok(());
+    };
     match index {
         None => job.run = read(key, value)?,
         Some(index) => {
             let index = index.parse().map_err(|_| unknown())?;
-            let pod: Pod = read(key, value)?;
-            let (named, output) = (pod.saved.checkpoints.clone(), pod.output.as_ref().map(|o| o.digest));
-            job.put(index, pod);
-            named.into_iter().for_each(|id| cluster.named_checkpoints.add(id));
-            output.into_iter().for_each(|id| cluster.named_blobs.add(id));
+            job.put(index, read::<Pod>(key, value)?);
         }
     }
     Ok(())
+}
+
+/// What jobs and their pods name, and what the jobs are called.
+fn count_names(cluster: &mut Cluster, aside: &SetAside) {
+    let Cluster { jobs, names, checkpoints, named_checkpoints, named_blobs, .. } = cluster;
+    let unread = checkpoints.iter().filter(|(_, found)| aside.jobs.contains(&found.uid));
+    unread.for_each(|(id, _)| named_checkpoints.add(*id));
+    for job in jobs.values_mut() {
+        if let Some(workspace) = &job.file.spec.pod.workspace {
+            named_blobs.add(workspace.digest);
+        }
+        let lacking = |pod: &Pod| pod.saved.checkpoints.iter().any(|id| !checkpoints.contains_key(id));
+        let poorer: Vec<u32> =
+            job.pods().iter().filter(|(_, pod)| lacking(pod)).map(|(index, _)| *index).collect();
+        for index in poorer {
+            // A checkpoint whose record is damaged: the one before it, if any, has to do.
+            job.change(index, |pod| pod.saved.checkpoints.retain(|id| checkpoints.contains_key(id)));
+        }
+        for pod in job.pods().values() {
+            pod.saved.checkpoints.iter().for_each(|id| named_checkpoints.add(*id));
+            pod.output.iter().for_each(|output| named_blobs.add(output.digest));
+        }
+    }
+    // The name of a job that is being forgotten may be a restored one's already: that comes last.
+    for expired in [true, false] {
+        for (uid, job) in jobs.iter().filter(|(_, job)| job.run.expired == expired) {
+            let name = (job.file.spec.namespace.clone(), job.file.spec.name.clone());
+            names.insert(name, uid.clone());
+        }
+    }
 }

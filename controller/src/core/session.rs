@@ -2,6 +2,7 @@
 
 use berth_protocol::limits::{LEASE_MARGIN_MS, LOST_AFTER_MS};
 use berth_protocol::message::node::{Heartbeat, Hello};
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::Millis;
 
 use super::Now;
@@ -14,11 +15,15 @@ const DRIFT_PARTS: u64 = 1_000;
 
 /// Why a known node's hello is not taken.
 pub(super) fn refusal(node: &Node, hello: &Hello) -> Option<&'static str> {
+    let same_ledger = node.outbox.as_ref().is_some_and(|outbox| outbox.ledger == hello.ledger);
+    if node.record.damaged {
+        // Which machine it was is not known. Its ledger tells, where that is.
+        return (!same_ledger && !node.pods.is_empty()).then_some("other-hardware");
+    }
     if node.record.hardware != hello.hardware {
         // A name that another machine took: only once nothing of the first can run.
         return (!node.pods.is_empty()).then_some("other-hardware");
     }
-    let same_ledger = node.outbox.as_ref().is_some_and(|outbox| outbox.ledger == hello.ledger);
     if !same_ledger {
         return None;
     }
@@ -37,7 +42,7 @@ pub(super) fn refusal(node: &Node, hello: &Hello) -> Option<&'static str> {
 pub(super) fn why_withheld(session: &mut Session, beat: &Heartbeat, now: Now) -> Option<&'static str> {
     if beat.last_grant > session.confirmed.0 {
         session.confirmed = (beat.last_grant, now.boot);
-    } else if now.boot.since(session.confirmed.1) >= LOST_AFTER {
+    } else if now.boot.since(session.confirmed.1) >= LOST_AFTER && kept(Rule::OneWayLoss) {
         return Some("no lease has reached it: the way from the controller to it is broken");
     }
     let offset = i128::from(now.boot.0) - i128::from(beat.boot_ms.0);
@@ -46,5 +51,6 @@ pub(super) fn why_withheld(session: &mut Session, beat: &Heartbeat, now: Now) ->
         .map_or(offset, |(least, at)| offset.min(least + i128::from(now.boot.since(at).0 / DRIFT_PARTS)));
     session.offset = Some((least, now.boot));
     let lag = offset - least;
-    (lag > i128::from(MARGIN.0 / 2)).then_some("its clock stood still, or its heartbeats are delayed")
+    (lag > i128::from(MARGIN.0 / 2) && kept(Rule::ClockWatched))
+        .then_some("its clock stood still, or its heartbeats are delayed")
 }

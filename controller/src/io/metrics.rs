@@ -90,6 +90,10 @@ impl Collector for Scrape {
         counter(&mut to, "prices", "Times that room was given new prices", core.prices)?;
         number(&mut to, "depot_checkpoints", "Checkpoints in the depot", self.report.depot_checkpoints)?;
         number(&mut to, "depot_chunk_bytes", "Bytes of their chunks", self.report.depot_bytes)?;
+        let (records, jobs) = core.damaged;
+        number(&mut to, "damaged_records", "Records of the store that cannot be read", records as u64)?;
+        let help = "Jobs that are not loaded because a record of theirs cannot be read";
+        number(&mut to, "jobs_set_aside", help, jobs as u64)?;
         gauge(&mut to, "blind", "1 while silence is held to be the controller's own blindness", core.blind)?;
         gauge(&mut to, "bus_up", "1 while the broker is connected", self.report.bus_up)
     }

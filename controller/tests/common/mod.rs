@@ -10,7 +10,7 @@ use berth_controller::config::{BrokerChoice, Config};
 use berth_controller::io::broker::{Broker, BrokerOptions, CONTROLLER_CLIENT_ID};
 use berth_controller::io::bus::{BrokerUrl, Bus, BusEvent, BusEvents, BusOptions};
 use berth_controller::io::metrics::Refusals;
-use berth_controller::io::store::Store;
+use berth_controller::io::store::Sqlite;
 use berth_controller::run::Daemon;
 use berth_protocol::ids::ClusterName;
 use berth_protocol::topic::Topic;
@@ -128,9 +128,10 @@ pub struct TestDaemon {
 
 impl TestDaemon {
     pub fn start(dir: &std::path::Path, broker: BrokerChoice) -> Self {
-        let secret = *Store::open(dir).unwrap().secret();
+        let secret = Sqlite::open(dir).unwrap().identity().secret;
         let config = Config {
             data_dir: dir.to_owned(),
+            store: berth_controller::io::store::StoreChoice::Embedded,
             cluster: cluster(),
             broker,
             listen_mqtt: ([127, 0, 0, 1], 0).into(),

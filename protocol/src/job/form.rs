@@ -1,6 +1,6 @@
 //! What texts in a job file look like: names, paths, image references, expressions.
 
-use crate::ids::{ContainerName, Digest, IdError, JobName, Namespace, SecretName, VolumeName};
+use crate::ids::{ContainerName, Digest, IdError, JobName, Namespace, RequestId, SecretName, VolumeName};
 use crate::limits::{CEL_BYTES_MAX, LABEL_BYTES_MAX};
 
 /// A kind of text.
@@ -21,6 +21,7 @@ pub(super) const TEXT: Form = Form { check: text, pattern: "" };
 pub(super) const KIND: Form = Form { check: kind, pattern: "^Job$" };
 pub(super) const JOB_NAME: Form = Form { check: |t| id(JobName::parse(t)), pattern: NAME_PATTERN };
 pub(super) const NAMESPACE: Form = Form { check: |t| id(Namespace::parse(t)), pattern: NAME_PATTERN };
+pub(super) const TOKEN: Form = Form { check: |t| id(RequestId::parse(t)), pattern: "^[-a-z0-9]{1,64}$" };
 pub(super) const CONTAINER_NAME: Form =
     Form { check: |t| id(ContainerName::parse(t)), pattern: NAME_PATTERN };
 pub(super) const VOLUME_NAME: Form = Form { check: |t| id(VolumeName::parse(t)), pattern: NAME_PATTERN };

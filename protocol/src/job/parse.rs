@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::report::Report;
 use super::written::File;
 use super::{JobSpec, build, document, read, schema};
-use crate::ids::{Digest, JobName, Namespace};
+use crate::ids::{Digest, Generation, JobName, Namespace, RequestId};
 use crate::message::user::FieldError;
 
 /// A job, and what its file said.
@@ -16,6 +16,10 @@ pub struct ParsedJob {
     /// Of what was written, before defaults: the same for YAML and JSON, any order of keys, any spelling of a
     /// quantity, and with or without the names.
     pub written: Digest,
+    /// What the submission is called by whoever sends it.
+    pub id: Option<RequestId>,
+    /// The generation that it is meant to follow.
+    pub replaces: Option<Generation>,
 }
 
 /// Reads a job file, YAML or JSON. The names in it may be left out where `topic` gives them, and must agree with it.
@@ -36,7 +40,10 @@ fn attempt(payload: &[u8], topic: Option<(&Namespace, &JobName)>, report: &mut R
     // The schema has checked all that the types ask for; a test holds the two together.
     let typed = File::deserialize(canonical).and_then(|file| Ok((file.digest()?, file)));
     match typed {
-        Ok((written, file)) => build::job(file, topic, report).map(|spec| ParsedJob { spec, written }),
+        Ok((written, file)) => {
+            let (id, replaces) = (file.id.clone(), file.replaces);
+            build::job(file, topic, report).map(|spec| ParsedJob { spec, written, id, replaces })
+        }
         Err(error) => {
             report.file_error(format!("the job file cannot be read: {error}"));
             None

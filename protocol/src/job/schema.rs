@@ -104,7 +104,7 @@ const SIZE: Kind = Kind::Size { min: Bytes(1) };
 pub(super) static JOB: Shape =
     Shape { groups: &[&WHO, &CONTAINER, &SEVERAL, &WHERE, &POD, &HOW], one_of: &["image", "containers"] };
 
-static WHO: [Field; 3] = [
+static WHO: [Field; 5] = [
     field("kind", Kind::Text(form::KIND), r#""Job""#, "What this file describes; default: Job."),
     field("name", Kind::Text(form::JOB_NAME), r#""digits""#, "The job's name, unique in its namespace."),
     field(
@@ -112,6 +112,19 @@ static WHO: [Field; 3] = [
         Kind::Text(form::NAMESPACE),
         r#""default""#,
         "A user, team or project; default: default.",
+    ),
+    field(
+        "id",
+        Kind::Text(form::TOKEN),
+        r#""submit-7f3a""#,
+        "Of this submission, for whoever sends it: arriving again, however late, it changes nothing.",
+    ),
+    field(
+        "replaces",
+        Kind::Whole { min: 0, max: i64::MAX },
+        "3",
+        "The job's generation that this file is meant to follow, 0 where there is to be no such job yet; of any other \
+         it changes nothing.",
     ),
 ];
 

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use super::{CheckpointMode, DisconnectAction, JobSpec, Network, RestartPolicy, TcpPolicy, VolumeSource};
-use crate::ids::{ContainerName, Digest, JobName, Namespace, SecretName, VolumeName};
+use crate::ids::{ContainerName, Digest, Generation, JobName, Namespace, RequestId, SecretName, VolumeName};
 use crate::units::{Bytes, MilliCpu, Millis};
 
 /// Structs whose fields may all be absent; `..` marks a part whose fields stand beside its own.
@@ -36,6 +36,8 @@ written! {
         kind: String,
         name: JobName,
         namespace: Namespace,
+        id: RequestId,
+        replaces: Generation,
         containers: Vec<Container>,
         affinity: String,
         prefer: Vec<Preference>,
@@ -182,9 +184,10 @@ written! {
 }
 
 impl File {
-    /// The digest of what was written. Names do not count: they say which job this is, not what it does.
+    /// The digest of what was written. Names do not count: they say which job this is, not what it does; nor does what a
+    /// submission says of itself.
     pub fn digest(&self) -> Result<Digest, serde_json::Error> {
-        let nameless = File { name: None, namespace: None, ..self.clone() };
+        let nameless = File { name: None, namespace: None, id: None, replaces: None, ..self.clone() };
         Ok(Digest::of(&serde_json::to_vec(&nameless)?))
     }
 }
@@ -213,6 +216,8 @@ impl From<&JobSpec> for File {
             kind: Some("Job".into()),
             name: Some(job.name.clone()),
             namespace: Some(job.namespace.clone()),
+            id: None,
+            replaces: None,
             containers: if single.is_some() { None } else { Some(several()) },
             affinity: placement.affinity.clone(),
             prefer: some(&placement.prefer.iter().map(preference).collect()),

@@ -73,7 +73,7 @@ impl Answer {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Rejection {
-    /// A CamelCase word: `InvalidJob`, `NoSuchJob`, `JobFinished`, `TooLarge`.
+    /// A CamelCase word: `InvalidJob`, `NoSuchJob`, `JobFinished`, `Overtaken`, `TooLarge`.
     pub code: String,
     pub message: String,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -199,9 +199,14 @@ pub(super) fn inventory(agent: &str) -> Inventory {
     }
 }
 
-fn now() -> Timestamp {
+pub(super) fn now() -> Timestamp {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     Timestamp(since.as_millis() as u64)
+}
+
+/// A node whose pods end well at once.
+pub(super) fn node(port: u16, node: usize) -> Result<()> {
+    start(port, node, mpsc::channel().0)
 }
 
 /// One node, in a thread of its own until the broker has gone.

@@ -4,6 +4,7 @@
 pub mod checkpoint;
 pub mod criu;
 pub mod figures;
+pub mod fleet;
 pub mod flood;
 pub mod footprint;
 pub mod growth;
@@ -12,6 +13,7 @@ pub mod moves;
 pub mod pod;
 pub mod podman;
 pub mod process;
+pub mod records;
 pub mod slurm;
 pub mod throughput;
 pub mod user;

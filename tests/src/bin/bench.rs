@@ -6,7 +6,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use berth_tests::bench::figures::{Figure, table, write_lines};
-use berth_tests::bench::{checkpoint, flood, footprint, growth, latency, moves, podman, slurm, throughput};
+use berth_tests::bench::{
+    checkpoint, fleet, flood, footprint, growth, latency, moves, podman, records, slurm, throughput,
+};
 
 type Measure = fn() -> Result<Vec<Figure>>;
 
@@ -18,7 +20,7 @@ const PEERS: [(&str, Missing, Measure); 2] =
     [("podman", podman::missing, podman::measure), ("slurm", slurm::missing, slurm::measure)];
 
 /// The quiet ones first: thousands of containers leave pages to write and groups to take apart, minutes of it.
-const MEASURES: [(&str, Measure); 15] = [
+const MEASURES: [(&str, Measure); 19] = [
     ("binary", footprint::binary),
     ("host", || latency::submit_to_output("host")),
     ("bridge", || latency::submit_to_output("bridge")),
@@ -34,10 +36,20 @@ const MEASURES: [(&str, Measure); 15] = [
     ("crowd", throughput::crowd),
     ("growth", growth::growth),
     ("flood", flood::flood),
+    ("commit", records::commit),
+    ("recovery", records::recovery),
+    ("failover", records::failover),
+    ("fleet", fleet::fleet),
 ];
 
 fn main() -> ExitCode {
     let chosen: Vec<String> = std::env::args().skip(1).collect();
+    if let [word, port] = &chosen[..]
+        && word == fleet::AGENTS
+        && let Ok(port) = port.parse()
+    {
+        return fleet::agents(port).map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+    }
     let peers = PEERS.iter().map(|(name, ..)| *name);
     let all: Vec<&str> = MEASURES.iter().map(|(name, _)| *name).chain(peers).collect();
     if let Some(unknown) = chosen.iter().find(|name| !all.contains(&name.as_str())) {

@@ -1,5 +1,6 @@
 //! `sim --seeds N [--from S]`: plays N histories and prints the first that goes wrong, with the command that plays
-//! it again; `sim --seed S` plays one and prints what happened. With `--mutant RULE` a fencing rule is broken
+//! it again. `sim --seed S` plays one and prints what happened; `--only 1,4,7` plays it with these things of its plan
+//! alone, `--shrink` looks for the fewest with which it goes wrong. With `--mutant RULE` a fencing rule is broken
 //! throughout, and a violation is what is looked for.
 
 use std::process::ExitCode;
@@ -8,53 +9,93 @@ use std::thread;
 use std::time::Instant;
 
 use berth_protocol::rule::Rule;
+use berth_tests::plan::Plan;
 use berth_tests::world;
 
+/// What is asked for.
+struct Args {
+    words: Vec<String>,
+    broken: Option<Rule>,
+}
+
+impl Args {
+    fn value(&self, flag: &str) -> Option<&str> {
+        let at = self.words.iter().position(|word| word == flag)?;
+        self.words.get(at + 1).map(String::as_str)
+    }
+
+    fn number(&self, flag: &str) -> Option<u64> {
+        self.value(flag)?.parse().ok()
+    }
+
+    /// The command that plays this history.
+    fn command(&self, seed: u64, only: Option<&[usize]>) -> String {
+        let mutant = self.broken.map(|rule| format!(" --mutant {rule:?}")).unwrap_or_default();
+        let list = |only: &[usize]| only.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+        let only = only.map(|only| format!(" --only {}", list(only))).unwrap_or_default();
+        let program = std::env::args().next().unwrap_or_else(|| "sim".to_owned());
+        format!("{program} --seed {seed}{mutant}{only}")
+    }
+
+    /// Plays it, without the broken rule where one is named.
+    fn play(&self, plan: &Plan, trace: bool) -> (Result<u64, String>, Vec<String>) {
+        match self.broken {
+            #[cfg(debug_assertions)]
+            Some(rule) => berth_protocol::rule::without(rule, || world::play(plan, trace)),
+            _ => world::play(plan, trace),
+        }
+    }
+}
+
 fn main() -> ExitCode {
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    let Some(at) = args.iter().position(|arg| arg == "--mutant") else { return play(&args, None) };
-    match args.get(at + 1).and_then(|name| Rule::parse(name)) {
-        Some(_) if !cfg!(debug_assertions) => {
-            println!("this program keeps every rule: it was built without debug assertions");
-            ExitCode::FAILURE
-        }
-        Some(rule) => play(&args, Some(rule)),
-        None => {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let mut args = Args { words, broken: None };
+    if let Some(name) = args.value("--mutant") {
+        args.broken = Rule::parse(name);
+        if args.broken.is_none() {
             println!("--mutant takes one of {:?}", Rule::ALL);
+            return ExitCode::FAILURE;
+        }
+        if !cfg!(debug_assertions) {
+            println!("this program keeps every rule: it was built without debug assertions");
+            return ExitCode::FAILURE;
+        }
+    }
+    match args.number("--seed") {
+        Some(seed) => one(&args, seed),
+        None => many(&args),
+    }
+}
+
+fn one(args: &Args, seed: u64) -> ExitCode {
+    let whole = Plan::of(seed);
+    let asked = args.value("--only").map(|list| list.split(',').filter_map(|n| n.parse().ok()).collect());
+    let shrinks = args.words.iter().any(|word| word == "--shrink");
+    let only: Option<Vec<usize>> = if shrinks {
+        let all = asked.unwrap_or_else(|| (0..whole.len()).collect());
+        Some(whole.shrunk(all, |plan| args.play(plan, false).0.is_err()))
+    } else {
+        asked
+    };
+    let plan = only.as_ref().map_or_else(|| whole.clone(), |only| whole.only(only));
+    let (result, trace) = args.play(&plan, true);
+    print!("{plan}");
+    trace.iter().for_each(|line| println!("{line}"));
+    match result {
+        Ok(steps) => {
+            println!("seed {seed}: holds, {steps} steps");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            println!("seed {seed}: {error}");
+            println!("to see it: {}", args.command(seed, only.as_deref()));
             ExitCode::FAILURE
         }
     }
 }
 
-/// One history, without `broken` where a rule is named.
-fn history(seed: u64, trace: bool, broken: Option<Rule>) -> (Result<u64, String>, Vec<String>) {
-    match broken {
-        #[cfg(debug_assertions)]
-        Some(rule) => berth_protocol::rule::without(rule, || world::run(seed, trace)),
-        _ => world::run(seed, trace),
-    }
-}
-
-fn play(args: &[String], broken: Option<Rule>) -> ExitCode {
-    let number = |flag: &str| -> Option<u64> {
-        let at = args.iter().position(|arg| arg == flag)?;
-        args.get(at + 1)?.parse().ok()
-    };
-    if let Some(seed) = number("--seed") {
-        let (result, trace) = history(seed, true, broken);
-        trace.iter().for_each(|line| println!("{line}"));
-        return match result {
-            Ok(steps) => {
-                println!("seed {seed}: holds, {steps} steps");
-                ExitCode::SUCCESS
-            }
-            Err(error) => {
-                println!("seed {seed}: {error}");
-                ExitCode::FAILURE
-            }
-        };
-    }
-    let (from, seeds) = (number("--from").unwrap_or(1), number("--seeds").unwrap_or(500));
+fn many(args: &Args) -> ExitCode {
+    let (from, seeds) = (args.number("--from").unwrap_or(1), args.number("--seeds").unwrap_or(500));
     let begin = Instant::now();
     let (next, end, steps) = (AtomicU64::new(from), AtomicU64::new(from + seeds), AtomicU64::new(0));
     // Until one of them goes wrong: the first by number, however the threads come along.
@@ -64,7 +105,7 @@ fn play(args: &[String], broken: Option<Rule>) -> ExitCode {
             if seed >= end.load(Ordering::Relaxed) {
                 return None;
             }
-            match history(seed, false, broken).0 {
+            match args.play(&Plan::of(seed), false).0 {
                 Ok(taken) => drop(steps.fetch_add(taken, Ordering::Relaxed)),
                 Err(error) => {
                     end.fetch_min(seed, Ordering::Relaxed);
@@ -80,13 +121,10 @@ fn play(args: &[String], broken: Option<Rule>) -> ExitCode {
     });
     if let Some((seed, error)) = wrong {
         println!("seed {seed}: {error}");
-        match broken {
-            Some(rule) => println!("to see it: target/debug/sim --mutant {rule:?} --seed {seed}"),
-            None => println!("to see it: make sim SEED={seed}"),
-        }
+        println!("to see it: {0}; the fewest things that make it: {0} --shrink", args.command(seed, None));
         return ExitCode::FAILURE;
     }
-    let steps = steps.into_inner();
-    println!("{seeds} seeds, {steps} steps, no violation, {:.1} s", begin.elapsed().as_secs_f64());
+    let (steps, seconds) = (steps.into_inner(), begin.elapsed().as_secs_f64());
+    println!("{seeds} seeds, {steps} steps, no violation, {seconds:.1} s");
     ExitCode::SUCCESS
 }

@@ -140,7 +140,7 @@ pub fn agent(bytes: &[u8]) {
     assert!(disk == *agent.ledger(), "the disk holds what the agent knows");
 }
 
-fn begin(entries: Vec<(String, Vec<u8>)>) -> Option<Controller> {
+fn begin(entries: impl IntoIterator<Item = (String, Option<Vec<u8>>)>) -> Option<Controller> {
     let config = Config {
         cluster: ClusterName::parse("lab").expect("a name"),
         store: StoreId::parse("s").expect("a token"),
@@ -197,16 +197,21 @@ pub fn controller(bytes: &[u8]) {
         take(&mut controller, ms, Event::Message { topic, payload });
     }
     take(&mut controller, ms + 3_600_000, Event::Tick);
-    assert!(begin(store.into_iter().collect()).is_some(), "its successor reads what it has written");
+    assert!(
+        begin(store.into_iter().map(|(key, value)| (key, Some(value)))).is_some(),
+        "its successor reads what it has written"
+    );
 }
 
-/// Entries of a store, a line each, the key before the first `=`: one that is not as it should be is refused.
+/// Entries of a store, a line each, the key before the first `=`, damaged where nothing comes behind it: one that is not
+/// as it should be is refused.
 pub fn store(bytes: &[u8]) {
     let entry = |line: &[u8]| {
         let at = line.iter().position(|byte| *byte == b'=')?;
-        Some((String::from_utf8(line[..at].to_vec()).ok()?, line[at + 1..].to_vec()))
+        let value = Some(line[at + 1..].to_vec()).filter(|value| !value.is_empty());
+        Some((String::from_utf8(line[..at].to_vec()).ok()?, value))
     };
-    let entries = bytes.split(|byte| *byte == b'\n').take(LINES_MAX).filter_map(entry).collect();
+    let entries = bytes.split(|byte| *byte == b'\n').take(LINES_MAX).filter_map(entry);
     let Some(mut controller) = begin(entries) else { return };
     for (ms, event) in [(1, Event::BusUp), (70_000, Event::Tick), (3_600_000, Event::Tick)] {
         controller.step(at(ms), event);

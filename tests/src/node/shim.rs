@@ -1,31 +1,27 @@
-//! A made-up shim and its pod: does what its leases and orders say, as time passes.
+//! A made-up pod and its shim: the real shim's policy decides, time passes, the program does as it is told.
 
 use berth_agent::core::Now;
 use berth_agent::core::ledger::PodKey;
+use berth_agent::shim::lease::{EndedBy, Goal, Policy};
 use berth_agent::task::{Lease, Order, Report, Saved};
 use berth_protocol::checkpoint::CheckpointKind;
 use berth_protocol::ids::Run;
-use berth_protocol::job::{DisconnectAction, PodTemplate};
+use berth_protocol::job::PodTemplate;
 use berth_protocol::pod::Cause;
 use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::{BootMs, Millis};
 
-use super::fails;
+use super::{fails, odds};
 
 /// One in so many saves fails.
 const SAVES_PER_FAILURE: u8 = 8;
 /// One in so many pods takes this long to freeze at the end of its lease: less than the lease allows for it.
 const FREEZES_PER_SLOW: u8 = 3;
 const SLOW_FREEZE: Millis = Millis(9_000);
+/// And one in so many never does.
+const FREEZES_PER_STUCK: u8 = 7;
 /// What is killed at once ends this much later.
 const DEATH: Millis = Millis(300);
-
-/// How a run of a made-up program goes.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Program {
-    pub work_ms: u64,
-    pub exit_code: u8,
-}
 
 /// What the kernel and the shim together know of one run.
 #[derive(Debug, Clone)]
@@ -33,11 +29,17 @@ pub(super) struct Shim {
     pub run: Run,
     pub state: ShimState,
     pub(super) template: PodTemplate,
-    deadline: Option<BootMs>,
-    /// By order, not by the lease.
-    paused: bool,
-    /// Saved, and to stand still until it is stopped or released.
-    held: bool,
+    policy: Policy,
+    /// Frozen not for want of a grant alone.
+    fenced: bool,
+    /// When the freeze under way is done.
+    frozen_at: Option<BootMs>,
+    /// When one that is not done is given up.
+    confirm_by: Option<BootMs>,
+    /// How long its pod takes to freeze.
+    freezes_in: Millis,
+    /// When the program ends because it is told to.
+    ends_at: Option<BootMs>,
     /// How the last save ended.
     pub(super) last_save: Option<Report>,
     /// It begins from a checkpoint.
@@ -46,10 +48,7 @@ pub(super) struct Shim {
     pub(super) left: Millis,
     since: BootMs,
     exit_code: u8,
-    /// berth ends it then.
-    kill_at: Option<BootMs>,
-    /// How long its pod takes to freeze.
-    freezes_in: Millis,
+    obeys: Obeys,
     /// It hangs: hears no order, fences nothing, tells nothing. Its pod goes on.
     pub(super) hangs: bool,
     /// The agent that runs has granted it time, and so knows its deadline.
@@ -59,6 +58,7 @@ pub(super) struct Shim {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ShimState {
     Created,
+    /// Freezing too, until that is done.
     Running,
     Frozen,
 }
@@ -69,26 +69,48 @@ pub(super) enum Change {
     Exited(Cause, u8),
 }
 
+/// What the program makes of the stop signal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Obeys {
+    AtOnce,
+    AfterHalfItsGrace,
+    Never,
+}
+
 impl Shim {
     pub(super) fn new(key: &PodKey, run: Run, template: PodTemplate, now: BootMs) -> Self {
-        let program = program(&template);
-        let slow = fails(&format!("freeze {key}"), FREEZES_PER_SLOW);
+        let number = |at: usize| {
+            template.containers.first().and_then(|c| c.command.get(at)?.parse::<u64>().ok()).unwrap_or(0)
+        };
+        let flaky = template.containers.first().is_some_and(|c| c.command.len() > 3);
+        let lucky = flaky && fails(&format!("run {key} {run}"), 2);
+        let freezes_in = match odds(&format!("freeze {key}")) {
+            n if n % FREEZES_PER_STUCK == 0 => Millis(u64::from(u32::MAX)),
+            n if n % FREEZES_PER_SLOW == 0 => SLOW_FREEZE,
+            _ => Millis::ZERO,
+        };
         Self {
             run,
             state: ShimState::Created,
-            template,
-            deadline: None,
-            paused: false,
-            held: false,
+            policy: Policy::new(&template.on_disconnect, template.grace),
+            fenced: false,
+            frozen_at: None,
+            confirm_by: None,
+            freezes_in,
+            ends_at: None,
             last_save: None,
             restore: false,
-            left: Millis(program.work_ms),
+            left: Millis(number(1)),
             since: now,
-            exit_code: program.exit_code,
-            kill_at: None,
-            freezes_in: if slow { SLOW_FREEZE } else { Millis::ZERO },
+            exit_code: if lucky { 0 } else { u8::try_from(number(2)).unwrap_or(1) },
+            obeys: match odds(&format!("stop {key}")) % 3 {
+                0 => Obeys::AtOnce,
+                1 => Obeys::AfterHalfItsGrace,
+                _ => Obeys::Never,
+            },
             hangs: false,
             granted: false,
+            template,
         }
     }
 
@@ -102,14 +124,12 @@ impl Shim {
                 self.since = now;
                 self.state = ShimState::Running;
             }
+            // Of one that was not begun there is nothing to renew.
+            Order::Renew { .. } if self.state == ShimState::Created => {}
             Order::Start { lease } | Order::Renew { lease } => self.grant(lease),
-            Order::Pause { pause } => self.paused = pause,
-            Order::Stop { grace } => {
-                // The made-up program ignores the stop signal for half its grace.
-                let at = now.plus(DEATH.max(Millis(grace.0 / 2)));
-                self.kill_at = Some(self.kill_at.map_or(at, |kill_at| kill_at.min(at)));
-            }
-            Order::Release => self.held = false,
+            Order::Pause { pause } => self.policy.pause(pause),
+            Order::Stop { grace } => self.policy.stop(EndedBy::Order, grace, now),
+            Order::Release => self.policy.hold(false),
             // Seen to by the node.
             Order::Follow { .. } | Order::Save { .. } => {}
         }
@@ -126,12 +146,13 @@ impl Shim {
         if let Some(told) = self.last_save.clone().filter(of_it) {
             return told;
         }
-        let report = if self.state != ShimState::Running || self.kill_at.is_some() {
+        let runs = self.state == ShimState::Running && self.policy.ended_by().is_none();
+        let report = if !runs || self.frozen_at.is_some() {
             Report::SaveFailed { run, level, why: "it does not run".to_owned() }
         } else if fails(&format!("{key}/{run}/{level}"), SAVES_PER_FAILURE) {
             Report::SaveFailed { run, level, why: "drawn".to_owned() }
         } else {
-            self.held = hold;
+            self.policy.hold(hold);
             let saved = Saved {
                 level,
                 at: now.wall,
@@ -149,18 +170,8 @@ impl Shim {
 
     fn grant(&mut self, lease: Lease) {
         self.granted = true;
-        self.deadline = self.deadline.max(lease.deadline);
-        if lease.deadline.is_none() {
-            self.deadline = None;
-        }
-    }
-
-    /// When its pod is still, or told to stop, for want of a grant.
-    fn fence_at(&self) -> Option<BootMs> {
-        let begun = self.state != ShimState::Created && kept(Rule::ShimFences);
-        let pauses = self.template.on_disconnect.action == DisconnectAction::Pause;
-        let slack = if pauses && self.state == ShimState::Running { self.freezes_in } else { Millis::ZERO };
-        self.deadline.filter(|_| begun).map(|deadline| deadline.plus(slack))
+        let fenced = kept(Rule::ShimFences);
+        self.policy.grant(if fenced { lease } else { Lease { deadline: None } });
     }
 
     pub(super) fn report(&self) -> Report {
@@ -168,7 +179,7 @@ impl Shim {
         match self.state {
             ShimState::Created => Report::Created { run },
             ShimState::Running => Report::Running { run, started_at: Default::default() },
-            ShimState::Frozen => Report::Paused { run, fenced: !self.paused && !self.held },
+            ShimState::Frozen => Report::Paused { run, fenced: self.fenced },
         }
     }
 
@@ -181,24 +192,44 @@ impl Shim {
         if self.hangs {
             return Change::None;
         }
-        if self.kill_at.is_some_and(|at| at <= now) {
-            return Change::Exited(Cause::Eviction, 143);
-        }
         if self.state == ShimState::Running && self.left == Millis::ZERO {
             let cause = if self.exit_code == 0 { Cause::Success } else { Cause::Failure };
             return Change::Exited(cause, self.exit_code);
         }
-        if self.state != ShimState::Created {
-            let fenced = self.fence_at().is_some_and(|at| at <= now);
-            if fenced
-                && self.template.on_disconnect.action == DisconnectAction::Stop
-                && self.kill_at.is_none()
-            {
-                self.kill_at = Some(now.plus(Millis(self.template.grace.0 / 2)));
+        self.confirm_by = None;
+        match self.policy.goal(now) {
+            Goal::Wait => {}
+            Goal::Run => (self.state, self.frozen_at) = (ShimState::Running, None),
+            Goal::Freeze { confirm_by, fenced } => {
+                self.fenced = fenced;
+                // Frozen for something else already, it is so for this as well.
+                let takes = if fenced { self.freezes_in } else { Millis::ZERO };
+                if self.state == ShimState::Frozen || *self.frozen_at.get_or_insert(now.plus(takes)) <= now {
+                    self.state = ShimState::Frozen;
+                } else if confirm_by.is_some_and(|by| by <= now) {
+                    self.policy.freeze_failed(now);
+                    self.ends_at = Some(now.plus(DEATH));
+                } else {
+                    self.confirm_by = confirm_by;
+                }
             }
-            let freeze = self.template.on_disconnect.action == DisconnectAction::Pause && fenced;
-            self.state =
-                if freeze || self.paused || self.held { ShimState::Frozen } else { ShimState::Running };
+            Goal::Stop { kill_at } => {
+                // A frozen one goes on for it.
+                (self.state, self.frozen_at) = (ShimState::Running, None);
+                let at = match self.obeys {
+                    Obeys::AtOnce => now.plus(DEATH),
+                    Obeys::AfterHalfItsGrace => now.plus(Millis(kill_at.since(now).0 / 2)),
+                    Obeys::Never => kill_at.plus(DEATH),
+                };
+                self.ends_at = Some(self.ends_at.map_or(at, |before| before.min(at)));
+            }
+            Goal::Kill => {
+                let at = now.plus(DEATH);
+                self.ends_at = Some(self.ends_at.map_or(at, |before| before.min(at)));
+            }
+        }
+        if self.ends_at.is_some_and(|at| at <= now) {
+            return Change::Exited(Cause::Eviction, 143);
         }
         if self.state == before { Change::None } else { Change::State }
     }
@@ -214,15 +245,10 @@ impl Shim {
         if self.hangs {
             return None;
         }
-        let work = (self.state == ShimState::Running).then(|| self.since.plus(self.left));
-        let fence = self.fence_at().filter(|_| self.state == ShimState::Running);
-        [work, fence, self.kill_at].into_iter().flatten().min()
+        let runs = self.state == ShimState::Running;
+        let work = runs.then(|| self.since.plus(self.left));
+        let policy = self.policy.next_change(self.since);
+        let frozen = self.frozen_at.filter(|_| runs);
+        [work, frozen, self.confirm_by, policy, self.ends_at].into_iter().flatten().min()
     }
-}
-
-/// The program that a template names: `["work", "MS", "CODE"]`.
-pub(super) fn program(template: &PodTemplate) -> Program {
-    let number =
-        |at: usize| template.containers.first().and_then(|c| c.command.get(at)?.parse().ok()).unwrap_or(0);
-    Program { work_ms: number(1), exit_code: u8::try_from(number(2)).unwrap_or(1) }
 }

@@ -1,4 +1,4 @@
-//! What befalls the machines of a history.
+//! What befalls the machines of a history: drawn ahead of it, and done when its time comes.
 
 use berth_agent::core::departure::Leaves;
 use berth_agent::core::{Event as AgentEvent, Now as AgentNow};
@@ -6,38 +6,92 @@ use berth_controller::core::{Config, Controller, Event as ControllerEvent};
 use berth_protocol::ids::{StoreId, Term};
 use berth_protocol::units::Millis;
 
-use super::{Due, FAULTS_MS, World};
+use super::{Due, World};
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Fault {
     AgentCrash(usize),
     AgentStart(usize),
-    PowerCut(usize),
+    /// So many records that were written and not synced are on disk.
+    PowerCut {
+        node: usize,
+        synced: usize,
+    },
     /// A power cut without return.
     Burn(usize),
     Partition(usize),
     Heal(usize),
+    /// What the controller says never reaches it again, what it says is heard.
+    Deafen(usize),
     ControllerCrash,
     ControllerStart,
     /// The machine is said to go, and then not.
     Notice(usize),
     NoticeWithdrawn(usize),
     /// The agent is killed between what it writes and some of what it does.
-    AgentCrashWithin(usize),
-    /// SIGSTOP and SIGCONT.
+    AgentCrashWithin {
+        node: usize,
+        done: usize,
+        /// In a step that begins a run.
+        launching: bool,
+    },
+    /// The agent is killed in the middle of a write.
+    AgentTorn {
+        node: usize,
+        whole: usize,
+    },
+    /// SIGSTOP and SIGCONT; then, as it may be, it looks at the clock first.
     AgentStop(usize),
-    AgentGoOn(usize),
+    AgentGoOn {
+        node: usize,
+        clock_first: bool,
+    },
     ShimsHang(usize),
     ShimsGoOn(usize),
     ShimsDie(usize),
+    /// A hypervisor stops the machine, its clock with it, and lets it go on.
+    Pause(usize),
+    Resume(usize),
+    /// Somebody sets the civil clock of a machine, or of the controller's.
+    WallJump {
+        node: Option<usize>,
+        ms: i64,
+    },
     /// What is said to the node waits on its way and comes in a heap; what it says is lost, where it is `mute`.
     Jam {
         node: usize,
         mute: bool,
     },
     Flow(usize),
+    /// What it says is lost.
+    Mute(usize),
+    Unmute(usize),
     /// The controller is killed between what it writes and some of what it says.
-    ControllerCrashWithin,
+    ControllerCrashWithin {
+        done: usize,
+    },
+}
+
+impl Fault {
+    /// The machine whose processes it touches.
+    fn works_on(self) -> Option<usize> {
+        match self {
+            Fault::AgentCrash(node)
+            | Fault::AgentStart(node)
+            | Fault::AgentCrashWithin { node, .. }
+            | Fault::AgentTorn { node, .. }
+            | Fault::AgentStop(node)
+            | Fault::AgentGoOn { node, .. }
+            | Fault::ShimsHang(node)
+            | Fault::ShimsGoOn(node)
+            | Fault::ShimsDie(node)
+            | Fault::Notice(node)
+            | Fault::NoticeWithdrawn(node)
+            | Fault::Partition(node)
+            | Fault::Heal(node) => Some(node),
+            _ => None,
+        }
+    }
 }
 
 /// What waits for a node whose connection stands, and carries nothing.
@@ -49,110 +103,150 @@ pub(crate) struct Jam {
 
 /// What waited comes within this time, in any order.
 const HEAP_MS: u64 = 4_000;
+const HOUR_MS: i64 = 3_600_000;
 
 fn leaving(now: AgentNow) -> AgentEvent {
     let (why, at) = ("drawn".to_owned(), now.boot.plus(Millis(30_000)));
     AgentEvent::Leaving(Some(Leaves { why, at }))
 }
 
-impl World {
-    pub(super) fn plan_faults(&mut self) {
-        for _ in 0..self.rng.usize(0..12) {
-            let (at, node) = (self.rng.u64(1_000..FAULTS_MS), self.rng.usize(0..self.nodes.len()));
-            let back = (at + self.rng.u64(10..200_000)).min(FAULTS_MS);
-            let within = self.rng.u64(at..=back);
-            let (fault, repair) = match self.rng.u8(0..11) {
-                0 => (Fault::AgentCrash(node), Fault::AgentStart(node)),
-                1 => (Fault::PowerCut(node), Fault::AgentStart(node)),
-                2 => (Fault::Partition(node), Fault::Heal(node)),
-                3 => {
-                    if self.rng.bool() {
-                        // A node that the next controller does not hear, and its predecessor granted last.
-                        let soon = at + self.rng.u64(10..20_000);
-                        self.at(at, Due::Fault(Fault::Partition(node)));
-                        self.at(soon, Due::Fault(Fault::ControllerStart));
-                        self.at(back, Due::Fault(Fault::Heal(node)));
-                    }
-                    (Fault::ControllerCrash, Fault::ControllerStart)
-                }
-                4 => (Fault::Notice(node), Fault::NoticeWithdrawn(node)),
-                5 => (Fault::AgentCrashWithin(node), Fault::AgentStart(node)),
-                6 => (Fault::AgentStop(node), Fault::AgentGoOn(node)),
-                7 => {
-                    // Seen only where no grant comes meanwhile.
-                    self.at(at + 1, Due::Fault(Fault::Partition(node)));
-                    self.at(back, Due::Fault(Fault::Heal(node)));
-                    (Fault::ShimsHang(node), Fault::ShimsGoOn(node))
-                }
-                8 => (Fault::ShimsDie(node), Fault::AgentStart(node)),
-                9 => {
-                    if self.rng.bool() {
-                        self.at(within, Due::Fault(Fault::AgentCrash(node)));
-                        self.at(within + 1_000, Due::Fault(Fault::AgentStart(node)));
-                    }
-                    (Fault::Jam { node, mute: self.rng.bool() }, Fault::Flow(node))
-                }
-                _ => (Fault::ControllerCrashWithin, Fault::ControllerStart),
-            };
-            self.at(at, Due::Fault(fault));
-            self.at(back, Due::Fault(repair));
+/// Draws one mishap of a history: what happens, with what undoes it.
+pub(crate) fn mishap(rng: &mut fastrand::Rng, nodes: usize, span: u64) -> Vec<(u64, Fault)> {
+    let (at, node) = (rng.u64(1_000..span), rng.usize(0..nodes));
+    let back = (at + rng.u64(10..200_000)).min(span);
+    let within = rng.u64(at..=back);
+    let mut faults = Vec::new();
+    let (fault, repair) = match rng.u8(0..17) {
+        0 => (Fault::AgentCrash(node), Fault::AgentStart(node)),
+        1 => (Fault::PowerCut { node, synced: rng.usize(0..4) }, Fault::AgentStart(node)),
+        2 => (Fault::Partition(node), Fault::Heal(node)),
+        3 => {
+            if rng.bool() {
+                // A node that the next controller does not hear, and its predecessor granted last.
+                let soon = at + rng.u64(10..20_000);
+                faults.push((at, Fault::Partition(node)));
+                faults.push((soon, Fault::ControllerStart));
+                faults.push((back, Fault::Heal(node)));
+            }
+            (Fault::ControllerCrash, Fault::ControllerStart)
         }
-        // One that was to die in the middle of something, and had nothing to do, is there all the same.
-        for node in 0..self.nodes.len() {
-            self.at(FAULTS_MS, Due::Fault(Fault::AgentStart(node)));
+        4 => (Fault::Notice(node), Fault::NoticeWithdrawn(node)),
+        5 => (
+            Fault::AgentCrashWithin { node, done: rng.usize(0..3), launching: rng.bool() },
+            Fault::AgentStart(node),
+        ),
+        6 => {
+            if rng.bool() {
+                // What comes while it is stopped was on its way for a while.
+                faults.push((at.saturating_sub(12_000), Fault::Jam { node, mute: false }));
+                faults.push((at, Fault::Flow(node)));
+            }
+            (Fault::AgentStop(node), Fault::AgentGoOn { node, clock_first: rng.bool() })
         }
-        self.at(FAULTS_MS, Due::Fault(Fault::ControllerStart));
-    }
+        7 => {
+            // Seen only where no grant comes meanwhile.
+            faults.push((at + 1, Fault::Partition(node)));
+            faults.push((back, Fault::Heal(node)));
+            (Fault::ShimsHang(node), Fault::ShimsGoOn(node))
+        }
+        8 => (Fault::ShimsDie(node), Fault::AgentStart(node)),
+        9 => {
+            if rng.bool() {
+                faults.push((within, Fault::AgentCrash(node)));
+                faults.push((within + 1_000, Fault::AgentStart(node)));
+            }
+            (Fault::Jam { node, mute: rng.bool() }, Fault::Flow(node))
+        }
+        10 => (Fault::AgentTorn { node, whole: rng.usize(0..4) }, Fault::AgentStart(node)),
+        11 => {
+            let soon = (at + rng.u64(100..120_000)).min(span);
+            return vec![(at, Fault::Pause(node)), (soon, Fault::Resume(node))];
+        }
+        12 => {
+            let ms = rng.i64(-30 * HOUR_MS..30 * HOUR_MS);
+            let node = rng.bool().then_some(node);
+            (Fault::WallJump { node, ms }, Fault::WallJump { node, ms: -ms })
+        }
+        13 => {
+            // Grants that come late, to an agent that cannot say that it is there.
+            faults.push((at, Fault::Jam { node, mute: false }));
+            faults.push((at + rng.u64(15_000..40_000), Fault::Flow(node)));
+            (Fault::Mute(node), Fault::Unmute(node))
+        }
+        15 => {
+            // And so late that the agent is another one, which has counted its heartbeats as far.
+            let mute = at + rng.u64(20_000..45_000);
+            let other = mute + rng.u64(1_000..20_000);
+            let flows = (mute + 62_000).max(other + 40_000) + rng.u64(0..14_000);
+            return vec![
+                (at, Fault::AgentCrash(node)),
+                (at + 500, Fault::AgentStart(node)),
+                (mute - 12_000, Fault::Jam { node, mute: false }),
+                (mute, Fault::Mute(node)),
+                (other, Fault::AgentCrash(node)),
+                (other + 1_000, Fault::AgentStart(node)),
+                (flows, Fault::Flow(node)),
+                (flows + 10_000, Fault::Unmute(node)),
+            ];
+        }
+        14 => {
+            let from = (at + rng.u64(0..30_000)).min(span);
+            faults.push((from, Fault::Mute(node)));
+            faults.push((back, Fault::Unmute(node)));
+            (Fault::Jam { node, mute: false }, Fault::Flow(node))
+        }
+        _ => (Fault::ControllerCrashWithin { done: rng.usize(0..3) }, Fault::ControllerStart),
+    };
+    faults.push((at, fault));
+    faults.push((back, repair));
+    faults.sort_by_key(|(at, _)| *at);
+    faults
+}
 
+impl World {
     pub(super) fn fault(&mut self, fault: Fault) -> Result<(), String> {
+        // What happens to processes happens on a machine that goes.
+        if let Some(node) = fault.works_on().filter(|node| self.nodes[*node].is_paused()) {
+            self.fault(Fault::Resume(node))?;
+        }
         match fault {
             Fault::AgentCrash(n) => self.nodes[n].crash(),
-            Fault::PowerCut(n) => self.nodes[n].power_cut(),
+            Fault::PowerCut { node, synced } => self.power_cut(node, synced),
             Fault::Burn(n) => {
-                self.nodes[n].power_cut();
-                self.burnt = Some(n);
+                self.power_cut(n, 0);
+                self.links[n].burnt = true;
             }
-            Fault::AgentStart(n) if self.nodes[n].agent.is_none() && self.burnt != Some(n) => {
-                self.sessions[n] += 1;
-                let now = self.agent_now();
-                let mut out = self.nodes[n].start(now);
-                if self.noticed[n] {
-                    out.extend(self.nodes[n].step(now, leaving(now)));
-                }
-                self.perform(n, out);
-            }
+            Fault::Deafen(n) => self.links[n].deaf = true,
+            Fault::AgentStart(n) => self.start_agent(n),
             Fault::Notice(n) | Fault::NoticeWithdrawn(n) => {
-                self.noticed[n] = matches!(fault, Fault::Notice(_));
-                let now = self.agent_now();
-                let event = if self.noticed[n] { leaving(now) } else { AgentEvent::Leaving(None) };
-                let out = self.nodes[n].step(now, event);
-                self.perform(n, out);
+                self.links[n].noticed = matches!(fault, Fault::Notice(_));
+                let now = self.agent_now(n);
+                let event = if self.links[n].noticed { leaving(now) } else { AgentEvent::Leaving(None) };
+                self.tell(n, event);
             }
             Fault::Partition(n) => {
-                self.cut[n] = true;
-                let now = self.agent_now();
-                let out = self.nodes[n].step(now, AgentEvent::BusDown);
-                self.perform(n, out);
+                self.links[n].cut = true;
+                self.tell(n, AgentEvent::BusDown);
             }
-            Fault::Heal(n) if self.cut[n] => {
-                self.cut[n] = false;
-                self.sessions[n] += 1;
-                let now = self.agent_now();
-                let out = self.nodes[n].step(now, AgentEvent::BusUp);
-                self.perform(n, out);
+            Fault::Heal(n) if self.links[n].cut => {
+                self.links[n].cut = false;
+                self.links[n].session += 1;
+                self.tell(n, AgentEvent::BusUp);
             }
-            Fault::AgentCrashWithin(n) => {
-                let done = self.rng.usize(0..3);
-                self.nodes[n].crash_after(done);
+            Fault::Heal(_) => {}
+            Fault::AgentCrashWithin { node, done, launching } => {
+                self.nodes[node].crash_after(done, launching);
             }
+            Fault::Mute(n) | Fault::Unmute(n) => self.links[n].mute = matches!(fault, Fault::Mute(_)),
+            Fault::AgentTorn { node, whole } => self.nodes[node].crash_writing(whole),
             Fault::AgentStop(n) => self.nodes[n].stop(),
-            Fault::AgentGoOn(n) => {
-                let (now, clock_first) = (self.agent_now(), self.rng.bool());
-                let out = self.nodes[n].go_on(now, clock_first);
-                self.perform(n, out);
+            Fault::AgentGoOn { node, clock_first } => {
+                let now = self.agent_now(node);
+                let out = self.nodes[node].go_on(now, clock_first);
+                self.perform(node, out);
             }
             Fault::ShimsHang(n) | Fault::ShimsGoOn(n) => {
-                let now = self.agent_now();
+                let now = self.agent_now(n);
                 let out = self.nodes[n].hang(now, matches!(fault, Fault::ShimsHang(_)));
                 self.perform(n, out);
             }
@@ -160,39 +254,108 @@ impl World {
                 let out = self.nodes[n].kill_shims();
                 self.perform(n, out);
             }
+            Fault::Pause(n) => {
+                // What they did up to now they have done.
+                let now = self.agent_now(n);
+                let out = self.nodes[n].advance_all(now);
+                self.perform(n, out);
+                self.nodes[n].pause(self.now_ms);
+            }
+            Fault::Resume(n) => {
+                self.nodes[n].resume(self.now_ms, self.links[n].answered.as_ref());
+                for due in std::mem::take(&mut self.links[n].asleep) {
+                    self.at(self.now_ms, due);
+                }
+            }
+            Fault::WallJump { node, ms } => match node {
+                Some(n) => self.nodes[n].clocks.ahead += ms,
+                None => self.clocks.ahead += ms,
+            },
             Fault::Jam { node, mute } => {
-                self.jams[node].get_or_insert_with(|| Jam { mute, waiting: Vec::new() });
+                self.links[node].jam.get_or_insert_with(|| Jam { mute, waiting: Vec::new() });
             }
             Fault::Flow(node) => {
-                let waited = self.jams[node].take().map(|jam| jam.waiting).unwrap_or_default();
+                let waited = self.links[node].jam.take().map(|jam| jam.waiting).unwrap_or_default();
                 for event in waited {
-                    let at = self.now_ms + self.rng.u64(0..HEAP_MS);
+                    let at = self.now_ms + self.links[node].to.u64(0..HEAP_MS);
                     self.at(at, Due::ToNode { node, session: None, event });
                 }
             }
             Fault::ControllerCrash => self.controller = None,
-            Fault::ControllerCrashWithin => self.controller_dies_after = Some(self.rng.usize(0..3)),
-            Fault::ControllerStart if self.controller.is_none() => {
-                self.controller_dies_after = None;
-                self.term += 1;
-                let config = Config {
-                    cluster: self.cluster.clone(),
-                    store: StoreId::parse("sim-store").expect("a token"),
-                    term: Term(self.term),
-                    depot_url: "http://127.0.0.1:1".into(),
-                    namespaces: std::collections::BTreeMap::new(),
-                    moves_max: 8,
-                    secret: [7; 32],
-                    seed: self.rng.u64(..),
-                };
-                let entries = self.store.clone().into_iter().collect();
-                let controller = Controller::load(config, entries, self.now())
-                    .map_err(|error| format!("cannot load: {error}"))?;
-                self.controller = Some(controller);
-                self.ask_controller(ControllerEvent::BusUp)?;
-            }
-            Fault::AgentStart(_) | Fault::Heal(_) | Fault::ControllerStart => {}
+            Fault::ControllerCrashWithin { done } => self.controller_dies_after = Some(done),
+            Fault::ControllerStart => self.start_controller()?,
         }
         Ok(())
+    }
+
+    fn power_cut(&mut self, node: usize, synced: usize) {
+        self.nodes[node].power_cut(synced);
+        self.links[node].asleep.clear();
+    }
+
+    fn start_agent(&mut self, n: usize) {
+        if self.nodes[n].agent.is_some() || self.links[n].burnt {
+            return;
+        }
+        self.links[n].session += 1;
+        let now = self.agent_now(n);
+        let out = self.nodes[n].start(now);
+        self.perform(n, out);
+        if self.links[n].noticed {
+            self.tell(n, leaving(now));
+        }
+        if self.links[n].cut {
+            self.tell(n, AgentEvent::BusDown);
+        }
+    }
+
+    fn start_controller(&mut self) -> Result<(), String> {
+        if self.controller.is_some() {
+            return Ok(());
+        }
+        self.controller_dies_after = None;
+        // It has not seen their clocks before.
+        self.nodes.iter_mut().for_each(|node| node.clock_broke = None);
+        self.links.iter_mut().for_each(|link| link.answered = None);
+        self.term += 1;
+        let config = Config {
+            cluster: self.cluster.clone(),
+            store: StoreId::parse("sim-store").expect("a token"),
+            term: Term(self.term),
+            depot_url: "http://127.0.0.1:1".into(),
+            namespaces: std::collections::BTreeMap::new(),
+            moves_max: 8,
+            secret: [7; 32],
+            seed: self.rng.u64(..),
+        };
+        let entries: Vec<_> =
+            self.store.iter().map(|(key, value)| (key.clone(), Some(value.clone()))).collect();
+        let controller =
+            Controller::load(config, entries, self.now()).map_err(|error| format!("cannot load: {error}"))?;
+        self.controller = Some(controller);
+        self.ask_controller(ControllerEvent::BusUp)
+    }
+
+    /// The faults are over: all that can be repaired is.
+    pub(super) fn calm(&mut self) -> Result<(), String> {
+        self.calm = true;
+        self.note(|| "the faults are over".into());
+        // What was to die in the middle of its next step and has had none lives on.
+        self.controller_dies_after = None;
+        for n in 0..self.nodes.len() {
+            self.nodes[n].live_on();
+            self.fault(Fault::Resume(n))?;
+            self.fault(Fault::Heal(n))?;
+            self.fault(Fault::Flow(n))?;
+            self.fault(Fault::Unmute(n))?;
+            self.fault(Fault::AgentGoOn { node: n, clock_first: true })?;
+            self.fault(Fault::ShimsGoOn(n))?;
+            if self.nodes[n].clock_broke.is_some() {
+                // As the alarm asks for.
+                self.nodes[n].crash();
+            }
+            self.start_agent(n);
+        }
+        self.start_controller()
     }
 }

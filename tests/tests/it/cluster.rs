@@ -71,6 +71,8 @@ pub struct Cluster {
     pub port: u16,
     pub http: u16,
     pub controller: Option<Daemon>,
+    /// Where controllers keep their records, other than embedded.
+    pub store: Option<String>,
     pub mosquitto: Option<Daemon>,
     pub agents: Vec<Daemon>,
 }
@@ -91,12 +93,13 @@ impl Cluster {
         cluster
     }
 
-    fn empty() -> Self {
+    pub fn empty() -> Self {
         Self {
             dir: tempfile::Builder::new().prefix("berth-it").tempdir().expect("a temporary directory"),
             port: free_port(),
             http: free_port(),
             controller: None,
+            store: None,
             mosquitto: None,
             agents: Vec::new(),
         }
@@ -124,13 +127,19 @@ impl Cluster {
     }
 
     pub fn start_controller(&mut self) {
+        self.controller = Some(self.another_controller("controller", self.http));
+    }
+
+    /// One with a data directory of its own, beside those that are there.
+    pub fn another_controller(&self, name: &str, http: u16) -> Daemon {
         let broker = if self.mosquitto.is_some() { self.url() } else { "embedded".into() };
         let mut command = Command::new(program("berth-controller"));
         command.args(["--dev", "--cluster", "default", "--broker", &broker, "--data-dir"]);
-        command.arg(self.dir.path().join("ctl"));
+        command.arg(self.dir.path().join(name));
         command.args(["--listen-mqtt", &format!("127.0.0.1:{}", self.port)]);
-        command.args(["--listen-http", &format!("127.0.0.1:{}", self.http)]);
-        self.controller = Some(Daemon::start("controller", &mut command, &self.log_path("controller")));
+        command.args(["--listen-http", &format!("127.0.0.1:{http}")]);
+        command.args(self.store.iter().flat_map(|store| ["--store", store]));
+        Daemon::start(name, &mut command, &self.log_path(name))
     }
 
     /// Starts an agent (anew, on its old data directory, where there was one) and waits until it is online.
@@ -221,8 +230,14 @@ impl Cluster {
 
     /// What the programs said, for a failed test's message.
     pub fn logs_of_all(&self) -> String {
-        let names = self.agents.iter().map(|agent| agent.name.as_str()).chain(["controller"]);
-        names.map(|name| format!("--- {name}\n{}", self.log(name))).collect()
+        let files =
+            std::fs::read_dir(self.dir.path()).into_iter().flatten().flatten().map(|entry| entry.path());
+        files
+            .filter(|path| path.extension().is_some_and(|extension| extension == "log"))
+            .map(|path| {
+                format!("--- {}\n{}", path.display(), std::fs::read_to_string(&path).unwrap_or_default())
+            })
+            .collect()
     }
 }
 

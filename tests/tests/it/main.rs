@@ -3,8 +3,11 @@
 mod checkpoints;
 mod cluster;
 mod drain;
+#[path = "../../../controller/tests/common/etcd.rs"]
+mod etcd;
 mod faults;
 mod jobs;
 mod kills;
 mod offline;
+mod several;
 mod staging;

@@ -45,8 +45,8 @@ fn oracle(world: &World, seen: &mut BTreeMap<PodId, Epoch>) {
 
 /// What is reloaded from the store is what was there.
 fn reloads(world: &World) {
-    let entries = world.store.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
-    let again = super::super::records::load(entries, super::world::at(world.now)).unwrap();
+    let (again, aside) = super::super::records::load(world.entries(), super::world::at(world.now)).unwrap();
+    assert_eq!(aside, super::super::SetAside::default());
     for (uid, job) in &world.controller.cluster.jobs {
         let other = &again.jobs[uid];
         assert_eq!(job.file, other.file);

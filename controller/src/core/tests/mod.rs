@@ -2,6 +2,7 @@
 
 mod chaos;
 mod checkpoints;
+mod damage;
 mod images;
 mod packing;
 mod scenarios;

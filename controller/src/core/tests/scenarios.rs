@@ -81,6 +81,35 @@ fn a_job_runs_to_its_end() {
 }
 
 #[test]
+fn a_file_that_comes_again_behind_a_later_one_changes_nothing() {
+    let mut world = World::new();
+    world.add("n1", inventory(4, 0));
+    let with = |ms: u64, more: &[(&str, serde_json::Value)]| {
+        let mut job = spec("twice");
+        program(&mut job, ms, 0);
+        let mut file = berth_protocol::job::render(&job);
+        for (field, value) in more {
+            file[*field] = value.clone();
+        }
+        serde_json::to_vec(&file).unwrap()
+    };
+    let (a, b) = (serde_json::json!("a"), serde_json::json!("b"));
+    let (first, second) = (with(1, &[("id", a)]), with(2, &[("id", b.clone())]));
+    assert_eq!(generation(&world.submit_bytes("twice", &first)), 1);
+    assert_eq!(generation(&world.submit_bytes("twice", &first)), 1);
+    assert_eq!(generation(&world.submit_bytes("twice", &second)), 2);
+    assert_eq!(code(&world.submit_bytes("twice", &first)), "Overtaken");
+    assert_eq!(generation(&world.submit_bytes("twice", &second)), 2);
+    // Sent by somebody, on purpose or not: what comes last counts, where nobody says otherwise.
+    assert_eq!(generation(&world.submit_bytes("twice", &with(1, &[]))), 3);
+    assert_eq!(code(&world.submit_bytes("twice", &with(2, &[("id", b)]))), "Overtaken");
+    assert_eq!(code(&world.submit_bytes("twice", &with(2, &[("replaces", 2.into())]))), "Overtaken");
+    assert_eq!(generation(&world.submit_bytes("twice", &with(2, &[("replaces", 3.into())]))), 4);
+    world.restart_controller();
+    assert_eq!(code(&world.submit_bytes("twice", &first)), "Overtaken");
+}
+
+#[test]
 fn a_failure_ends_a_job_that_is_never_tried_again() {
     let mut world = World::new();
     world.add("n1", inventory(4, 0));

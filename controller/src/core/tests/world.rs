@@ -308,6 +308,8 @@ pub fn outcome(now: u64, cause: Cause, exit_code: Option<u8>) -> Outcome {
 pub struct World {
     pub controller: Controller,
     pub store: BTreeMap<String, Vec<u8>>,
+    /// Keys whose values cannot be read at the next start.
+    pub damaged: BTreeSet<String>,
     pub term: u64,
     pub now: u64,
     pub agents: BTreeMap<NodeId, Agent>,
@@ -349,6 +351,7 @@ impl World {
         let mut world = Self {
             controller,
             store: BTreeMap::new(),
+            damaged: BTreeSet::new(),
             term: 1,
             now,
             agents: BTreeMap::new(),
@@ -376,8 +379,13 @@ impl World {
     /// And finds no broker.
     pub fn restart_controller_alone(&mut self) {
         self.term += 1;
-        let entries = self.store.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
-        self.controller = Controller::load(config(self.term), entries, at(self.now)).unwrap();
+        self.controller = Controller::load(config(self.term), self.entries(), at(self.now)).unwrap();
+    }
+
+    /// As the store lists them; what is damaged has no value.
+    pub fn entries(&self) -> Vec<(String, Option<Vec<u8>>)> {
+        let damaged = |key: &String| self.damaged.contains(key);
+        self.store.iter().map(|(key, value)| (key.clone(), (!damaged(key)).then(|| value.clone()))).collect()
     }
 
     pub fn add(&mut self, name: &str, inventory: Inventory) -> NodeId {
@@ -451,8 +459,14 @@ impl World {
     }
 
     pub fn submit(&mut self, spec: &JobSpec) -> Answer {
-        let topic = Topic::job(&spec.namespace, &spec.name, JobTopic::Submit);
         let payload = serde_json::to_vec(&berth_protocol::job::render(spec)).unwrap();
+        self.submit_bytes(spec.name.as_str(), &payload)
+    }
+
+    pub fn submit_bytes(&mut self, job: &str, payload: &[u8]) -> Answer {
+        let job = JobName::parse(job).unwrap();
+        let topic = Topic::job(&Namespace::default_namespace(), &job, JobTopic::Submit);
+        let payload = payload.to_vec();
         self.feed(Event::Message { topic, payload });
         self.deliver_all();
         self.answers.last().cloned().unwrap()
@@ -720,7 +734,6 @@ impl World {
                     chunks: agent.chunks.clone(),
                 };
                 agent.hello_due = false;
-                agent.beat_at = now;
                 self.send(&id, NodeTopic::Hello, &hello);
             }
             let agent = self.agents.get_mut(&id).unwrap();

@@ -1,0 +1,491 @@
+//! The records in etcd, where several controllers reach them and one of them leads.
+//!
+//! Below `/berth/{cluster}/`: `entry/…` the records, `meta/…` what belongs to the store, `leader` the key that whoever
+//! leads holds by a lease, `journal/…` a transaction larger than etcd takes at once. Every write is compared with the
+//! revision at which the leader's key was made: a deposed leader writes nothing.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use berth_protocol::ids::{ClusterName, Term};
+use berth_protocol::units::{BootMs, Millis};
+use etcd_client::{
+    Client, Compare, CompareOp, ConnectOptions, DeleteOptions, Error, GetOptions, KeyValue, PutOptions, Txn,
+    TxnOp,
+};
+use futures_util::future::try_join_all;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use super::journal::{self, chunks};
+use super::seal::{seal, unseal};
+use super::{Contents, Entries, Identity, Op, StoreError, may_replace};
+use crate::io::clock;
+
+/// A leader of which etcd has heard nothing for so long leads no more.
+const LEASE_S: i64 = 3;
+/// Its renewals.
+const RENEW: Duration = Duration::from_secs(1);
+/// After the send of a renewal nobody else leads for so long: what is left of the lease is margin.
+const LEADS_FOR: Millis = Millis(2_000);
+/// How often a controller that stands by looks for the leader's key. A watch could stall unseen with its member.
+const STANDBY_LOOK: Duration = Duration::from_millis(500);
+/// One answer of a member.
+const REQUEST: Duration = Duration::from_millis(1_500);
+const CONNECT: Duration = Duration::from_secs(1);
+const RETRY: Duration = Duration::from_millis(100);
+/// Members elect a leader of their own within that; longer, and the controller ends, to be started again.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// Within etcd's default bounds for one transaction: 128 operations, 1.5 MiB.
+const OPS_PER_TXN_MAX: usize = 120;
+const BYTES_PER_TXN_MAX: usize = 1 << 20;
+/// Transactions under way at once, where their order does not matter.
+const TXNS_AT_ONCE: usize = 8;
+/// Records asked for at once; fewer where they are large.
+const PAGE_RECORDS: i64 = 1_000;
+/// etcd keeps every revision until told otherwise.
+const COMPACT: Duration = Duration::from_secs(300);
+/// gRPC's own numbers of what passes: cancelled, unknown, deadline exceeded, unavailable.
+const PASSING_CODES: [i32; 4] = [1, 2, 4, 14];
+const OUT_OF_RANGE: i32 = 11;
+
+pub struct Etcd {
+    etcd: Members,
+    identity: Identity,
+    lead: Option<Lead>,
+}
+
+/// A connection to the members, and where this cluster's keys are.
+#[derive(Clone)]
+struct Members {
+    client: Client,
+    names: String,
+    prefix: String,
+}
+
+struct Lead {
+    term: Term,
+    lease: i64,
+    /// The revision that made the leader's key.
+    created: i64,
+    until: Arc<AtomicU64>,
+    over: watch::Receiver<bool>,
+    keeper: JoinHandle<()>,
+}
+
+impl Drop for Lead {
+    fn drop(&mut self) {
+        self.keeper.abort();
+    }
+}
+
+impl Etcd {
+    /// Waits until a member answers; makes the store where there is none.
+    pub async fn open(members: &[String], cluster: &ClusterName) -> Result<Self, StoreError> {
+        let etcd = Members::connect(members, cluster).await?;
+        let identity = etcd.identity().await?;
+        if let Some(to) = etcd.meta("moved").await? {
+            let to = String::from_utf8_lossy(&to.unwrap_or_default()).into_owned();
+            return Err(StoreError::Moved { place: etcd.names.clone(), to });
+        }
+        Ok(Self { etcd, identity, lead: None })
+    }
+
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    pub async fn list(&self) -> Result<Entries, StoreError> {
+        Ok(self.etcd.entries().await?.into_iter().collect())
+    }
+
+    pub async fn contents(&self) -> Result<Contents, StoreError> {
+        let term = self.etcd.term().await?.0;
+        Ok(Contents { identity: self.identity.clone(), term, entries: self.list().await? })
+    }
+
+    pub async fn txn(&self, term: Term, ops: Vec<Op>) -> Result<(), StoreError> {
+        let lead = self.lead(term)?;
+        let ops: Vec<Op> = ops.into_iter().map(sealed).collect();
+        let parts = chunks(ops.clone(), OPS_PER_TXN_MAX, BYTES_PER_TXN_MAX);
+        if parts.len() <= 1 {
+            return self.guarded(lead, self.etcd.operations(parts.concat())).await;
+        }
+        // Whole in the journal first: a leader that dies on the way is completed by the next.
+        let bytes = journal::encode(&ops);
+        let count = bytes.len().div_ceil(BYTES_PER_TXN_MAX);
+        for (n, part) in bytes.chunks(BYTES_PER_TXN_MAX).enumerate() {
+            let name = format!("journal/{n:06}");
+            let mut write = vec![self.etcd.put(&name, part)];
+            if n + 1 == count {
+                write.push(self.etcd.put("journal/end", count.to_string().as_bytes()));
+            }
+            self.guarded(lead, write).await?;
+        }
+        self.carry_out(lead, parts).await
+    }
+
+    /// What the journal holds; then the journal goes.
+    async fn carry_out(&self, lead: &Lead, parts: Vec<Vec<Op>>) -> Result<(), StoreError> {
+        let mut parts = parts.into_iter().map(|part| self.etcd.operations(part)).peekable();
+        while parts.peek().is_some() {
+            try_join_all(parts.by_ref().take(TXNS_AT_ONCE).map(|part| self.guarded(lead, part))).await?;
+        }
+        let all = Some(DeleteOptions::new().with_prefix());
+        self.guarded(lead, vec![TxnOp::delete(self.etcd.key("journal/"), all)]).await
+    }
+
+    pub async fn campaign(&mut self) -> Result<Term, StoreError> {
+        self.lead = None;
+        let mut told = false;
+        let lead = loop {
+            let leader = self.etcd.get("leader", GetOptions::new(), None).await?;
+            if leader.is_none()
+                && let Some(lead) = self.etcd.try_to_lead().await?
+            {
+                break lead;
+            }
+            if !std::mem::replace(&mut told, true) {
+                tracing::info!("standing by: another controller leads");
+            }
+            tokio::time::sleep(STANDBY_LOOK).await;
+        };
+        let unfinished = self.etcd.journal(0).await?;
+        self.carry_out(&lead, chunks(unfinished, OPS_PER_TXN_MAX, BYTES_PER_TXN_MAX)).await?;
+        Ok(self.lead.insert(lead).term)
+    }
+
+    pub fn leads_until(&self) -> BootMs {
+        BootMs(self.lead.as_ref().map_or(0, |lead| lead.until.load(Ordering::Relaxed)))
+    }
+
+    pub async fn deposed(&self) -> StoreError {
+        let Some(lead) = &self.lead else { return std::future::pending().await };
+        // Closed: the keeper has ended, and nothing renews the lease.
+        let _ = lead.over.clone().wait_for(|over| *over).await;
+        StoreError::Deposed(lead.term)
+    }
+
+    pub async fn resign(&self) {
+        if let Some(lead) = &self.lead {
+            lead.keeper.abort();
+            // Where it fails the lease runs out by itself.
+            let _ = tokio::time::timeout(CONNECT, self.etcd.client.clone().lease_revoke(lead.lease)).await;
+        }
+    }
+
+    pub async fn retire(&self, term: Term, to: &str) -> Result<(), StoreError> {
+        let lead = self.lead(term)?;
+        self.guarded(lead, vec![self.etcd.put("meta/moved", &seal("moved", to.as_bytes()))]).await
+    }
+
+    fn lead(&self, term: Term) -> Result<&Lead, StoreError> {
+        self.lead.as_ref().filter(|lead| lead.term == term).ok_or(StoreError::Deposed(term))
+    }
+
+    async fn guarded(&self, lead: &Lead, operations: Vec<TxnOp>) -> Result<(), StoreError> {
+        let leads = Compare::create_revision(self.etcd.key("leader"), CompareOp::Equal, lead.created);
+        // One whose answer was lost may have happened: to say the same again changes nothing.
+        let done = self.etcd.txn(vec![leads], operations, Some(PATIENCE)).await?;
+        done.map(drop).ok_or(StoreError::Deposed(lead.term))
+    }
+}
+
+/// Puts `contents` in the place of a store that `may_replace` them.
+pub async fn fill(members: &[String], cluster: &ClusterName, contents: &Contents) -> Result<(), StoreError> {
+    let etcd = Members::connect(members, cluster).await?;
+    let used = || StoreError::Used { place: etcd.names.clone() };
+    let identity = etcd.identity().await?;
+    let (term, _) = etcd.term().await?;
+    if !may_replace(&identity, term, etcd.meta("moved").await?.is_some(), contents) {
+        return Err(used());
+    }
+    let nobody = || vec![Compare::create_revision(etcd.key("leader"), CompareOp::Equal, 0)];
+    let commit = async |operations| {
+        let done = etcd.txn(nobody(), operations, Some(PATIENCE)).await?;
+        done.map(drop).ok_or_else(used)
+    };
+    let all = || Some(DeleteOptions::new().with_prefix());
+    commit(vec![TxnOp::delete(etcd.key("entry/"), all()), TxnOp::delete(etcd.key("journal/"), all())])
+        .await?;
+    let whole = contents.entries.iter().filter_map(|(key, value)| Some((key, value.as_ref()?)));
+    let puts = whole.map(|(key, value)| sealed(Op::Put { key: key.clone(), value: value.clone() })).collect();
+    for part in chunks(puts, OPS_PER_TXN_MAX, BYTES_PER_TXN_MAX) {
+        commit(etcd.operations(part)).await?;
+    }
+    let identity = serde_json::to_vec(&contents.identity).unwrap_or_default();
+    commit(vec![
+        etcd.put("meta/identity", &seal("identity", &identity)),
+        etcd.put("meta/term", &seal("term", contents.term.0.to_string().as_bytes())),
+        TxnOp::delete(etcd.key("meta/moved"), None),
+    ])
+    .await
+}
+
+fn sealed(op: Op) -> Op {
+    match op {
+        Op::Put { key, value } => Op::Put { value: seal(&key, &value), key },
+        delete @ Op::Delete { .. } => delete,
+    }
+}
+
+impl Members {
+    async fn connect(members: &[String], cluster: &ClusterName) -> Result<Self, StoreError> {
+        let options = ConnectOptions::new()
+            .with_connect_timeout(CONNECT)
+            .with_timeout(REQUEST)
+            .with_keep_alive(CONNECT, CONNECT)
+            .with_keep_alive_while_idle(true)
+            .with_require_leader(true);
+        let names = members.join(",");
+        let failed = |source| failure("use", &names, source);
+        let client = Client::connect(members, Some(options)).await.map_err(failed)?;
+        Ok(Self { client, names, prefix: format!("/berth/{cluster}/") })
+    }
+
+    fn key(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
+    fn put(&self, name: &str, value: &[u8]) -> TxnOp {
+        TxnOp::put(self.key(name), value, None)
+    }
+
+    fn operations(&self, ops: Vec<Op>) -> Vec<TxnOp> {
+        let operation = |op| match op {
+            Op::Put { key, value } => TxnOp::put(self.key(&format!("entry/{key}")), value, None),
+            Op::Delete { key } => TxnOp::delete(self.key(&format!("entry/{key}")), None),
+        };
+        ops.into_iter().map(operation).collect()
+    }
+
+    /// Asks again as long as it may help: for ever without `patience`.
+    async fn insist<T>(
+        &self,
+        action: &'static str,
+        patience: Option<Duration>,
+        call: impl AsyncFn(Client) -> Result<T, Error>,
+    ) -> Result<T, StoreError> {
+        let begun = Instant::now();
+        let mut warned = begun;
+        loop {
+            let error = match call(self.client.clone()).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => error,
+            };
+            let passes = match &error {
+                Error::GRpcStatus(status) => PASSING_CODES.contains(&(status.code() as i32)),
+                Error::IoError(_) | Error::TransportError(_) => true,
+                _ => false,
+            };
+            if !passes || patience.is_some_and(|patience| begun.elapsed() > patience) {
+                return Err(failure(action, &self.names, error));
+            }
+            if warned.elapsed() > PATIENCE {
+                warned = Instant::now();
+                tracing::warn!(
+                    "cannot {action} etcd at {} for {:?} now: {error}",
+                    self.names,
+                    begun.elapsed()
+                );
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    async fn get(
+        &self,
+        name: &str,
+        options: GetOptions,
+        patience: Option<Duration>,
+    ) -> Result<Option<KeyValue>, StoreError> {
+        let key = self.key(name);
+        let call = async |client: Client| client.kv_client().get(key.clone(), Some(options.clone())).await;
+        Ok(self.insist("read from", patience, call).await?.take_kvs().into_iter().next())
+    }
+
+    /// The revision at which it happened; none where a compare does not hold.
+    async fn txn(
+        &self,
+        compares: Vec<Compare>,
+        operations: Vec<TxnOp>,
+        patience: Option<Duration>,
+    ) -> Result<Option<i64>, StoreError> {
+        let txn = Txn::new().when(compares).and_then(operations);
+        let call = async |client: Client| client.kv_client().txn(txn.clone()).await;
+        let answer = self.insist("write to", patience, call).await?;
+        Ok(answer.succeeded().then(|| answer.header().map_or(0, |header| header.revision())))
+    }
+
+    /// Of the store; none: it is not there; none within: it is damaged.
+    async fn meta(&self, name: &str) -> Result<Option<Option<Vec<u8>>>, StoreError> {
+        let stored = self.get(&format!("meta/{name}"), GetOptions::new(), None).await?;
+        Ok(stored.map(|stored| unseal(name, stored.value())))
+    }
+
+    /// Makes the store where there is none.
+    async fn identity(&self) -> Result<Identity, StoreError> {
+        loop {
+            if let Some(stored) = self.meta("identity").await? {
+                let identity = stored.and_then(|value| serde_json::from_slice(&value).ok());
+                return identity.ok_or_else(|| self.damaged("its identity is unreadable"));
+            }
+            let identity = serde_json::to_vec(&Identity::new()?).unwrap_or_default();
+            let fresh = vec![Compare::create_revision(self.key("meta/identity"), CompareOp::Equal, 0)];
+            // Another controller may be faster: then its store it is.
+            let made = vec![
+                self.put("meta/identity", &seal("identity", &identity)),
+                self.put("meta/term", &seal("term", b"0")),
+            ];
+            self.txn(fresh, made, None).await?;
+        }
+    }
+
+    /// And the revision that wrote it.
+    async fn term(&self) -> Result<(Term, i64), StoreError> {
+        let stored = self.get("meta/term", GetOptions::new(), None).await?;
+        let read = stored.and_then(|stored| {
+            let value = unseal("term", stored.value())?;
+            let term = std::str::from_utf8(&value).ok()?.parse().ok()?;
+            Some((Term(term), stored.mod_revision()))
+        });
+        // Begun anew it would give agents orders that they have heard before.
+        read.ok_or_else(|| self.damaged("its term is unreadable"))
+    }
+
+    fn damaged(&self, finding: &str) -> StoreError {
+        StoreError::Damaged { place: self.names.clone(), finding: finding.to_owned() }
+    }
+
+    /// None: another was faster.
+    async fn try_to_lead(&self) -> Result<Option<Lead>, StoreError> {
+        let sent = clock::boottime();
+        let grant = async |mut client: Client| client.lease_grant(LEASE_S, None).await;
+        let lease = self.insist("lease from", None, grant).await?.id();
+        let (last, written) = self.term().await?;
+        let term = last.next();
+        let compares = vec![
+            Compare::create_revision(self.key("leader"), CompareOp::Equal, 0),
+            Compare::mod_revision(self.key("meta/term"), CompareOp::Equal, written),
+        ];
+        let held = Some(PutOptions::new().with_lease(lease));
+        let operations = vec![
+            TxnOp::put(self.key("leader"), term.0.to_string(), held),
+            self.put("meta/term", &seal("term", term.0.to_string().as_bytes())),
+        ];
+        let created = match self.txn(compares, operations, None).await? {
+            Some(created) => created,
+            // It may have happened, and the answer was lost.
+            None => match self.get("leader", GetOptions::new(), None).await? {
+                Some(leader) if leader.lease() == lease => leader.create_revision(),
+                _ => {
+                    let _ = self.client.clone().lease_revoke(lease).await;
+                    return Ok(None);
+                }
+            },
+        };
+        let until = Arc::new(AtomicU64::new(sent.plus(LEADS_FOR).0));
+        let (tell, over) = watch::channel(false);
+        let keeper = tokio::spawn(self.clone().keep(lease, until.clone(), tell));
+        Ok(Some(Lead { term, lease, created, until, over, keeper }))
+    }
+
+    /// Renews the lease until it is gone, and forgets what etcd keeps of the past.
+    async fn keep(mut self, lease: i64, until: Arc<AtomicU64>, over: watch::Sender<bool>) {
+        let mut past: Option<i64> = None;
+        let mut compacted = Instant::now();
+        loop {
+            let sent = clock::boottime();
+            // A stream for each: one that is kept could stall unseen with its member.
+            let renewed = tokio::time::timeout(REQUEST, self.client.lease_keep_alive(lease)).await;
+            if !renewed.is_ok_and(|renewed| renewed.is_ok()) {
+                let left = self.client.lease_time_to_live(lease, None).await;
+                if left.is_ok_and(|left| left.ttl() <= 0) {
+                    // Nobody listens any more where the send fails.
+                    let _ = over.send(true);
+                    return;
+                }
+                // At once: another member may answer, and a dead one is asked as often as the others.
+                tokio::time::sleep(RETRY).await;
+                continue;
+            }
+            until.store(sent.plus(LEADS_FOR).0, Ordering::Relaxed);
+            if compacted.elapsed() > COMPACT {
+                compacted = Instant::now();
+                if let Some(revision) = past.take() {
+                    // Where it fails the next one does more.
+                    let _ = self.client.compact(revision, None).await;
+                }
+                let now = self.client.get(self.key("leader"), None).await;
+                past = now.ok().and_then(|answer| Some(answer.header()?.revision()));
+            }
+            let next = Duration::from_millis(clock::boottime().since(sent).0);
+            tokio::time::sleep(RENEW.saturating_sub(next)).await;
+        }
+    }
+
+    /// All records, as of one revision.
+    async fn entries(&self) -> Result<BTreeMap<String, Option<Vec<u8>>>, StoreError> {
+        let prefix = self.key("entry/");
+        // Behind every key of the prefix: `0` comes after `/`.
+        let end = self.key("entry0");
+        let mut entries = BTreeMap::new();
+        let (mut from, mut revision, mut limit) = (prefix.clone(), 0, PAGE_RECORDS);
+        loop {
+            let options = GetOptions::new().with_range(end.clone()).with_limit(limit).with_revision(revision);
+            let call =
+                async |client: Client| client.kv_client().get(from.clone(), Some(options.clone())).await;
+            let mut page = match self.insist("read from", Some(PATIENCE), call).await {
+                Err(StoreError::Etcd { source, .. }) if too_large(&source) && limit > 1 => {
+                    limit /= 2;
+                    continue;
+                }
+                page => page?,
+            };
+            revision = page
+                .header()
+                .map_or(revision, |header| if revision == 0 { header.revision() } else { revision });
+            let more = page.more();
+            for record in page.take_kvs() {
+                let Ok(key) = std::str::from_utf8(record.key()) else { continue };
+                let name = key.strip_prefix(&prefix).unwrap_or(key);
+                entries.insert(name.to_owned(), unseal(name, record.value()));
+                from = format!("{key}\0");
+            }
+            if !more {
+                break;
+            }
+        }
+        for op in self.journal(revision).await? {
+            match op {
+                Op::Put { key, value } => drop(entries.insert(key.clone(), unseal(&key, &value))),
+                Op::Delete { key } => drop(entries.remove(&key)),
+            }
+        }
+        Ok(entries)
+    }
+
+    /// A transaction that was written down whole and may not be carried out yet, as of a revision (0: now).
+    async fn journal(&self, revision: i64) -> Result<Vec<Op>, StoreError> {
+        let at = || GetOptions::new().with_revision(revision);
+        let Some(end) = self.get("journal/end", at(), Some(PATIENCE)).await? else { return Ok(Vec::new()) };
+        let count: usize = end.value_str().ok().and_then(|count| count.parse().ok()).unwrap_or_default();
+        let mut bytes = Vec::new();
+        for n in 0..count {
+            let part = self.get(&format!("journal/{n:06}"), at(), Some(PATIENCE)).await?;
+            bytes.extend_from_slice(part.as_ref().map(KeyValue::value).unwrap_or_default());
+        }
+        journal::decode(&bytes).ok_or_else(|| self.damaged("its journal is unreadable"))
+    }
+}
+
+fn too_large(error: &Error) -> bool {
+    matches!(error, Error::GRpcStatus(status) if status.code() as i32 == OUT_OF_RANGE)
+}
+
+fn failure(action: &'static str, members: &str, source: Error) -> StoreError {
+    StoreError::Etcd { action, members: members.to_owned(), source: Arc::new(source) }
+}

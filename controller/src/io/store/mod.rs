@@ -1,0 +1,289 @@
+//! The controller's records behind one interface: everything is listed once, at the start; every later change is a
+//! transaction of the one that leads. What the keys and values mean is the core's.
+//!
+//! `sqlite` keeps them in a file beside the controller, `etcd` where several controllers reach them.
+
+mod etcd;
+mod journal;
+mod seal;
+mod sqlite;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use berth_protocol::ids::{ClusterName, StoreId, Term};
+use berth_protocol::units::BootMs;
+use serde::{Deserialize, Serialize};
+
+pub use self::etcd::Etcd;
+pub use self::sqlite::{Sqlite, lock, replace, write};
+
+use super::random;
+
+/// Where the records are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum StoreChoice {
+    /// In the data directory.
+    #[default]
+    Embedded,
+    /// `HOST:PORT` of members of one etcd cluster.
+    Etcd(Vec<String>),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no store: write `embedded`, or etcd://HOST:PORT, several members with commas between them")]
+pub struct StoreChoiceError(String);
+
+impl StoreChoice {
+    /// Of `embedded` or `etcd://HOST:PORT[,HOST:PORT…]`.
+    pub fn parse(text: &str) -> Result<Self, StoreChoiceError> {
+        if text == "embedded" {
+            return Ok(Self::Embedded);
+        }
+        let bad = || StoreChoiceError(text.to_owned());
+        let members: Vec<String> =
+            text.strip_prefix("etcd://").ok_or_else(bad)?.split(',').map(str::to_owned).collect();
+        let is_member = |member: &String| {
+            member.rsplit_once(':').is_some_and(|(host, port)| {
+                !host.is_empty()
+                    && !host.contains(['/', '@'])
+                    && port.parse::<u16>().is_ok_and(|port| port > 0)
+            })
+        };
+        if members.iter().all(is_member) { Ok(Self::Etcd(members)) } else { Err(bad()) }
+    }
+}
+
+impl std::fmt::Display for StoreChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Embedded => f.write_str("embedded"),
+            Self::Etcd(members) => write!(f, "etcd://{}", members.join(",")),
+        }
+    }
+}
+
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StoreError {
+    #[error("cannot use the data directory {dir}")]
+    Directory { dir: PathBuf, source: Arc<std::io::Error> },
+    #[error(
+        "the data directory {dir} is in use by another berth-controller: stop that one, or choose another --data-dir"
+    )]
+    Locked { dir: PathBuf },
+    #[error("cannot {action} the store {path}")]
+    Sqlite { action: &'static str, path: PathBuf, source: Arc<rusqlite::Error> },
+    #[error(
+        "the store {place} is damaged ({finding}): `berth-controller fsck --repair` keeps what can be read, `berth-controller restore` puts a backup in its place"
+    )]
+    Damaged { place: String, finding: String },
+    #[error(
+        "the store {path} has layout {found}, this version reads up to {known}: run the version that wrote it"
+    )]
+    Layout { path: PathBuf, found: i64, known: i64 },
+    #[error(
+        "the store {place} was moved to {to}: start the controller there, or move the records back with migrate-store"
+    )]
+    Moved { place: String, to: String },
+    #[error("cannot {action} etcd at {members}")]
+    Etcd { action: &'static str, members: String, source: Arc<etcd_client::Error> },
+    #[error("the store {place} is in use: records are not put in the place of others")]
+    Used { place: String },
+    #[error("this controller's term {0} is over: another controller leads")]
+    Deposed(Term),
+    #[error("{0} transactions wait for the store already")]
+    Busy(usize),
+    #[error("the store's writer has ended")]
+    Closed,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Op {
+    Put { key: String, value: Vec<u8> },
+    Delete { key: String },
+}
+
+/// Keys, ascending, and their values; none: what is there is not what was written.
+pub type Entries = Vec<(String, Option<Vec<u8>>)>;
+
+/// What a store has been given at its creation and keeps, beside its records.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    pub id: StoreId,
+    /// Signs the depot's tokens.
+    pub secret: [u8; 32],
+}
+
+impl Identity {
+    fn new() -> Result<Self, StoreError> {
+        let no_random =
+            |source| StoreError::Directory { dir: "/dev/urandom".into(), source: Arc::new(source) };
+        let id = random::hex::<8>().map_err(no_random)?;
+        let id = StoreId::parse(&id).map_err(|error| StoreError::Damaged {
+            place: "being made".to_owned(),
+            finding: error.to_string(),
+        })?;
+        Ok(Self { id, secret: random::bytes().map_err(no_random)? })
+    }
+}
+
+/// All that a store holds, as of one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Contents {
+    pub identity: Identity,
+    pub term: Term,
+    pub entries: Entries,
+}
+
+/// What the store holds, whether or not a controller leads meanwhile.
+pub async fn read(choice: &StoreChoice, dir: &Path, cluster: &ClusterName) -> Result<Contents, StoreError> {
+    match choice {
+        StoreChoice::Embedded => sqlite::read(&sqlite::file(dir)),
+        StoreChoice::Etcd(members) => Etcd::open(members, cluster).await?.contents().await,
+    }
+}
+
+/// What a store's file holds, in use or not: that of a backup as well.
+pub fn read_file(file: &Path) -> Result<Contents, StoreError> {
+    sqlite::read(file)
+}
+
+/// What can be read of a damaged embedded store. The caller has the directory's lock, or only looks.
+pub fn salvage(dir: &Path) -> Result<Contents, StoreError> {
+    sqlite::salvage(&sqlite::file(dir))
+}
+
+/// Findings about the structure of an embedded store's file.
+pub fn structure(dir: &Path) -> Result<Vec<String>, StoreError> {
+    sqlite::structure(&sqlite::file(dir))
+}
+
+/// Puts `contents` in the place of the store that is there, and of no store that has a history of its own. The caller
+/// has the data directory's lock.
+pub async fn fill(
+    choice: &StoreChoice,
+    dir: &Path,
+    cluster: &ClusterName,
+    contents: &Contents,
+) -> Result<(), StoreError> {
+    match choice {
+        StoreChoice::Embedded => sqlite::fill(dir, contents),
+        StoreChoice::Etcd(members) => etcd::fill(members, cluster, contents).await,
+    }
+}
+
+/// May `contents` take a store's place? It never had a leader, its records were moved elsewhere, or they are the same
+/// store's and no newer.
+fn may_replace(identity: &Identity, term: Term, moved: bool, contents: &Contents) -> bool {
+    term == Term(0) || moved || *identity == contents.identity && term <= contents.term
+}
+
+/// An open store.
+pub enum Store {
+    Embedded(Sqlite),
+    /// With the data directory's lock.
+    Etcd(Box<Etcd>, File),
+}
+
+impl Store {
+    /// `dir` is the data directory, made where missing and locked against a second controller on it.
+    pub async fn open(choice: &StoreChoice, dir: &Path, cluster: &ClusterName) -> Result<Self, StoreError> {
+        Ok(match choice {
+            StoreChoice::Embedded => Self::Embedded(Sqlite::open(dir)?),
+            StoreChoice::Etcd(members) => {
+                let lock = sqlite::lock(dir)?;
+                Self::Etcd(Box::new(Etcd::open(members, cluster).await?), lock)
+            }
+        })
+    }
+
+    pub fn identity(&self) -> &Identity {
+        match self {
+            Self::Embedded(store) => store.identity(),
+            Self::Etcd(store, _) => store.identity(),
+        }
+    }
+
+    /// All records.
+    pub async fn list(&self) -> Result<Entries, StoreError> {
+        match self {
+            Self::Embedded(store) => store.list().await,
+            Self::Etcd(store, _) => store.list().await,
+        }
+    }
+
+    /// Applies all `ops`, each on another key, or none where `term` is over (`Deposed`); durable when it returns.
+    pub async fn txn(&self, term: Term, ops: Vec<Op>) -> Result<(), StoreError> {
+        match self {
+            Self::Embedded(store) => store.txn(term, ops).await,
+            Self::Etcd(store, _) => store.txn(term, ops).await,
+        }
+    }
+
+    /// Takes the lead once nobody else has it: every transaction of an earlier leader fails from here on.
+    pub async fn campaign(&mut self) -> Result<Term, StoreError> {
+        match self {
+            Self::Embedded(store) => store.campaign().await,
+            Self::Etcd(store, _) => store.campaign().await,
+        }
+    }
+
+    /// Until when, on CLOCK_BOOTTIME, no other controller can have taken the lead. It grows as long as the lead lasts.
+    pub fn leads_until(&self) -> BootMs {
+        match self {
+            // The lock on its directory keeps others out.
+            Self::Embedded(_) => BootMs(u64::MAX),
+            Self::Etcd(store, _) => store.leads_until(),
+        }
+    }
+
+    /// Ends once the lead is another's to take.
+    pub async fn deposed(&self) -> StoreError {
+        match self {
+            Self::Embedded(_) => std::future::pending().await,
+            Self::Etcd(store, _) => store.deposed().await,
+        }
+    }
+
+    /// Gives the lead up, so that another need not wait for it to run out.
+    pub async fn resign(&self) {
+        if let Self::Etcd(store, _) = self {
+            store.resign().await;
+        }
+    }
+
+    /// From here on it refuses to be opened, and says where its records went. The caller leads.
+    pub async fn retire(&self, term: Term, to: &str) -> Result<(), StoreError> {
+        match self {
+            Self::Embedded(store) => store.retire(term, to).await,
+            Self::Etcd(store, _) => store.retire(term, to).await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn choices() {
+        assert_eq!(StoreChoice::parse("embedded"), Ok(StoreChoice::Embedded));
+        let three = "etcd://10.0.0.1:2379,b:2379,[::1]:2379";
+        let parsed = StoreChoice::parse(three).unwrap();
+        assert_eq!(parsed.to_string(), three);
+        assert!(matches!(parsed, StoreChoice::Etcd(members) if members.len() == 3));
+        for bad in [
+            "",
+            "etcd://",
+            "etcd://a",
+            "etcd://a:0",
+            "etcd://a:1,",
+            "etcd://a:1/x",
+            "http://a:1",
+            "etcd://u@a:1",
+        ] {
+            assert!(StoreChoice::parse(bad).is_err(), "{bad}");
+        }
+    }
+}
