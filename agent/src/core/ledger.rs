@@ -59,6 +59,10 @@ pub enum Record {
         number: u64,
         nonce: SessionNonce,
     },
+    /// The controller has answered this session: the next names it as the one before.
+    Known {
+        nonce: SessionNonce,
+    },
     /// A desired set was accepted; its pods are as the following records say.
     Orders {
         store: StoreId,
@@ -201,6 +205,8 @@ pub struct Ledger {
     pub id: Option<LedgerId>,
     pub session: u64,
     pub nonce: Option<SessionNonce>,
+    /// The last session that the controller has answered.
+    pub known: Option<SessionNonce>,
     pub store: Option<StoreId>,
     pub term: Term,
     pub generation: Generation,
@@ -219,6 +225,7 @@ impl Ledger {
                 self.session = *number;
                 self.nonce = Some(nonce.clone());
             }
+            Record::Known { nonce } => self.known = Some(nonce.clone()),
             Record::Orders { store, term, generation } => {
                 self.store = Some(store.clone());
                 self.term = *term;
@@ -254,6 +261,7 @@ impl Ledger {
         let mut records = Vec::with_capacity(self.pods.len() + self.specs.len() + self.outbox.len() + 4);
         records.extend(self.id.clone().map(|ledger| Record::Created { ledger }));
         records.extend(self.nonce.clone().map(|nonce| Record::Session { number: self.session, nonce }));
+        records.extend(self.known.clone().map(|nonce| Record::Known { nonce }));
         records.extend(self.store.clone().map(|store| Record::Orders {
             store,
             term: self.term,

@@ -37,6 +37,8 @@ pub enum Note {
         pods: usize,
     },
     NodeStays(NodeId),
+    /// Two machines say that they are it.
+    NodeCloned(NodeId),
     /// A pod moves without what was to be there before it.
     StagingFailed {
         namespace: Namespace,
@@ -57,6 +59,7 @@ impl Note {
                 | Self::InventoryCut { .. }
                 | Self::NodeLeaves { .. }
                 | Self::StagingFailed { .. }
+                | Self::NodeCloned(_)
         )
     }
 }
@@ -89,6 +92,11 @@ impl fmt::Display for Note {
                  without"
             ),
             Self::NodeStays(node) => write!(f, "node {node} stays after all, and takes pods again"),
+            Self::NodeCloned(node) => write!(
+                f,
+                "two machines say that they are node {node}, as where a disk was copied: neither gets a lease until one of \
+                 them has been silent for a minute; switch off the copy, or remove its data directory"
+            ),
             Self::Sighted => write!(f, "nodes are heard again; each has the whole time anew"),
         }
     }
