@@ -64,6 +64,10 @@ pub enum Record {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         hardware: Option<HardwareId>,
     },
+    /// The controller has answered this session: the next names it as the one before.
+    Known {
+        nonce: SessionNonce,
+    },
     /// A desired set was accepted; its pods are as the following records say.
     Orders {
         store: StoreId,
@@ -248,6 +252,8 @@ pub struct Ledger {
     pub session: u64,
     pub nonce: Option<SessionNonce>,
     pub hardware: Option<HardwareId>,
+    /// The last session that the controller has answered.
+    pub known: Option<SessionNonce>,
     pub store: Option<StoreId>,
     pub term: Term,
     pub generation: Generation,
@@ -267,6 +273,7 @@ impl Ledger {
                 self.nonce = Some(nonce.clone());
                 self.hardware.clone_from(hardware);
             }
+            Record::Known { nonce } => self.known = Some(nonce.clone()),
             Record::Orders { store, term, generation } => {
                 self.store = Some(store.clone());
                 self.term = *term;
@@ -308,6 +315,7 @@ impl Ledger {
             nonce,
             hardware: self.hardware.clone(),
         }));
+        records.extend(self.known.clone().map(|nonce| Record::Known { nonce }));
         records.extend(self.store.clone().map(|store| Record::Orders {
             store,
             term: self.term,

@@ -104,6 +104,7 @@ impl Bench {
             ledger: LedgerId::parse("l").unwrap(),
             damaged: false,
             chunks: None,
+            found: Vec::new(),
         };
         let now = Now { wall, boot: BootMs(1_000_000) };
         let (agent, step) = Agent::start(disk.clone(), identity, inventory(), now);

@@ -2,6 +2,7 @@
 //! draws no randomness: `io` hands it events and carries out what it answers.
 
 mod admit;
+mod blindness;
 mod checkpoints;
 mod cluster;
 mod drain;

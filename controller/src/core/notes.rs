@@ -42,6 +42,8 @@ pub enum Note {
         node: NodeId,
         why: String,
     },
+    /// Two machines say that they are it.
+    NodeCloned(NodeId),
     /// A pod moves without what was to be there before it.
     StagingFailed {
         namespace: Namespace,
@@ -63,6 +65,7 @@ impl Note {
                 | Self::NodeLeaves { .. }
                 | Self::OtherVersion { .. }
                 | Self::StagingFailed { .. }
+                | Self::NodeCloned(_)
         )
     }
 }
@@ -96,6 +99,11 @@ impl fmt::Display for Note {
             ),
             Self::OtherVersion { node, why } => write!(f, "node {node} is refused: {why}"),
             Self::NodeStays(node) => write!(f, "node {node} stays after all, and takes pods again"),
+            Self::NodeCloned(node) => write!(
+                f,
+                "two machines say that they are node {node}, as where a disk was copied: neither gets a lease until one of \
+                 them has been silent for a minute; switch off the copy, or remove its data directory"
+            ),
             Self::Sighted => write!(f, "nodes are heard again; each has the whole time anew"),
         }
     }
