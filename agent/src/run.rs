@@ -33,7 +33,7 @@ use crate::io::shims::Shims;
 use crate::io::{checkpoint, clock, departure, notify};
 use crate::shim;
 use crate::shim::cgroup::{Cgroup, CgroupError};
-use crate::task::{Order, Report, Task};
+use crate::task::{Order, Report, Task, file};
 
 /// Events taken together before the disk is synced for all of them.
 const BATCH: usize = 64;
@@ -123,6 +123,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         ),
         None => None,
     };
+    let found = found_alive(&config);
     let identity = Identity {
         hardware: clock::hardware_id()?,
         boot: clock::boot_id()?,
@@ -130,6 +131,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         ledger: LedgerId::parse(&random()?)?,
         damaged: damaged > 0,
         chunks,
+        found,
     };
     let (events, mut inbox) = mpsc::unbounded_channel();
     let (bus_events, mut bus_inbox) = mpsc::channel(BUS_QUEUE);
@@ -293,6 +295,37 @@ fn probe_config(config: &Config, bridge: bool) -> ProbeConfig {
     }
 }
 
+/// Named for the data directory too: two clusters may have a node of one name on one machine.
+fn cgroup_parent(config: &Config) -> PathBuf {
+    let dir = config.data_dir.as_os_str().as_encoded_bytes();
+    let owner = &berth_protocol::ids::Digest::of(dir).hex()[..8];
+    Path::new("berth").join(format!("{}.{owner}", config.node))
+}
+
+/// Pods that are alive under their shims, whatever the ledger says. One of which nothing is left but its processes is
+/// nobody's, and is ended: it could neither be fenced nor told from the outside.
+fn found_alive(config: &Config) -> Vec<HeldPod> {
+    let parent = cgroup_parent(config);
+    let mut found = Vec::new();
+    for (pod, epoch) in shim::scan(&parent).unwrap_or_default() {
+        let key = PodKey::new(&pod, epoch);
+        let task = std::fs::read(config.data_dir.join("pods").join(key.to_string()).join(file::TASK));
+        match task.ok().and_then(|bytes| serde_json::from_slice::<Task>(&bytes).ok()) {
+            Some(task) => found.push(HeldPod { pod, epoch, run: task.run, alive: true }),
+            None => {
+                tracing::warn!("pod {key} is alive, and its directory is gone: ending it");
+                let group = Cgroup::new(&parent.join(shim::cgroup::pod_name(&pod, epoch)));
+                if let Err(error) =
+                    group.and_then(|group| group.kill(Duration::from_millis(shim::KILL_MS_MAX)))
+                {
+                    tracing::error!("pod {key} cannot be ended: {error}");
+                }
+            }
+        }
+    }
+    found
+}
+
 impl Agency {
     /// Decides about a batch of events and does what was decided, the records of all of it durable first.
     async fn handle(&mut self, batch: Vec<Input>) -> Result<(), RunError> {
@@ -426,11 +459,8 @@ impl Agency {
         Ok(found.into_iter().map(held).collect())
     }
 
-    /// Named for the data directory too: two clusters may have a node of one name on one machine.
     fn cgroup_parent(&self) -> PathBuf {
-        let dir = self.config.data_dir.as_os_str().as_encoded_bytes();
-        let owner = &berth_protocol::ids::Digest::of(dir).hex()[..8];
-        Path::new("berth").join(format!("{}.{owner}", self.config.node))
+        cgroup_parent(&self.config)
     }
 
     fn launch(&mut self, launch: Launch) {

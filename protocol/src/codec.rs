@@ -2,6 +2,9 @@
 //!
 //! What users exchange with the controller is plain JSON. What the controller and agents exchange travels in an
 //! envelope, `{"v":1,"body":…}`, whose further fields are the place of a signature over the body's bytes.
+//!
+//! Within a version fields are added, never changed or taken away: what is not known is passed over, what is not there
+//! has a default, and an event that is not known changes nothing. `tests/recorded` has each version's messages.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -19,7 +22,9 @@ pub enum CodecError {
     TooLarge { bytes: usize, max: usize },
     #[error("the message is not the JSON expected: {0}")]
     Malformed(serde_json::Error),
-    #[error("the envelope is of version {0}, this program reads version {ENVELOPE_VERSION}")]
+    #[error(
+        "the message is of version {0} of the protocol between controller and agents, this program speaks version {ENVELOPE_VERSION}: upgrade the older of the two"
+    )]
     Version(u32),
     #[error("the message cannot be written as JSON: {0}")]
     Unwritable(serde_json::Error),

@@ -11,9 +11,6 @@ pub enum Rule {
     /// A grant names (pod, epoch). Else: a node that was lost comes back, hears a lease before its orders, and thaws a pod that
     /// runs elsewhere by now.
     GrantsNameEpochs,
-    /// A grant answers a heartbeat of this session. Else: a late one for the last session's fifth lengthens the lease of this
-    /// one's.
-    GrantsNameSessions,
     /// It counts from when that heartbeat was made. Else: one that waited on its way thaws a pod that runs elsewhere by now.
     GrantsCountFromSend,
     /// A run begins with a grant. Else: orders that waited on their way begin an old epoch late.
@@ -58,14 +55,13 @@ pub enum Rule {
     EventsOnce,
     /// A command is obeyed once, by its id. Else: one that is sent again, or comes twice, begins the job anew twice.
     CommandsOnce,
-    /// A file is taken once, by its id. Else: v1 that was sent twice comes again behind v2, and the job goes back.
-    SubmitsOnce,
+    /// A ledger's events are counted by its name. Else: a new one's are taken for old ones, and nobody hears them.
+    EventsNameLedgers,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 25] = [
+    pub const ALL: [Rule; 24] = [
         Rule::GrantsNameEpochs,
-        Rule::GrantsNameSessions,
         Rule::GrantsCountFromSend,
         Rule::StartNeedsGrant,
         Rule::OrdersNeverGoBack,
@@ -88,7 +84,7 @@ impl Rule {
         Rule::ResultsNameEpochs,
         Rule::EventsOnce,
         Rule::CommandsOnce,
-        Rule::SubmitsOnce,
+        Rule::EventsNameLedgers,
     ];
 
     /// By its name as `Debug` writes it.

@@ -4,7 +4,7 @@ mod perform;
 mod shim;
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use berth_agent::core::ledger::{Ledger, PodKey, Record};
@@ -193,6 +193,7 @@ impl Node {
             ledger: LedgerId::parse(&name("l", self.ledgers)).expect("a token"),
             damaged: false,
             chunks: None,
+            found: self.scan(),
         };
         self.sync();
         let (agent, step) = Agent::start(self.ledger.clone(), identity, self.inventory(), now);
@@ -200,6 +201,23 @@ impl Node {
         let mut out = self.perform(now, step);
         out.extend(self.step(now, Event::BusUp));
         out
+    }
+
+    /// Its ledger is lost, and with it all that it knew; its pods are still there.
+    pub fn lose_ledger(&mut self) {
+        self.crash();
+        self.unsynced.clear();
+        self.ledger = Ledger::default();
+        self.ledgers += 1;
+    }
+
+    /// A machine that was made from a copy of this one's disk.
+    pub fn copy(&self, name: &str) -> Self {
+        let mut copy = Self::new(self.id.clone(), self.cpu, self.depot.clone());
+        copy.machine = format!("{}-{name}", self.id);
+        (copy.ledger, copy.saved, copy.exits) = (self.ledger.clone(), self.saved.clone(), self.exits.clone());
+        (copy.sessions, copy.ledgers) = (self.sessions, self.ledgers);
+        copy
     }
 
     /// `kill -9` of the agent.
@@ -429,11 +447,6 @@ impl Node {
             alive: true,
         };
         self.shims.iter().map(held).collect()
-    }
-
-    /// Runs begun of each pod here, by what the ledger says.
-    pub fn held(&self) -> BTreeSet<PodKey> {
-        self.ledger.pods.keys().cloned().collect()
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use berth_tests::fuzz::{TARGETS, mutate};
 
-/// For each target, until it has had so many or so long.
+/// For each target, until it has had so many or so long; with `BERTH_FUZZ_SECONDS`, so long.
 const TRIES: usize = 20_000;
 const LONG: Duration = Duration::from_secs(4);
 
@@ -18,17 +18,27 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
     paths.iter().map(|path| std::fs::read(path).expect("a seed")).collect()
 }
 
-/// `BERTH_FUZZ_SEED` draws others; the input that fails is written where the message says.
+fn variable(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// `BERTH_FUZZ_SEED` draws others, `BERTH_FUZZ_TARGET` names one target; the input that fails is written where the message
+/// says.
 #[test]
 fn what_comes_from_outside_breaks_nothing() {
-    let drawn = std::env::var("BERTH_FUZZ_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
-    for (name, target) in TARGETS {
+    let drawn = variable("BERTH_FUZZ_SEED").unwrap_or(1);
+    let (tries, long) = match variable("BERTH_FUZZ_SECONDS") {
+        Some(seconds) => (usize::MAX, Duration::from_secs(seconds)),
+        None => (TRIES, LONG),
+    };
+    let only = std::env::var("BERTH_FUZZ_TARGET").ok();
+    for (name, target) in TARGETS.iter().filter(|(name, _)| only.as_ref().is_none_or(|only| only == name)) {
         let seeds = seeds(name);
         let mut rng = fastrand::Rng::with_seed(drawn);
         let begun = Instant::now();
         let drawn = std::iter::repeat_with(|| mutate(&mut rng, &seeds))
-            .take(TRIES)
-            .take_while(|_| begun.elapsed() < LONG);
+            .take(tries)
+            .take_while(|_| begun.elapsed() < long);
         let mut tried = 0;
         for input in seeds.iter().cloned().chain(drawn) {
             tried += 1;

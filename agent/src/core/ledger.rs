@@ -64,6 +64,10 @@ pub enum Record {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         hardware: Option<HardwareId>,
     },
+    /// The controller has answered this session: the next names it as the one before.
+    Known {
+        nonce: SessionNonce,
+    },
     /// A desired set was accepted; its pods are as the following records say.
     Orders {
         store: StoreId,
@@ -248,6 +252,8 @@ pub struct Ledger {
     pub session: u64,
     pub nonce: Option<SessionNonce>,
     pub hardware: Option<HardwareId>,
+    /// The last session that the controller has answered.
+    pub known: Option<SessionNonce>,
     pub store: Option<StoreId>,
     pub term: Term,
     pub generation: Generation,
@@ -267,6 +273,7 @@ impl Ledger {
                 self.nonce = Some(nonce.clone());
                 self.hardware.clone_from(hardware);
             }
+            Record::Known { nonce } => self.known = Some(nonce.clone()),
             Record::Orders { store, term, generation } => {
                 self.store = Some(store.clone());
                 self.term = *term;
@@ -284,6 +291,8 @@ impl Ledger {
             Record::PodDropped { key } => {
                 self.pods.remove(key);
             }
+            // A number that goes back is of a record that a damaged disk has brought back.
+            Record::Event { event } if event.n <= self.last_event => {}
             Record::Event { event } => {
                 self.last_event = event.n;
                 self.outbox.push_back((**event).clone());
@@ -306,6 +315,7 @@ impl Ledger {
             nonce,
             hardware: self.hardware.clone(),
         }));
+        records.extend(self.known.clone().map(|nonce| Record::Known { nonce }));
         records.extend(self.store.clone().map(|store| Record::Orders {
             store,
             term: self.term,
@@ -337,12 +347,12 @@ impl Ledger {
         let (waiting, last) = (self.outbox.front().map_or(u64::MAX, |event| event.n), self.last_event);
         let mut records = vec![Record::Created { ledger: id }, Record::Acked { n: last }];
         records.extend(
-            (last + 1..)
+            (last.saturating_add(1)..)
                 .zip(&self.outbox)
                 .map(|(n, event)| Record::Event { event: Box::new(NumberedEvent { n, ..event.clone() }) }),
         );
         // What waits for an event to be told waits for all of them now.
-        let last = last + self.outbox.len() as u64;
+        let last = last.saturating_add(self.outbox.len() as u64);
         for (key, entry) in &self.pods {
             let mut entry = entry.clone();
             let told = entry.ended.as_mut().map(|ended| &mut ended.event);

@@ -29,7 +29,6 @@ use berth_protocol::message::node::{
 };
 use berth_protocol::pod::Goal;
 use berth_protocol::resources::{GpuShare, Inventory, Usage};
-use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::{BootMs, Bytes, Millis, Timestamp};
 
 use crate::task::{Exit, Order, Report, Root, Saved};
@@ -250,6 +249,8 @@ pub struct Identity {
     pub damaged: bool,
     /// Where other nodes are given chunks.
     pub chunks: Option<ChunkServer>,
+    /// Pods that a scan of the machine finds alive under their shims.
+    pub found: Vec<HeldPod>,
 }
 
 /// Unacknowledged events are sent again after this long.
@@ -267,6 +268,8 @@ pub struct Agent {
     inventory: Inventory,
     grants: Grants,
     live: BTreeMap<PodKey, Live>,
+    /// Pods that were alive here at the start and that this ledger knows nothing of: an earlier one is lost.
+    strangers: BTreeMap<PodKey, Run>,
     staging: Staging,
     bus_up: bool,
     next_heartbeat: BootMs,
@@ -290,7 +293,8 @@ impl Agent {
     /// Begins a session on the ledger found on disk. The step holds its first records and the search for shims.
     pub fn start(ledger: Ledger, identity: Identity, inventory: Inventory, now: Now) -> (Self, Step) {
         let mut agent = Self {
-            previous: ledger.nonce.clone(),
+            // Of a ledger written before it said so: the last one there was.
+            previous: ledger.known.clone().or_else(|| ledger.nonce.clone()),
             hardware: identity.hardware,
             boot: identity.boot,
             nonce: identity.nonce.clone(),
@@ -298,6 +302,7 @@ impl Agent {
             inventory,
             grants: Grants::default(),
             live: BTreeMap::new(),
+            strangers: BTreeMap::new(),
             staging: Staging::default(),
             bus_up: false,
             next_heartbeat: now.boot,
@@ -318,6 +323,12 @@ impl Agent {
         if identity.damaged {
             for record in agent.ledger.mended(identity.ledger) {
                 agent.record(record);
+            }
+        }
+        for pod in identity.found {
+            let key = PodKey::new(&pod.pod, pod.epoch);
+            if !agent.ledger.pods.contains_key(&key) {
+                agent.strangers.insert(key, pod.run);
             }
         }
         let number = agent.ledger.session + 1;
@@ -413,7 +424,7 @@ impl Agent {
     }
 
     fn event(&mut self, now: Now, event: NodeEvent) -> u64 {
-        let n = self.ledger.last_event + 1;
+        let n = self.ledger.last_event.saturating_add(1);
         self.record(Record::Event { event: Box::new(NumberedEvent { n, at: now.wall, event }) });
         n
     }
@@ -547,8 +558,7 @@ impl Agent {
     }
 
     fn lease(&mut self, now: Now, lease: Lease) {
-        let other = lease.nonce != self.nonce && kept(Rule::GrantsNameSessions);
-        if other || self.is_foreign(&lease.store) {
+        if lease.nonce != self.nonce || self.is_foreign(&lease.store) {
             return;
         }
         if lease.hello {
@@ -561,10 +571,14 @@ impl Agent {
         }
         let Some(grown) = self.grants.receive(now.boot, &self.nonce, &lease) else { return };
         self.settle_in();
+        if !lease.hello && self.ledger.known.as_ref() != Some(&self.nonce) {
+            self.record(Record::Known { nonce: self.nonce.clone() });
+        }
         let acks = self.ledger.id.as_ref() == Some(&lease.ledger)
             && self.ledger.outbox.front().is_some_and(|event| event.n <= lease.acked);
         if acks {
-            self.record(Record::Acked { n: lease.acked });
+            // Never more than there were: the next event is numbered from here.
+            self.record(Record::Acked { n: lease.acked.min(self.ledger.last_event) });
             self.resend_at = self.resend_at.filter(|_| !self.ledger.outbox.is_empty());
             if self.inventory_untold {
                 self.tell_inventory(now);
@@ -638,6 +652,7 @@ impl Agent {
             let (got, max) = (desired.pods.len(), limits::PODS_PER_NODE_MAX);
             return self.warn(format!("refused orders that name {got} pods: at most {max} are allowed"));
         }
+        self.take_in_strangers(now, &desired.pods);
         let named: BTreeSet<PodKey> =
             desired.pods.iter().map(|pod| PodKey::new(&pod.pod, pod.epoch)).collect();
         for pod in desired.pods {
@@ -668,6 +683,20 @@ impl Agent {
         self.out.actions.extend(let_go);
         self.next_stage();
         self.heartbeat(now);
+    }
+
+    /// Orders that name a pod which is alive here, unknown to the ledger, put it there: its shim is looked for, as after any
+    /// restart. Whatever they say, nothing of it is begun before.
+    fn take_in_strangers(&mut self, now: Now, pods: &[DesiredPod]) {
+        for pod in pods {
+            let here = self.strangers.extract_if(.., |key, _| key.pod == pod.pod);
+            for (key, run) in here.collect::<Vec<_>>() {
+                let desired = DesiredPod { epoch: key.epoch, ..pod.clone() };
+                let entry = ledger::PodEntry { run, ..ledger::PodEntry::new(desired) };
+                self.record(Record::Pod { key: key.clone(), entry: Box::new(entry) });
+                self.adopt(now, &key);
+            }
+        }
     }
 
     /// Takes one line of the orders into the ledger.

@@ -64,6 +64,15 @@ enum Shim {
 }
 
 impl Live {
+    /// It is to be ended by force; false: it is being, or there is nothing.
+    fn dies(&mut self) -> bool {
+        let alive = !matches!(self.shim, Shim::None | Shim::Dying | Shim::Unknown);
+        if alive {
+            self.shim = Shim::Dying;
+        }
+        alive
+    }
+
     /// Its run is over, and the next one due then.
     pub(super) fn rest_until(&mut self, at: BootMs, begin: Begin) {
         self.shim = Shim::None;
@@ -208,6 +217,12 @@ impl Agent {
             if matches!(wanted, Wanted::Stop { .. }) && entry.run == Run::default() {
                 self.live.entry(key.clone()).or_default();
                 self.stopped_before_start(now, key);
+            } else if matches!(wanted, Wanted::Stop { .. }) {
+                // Nor does it come for one that is only to go, of a ledger that was lost.
+                let run = entry.run;
+                if self.live.get_mut(key).is_some_and(Live::dies) {
+                    self.act(Action::Kill { key: key.clone(), run });
+                }
             }
             return;
         };

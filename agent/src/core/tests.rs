@@ -104,6 +104,7 @@ impl Bench {
             ledger: LedgerId::parse("l").unwrap(),
             damaged: false,
             chunks: None,
+            found: Vec::new(),
         };
         let now = Now { wall, boot: BootMs(1_000_000) };
         let (agent, step) = Agent::start(disk.clone(), identity, inventory(), now);
@@ -633,7 +634,7 @@ fn inventories_of_an_outage_are_told_as_one() {
     let told = |bench: &Bench| -> Vec<u64> {
         let inventory = |event: &NumberedEvent| match &event.event {
             NodeEvent::Inventory(inventory) => Some(inventory.memory.0),
-            NodeEvent::Pod(_) => None,
+            NodeEvent::Pod(_) | NodeEvent::Unknown => None,
         };
         bench.disk.outbox.iter().filter_map(inventory).collect()
     };
@@ -651,7 +652,7 @@ fn images_are_told_when_they_come_and_go_and_a_probe_leaves_them_alone() {
     let told = |bench: &Bench| {
         let inventory = |event: &NumberedEvent| match &event.event {
             NodeEvent::Inventory(inventory) => Some((inventory.memory.0, inventory.images.iter().count())),
-            NodeEvent::Pod(_) => None,
+            NodeEvent::Pod(_) | NodeEvent::Unknown => None,
         };
         bench.disk.outbox.iter().filter_map(inventory).collect::<Vec<_>>()
     };

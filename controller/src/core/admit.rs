@@ -64,7 +64,7 @@ impl Controller {
         let job = known.as_ref().and_then(|uid| self.cluster.jobs.get(uid)).filter(|job| !job.run.expired);
         let (now_at, same) = job
             .map_or((Generation(0), false), |job| (job.file.generation, job.file.written == parsed.written));
-        let seen = |id: &&RequestId| self.cluster.requests.contains_key(*id) && kept(Rule::SubmitsOnce);
+        let seen = |id: &&RequestId| self.cluster.requests.contains_key(*id);
         let seen = parsed.id.as_ref().filter(seen);
         if same {
             let new = parsed.id.clone().filter(|_| seen.is_none());

@@ -352,6 +352,12 @@ pub(super) struct NodeRecord {
     pub hardware: HardwareId,
     pub boot: BootId,
     pub nonce: SessionNonce,
+    /// The one that this session named as the one before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous: Option<SessionNonce>,
+    /// The agent has heard the controller in this session: the next names this one, and no other.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub heard_us: bool,
     pub session: u64,
     pub inventory: Inventory,
     #[serde(default)]
@@ -374,6 +380,8 @@ impl NodeRecord {
             hardware: HardwareId::unknown(),
             boot: BootId::unknown(),
             nonce: SessionNonce::unknown(),
+            previous: None,
+            heard_us: false,
             session: 0,
             inventory: Inventory::unknown(),
             cordoned: false,
@@ -415,6 +423,8 @@ pub(super) struct Node {
     pub reported: (Term, Generation),
     /// When `desired` goes out again, and after how long the next time.
     pub resend: Option<(BootMs, Millis)>,
+    /// When another machine last said that it is this node.
+    pub clone_heard: Option<BootMs>,
     /// When a new `desired` went out last.
     pub desired_at: Option<BootMs>,
     /// When an acknowledgement of events is due.
@@ -444,6 +454,8 @@ pub(super) struct Session {
     pub seq: u64,
     /// When that heartbeat came: every grant that answers it has run out on the agent's side before a lease from here.
     pub beat_at: BootMs,
+    /// The first heartbeat that was answered with more than a question.
+    pub answered: Option<u64>,
     /// What that heartbeat held.
     pub held: Option<Digest>,
     /// The last grant that the agent said it received, and when it said so first.
@@ -455,6 +467,9 @@ pub(super) struct Session {
     /// Assigned here and not found by the scan: gone once the outbox is in up to the number.
     pub absent: BTreeMap<PodId, Epoch>,
     pub absent_after: u64,
+    /// And not before, where the session does not follow the one that held them: what it says of its machine may not be
+    /// true of theirs. None: never.
+    pub absent_at: Option<BootMs>,
     /// Where it gives other nodes what it keeps of checkpoints.
     pub chunks: Option<ChunkServer>,
     /// Why grants are withheld, where they are.

@@ -2,6 +2,7 @@
 //! draws no randomness: `io` hands it events and carries out what it answers.
 
 mod admit;
+mod blindness;
 mod checkpoints;
 mod cluster;
 mod drain;
@@ -182,6 +183,8 @@ pub struct Controller {
     bus_up: bool,
     /// Silence of many nodes at once is taken for the controller's own.
     blind: bool,
+    /// Nodes of which it was noted, since the last sweep, that they speak another version.
+    other_versions: BTreeSet<NodeId>,
     /// Where publishing everything anew has got to.
     republish: Option<JobUid>,
     /// Moves on their way, in the order of their plans.
@@ -210,6 +213,8 @@ struct Dirty {
     follow: Vec<(NodeId, PodId, Epoch)>,
 }
 
+/// Nodes of other versions that are named in the log.
+const OTHER_VERSIONS_MAX: usize = 256;
 /// Statuses sent again at once for a broker that came back, and the pause before the next.
 const REPUBLISH_JOBS: usize = 64;
 const REPUBLISH_PAUSE: Millis = Millis(50);
@@ -240,6 +245,7 @@ impl Controller {
             next_seq,
             bus_up: false,
             blind: false,
+            other_versions: BTreeSet::new(),
             republish: None,
             relocations: Vec::new(),
             set_aside,
@@ -366,6 +372,12 @@ impl Controller {
         };
         if let Err(error) = result {
             self.refuse(error.kind());
+            if let (CodecError::Version(_), Topic::Node { node, .. }) = (&error, topic)
+                && self.other_versions.len() < OTHER_VERSIONS_MAX
+                && self.other_versions.insert(node.clone())
+            {
+                self.note(Note::OtherVersion { node, why: error.to_string() });
+            }
         }
     }
 
@@ -447,6 +459,7 @@ impl Controller {
     fn sweep(&mut self, now: Now) {
         self.timers.arm(Timer::Sweep, now.boot.plus(SWEEP));
         self.let_imported_go(now);
+        self.other_versions.clear();
         self.effect(Effect::TidyDepot);
         while let Some((at, id)) = self.cluster.requests_by_age.first().cloned() {
             if now.wall.since(at).0 < REQUEST_ID_KEPT_MS {

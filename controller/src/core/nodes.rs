@@ -15,7 +15,7 @@ use berth_protocol::units::{BootMs, Millis, Timestamp};
 use super::cluster::{Liveness, Node, NodeRecord, Outbox, Output, Session};
 use super::lifecycle::Gone;
 use super::notes::Note;
-use super::session::{refusal, why_withheld};
+use super::session::{CLONED, cloned, follows, refusal, why_withheld};
 use super::timers::Timer;
 use super::{Controller, Now};
 
@@ -23,8 +23,6 @@ use super::{Controller, Now};
 const SILENT_AFTER: Millis = Millis(2 * HEARTBEAT_MS + 2_000);
 const LOST_AFTER: Millis = Millis(LOST_AFTER_MS);
 const MARGIN: Millis = Millis(LEASE_MARGIN_MS);
-/// Fewer silent nodes never count as the controller's own blindness.
-const BLIND_NODES_MIN: usize = 3;
 /// Acknowledgements of events wait this long for others to join them.
 const ACK_PAUSE: Millis = Millis(200);
 const STATE_PAUSE: Millis = Millis(30_000);
@@ -47,6 +45,7 @@ pub(super) fn forgotten_node(record: NodeRecord, now: Now) -> Node {
         generation: Generation(0),
         reported: (Term(0), Generation(0)),
         resend: None,
+        clone_heard: None,
         desired_at: None,
         ack: None,
         specs: BTreeSet::new(),
@@ -60,8 +59,11 @@ impl Controller {
     pub(super) fn hello(&mut self, now: Now, id: &NodeId, hello: Hello) {
         // Another store's node would obey none of our orders; its agent says so, and how to enrol it anew.
         let foreign = hello.store.as_ref().is_some_and(|store| *store != self.config.store);
-        let refused = self.cluster.nodes.get(id).and_then(|node| refusal(node, &hello));
+        let refused = self.cluster.nodes.get(id).and_then(|node| refusal(node, &hello, now));
         if let Some(why) = refused.or(foreign.then_some("other-store")) {
+            if why == CLONED {
+                self.heard_clone(now, id);
+            }
             return self.refuse(why);
         }
         let inventory = self.believed(id, hello.inventory.clone());
@@ -69,6 +71,8 @@ impl Controller {
             hardware: hello.hardware.clone(),
             boot: hello.boot.clone(),
             nonce: hello.nonce.clone(),
+            previous: hello.previous.clone(),
+            heard_us: false,
             session: hello.session,
             inventory,
             cordoned: false,
@@ -79,19 +83,28 @@ impl Controller {
         let known = self.cluster.nodes.contains_key(id);
         let node =
             self.cluster.nodes.entry(id.clone()).or_insert_with(|| forgotten_node(record.clone(), now));
-        let same_ledger = node.outbox.as_ref().is_some_and(|outbox| outbox.ledger == hello.ledger);
+        let same_ledger = node.outbox.as_ref().is_some_and(|outbox| outbox.ledger == hello.ledger)
+            || node.outbox.is_some() && !kept(Rule::EventsNameLedgers);
+        let follows = !same_ledger || follows(&node.record, &hello);
+        let heard_us = node.record.heard_us && node.record.nonce == hello.nonce;
+        let granted = node.granted;
         let stranger = known && !node.record.damaged && node.record.hardware != hello.hardware;
         if !node.record.inventory.is_but_for_images(&record.inventory) || !known {
             node.version += 1;
         }
         let drain = node.record.drain.take().filter(|_| !stranger);
-        node.record = NodeRecord { cordoned: node.record.cordoned && !stranger, drain, ..record };
+        let cordoned = node.record.cordoned && !stranger;
+        node.record = NodeRecord { cordoned, drain, heard_us, ..record };
+        if let Some(outbox) =
+            node.outbox.as_mut().filter(|outbox| same_ledger && outbox.acked < hello.events_acked)
+        {
+            // By a controller whose store had more than this one, a backup, has: those events are lost, and waiting for
+            // them would be waiting for ever.
+            outbox.acked = hello.events_acked;
+            self.dirty.outboxes.insert(id.clone());
+        }
         if !same_ledger {
             node.outbox = Some(Outbox { ledger: hello.ledger.clone(), acked: hello.events_acked });
-            self.dirty.outboxes.insert(id.clone());
-        } else if let Some(outbox) = node.outbox.as_mut().filter(|outbox| outbox.acked < hello.events_acked) {
-            // Told to a store that is this one's future: a backup was put in its place. They do not come again.
-            outbox.acked = hello.events_acked;
             self.dirty.outboxes.insert(id.clone());
         }
         node.reported = (hello.term, hello.generation);
@@ -104,13 +117,18 @@ impl Controller {
         let named =
             |pod: &PodId| jobs.get(&pod.uid)?.assignment(pod.index).map(|assignment| assignment.named);
         // An order that the agent's ledger never held was never carried out: it still will be, at the same epoch.
-        let absent = node
+        let absent: BTreeMap<PodId, Epoch> = node
             .pods
             .iter()
             .filter(|(pod, epoch)| held.get(pod) != Some(epoch))
             .filter(|(pod, _)| known && !same_ledger || named(pod).is_some_and(applied))
             .map(|(pod, epoch)| (pod.clone(), *epoch))
             .collect();
+        let lease = |pod: &PodId| jobs.get(&pod.uid)?.assignment(pod.index)?.lease;
+        let leases: Option<Vec<Millis>> = absent.keys().map(lease).collect();
+        let longest = leases.map(|leases| leases.into_iter().max().unwrap_or_default());
+        let absent_at =
+            if follows { Some(now.boot) } else { longest.map(|lease| granted.plus(lease).plus(MARGIN)) };
         node.unknown.clear();
         for pod in hello.pods.iter().filter(|held| node.pods.get(&held.pod) != Some(&held.epoch)) {
             if !jobs.contains_key(&pod.pod.uid) {
@@ -124,12 +142,14 @@ impl Controller {
             nonce: hello.nonce,
             seq: 0,
             beat_at: now.boot,
+            answered: None,
             held: None,
             confirmed: (None, now.boot),
             offset: None,
             depot: None,
             absent,
             absent_after: hello.events_last,
+            absent_at,
             chunks: hello.chunks.filter(|server| server.url.len() <= URL_BYTES_MAX),
             withheld: None,
         });
@@ -144,6 +164,17 @@ impl Controller {
         self.stage_anew(id);
         self.settle_absent(now, id);
         self.dirty.states.insert(id.clone());
+    }
+
+    /// Another machine says that it is this node, while this one is there.
+    fn heard_clone(&mut self, now: Now, id: &NodeId) {
+        let Some(node) = self.cluster.nodes.get_mut(id) else { return };
+        let known = cloned(node, now).is_some();
+        node.clone_heard = Some(now.boot);
+        if !known {
+            self.note(Note::NodeCloned(id.clone()));
+            self.dirty.states.insert(id.clone());
+        }
     }
 
     /// The node is there.
@@ -165,7 +196,7 @@ impl Controller {
     fn settle_absent(&mut self, now: Now, id: &NodeId) {
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
         let (Some(session), Some(outbox)) = (&mut node.session, &node.outbox) else { return };
-        if outbox.acked < session.absent_after {
+        if outbox.acked < session.absent_after || session.absent_at.is_none_or(|at| now.boot < at) {
             return;
         }
         let absent = std::mem::take(&mut session.absent);
@@ -195,8 +226,17 @@ impl Controller {
             // The lease that carried the token was lost, or overtaken.
             session.depot = None;
         }
-        let silent = session.withheld.is_some();
+        let heard_us = session.answered.is_some_and(|seq| beat.last_grant >= Some(seq));
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
+        let cloned = cloned(node, now);
+        if let Some(session) = &mut node.session {
+            session.withheld = session.withheld.or(cloned);
+        }
+        let silent = node.session.as_ref().is_some_and(|session| session.withheld.is_some());
+        if heard_us && !node.record.heard_us {
+            node.record.heard_us = true;
+            self.dirty.nodes.insert(id.clone());
+        }
         node.last_heartbeat_at = Some(now.wall);
         node.usage = Some(beat.usage);
         node.reported = (beat.term, beat.generation);
@@ -211,6 +251,7 @@ impl Controller {
         if !silent {
             self.heard_from(now, id);
         }
+        self.settle_absent(now, id);
         self.notice(now, id, beat.seq, beat.leaving);
         self.staged(id, (beat.term, beat.generation), &beat.staged);
         self.note_transfers(id, "pulling the image", &beat.pulls);
@@ -252,6 +293,7 @@ impl Controller {
             match event.event {
                 NodeEvent::Pod(change) => self.pod_event(now, id, event.at, change),
                 NodeEvent::Inventory(inventory) => self.inventory_changed(id, *inventory),
+                NodeEvent::Unknown => self.refuse("unknown-event"),
             }
         }
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
@@ -345,40 +387,6 @@ impl Controller {
         self.count_active(now, &pod.uid);
         self.arm_interval(now, &pod.uid);
         self.dirty.pods.insert(pod);
-    }
-
-    /// More than half of the nodes silent at once, or no bus: then it is the controller that hears nothing.
-    pub(super) fn judge_blindness(&mut self, now: Now) {
-        let present = || self.cluster.nodes.values().filter(|node| node.liveness != Liveness::Lost);
-        let silent = present().filter(|node| node.liveness == Liveness::Silent).count();
-        let blind = !self.bus_up || (silent >= BLIND_NODES_MIN && silent * 2 > present().count());
-        if self.blind != blind {
-            self.blind = blind;
-            if !blind {
-                self.count_silence_anew(now);
-            }
-            let nodes = self.cluster.nodes.values().filter(|node| node.liveness != Liveness::Lost).count();
-            self.note(if blind { Note::Blind { silent, nodes } } else { Note::Sighted });
-            let silent = self.cluster.nodes.iter().filter(|(_, node)| node.liveness == Liveness::Silent);
-            self.dirty.states.extend(silent.map(|(id, _)| id.clone()));
-        }
-    }
-
-    /// Silence says something of the nodes.
-    fn hears(&self) -> bool {
-        self.bus_up && !self.blind
-    }
-
-    /// Whoever was silent while the controller heard nothing gets the whole time again.
-    pub(super) fn count_silence_anew(&mut self, now: Now) {
-        let ids: Vec<NodeId> = self.cluster.nodes.keys().cloned().collect();
-        for id in ids {
-            let Some(node) = self.cluster.nodes.get_mut(&id) else { continue };
-            if node.liveness != Liveness::Lost {
-                node.heard = now.boot;
-            }
-            self.watch(&id, now);
-        }
     }
 
     /// When the pod on this silent node may be replaced (fencing, rule 2); none: only when observed gone.

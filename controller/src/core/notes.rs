@@ -37,6 +37,13 @@ pub enum Note {
         pods: usize,
     },
     NodeStays(NodeId),
+    /// Its messages are not read.
+    OtherVersion {
+        node: NodeId,
+        why: String,
+    },
+    /// Two machines say that they are it.
+    NodeCloned(NodeId),
     /// A pod moves without what was to be there before it.
     StagingFailed {
         namespace: Namespace,
@@ -56,7 +63,9 @@ impl Note {
                 | Self::Blind { .. }
                 | Self::InventoryCut { .. }
                 | Self::NodeLeaves { .. }
+                | Self::OtherVersion { .. }
                 | Self::StagingFailed { .. }
+                | Self::NodeCloned(_)
         )
     }
 }
@@ -88,7 +97,13 @@ impl fmt::Display for Note {
                 "what pod {namespace}/{pod} needs could not be brought to node {node} ahead of it: {why}; it moves \
                  without"
             ),
+            Self::OtherVersion { node, why } => write!(f, "node {node} is refused: {why}"),
             Self::NodeStays(node) => write!(f, "node {node} stays after all, and takes pods again"),
+            Self::NodeCloned(node) => write!(
+                f,
+                "two machines say that they are node {node}, as where a disk was copied: neither gets a lease until one of \
+                 them has been silent for a minute; switch off the copy, or remove its data directory"
+            ),
             Self::Sighted => write!(f, "nodes are heard again; each has the whole time anew"),
         }
     }

@@ -6,15 +6,34 @@ use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::Millis;
 
 use super::Now;
-use super::cluster::{Node, Session};
+use super::cluster::{Node, NodeRecord, Session};
 
 const LOST_AFTER: Millis = Millis(LOST_AFTER_MS);
 const MARGIN: Millis = Millis(LEASE_MARGIN_MS);
 /// A clock may drift by one part in this many before it counts as having stopped.
 const DRIFT_PARTS: u64 = 1_000;
 
+/// Another machine uses the node's identity.
+pub(super) const CLONED: &str = "cloned-node";
+
+/// Is this the recorded session, or the next one of the same agent (fencing, rule 15)? It names the last one in which it
+/// heard from the controller: the recorded one, or the one before as long as that has not heard anything.
+pub(super) fn follows(record: &NodeRecord, hello: &Hello) -> bool {
+    hello.nonce == record.nonce
+        || hello.previous.as_ref() == Some(&record.nonce)
+        || !record.heard_us && hello.previous == record.previous
+}
+
+/// Both of two machines of one identity wait until one of them is gone.
+pub(super) fn cloned(node: &Node, now: Now) -> Option<&'static str> {
+    let both = node.clone_heard.is_some_and(|at| now.boot.since(at) < LOST_AFTER);
+    both.then_some(
+        "another machine uses its identity, a copy of its disk as it seems: switch one of them off",
+    )
+}
+
 /// Why a known node's hello is not taken.
-pub(super) fn refusal(node: &Node, hello: &Hello) -> Option<&'static str> {
+pub(super) fn refusal(node: &Node, hello: &Hello, now: Now) -> Option<&'static str> {
     let same_ledger = node.outbox.as_ref().is_some_and(|outbox| outbox.ledger == hello.ledger);
     if node.record.damaged {
         // Which machine it was is not known. Its ledger tells, where that is.
@@ -30,8 +49,12 @@ pub(super) fn refusal(node: &Node, hello: &Hello) -> Option<&'static str> {
     if hello.session < node.record.session {
         return Some("stale-hello");
     }
-    if hello.session == node.record.session && hello.nonce != node.record.nonce {
-        return Some("cloned-node");
+    let live = node.session.as_ref().is_some_and(|session| {
+        session.nonce == node.record.nonce && session.seq > 0 && now.boot.since(session.beat_at) < LOST_AFTER
+    });
+    let equal = hello.session == node.record.session && hello.nonce != node.record.nonce;
+    if equal || live && !follows(&node.record, hello) {
+        return Some(CLONED);
     }
     // Repeated by an agent that no lease has reached yet; once a heartbeat came, an older scan says nothing new.
     let heard = node.session.as_ref().is_some_and(|session| session.nonce == hello.nonce && session.seq > 0);

@@ -184,6 +184,7 @@ impl Controller {
                 Covers::Pairs(there.map(|(pod, epoch)| (pod.clone(), *epoch)).collect())
             }
         };
+        session.answered.get_or_insert(session.seq);
         if session.withheld.is_none() {
             node.granted = node.granted.max(session.beat_at);
         }

@@ -3,7 +3,8 @@
 //! Nothing here relies on retained messages, sessions or PUBACKs: `Desired` is whole and sent again until a heartbeat
 //! reports its generation, events are sent again until a `Lease` acknowledges them.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 use serde_json::value::RawValue;
 
 use crate::checkpoint::CheckpointInfo;
@@ -212,7 +213,14 @@ pub struct NumberedEvent {
     /// From 1, without gaps.
     pub n: u64,
     pub at: Timestamp,
+    #[serde(deserialize_with = "known_or_not")]
     pub event: NodeEvent,
+}
+
+/// One that a newer agent tells and this program does not know must not keep back the others of its message.
+fn known_or_not<'de, D: Deserializer<'de>>(from: D) -> Result<NodeEvent, D::Error> {
+    let value = Value::deserialize(from)?;
+    Ok(serde_json::from_value(value).unwrap_or(NodeEvent::Unknown))
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -220,6 +228,8 @@ pub struct NumberedEvent {
 pub enum NodeEvent {
     Pod(PodEvent),
     Inventory(Box<Inventory>),
+    /// Of a newer version: it is acknowledged, and changes nothing.
+    Unknown,
 }
 
 /// A transition of a pod.

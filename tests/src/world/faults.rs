@@ -6,6 +6,7 @@ use berth_controller::core::{Config, Controller, Event as ControllerEvent};
 use berth_protocol::ids::{StoreId, Term};
 use berth_protocol::units::Millis;
 
+use super::network::Link;
 use super::{Due, World};
 
 #[derive(Debug, Clone, Copy)]
@@ -17,6 +18,14 @@ pub(crate) enum Fault {
         node: usize,
         synced: usize,
     },
+    /// The agent's ledger is lost.
+    LoseLedger(usize),
+    /// A copy of the machine's disk is made, and started elsewhere once the machine itself has gone on since: before that
+    /// it is like the machine after a reboot, and nobody can tell. It starts again; it is switched off.
+    Copy(usize),
+    CopyOn(usize),
+    CopyRestart(usize),
+    CopyOff(usize),
     /// A power cut without return.
     Burn(usize),
     Partition(usize),
@@ -78,6 +87,7 @@ impl Fault {
         match self {
             Fault::AgentCrash(node)
             | Fault::AgentStart(node)
+            | Fault::LoseLedger(node)
             | Fault::AgentCrashWithin { node, .. }
             | Fault::AgentTorn { node, .. }
             | Fault::AgentStop(node)
@@ -116,7 +126,7 @@ pub(crate) fn mishap(rng: &mut fastrand::Rng, nodes: usize, span: u64) -> Vec<(u
     let back = (at + rng.u64(10..200_000)).min(span);
     let within = rng.u64(at..=back);
     let mut faults = Vec::new();
-    let (fault, repair) = match rng.u8(0..17) {
+    let (fault, repair) = match rng.u8(0..19) {
         0 => (Fault::AgentCrash(node), Fault::AgentStart(node)),
         1 => (Fault::PowerCut { node, synced: rng.usize(0..4) }, Fault::AgentStart(node)),
         2 => (Fault::Partition(node), Fault::Heal(node)),
@@ -189,6 +199,18 @@ pub(crate) fn mishap(rng: &mut fastrand::Rng, nodes: usize, span: u64) -> Vec<(u
                 (flows + 10_000, Fault::Unmute(node)),
             ];
         }
+        16 => (Fault::LoseLedger(node), Fault::AgentStart(node)),
+        17 => {
+            let on = at + 30_000;
+            faults.push((at + 1, Fault::AgentCrash(node)));
+            faults.push((at + 500, Fault::AgentStart(node)));
+            faults.push((on, Fault::CopyOn(node)));
+            faults.push((on + 5_000, Fault::CopyRestart(node)));
+            faults.push((on + 10_000, Fault::CopyRestart(node)));
+            faults.push((at, Fault::Copy(node)));
+            faults.push((back + 60_000, Fault::CopyOff(node)));
+            (Fault::Unmute(node), Fault::Unmute(node))
+        }
         14 => {
             let from = (at + rng.u64(0..30_000)).min(span);
             faults.push((from, Fault::Mute(node)));
@@ -212,6 +234,34 @@ impl World {
         match fault {
             Fault::AgentCrash(n) => self.nodes[n].crash(),
             Fault::PowerCut { node, synced } => self.power_cut(node, synced),
+            Fault::LoseLedger(n) => self.nodes[n].lose_ledger(),
+            Fault::Copy(n) => {
+                let copy = self.nodes[n].copy(&self.nodes.len().to_string());
+                self.nodes.push(copy);
+                let mut link = Link::new(&mut self.rng);
+                link.burnt = true;
+                self.links.push(link);
+            }
+            Fault::CopyOn(n) => {
+                let record = self.store.get(&format!("node/{}", self.nodes[n].id));
+                let record = record.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(bytes).ok());
+                let agent = self.nodes[n].agent.as_ref();
+                let nonce = agent.and_then(|agent| Some(agent.ledger().nonce.as_ref()?.to_string()));
+                let went_on = record.is_some_and(|record| {
+                    record["heardUs"] == true && nonce.is_some_and(|nonce| record["nonce"] == nonce)
+                });
+                for copy in self.copies(n).filter(|_| went_on) {
+                    self.links[copy].burnt = false;
+                    self.start_agent(copy);
+                }
+            }
+            Fault::CopyRestart(n) | Fault::CopyOff(n) => {
+                for copy in self.copies(n) {
+                    self.power_cut(copy, 0);
+                    self.links[copy].burnt |= matches!(fault, Fault::CopyOff(_));
+                    self.start_agent(copy);
+                }
+            }
             Fault::Burn(n) => {
                 self.power_cut(n, 0);
                 self.links[n].burnt = true;
@@ -288,6 +338,13 @@ impl World {
         Ok(())
     }
 
+    /// The machines that were made from copies of this one's disk, and are not there for good.
+    fn copies(&self, node: usize) -> impl Iterator<Item = usize> + use<> {
+        let id = &self.nodes[node].id;
+        let copies = (node + 1..self.nodes.len()).filter(|other| self.nodes[*other].id == *id);
+        copies.collect::<Vec<_>>().into_iter()
+    }
+
     fn power_cut(&mut self, node: usize, synced: usize) {
         self.nodes[node].power_cut(synced);
         self.links[node].asleep.clear();
@@ -343,6 +400,7 @@ impl World {
         // What was to die in the middle of its next step and has had none lives on.
         self.controller_dies_after = None;
         for n in 0..self.nodes.len() {
+            self.fault(Fault::CopyOff(n))?;
             self.nodes[n].live_on();
             self.fault(Fault::Resume(n))?;
             self.fault(Fault::Heal(n))?;

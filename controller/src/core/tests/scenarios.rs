@@ -11,7 +11,7 @@ use berth_protocol::units::{Bytes, MilliCpu, Millis, Timestamp};
 
 use super::super::cluster::Output;
 use super::super::{Effect, Event, fit};
-use super::world::{World, inventory, outcome, spec};
+use super::world::{World, at, inventory, outcome, spec};
 
 fn program(spec: &mut JobSpec, ms: u64, code: u8) {
     spec.pod.containers[0].command = vec!["run".to_owned(), ms.to_string(), code.to_string()];
@@ -631,4 +631,45 @@ fn an_event_counts_once_and_none_after_a_gap() {
     assert_eq!(tell(n), 1, "a double");
     assert_eq!(tell(n + 2), 1, "behind a gap");
     assert_eq!(tell(n + 1), 2);
+}
+
+#[test]
+fn a_node_of_another_version_is_refused_and_named() {
+    let mut world = World::new();
+    let node = world.add("n1", inventory(4, 0));
+    let mut hello = |node: &NodeId| {
+        let payload = br#"{"v":2,"body":{}}"#.to_vec();
+        let topic = Topic::node(node, NodeTopic::Hello);
+        let effects = world.controller.step(at(world.now), Event::Message { topic, payload }).effects;
+        let notes = effects.into_iter().filter_map(|effect| match effect {
+            Effect::Note(note) => Some(note.to_string()),
+            _ => None,
+        });
+        notes.collect::<Vec<String>>()
+    };
+    let expect = "node n1 is refused: the message is of version 2 of the protocol between controller and agents, this \
+                  program speaks version 1: upgrade the older of the two";
+    assert_eq!(hello(&node), [expect]);
+    assert_eq!(hello(&node), [] as [&str; 0], "once in a while");
+    assert_eq!(world.controller.counters().refused["version"], 2);
+}
+
+/// Told with others that count.
+#[test]
+fn an_event_of_a_newer_agent_is_acknowledged() {
+    let mut world = World::new();
+    let node = world.add("n1", inventory(4, 0));
+    world.submit(&spec("job"));
+    world.until("it runs", |w| phase(w, "job") == Some(JobPhase::Running));
+    let (n, nonce) = (world.agents[&node].events_last + 1, world.agents[&node].nonce());
+    let event = NumberedEvent { n, at: Timestamp(world.now), event: NodeEvent::Unknown };
+    let ledger = LedgerId::parse("ledger-n1").unwrap();
+    let topic = Topic::node(&node, NodeTopic::Event);
+    let payload = codec::encode(&topic, &Events { nonce, ledger, events: vec![event] }).unwrap();
+    let payload = String::from_utf8(payload).unwrap().replace("\"unknown\"", r#"{"weather":{}}"#);
+    let step = world.controller.step(at(world.now), Event::Message { topic, payload: payload.into_bytes() });
+    assert_eq!(world.controller.counters().refused["unknown-event"], 1);
+    let acked = step.writes.iter().find(|write| write.key == "outbox/n1").expect("the outbox moves on");
+    let acked: serde_json::Value = serde_json::from_slice(acked.value.as_deref().unwrap()).unwrap();
+    assert_eq!(acked["acked"], n);
 }

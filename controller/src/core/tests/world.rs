@@ -138,6 +138,8 @@ pub struct Agent {
     pub inventory: Inventory,
     pub boot: u32,
     pub session: u64,
+    /// The last session that the controller answered.
+    pub known: Option<SessionNonce>,
     pub seq: u64,
     pub sent: BTreeMap<u64, u64>,
     pub beat_at: u64,
@@ -397,6 +399,7 @@ impl World {
             inventory,
             boot: 1,
             session: 0,
+            known: None,
             seq: 0,
             sent: BTreeMap::new(),
             beat_at: 0,
@@ -636,6 +639,7 @@ impl World {
             agent.hello_due = true;
             return;
         }
+        agent.known = Some(lease.nonce.clone());
         let Some(sent) = agent.sent.get(&lease.seq).copied() else { return };
         agent.last_grant = agent.last_grant.max(Some(lease.seq));
         if lease.ledger == agent.ledger() {
@@ -709,7 +713,7 @@ impl World {
             if agent.hello_due {
                 let hello = Hello {
                     nonce: agent.nonce(),
-                    previous: None,
+                    previous: agent.known.clone(),
                     session: agent.session,
                     hardware: HardwareId::parse(&format!("hw-{id}")).unwrap(),
                     boot: BootId::parse(&format!("boot-{}", agent.boot)).unwrap(),
