@@ -1,5 +1,6 @@
 //! The agent's loop: event → core → records on disk → actions. Everything else in `io` only feeds or serves it.
 
+mod found;
 mod messages;
 mod preparing;
 mod stores;
@@ -33,7 +34,7 @@ use crate::io::shims::Shims;
 use crate::io::{checkpoint, clock, departure, notify};
 use crate::shim;
 use crate::shim::cgroup::{Cgroup, CgroupError};
-use crate::task::{Order, Report, Task, file};
+use crate::task::{Order, Report, Task};
 
 /// Events taken together before the disk is synced for all of them.
 const BATCH: usize = 64;
@@ -123,7 +124,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         ),
         None => None,
     };
-    let found = found_alive(&config);
+    let found = found::found_alive(&config);
     let identity = Identity {
         hardware: clock::hardware_id()?,
         boot: clock::boot_id()?,
@@ -295,37 +296,6 @@ fn probe_config(config: &Config, bridge: bool) -> ProbeConfig {
     }
 }
 
-/// Named for the data directory too: two clusters may have a node of one name on one machine.
-fn cgroup_parent(config: &Config) -> PathBuf {
-    let dir = config.data_dir.as_os_str().as_encoded_bytes();
-    let owner = &berth_protocol::ids::Digest::of(dir).hex()[..8];
-    Path::new("berth").join(format!("{}.{owner}", config.node))
-}
-
-/// Pods that are alive under their shims, whatever the ledger says. One of which nothing is left but its processes is
-/// nobody's, and is ended: it could neither be fenced nor told from the outside.
-fn found_alive(config: &Config) -> Vec<HeldPod> {
-    let parent = cgroup_parent(config);
-    let mut found = Vec::new();
-    for (pod, epoch) in shim::scan(&parent).unwrap_or_default() {
-        let key = PodKey::new(&pod, epoch);
-        let task = std::fs::read(config.data_dir.join("pods").join(key.to_string()).join(file::TASK));
-        match task.ok().and_then(|bytes| serde_json::from_slice::<Task>(&bytes).ok()) {
-            Some(task) => found.push(HeldPod { pod, epoch, run: task.run, alive: true }),
-            None => {
-                tracing::warn!("pod {key} is alive, and its directory is gone: ending it");
-                let group = Cgroup::new(&parent.join(shim::cgroup::pod_name(&pod, epoch)));
-                if let Err(error) =
-                    group.and_then(|group| group.kill(Duration::from_millis(shim::KILL_MS_MAX)))
-                {
-                    tracing::error!("pod {key} cannot be ended: {error}");
-                }
-            }
-        }
-    }
-    found
-}
-
 impl Agency {
     /// Decides about a batch of events and does what was decided, the records of all of it durable first.
     async fn handle(&mut self, batch: Vec<Input>) -> Result<(), RunError> {
@@ -460,7 +430,7 @@ impl Agency {
     }
 
     fn cgroup_parent(&self) -> PathBuf {
-        cgroup_parent(&self.config)
+        found::cgroup_parent(&self.config)
     }
 
     fn launch(&mut self, launch: Launch) {

@@ -69,11 +69,8 @@ pub(super) fn unknown_field(name: &str, shape: Shape) -> String {
             let alike = here().find(|known| plain(known) == word);
             let near = || nearest(name, here());
             let foreign = || lookup(&FOREIGN, &word).filter(|known| reachable(known, shape));
-            alike
-                .or_else(near)
-                .map(str::to_owned)
-                .or_else(|| foreign().map(str::to_owned))
-                .or_else(|| below(&word, shape))
+            // What another system calls a field says more than the likeness of two words.
+            alike.or_else(foreign).or_else(near).map(str::to_owned).or_else(|| below(&word, shape))
         })
         .flatten();
     if let Some(known) = found {

@@ -28,6 +28,7 @@ pub fn now(ms: u64) -> AgentNow {
 
 pub fn identity(damaged: bool) -> Identity {
     Identity {
+        found: Vec::new(),
         hardware: HardwareId::parse("hw").expect("a token"),
         boot: BootId::parse("b").expect("a token"),
         nonce: SessionNonce::parse("n").expect("a token"),

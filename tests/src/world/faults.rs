@@ -236,7 +236,8 @@ impl World {
             Fault::PowerCut { node, synced } => self.power_cut(node, synced),
             Fault::LoseLedger(n) => self.nodes[n].lose_ledger(),
             Fault::Copy(n) => {
-                let copy = self.nodes[n].copy(&self.nodes.len().to_string());
+                let same_hardware = !self.jobs.iter().any(|job| job.file.contains("do: continue"));
+                let copy = self.nodes[n].copy(&self.nodes.len().to_string(), same_hardware);
                 self.nodes.push(copy);
                 let mut link = Link::new(&mut self.rng);
                 link.burnt = true;

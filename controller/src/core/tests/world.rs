@@ -462,14 +462,17 @@ impl World {
     }
 
     pub fn submit(&mut self, spec: &JobSpec) -> Answer {
-        let payload = serde_json::to_vec(&berth_protocol::job::render(spec)).unwrap();
-        self.submit_bytes(spec.name.as_str(), &payload)
+        let topic = Topic::job(&spec.namespace, &spec.name, JobTopic::Submit);
+        self.submit_to(topic, serde_json::to_vec(&berth_protocol::job::render(spec)).unwrap())
     }
 
     pub fn submit_bytes(&mut self, job: &str, payload: &[u8]) -> Answer {
         let job = JobName::parse(job).unwrap();
         let topic = Topic::job(&Namespace::default_namespace(), &job, JobTopic::Submit);
-        let payload = payload.to_vec();
+        self.submit_to(topic, payload.to_vec())
+    }
+
+    fn submit_to(&mut self, topic: Topic, payload: Vec<u8>) -> Answer {
         self.feed(Event::Message { topic, payload });
         self.deliver_all();
         self.answers.last().cloned().unwrap()
