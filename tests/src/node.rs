@@ -34,7 +34,7 @@ fn odds(what: &str) -> u8 {
 }
 
 fn fails(what: &str, one_in: u8) -> bool {
-    odds(what) % one_in == 0
+    odds(what).is_multiple_of(one_in)
 }
 
 /// A machine's clocks.
