@@ -102,7 +102,6 @@ pub struct Node {
     pub lacking: Vec<(PodKey, Digest)>,
     /// Tells machines of one name apart.
     machine: String,
-    hardware: String,
     boot: u64,
     sessions: u64,
     ledgers: u64,
@@ -124,7 +123,6 @@ impl Node {
     pub fn new(id: NodeId, cpu: MilliCpu, depot: Depot) -> Self {
         Self {
             machine: id.to_string(),
-            hardware: format!("hw-{id}"),
             id,
             agent: None,
             clocks: Clocks::default(),
@@ -189,7 +187,7 @@ impl Node {
         self.sessions += 1;
         let name = |kind: &str, n: u64| format!("{kind}-{}-{n}", self.machine);
         let identity = Identity {
-            hardware: HardwareId::parse(&self.hardware).expect("a token"),
+            hardware: HardwareId::parse(&format!("hw-{}", self.id)).expect("a token"),
             boot: BootId::parse(&name("boot", self.boot)).expect("a token"),
             nonce: SessionNonce::parse(&name("s", self.sessions)).expect("a token"),
             ledger: LedgerId::parse(&name("l", self.ledgers)).expect("a token"),
@@ -213,13 +211,9 @@ impl Node {
         self.ledgers += 1;
     }
 
-    /// A machine that was made from a copy of this one's disk. One that takes itself for the same begins by itself what
-    /// goes on without a controller: that can only be told by the hardware.
-    pub fn copy(&self, name: &str, same_hardware: bool) -> Self {
+    /// A machine that was made from a copy of this one's disk.
+    pub fn copy(&self, name: &str) -> Self {
         let mut copy = Self::new(self.id.clone(), self.cpu, self.depot.clone());
-        if !same_hardware {
-            copy.hardware = format!("{}-{name}", self.hardware);
-        }
         copy.machine = format!("{}-{name}", self.id);
         (copy.ledger, copy.saved, copy.exits) = (self.ledger.clone(), self.saved.clone(), self.exits.clone());
         (copy.sessions, copy.ledgers) = (self.sessions, self.ledgers);

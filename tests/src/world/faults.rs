@@ -235,9 +235,11 @@ impl World {
             Fault::AgentCrash(n) => self.nodes[n].crash(),
             Fault::PowerCut { node, synced } => self.power_cut(node, synced),
             Fault::LoseLedger(n) => self.nodes[n].lose_ledger(),
+            // One that takes itself for the same machine begins by itself what goes on without a controller: nothing but
+            // the hardware can tell them apart then.
+            Fault::Copy(_) if self.jobs.iter().any(|job| job.file.contains("do: continue")) => {}
             Fault::Copy(n) => {
-                let same_hardware = !self.jobs.iter().any(|job| job.file.contains("do: continue"));
-                let copy = self.nodes[n].copy(&self.nodes.len().to_string(), same_hardware);
+                let copy = self.nodes[n].copy(&self.nodes.len().to_string());
                 self.nodes.push(copy);
                 let mut link = Link::new(&mut self.rng);
                 link.burnt = true;
@@ -409,8 +411,8 @@ impl World {
             self.fault(Fault::Unmute(n))?;
             self.fault(Fault::AgentGoOn { node: n, clock_first: true })?;
             self.fault(Fault::ShimsGoOn(n))?;
-            if self.nodes[n].clock_broke.is_some() {
-                // As the alarm asks for.
+            if self.nodes[n].clocks.lag > 0 {
+                // As the alarm asks for, where the controller has found that the clock stood still.
                 self.nodes[n].crash();
             }
             self.start_agent(n);
