@@ -1,6 +1,6 @@
 //! The store in a real etcd: who leads, what a deposed leader may do, transactions larger than etcd takes at once.
 
-#[path = "common/etcd.rs"]
+#[path = "../../tests/src/etcd.rs"]
 mod members;
 
 use std::path::Path;
@@ -40,7 +40,7 @@ impl Ground {
     }
 
     fn choice(&self) -> StoreChoice {
-        StoreChoice::Etcd(self.etcd.members.clone())
+        StoreChoice::parse(&self.etcd.url()).unwrap()
     }
 
     fn data(&self, controller: &str) -> std::path::PathBuf {

@@ -2,6 +2,7 @@
 //! reboots, with an oracle that looks at every step. One seed is one history, for ever.
 
 pub mod bench;
+pub mod etcd;
 pub mod fuzz;
 pub mod node;
 pub mod oracle;

@@ -15,7 +15,7 @@ use berth_protocol::ids::{
 };
 use berth_protocol::message::node::HeldPod;
 use berth_protocol::pod::{Cause, Outcome};
-use berth_protocol::resources::{CgroupVersion, Inventory};
+use berth_protocol::resources::Inventory;
 use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::{BootMs, Bytes, MilliCpu, Millis, Timestamp};
 
@@ -161,20 +161,11 @@ impl Node {
             cpu: self.cpu,
             memory: Bytes(64 << 30),
             disk: Bytes(1 << 40),
-            cpu_model: String::new(),
-            cpu_features: Default::default(),
-            cgroup: CgroupVersion::V2,
             criu: Some("4.1".into()),
-            gpus: Vec::new(),
-            gpu_driver: None,
-            saves_gpus: false,
-            cuda: None,
-            labels: Default::default(),
-            taints: Default::default(),
             host_image: true,
             bridge: true,
             agent_version: "0".into(),
-            images: Default::default(),
+            ..Inventory::unknown()
         }
     }
 

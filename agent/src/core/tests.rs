@@ -8,7 +8,6 @@ use berth_protocol::image::ImageName;
 use berth_protocol::job::{Network, RestartPolicy};
 use berth_protocol::message::node::{Covers, Stage, StageState, Staged};
 use berth_protocol::pod::{Cause, Goal, Outcome, VACATED};
-use berth_protocol::resources::CgroupVersion;
 
 use super::checkpoints::NotStored;
 use super::*;
@@ -54,20 +53,10 @@ fn inventory() -> Inventory {
         cpu: berth_protocol::units::MilliCpu(1000),
         memory: Bytes(1 << 30),
         disk: Bytes(1 << 30),
-        cpu_model: String::new(),
-        cpu_features: BTreeSet::new(),
-        cgroup: CgroupVersion::V2,
-        criu: None,
-        gpus: Vec::new(),
-        gpu_driver: None,
-        saves_gpus: false,
-        cuda: None,
-        labels: BTreeMap::new(),
-        taints: BTreeSet::new(),
         host_image: true,
         bridge: true,
         agent_version: "0".into(),
-        images: Images::default(),
+        ..Inventory::unknown()
     }
 }
 

@@ -368,14 +368,14 @@ pub(super) struct NodeRecord {
     /// Pods of known jobs that the node holds at an epoch it should not: told to stop.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub strays: BTreeMap<PodId, Epoch>,
-    /// Nothing above is known: the stored record is damaged, and the next hello replaces it.
+    /// Nothing above is known: the stored record is damaged or lost, and the next hello replaces it.
     #[serde(skip)]
-    pub damaged: bool,
+    pub unreadable: bool,
 }
 
 impl NodeRecord {
     /// In the place of one that cannot be read: pods are known to be there, and nothing else.
-    pub fn damaged() -> Self {
+    pub fn unreadable() -> Self {
         Self {
             hardware: HardwareId::unknown(),
             boot: BootId::unknown(),
@@ -387,7 +387,7 @@ impl NodeRecord {
             cordoned: false,
             drain: None,
             strays: BTreeMap::new(),
-            damaged: true,
+            unreadable: true,
         }
     }
 }

@@ -78,7 +78,7 @@ impl Controller {
             cordoned: false,
             drain: None,
             strays: BTreeMap::new(),
-            damaged: false,
+            unreadable: false,
         };
         let known = self.cluster.nodes.contains_key(id);
         let node =
@@ -88,7 +88,7 @@ impl Controller {
         let follows = !same_ledger || follows(&node.record, &hello);
         let heard_us = node.record.heard_us && node.record.nonce == hello.nonce;
         let granted = node.granted;
-        let stranger = known && !node.record.damaged && node.record.hardware != hello.hardware;
+        let stranger = known && !node.record.unreadable && node.record.hardware != hello.hardware;
         if !node.record.inventory.is_but_for_images(&record.inventory) || !known {
             node.version += 1;
         }

@@ -107,7 +107,7 @@ pub(super) fn load(
                 }
                 "node" => {
                     let node = NodeId::parse(name).map_err(|_| unknown())?;
-                    cluster.nodes.insert(node, forgotten_node(NodeRecord::damaged(), now));
+                    cluster.nodes.insert(node, forgotten_node(NodeRecord::unreadable(), now));
                 }
                 _ => {}
             }
@@ -151,7 +151,13 @@ pub(super) fn load(
         }
     }
     for (key, value) in later {
-        belonging(&mut cluster, &mut aside, &key, &value)?;
+        belonging(&mut cluster, &mut aside, &key, &value, now)?;
+    }
+    let homes = cluster.jobs.values().flat_map(|job| {
+        job.placed().iter().filter_map(|index| Some(job.assignment(*index)?.node.clone())).collect::<Vec<_>>()
+    });
+    for node in homes.collect::<BTreeSet<_>>() {
+        cluster.nodes.entry(node).or_insert_with(|| forgotten_node(NodeRecord::unreadable(), now));
     }
     aside.jobs.iter().for_each(|uid| drop(cluster.jobs.remove(uid)));
     count_names(&mut cluster, &aside);
@@ -159,15 +165,21 @@ pub(super) fn load(
 }
 
 /// Entries that belong to a job or a node.
-fn belonging(cluster: &mut Cluster, aside: &mut SetAside, key: &str, value: &[u8]) -> Result<(), LoadError> {
+fn belonging(
+    cluster: &mut Cluster,
+    aside: &mut SetAside,
+    key: &str,
+    value: &[u8],
+    now: Now,
+) -> Result<(), LoadError> {
     let unknown = || LoadError::UnknownKey { key: key.to_owned() };
     let (kind, rest) = key.split_once('/').ok_or_else(unknown)?;
     if kind == "outbox" {
         let node = NodeId::parse(rest).map_err(|_| unknown())?;
         let outbox: Outbox = read(key, value)?;
-        if let Some(node) = cluster.nodes.get_mut(&node) {
-            node.outbox = Some(outbox);
-        }
+        // A node's record that is lost is as good as damaged: its ledger is still known.
+        let node = cluster.nodes.entry(node);
+        node.or_insert_with(|| forgotten_node(NodeRecord::unreadable(), now)).outbox = Some(outbox);
         return Ok(());
     }
     let (uid, index) = rest.split_once('/').map_or((rest, None), |(uid, index)| (uid, Some(index)));

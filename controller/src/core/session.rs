@@ -35,7 +35,7 @@ pub(super) fn cloned(node: &Node, now: Now) -> Option<&'static str> {
 /// Why a known node's hello is not taken.
 pub(super) fn refusal(node: &Node, hello: &Hello, now: Now) -> Option<&'static str> {
     let same_ledger = node.outbox.as_ref().is_some_and(|outbox| outbox.ledger == hello.ledger);
-    if node.record.damaged {
+    if node.record.unreadable {
         // Which machine it was is not known. Its ledger tells, where that is.
         return (!same_ledger && !node.pods.is_empty()).then_some("other-hardware");
     }

@@ -10,23 +10,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use berth_protocol::codec;
-use berth_protocol::ids::{
-    BootId, ClusterName, Epoch, Generation, HardwareId, LedgerId, NodeId, PodId, Run, SessionNonce, StoreId,
-    Term,
-};
-use berth_protocol::message::node::{
-    Desired, Events, Heartbeat, HeldPod, Hello, Lease, NodeEvent, NumberedEvent, PodChange, PodEvent,
-    held_digest,
-};
+use berth_protocol::ids::{Epoch, PodId, Run, StoreId};
+use berth_protocol::message::node::{Desired, Events, Lease, NodeEvent, NumberedEvent, PodChange, PodEvent};
 use berth_protocol::pod::Goal;
-use berth_protocol::resources::Usage;
 use berth_protocol::topic::{NodeTopic, Topic};
-use berth_protocol::units::{BootMs, Timestamp};
+use berth_protocol::units::Timestamp;
 use rumqttc::{AsyncClient, Event, EventLoop, MqttOptions, Packet, QoS};
 use serde_json::json;
 
 use super::figures::{Figure, percentile};
-use super::flood::{inventory, now};
+use super::flood::now;
+use super::node::{Face, KINDS};
 use super::process::{Daemon, MIB, cpu_time, free_port, pss, until};
 use super::user::User;
 use super::world::{program, temporary};
@@ -240,21 +234,14 @@ pub fn agents(port: u16) -> Result<()> {
 
 /// One node, as far as the controller can tell.
 struct Agent {
+    face: Face,
     client: AsyncClient,
     mqtt: EventLoop,
-    cluster: ClusterName,
     seen: Arc<Mutex<Seen>>,
-    id: NodeId,
-    nonce: SessionNonce,
-    ledger: LedgerId,
-    begun: Instant,
-    seq: u64,
     sent: Option<(u64, Instant)>,
-    granted: Option<u64>,
     /// The mark after which it was granted last.
     mark: Option<u64>,
     store: Option<StoreId>,
-    order: (Term, Generation),
     pods: BTreeMap<PodId, Epoch>,
     events: Vec<NumberedEvent>,
     last: u64,
@@ -262,31 +249,21 @@ struct Agent {
     subscribed: usize,
 }
 
-const KINDS: [NodeTopic; 3] = [NodeTopic::Desired, NodeTopic::Lease, NodeTopic::Spec];
-
 impl Agent {
     fn new(node: usize, port: u16, seen: Arc<Mutex<Seen>>) -> Result<Self> {
-        let id = NodeId::parse(&format!("fleet-{node}"))?;
-        let nonce = SessionNonce::parse(&format!("{id}-nonce"))?;
-        let mut options = MqttOptions::new(format!("{id}.{nonce}"), "127.0.0.1", port);
+        let face = Face::new(&format!("fleet-{node}"))?;
+        let mut options = MqttOptions::new(face.client(), "127.0.0.1", port);
         options.set_max_packet_size(96 * 1024, 96 * 1024);
         options.set_keep_alive(BEAT * 2);
         let (client, mqtt) = AsyncClient::new(options, 16);
         Ok(Self {
+            face,
             client,
             mqtt,
-            cluster: ClusterName::parse("default")?,
             seen,
-            ledger: LedgerId::parse(&format!("{id}-ledger"))?,
-            id,
-            nonce,
-            begun: Instant::now(),
-            seq: 0,
             sent: None,
-            granted: None,
             mark: None,
             store: None,
-            order: (Term(0), Generation(0)),
             pods: BTreeMap::new(),
             events: Vec::new(),
             last: 0,
@@ -303,8 +280,7 @@ impl Agent {
                     Ok(Event::Incoming(Packet::ConnAck(_))) => {
                         self.subscribed = 0;
                         for kind in KINDS {
-                            let topic = Topic::node(&self.id, kind).render(&self.cluster);
-                            let _ = self.client.try_subscribe(topic, QoS::AtLeastOnce);
+                            let _ = self.client.try_subscribe(self.face.topic(kind), QoS::AtLeastOnce);
                         }
                     }
                     Ok(Event::Incoming(Packet::SubAck(_))) => {
@@ -333,73 +309,30 @@ impl Agent {
     }
 
     fn send<T: serde::Serialize>(&self, kind: NodeTopic, message: &T) {
-        let topic = Topic::node(&self.id, kind);
-        let qos = if kind.is_qos0() { QoS::AtMostOnce } else { QoS::AtLeastOnce };
-        if let Ok(payload) = codec::encode(&topic, message) {
+        if let Some((topic, qos, payload)) = self.face.message(kind, message) {
             // What finds no place is sent again by the next beat.
-            let _ = self.client.try_publish(topic.render(&self.cluster), qos, false, payload);
+            let _ = self.client.try_publish(topic, qos, false, payload);
         }
     }
 
-    fn hello(&mut self) {
-        let parse = |text: &str| format!("{}-{text}", self.id);
-        let (Ok(hardware), Ok(boot)) = (HardwareId::parse(&parse("hw")), BootId::parse(&parse("boot")))
-        else {
-            return;
-        };
-        let held = |(pod, epoch): (&PodId, &Epoch)| HeldPod {
-            pod: pod.clone(),
-            epoch: *epoch,
-            run: Run(1),
-            alive: true,
-        };
-        let hello = Hello {
-            nonce: self.nonce.clone(),
-            previous: None,
-            session: 1,
-            hardware,
-            boot,
-            ledger: self.ledger.clone(),
-            store: self.store.clone(),
-            term: self.order.0,
-            generation: self.order.1,
-            events_acked: self.acked,
-            events_last: self.last,
-            pods: self.pods.iter().map(held).collect(),
-            inventory: inventory(self.id.as_str()),
-            chunks: None,
-        };
-        self.send(NodeTopic::Hello, &hello);
+    fn hello(&self) {
+        let held = self.pods.iter().map(|(pod, epoch)| (pod, *epoch));
+        self.send(NodeTopic::Hello, &self.face.hello(self.store.clone(), (self.acked, self.last), held));
     }
 
     fn beat(&mut self) {
-        self.seq += 1;
-        self.sent = Some((self.seq, Instant::now()));
-        let beat = Heartbeat {
-            nonce: self.nonce.clone(),
-            seq: self.seq,
-            boot_ms: BootMs(self.begun.elapsed().as_millis() as u64),
-            last_grant: self.granted,
-            term: self.order.0,
-            generation: self.order.1,
-            held: held_digest(self.pods.iter().map(|(pod, epoch)| (pod, *epoch))),
-            usage: Usage::default(),
-            pulls: Vec::new(),
-            saves: Vec::new(),
-            restores: Vec::new(),
-            staged: Vec::new(),
-            leaving: None,
-        };
+        let beat = self.face.heartbeat(self.pods.iter().map(|(pod, epoch)| (pod, *epoch)));
+        self.sent = Some((beat.seq, Instant::now()));
         self.send(NodeTopic::Heartbeat, &beat);
         if !self.events.is_empty() {
-            let (nonce, ledger) = (self.nonce.clone(), self.ledger.clone());
+            let (nonce, ledger) = (self.face.nonce.clone(), self.face.ledger.clone());
             self.send(NodeTopic::Event, &Events { nonce, ledger, events: self.events.clone() });
         }
     }
 
     /// True: the last heartbeat was answered.
     fn take(&mut self, topic: &str, payload: &[u8]) -> bool {
-        let Some(topic) = Topic::parse(&self.cluster, topic) else { return false };
+        let Some(topic) = Topic::parse(&self.face.cluster, topic) else { return false };
         match &topic {
             Topic::Node { kind: NodeTopic::Lease, .. } => {
                 let Ok(lease) = codec::decode::<Lease>(&topic, payload) else { return false };
@@ -408,8 +341,8 @@ impl Agent {
                     return false;
                 }
                 self.store = Some(lease.store);
-                self.granted = self.granted.max(Some(lease.seq));
-                if lease.ledger == self.ledger {
+                self.face.last_grant = self.face.last_grant.max(Some(lease.seq));
+                if lease.ledger == self.face.ledger {
                     self.acked = self.acked.max(lease.acked);
                     self.events.retain(|event| event.n > lease.acked);
                 }
@@ -442,10 +375,10 @@ impl Agent {
     }
 
     fn desired(&mut self, desired: &Desired) {
-        if (desired.term, desired.generation) <= self.order {
+        if (desired.term, desired.generation) <= self.face.order {
             return;
         }
-        self.order = (desired.term, desired.generation);
+        self.face.order = (desired.term, desired.generation);
         let wanted: BTreeMap<PodId, Epoch> = desired
             .pods
             .iter()

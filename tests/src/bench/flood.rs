@@ -7,22 +7,18 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use berth_protocol::codec;
-use berth_protocol::ids::{
-    BootId, ClusterName, Digest, Epoch, Generation, HardwareId, LedgerId, NodeId, PodId, Run, SessionNonce,
-    StoreId, Term,
-};
+use berth_protocol::ids::{Digest, Epoch, PodId, Run};
 use berth_protocol::message::node::{
-    Desired, Events, Heartbeat, Hello, Lease, NodeEvent, NumberedEvent, PodChange, PodEvent, SpecMessage,
-    held_digest,
+    Desired, Events, Lease, NodeEvent, NumberedEvent, PodChange, PodEvent, SpecMessage,
 };
 use berth_protocol::pod::{Cause, Goal, Outcome};
-use berth_protocol::resources::{CgroupVersion, Inventory, Usage};
 use berth_protocol::topic::{NodeTopic, Topic};
-use berth_protocol::units::{BootMs, Bytes, MilliCpu, Timestamp};
+use berth_protocol::units::Timestamp;
 use rumqttc::{Client, Event, MqttOptions, Packet, QoS};
 use serde_json::json;
 
 use super::figures::{Figure, percentile};
+use super::node::{Face, KINDS};
 use super::process::{MIB, cpu_time, pss};
 use super::user::User;
 use super::world::{Broker, World};
@@ -153,50 +149,16 @@ impl Tide<'_> {
 
 /// One node, as far as the controller can tell.
 struct Agent {
+    face: Face,
     client: Client,
-    cluster: ClusterName,
-    begun: Instant,
     /// Names of jobs by the digest of their spec.
     jobs: HashMap<Digest, String>,
     placed: Sender<(String, Instant)>,
-    id: NodeId,
-    nonce: SessionNonce,
-    ledger: LedgerId,
-    seq: u64,
-    last_grant: Option<u64>,
-    order: (Term, Generation),
     beat_at: Instant,
     /// Epochs that have ended here, of pods that are still named.
     ended: BTreeMap<PodId, Epoch>,
     events: Vec<NumberedEvent>,
     last: u64,
-}
-
-/// Of a node without devices.
-pub(super) fn inventory(agent: &str) -> Inventory {
-    Inventory {
-        hostname: agent.to_owned(),
-        arch: "x86_64".to_owned(),
-        kernel: "6.1.0".to_owned(),
-        os: "Debian GNU/Linux 12".to_owned(),
-        cpu: MilliCpu(64_000),
-        memory: Bytes(256 * Bytes::GIB),
-        disk: Bytes(1 << 40),
-        cpu_model: "simulated".to_owned(),
-        cpu_features: BTreeSet::new(),
-        cgroup: CgroupVersion::V2,
-        criu: None,
-        gpus: Vec::new(),
-        gpu_driver: None,
-        saves_gpus: false,
-        cuda: None,
-        labels: BTreeMap::new(),
-        taints: BTreeSet::new(),
-        host_image: true,
-        bridge: true,
-        agent_version: "0.1.0".to_owned(),
-        images: Default::default(),
-    }
 }
 
 pub(super) fn now() -> Timestamp {
@@ -211,9 +173,8 @@ pub(super) fn node(port: u16, node: usize) -> Result<()> {
 
 /// One node, in a thread of its own until the broker has gone.
 fn start(port: u16, node: usize, placed: Sender<(String, Instant)>) -> Result<()> {
-    let name = format!("sim-{node}");
-    let (id, nonce) = (NodeId::parse(&name)?, SessionNonce::parse(&format!("{name}-nonce"))?);
-    let mut options = MqttOptions::new(format!("{id}.{nonce}"), "127.0.0.1", port);
+    let face = Face::new(&format!("sim-{node}"))?;
+    let mut options = MqttOptions::new(face.client(), "127.0.0.1", port);
     options.set_max_packet_size(96 * 1024, 96 * 1024);
     // A beat is looked for whenever anything happens: at least the connection's own.
     options.set_keep_alive(BEAT / 2);
@@ -221,25 +182,15 @@ fn start(port: u16, node: usize, placed: Sender<(String, Instant)>) -> Result<()
     let mut network = rumqttc::NetworkOptions::new();
     network.set_tcp_nodelay(true);
     mqtt.eventloop.set_network_options(network);
-    let cluster = ClusterName::parse("default").context("a name")?;
-    let kinds = [NodeTopic::Desired, NodeTopic::Lease, NodeTopic::Spec];
-    for kind in kinds {
-        client.subscribe(Topic::node(&id, kind).render(&cluster), QoS::AtLeastOnce)?;
+    for kind in KINDS {
+        client.subscribe(face.topic(kind), QoS::AtLeastOnce)?;
     }
-    let begun = Instant::now();
     let mut agent = Agent {
+        face,
         client,
-        cluster,
-        begun,
         jobs: HashMap::new(),
         placed,
-        ledger: LedgerId::parse(&format!("{name}-ledger"))?,
-        id,
-        nonce,
-        seq: 0,
-        last_grant: None,
-        order: (Term(0), Generation(0)),
-        beat_at: begun,
+        beat_at: Instant::now(),
         ended: BTreeMap::new(),
         events: Vec::new(),
         last: 0,
@@ -250,16 +201,16 @@ fn start(port: u16, node: usize, placed: Sender<(String, Instant)>) -> Result<()
             match event {
                 Ok(Event::Incoming(Packet::SubAck(_))) => {
                     subscribed += 1;
-                    if subscribed == kinds.len() {
+                    if subscribed == KINDS.len() {
                         agent.hello();
                     }
                 }
                 Ok(Event::Incoming(Packet::Publish(message))) => {
-                    if let Some(topic) = Topic::parse(&agent.cluster, &message.topic) {
+                    if let Some(topic) = Topic::parse(&agent.face.cluster, &message.topic) {
                         agent.take(&topic, &message.payload);
                     }
                 }
-                Ok(_) if agent.seq > 0 && agent.beat_at.elapsed() >= BEAT => agent.beat(true),
+                Ok(_) if agent.face.seq > 0 && agent.beat_at.elapsed() >= BEAT => agent.beat(true),
                 Ok(_) => {}
                 Err(_) => return,
             }
@@ -270,59 +221,21 @@ fn start(port: u16, node: usize, placed: Sender<(String, Instant)>) -> Result<()
 
 impl Agent {
     fn send<T: serde::Serialize>(&self, kind: NodeTopic, message: &T) {
-        let topic = Topic::node(&self.id, kind);
-        let qos = if kind.is_qos0() { QoS::AtMostOnce } else { QoS::AtLeastOnce };
-        if let Ok(payload) = codec::encode(&topic, message) {
+        if let Some((topic, qos, payload)) = self.face.message(kind, message) {
             // What finds no place is sent again by the next beat.
-            let _ = self.client.try_publish(topic.render(&self.cluster), qos, false, payload);
+            let _ = self.client.try_publish(topic, qos, false, payload);
         }
     }
 
     fn hello(&mut self) {
-        let parse = |text: &str| format!("{}-{text}", self.id);
-        let (Ok(hardware), Ok(boot)) = (HardwareId::parse(&parse("hw")), BootId::parse(&parse("boot")))
-        else {
-            return;
-        };
-        let hello = Hello {
-            nonce: self.nonce.clone(),
-            previous: None,
-            session: 1,
-            hardware,
-            boot,
-            ledger: self.ledger.clone(),
-            store: None::<StoreId>,
-            term: Term(0),
-            generation: Generation(0),
-            events_acked: 0,
-            events_last: 0,
-            pods: Vec::new(),
-            inventory: inventory(self.id.as_str()),
-            chunks: None,
-        };
-        self.send(NodeTopic::Hello, &hello);
+        self.send(NodeTopic::Hello, &self.face.hello(None, (0, 0), std::iter::empty()));
         self.beat(true);
     }
 
     /// With what is unacknowledged, or alone where that has just been told.
     fn beat(&mut self, with_events: bool) {
-        self.seq += 1;
         self.beat_at = Instant::now();
-        let beat = Heartbeat {
-            nonce: self.nonce.clone(),
-            seq: self.seq,
-            boot_ms: BootMs(self.begun.elapsed().as_millis() as u64),
-            last_grant: self.last_grant,
-            term: self.order.0,
-            generation: self.order.1,
-            held: held_digest(std::iter::empty()),
-            usage: Usage::default(),
-            pulls: Vec::new(),
-            saves: Vec::new(),
-            restores: Vec::new(),
-            staged: Vec::new(),
-            leaving: None,
-        };
+        let beat = self.face.heartbeat(std::iter::empty());
         self.send(NodeTopic::Heartbeat, &beat);
         if with_events {
             self.tell(&self.events);
@@ -331,7 +244,7 @@ impl Agent {
 
     fn tell(&self, events: &[NumberedEvent]) {
         for events in events.chunks(64) {
-            let (nonce, ledger) = (self.nonce.clone(), self.ledger.clone());
+            let (nonce, ledger) = (self.face.nonce.clone(), self.face.ledger.clone());
             self.send(NodeTopic::Event, &Events { nonce, ledger, events: events.to_vec() });
         }
     }
@@ -348,7 +261,7 @@ impl Agent {
             }
             NodeTopic::Lease => {
                 let Ok(lease) = codec::decode::<Lease>(topic, payload) else { return };
-                self.last_grant = self.last_grant.max(Some(lease.seq));
+                self.face.last_grant = self.face.last_grant.max(Some(lease.seq));
                 self.events.retain(|event| event.n > lease.acked);
             }
             NodeTopic::Desired => {
@@ -362,10 +275,10 @@ impl Agent {
     }
 
     fn desired(&mut self, desired: &Desired, at: Instant) {
-        if (desired.term, desired.generation) <= self.order {
+        if (desired.term, desired.generation) <= self.face.order {
             return;
         }
-        self.order = (desired.term, desired.generation);
+        self.face.order = (desired.term, desired.generation);
         let named: BTreeSet<&PodId> = desired.pods.iter().map(|pod| &pod.pod).collect();
         self.ended.retain(|pod, _| named.contains(pod));
         let specs: BTreeSet<Digest> = desired.pods.iter().map(|pod| pod.spec).collect();

@@ -23,7 +23,7 @@ use berth_protocol::units::{BootMs, Timestamp};
 use serde_json::json;
 
 use super::figures::Figure;
-use super::flood::inventory;
+use super::node::inventory;
 
 /// Nodes, and the decisions a second that are asked for.
 const FLEETS: [(usize, f64); 3] = [(1_213, 200_000.0), (10_000, 50_000.0), (100_000, 10_000.0)];

@@ -10,6 +10,7 @@ pub mod footprint;
 pub mod growth;
 pub mod latency;
 pub mod moves;
+pub mod node;
 pub mod pod;
 pub mod podman;
 pub mod process;

@@ -8,15 +8,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use berth_controller::io::store::{self, Contents, StoreChoice};
 use berth_protocol::ids::ClusterName;
-use rumqttc::{Client, Event, MqttOptions, Packet, QoS};
+use rumqttc::{Client, MqttOptions, QoS};
 use serde_json::{Value, json};
 
 use super::figures::{Figure, percentile};
 use super::flood;
 use super::process::{Daemon, MIB, free_port, is_healthy, pss, until};
+use super::user::{PREFIX, listen};
 use super::world::{Broker, World, program, temporary};
+use crate::etcd::Etcd;
 
-const PREFIX: &str = "berth/v1/default/jobs/default";
 const COMMITS_ASKED: f64 = 5_000.0;
 /// Submits without an answer while as many as possible go through.
 const WINDOW: usize = 512;
@@ -73,33 +74,12 @@ struct Submitter {
 impl Submitter {
     fn connect(port: u16) -> Result<Self> {
         let mut options = MqttOptions::new("bench-submitter", "127.0.0.1", port);
-        options.set_max_packet_size(96 * 1024, 96 * 1024);
         options.set_inflight(u16::try_from(WINDOW)?);
-        let (client, mut connection) = Client::new(options, 2048);
-        let mut network = rumqttc::NetworkOptions::new();
-        network.set_tcp_nodelay(true);
-        connection.eventloop.set_network_options(network);
         let (to, answers) = std::sync::mpsc::channel();
-        let (ready, subscribed) = std::sync::mpsc::channel();
-        client.subscribe(format!("{PREFIX}/+/answer"), QoS::AtMostOnce)?;
-        std::thread::spawn(move || {
-            for event in connection.iter() {
-                match event {
-                    Ok(Event::Incoming(Packet::SubAck(_))) => drop(ready.send(())),
-                    Ok(Event::Incoming(Packet::Publish(message))) => {
-                        let at = Instant::now();
-                        let Some(job) = message.topic.split('/').nth_back(1) else { continue };
-                        let accepted = message.payload.windows(15).any(|part| part == b"\"accepted\":true");
-                        if to.send((job.to_owned(), at, accepted)).is_err() {
-                            return;
-                        }
-                    }
-                    Ok(_) => {}
-                    Err(_) => return,
-                }
-            }
-        });
-        subscribed.recv_timeout(Duration::from_secs(10)).context("the broker does not answer")?;
+        let client = listen(options, "answer", move |job, at, payload| {
+            let accepted = payload.windows(15).any(|part| part == b"\"accepted\":true");
+            to.send((job.to_owned(), at, accepted)).is_ok()
+        })?;
         Ok(Self { client, answers, next: 0, open: HashMap::new(), waits: Vec::new() })
     }
 
@@ -245,10 +225,10 @@ pub fn failover() -> Result<Vec<Figure>> {
     std::fs::write(&config, format!("listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\n"))?;
     let _mosquitto =
         Daemon::start(Command::new("mosquitto").arg("-c").arg(config), &dir.path().join("mosquitto.log"))?;
-    let (members, _etcd) = etcd(dir.path())?;
+    let etcd = Etcd::start(3, dir.path());
     let controller = |name: &str| -> Result<Daemon> {
         let mut command = Command::new(program("berth-controller")?);
-        command.args(["--dev", "--broker", &format!("mqtt://127.0.0.1:{port}"), "--store", &members]);
+        command.args(["--dev", "--broker", &format!("mqtt://127.0.0.1:{port}"), "--store", &etcd.url()]);
         command.args(["--listen-http", &format!("127.0.0.1:{}", free_port()?), "--data-dir"]);
         Daemon::start(command.arg(dir.path().join(name)), &dir.path().join(format!("{name}.log")))
     };
@@ -293,24 +273,4 @@ impl Submitter {
         }
         Ok(())
     }
-}
-
-/// Three members, and where they are.
-fn etcd(dir: &Path) -> Result<(String, Vec<Daemon>)> {
-    let address = || free_port().map(|port| format!("127.0.0.1:{port}"));
-    let members = [address()?, address()?, address()?];
-    let peers = [address()?, address()?, address()?];
-    let cluster: Vec<String> =
-        peers.iter().enumerate().map(|(n, peer)| format!("m{n}=http://{peer}")).collect();
-    let start = |n: usize| {
-        let (own, peer) = (format!("http://{}", members[n]), format!("http://{}", peers[n]));
-        let mut command = Command::new("etcd");
-        command.args(["--name", &format!("m{n}"), "--data-dir"]).arg(dir.join(format!("etcd{n}")));
-        command.args(["--listen-client-urls", &own, "--advertise-client-urls", &own]);
-        command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
-        command.args(["--initial-cluster", &cluster.join(","), "--log-level", "warn"]);
-        Daemon::start(&mut command, &dir.join(format!("etcd{n}.log")))
-    };
-    let daemons = (0..3).map(start).collect::<Result<_>>()?;
-    Ok((format!("etcd://{}", members.join(",")), daemons))
 }

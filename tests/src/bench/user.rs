@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use rumqttc::{Client, Event, MqttOptions, Packet, QoS};
 use serde_json::Value;
 
-const PREFIX: &str = "berth/v1/default/jobs/default";
+pub const PREFIX: &str = "berth/v1/default/jobs/default";
 
 pub struct User {
     client: Client,
@@ -34,37 +34,48 @@ impl Status {
     }
 }
 
+/// A client that is told what is said of jobs on this kind of topic, with the moment, as long as `take` wants it.
+pub fn listen(
+    mut options: MqttOptions,
+    kind: &str,
+    mut take: impl FnMut(&str, Instant, &[u8]) -> bool + Send + 'static,
+) -> Result<Client> {
+    options.set_max_packet_size(96 * 1024, 96 * 1024);
+    let (client, mut connection) = Client::new(options, 2048);
+    let mut network = rumqttc::NetworkOptions::new();
+    network.set_tcp_nodelay(true);
+    connection.eventloop.set_network_options(network);
+    let (ready, subscribed) = mpsc::channel();
+    client.subscribe(format!("{PREFIX}/+/{kind}"), QoS::AtLeastOnce)?;
+    std::thread::spawn(move || {
+        for event in connection.iter() {
+            match event {
+                Ok(Event::Incoming(Packet::SubAck(_))) => drop(ready.send(())),
+                Ok(Event::Incoming(Packet::Publish(message))) => {
+                    let at = Instant::now();
+                    let Some(job) = message.topic.split('/').nth_back(1) else { continue };
+                    if !take(job, at, &message.payload) {
+                        return;
+                    }
+                }
+                Ok(_) => {}
+                // The broker has gone, and with it this user.
+                Err(_) => return,
+            }
+        }
+    });
+    subscribed.recv_timeout(Duration::from_secs(10)).context("the broker does not answer")?;
+    Ok(client)
+}
+
 impl User {
     /// Connected and subscribed when it returns.
     pub fn connect(port: u16, name: &str) -> Result<Self> {
-        let mut options = MqttOptions::new(name, "127.0.0.1", port);
-        options.set_max_packet_size(96 * 1024, 96 * 1024);
-        let (client, mut connection) = Client::new(options, 2048);
-        let mut network = rumqttc::NetworkOptions::new();
-        network.set_tcp_nodelay(true);
-        connection.eventloop.set_network_options(network);
         let (to, statuses) = mpsc::channel();
-        let (ready, subscribed) = mpsc::channel();
-        client.subscribe(format!("{PREFIX}/+/status"), QoS::AtLeastOnce)?;
-        std::thread::spawn(move || {
-            for event in connection.iter() {
-                match event {
-                    Ok(Event::Incoming(Packet::SubAck(_))) => drop(ready.send(())),
-                    Ok(Event::Incoming(Packet::Publish(message))) => {
-                        let at = Instant::now();
-                        let Some(job) = message.topic.split('/').nth_back(1) else { continue };
-                        let Ok(body) = serde_json::from_slice(&message.payload) else { continue };
-                        if to.send(Status { job: job.to_owned(), at, body }).is_err() {
-                            return;
-                        }
-                    }
-                    Ok(_) => {}
-                    // The broker has gone, and with it this user.
-                    Err(_) => return,
-                }
-            }
-        });
-        subscribed.recv_timeout(Duration::from_secs(10)).context("the broker does not answer")?;
+        let client = listen(MqttOptions::new(name, "127.0.0.1", port), "status", move |job, at, payload| {
+            let Ok(body) = serde_json::from_slice(payload) else { return true };
+            to.send(Status { job: job.to_owned(), at, body }).is_ok()
+        })?;
         Ok(Self { client, statuses, last: BTreeMap::new() })
     }
 

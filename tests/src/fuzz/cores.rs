@@ -12,7 +12,7 @@ use berth_protocol::ids::{
     StoreId, Term,
 };
 use berth_protocol::message::node::{Desired, Lease};
-use berth_protocol::resources::{CgroupVersion, Inventory};
+use berth_protocol::resources::Inventory;
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
 use berth_protocol::units::{BootMs, Bytes, MilliCpu, Timestamp};
 use serde_json::value::RawValue;
@@ -47,20 +47,11 @@ pub fn inventory() -> Inventory {
         cpu: MilliCpu(4000),
         memory: Bytes(8 << 30),
         disk: Bytes(1 << 40),
-        cpu_model: String::new(),
-        cpu_features: Default::default(),
-        cgroup: CgroupVersion::V2,
         criu: Some("4.1".into()),
-        gpus: Vec::new(),
-        gpu_driver: None,
-        saves_gpus: false,
-        cuda: None,
-        labels: Default::default(),
-        taints: Default::default(),
         host_image: true,
         bridge: true,
         agent_version: "0".into(),
-        images: Default::default(),
+        ..Inventory::unknown()
     }
 }
 

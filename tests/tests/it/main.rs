@@ -3,8 +3,6 @@
 mod checkpoints;
 mod cluster;
 mod drain;
-#[path = "../../../controller/tests/common/etcd.rs"]
-mod etcd;
 mod faults;
 mod jobs;
 mod kills;

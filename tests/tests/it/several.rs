@@ -2,8 +2,9 @@
 
 use std::process::Command;
 
+use berth_tests::etcd::Etcd;
+
 use crate::cluster::{Cluster, Daemon, free_port, text, until};
-use crate::etcd::Etcd;
 
 const LONG: &str = "image: host\ncommand: [sh, -c, \"i=0; while [ $i -lt 400 ]; do echo $i; i=$((i+1)); sleep 0.05; done\"]\n\
                     resources: {cpu: 100m, memory: 32Mi}\n";
@@ -12,7 +13,7 @@ const SHORT: &str = "image: host\ncommand: [echo, here]\nresources: {cpu: 100m, 
 fn on_etcd() -> (Cluster, Etcd) {
     let mut cluster = Cluster::empty();
     let etcd = Etcd::start(3, cluster.dir.path());
-    cluster.store = Some(format!("etcd://{}", etcd.members.join(",")));
+    cluster.store = Some(etcd.url());
     cluster.start_mosquitto();
     (cluster, etcd)
 }

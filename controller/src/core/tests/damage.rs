@@ -78,11 +78,21 @@ fn a_job_without_its_file_is_set_aside_too() {
 }
 
 #[test]
-fn a_node_whose_record_is_damaged_is_known_by_its_ledger() {
+fn a_node_whose_record_is_damaged_or_lost_is_known_by_its_ledger() {
+    for lost in [false, true] {
+        known_by_its_ledger(lost);
+    }
+}
+
+fn known_by_its_ledger(lost: bool) {
     let (mut world, broken, _, _) = two();
     let node =
         world.agents.values().find(|agent| agent.pods.contains_key(&broken.pod(0))).unwrap().id.clone();
-    world.damaged.insert(format!("node/{node}"));
+    if lost {
+        world.store.remove(&format!("node/{node}"));
+    } else {
+        world.damaged.insert(format!("node/{node}"));
+    }
     world.restart_controller();
     assert!(world.controller.set_aside().jobs.is_empty());
     world.run(30_000);

@@ -1,4 +1,4 @@
-//! Real members of etcd on loopback, gone with the test.
+//! Real members of etcd on loopback, gone with their handle.
 
 use std::net::TcpListener;
 use std::path::Path;
@@ -44,6 +44,11 @@ impl Etcd {
         let mut etcd = Self { members: members.to_vec(), commands, children };
         (0..count).for_each(|n| etcd.revive(n));
         etcd
+    }
+
+    /// As a controller's `--store` wants them.
+    pub fn url(&self) -> String {
+        format!("etcd://{}", self.members.join(","))
     }
 
     /// Starts a member that is dead.
