@@ -57,8 +57,12 @@ pub enum AdminError {
     Store(#[from] StoreError),
     #[error("the records cannot be understood")]
     Load(#[from] LoadError),
-    #[error("cannot {action} {path}")]
-    File { action: &'static str, path: PathBuf, source: std::io::Error },
+    #[error("there is no file {0}")]
+    NotThere(PathBuf),
+    #[error(
+        "{file} is no backup that `berth-controller backup` has written whole ({finding}): name another; nothing was changed"
+    )]
+    NoBackup { file: PathBuf, finding: String },
     #[error("{0} is there already: name a file that is not")]
     Exists(PathBuf),
     #[error("the records are in {0} already")]
@@ -200,11 +204,11 @@ async fn backup(
 }
 
 fn restore(dir: &Path, file: &Path) -> Result<(String, bool), AdminError> {
-    if !file.exists() {
-        let source = std::io::Error::from(std::io::ErrorKind::NotFound);
-        return Err(AdminError::File { action: "read", path: file.to_owned(), source });
-    }
-    let mut contents = store::read_file(file)?;
+    let mut contents = store::read_file(file).map_err(|error| match error {
+        StoreError::Damaged { finding, .. } => AdminError::NoBackup { file: file.to_owned(), finding },
+        StoreError::Missing { path } => AdminError::NotThere(path),
+        other => other.into(),
+    })?;
     contents.term = Term(contents.term.0 + RESTORED_TERMS);
     let _lock = store::lock(dir)?;
     let kept = store::replace(dir, &contents)?;

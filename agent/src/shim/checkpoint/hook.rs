@@ -23,6 +23,8 @@ use super::dump;
 /// Of what it says, in a failure's message: the end.
 const SAID_BYTES_MAX: usize = 300;
 const CAPABILITIES_MAX: u64 = 63;
+/// One that was killed is gone within this, or nothing can be done about it.
+const DEATH: Millis = Millis(2_000);
 /// linux/capability.h
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 
@@ -35,6 +37,8 @@ pub struct Hook {
     output: Option<File>,
     said: Vec<u8>,
     give_up_at: BootMs,
+    /// Its time was over. Until it is gone the pod has a process that is none of its own.
+    killed: bool,
     code: Option<u8>,
 }
 
@@ -156,6 +160,7 @@ impl Hook {
             output: Some(File::from(read)),
             said: Vec::new(),
             give_up_at: sys::boot_now().plus(within),
+            killed: false,
             code: None,
         })
     }
@@ -194,7 +199,9 @@ impl Hook {
             }
         }
         let name = self.name;
+        let overdue = || Some(Ended::Badly(format!("the {name} hook has not ended within checkpoint.grace")));
         match self.code {
+            Some(_) if self.killed => overdue(),
             Some(0) => Some(Ended::Well),
             Some(code) => {
                 let said = String::from_utf8_lossy(&self.said);
@@ -202,19 +209,27 @@ impl Hook {
                 let said = if said.is_empty() { String::new() } else { format!(": {said}") };
                 Some(Ended::Badly(format!("the {name} hook ended with code {code}{said}")))
             }
-            None if self.give_up_at <= now => {
-                Some(Ended::Badly(format!("the {name} hook has not ended within checkpoint.grace")))
+            None if self.give_up_at > now => None,
+            None if self.killed => overdue(),
+            None => {
+                self.kill();
+                self.killed = true;
+                self.give_up_at = now.plus(DEATH);
+                None
             }
-            None => None,
         }
+    }
+
+    /// It leads its session and so its group; what has left that ends with the container.
+    fn kill(&self) {
+        let _ = kill(Pid::from_raw(-self.pid.as_raw()), Signal::SIGKILL);
     }
 }
 
 impl Drop for Hook {
     fn drop(&mut self) {
         if self.code.is_none() {
-            // It leads its session and so its group; what has left that ends with the container.
-            let _ = kill(Pid::from_raw(-self.pid.as_raw()), Signal::SIGKILL);
+            self.kill();
         }
     }
 }

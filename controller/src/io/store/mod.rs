@@ -72,6 +72,8 @@ pub enum StoreError {
         "the data directory {dir} is in use by another berth-controller: stop that one, or choose another --data-dir"
     )]
     Locked { dir: PathBuf },
+    #[error("there is no store {path}: which is its --data-dir?")]
+    Missing { path: PathBuf },
     #[error("cannot {action} the store {path}")]
     Sqlite { action: &'static str, path: PathBuf, source: Arc<rusqlite::Error> },
     #[error(

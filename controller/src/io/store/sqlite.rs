@@ -122,8 +122,7 @@ impl Drop for Sqlite {
 /// What a store's file holds, read beside whoever writes to it.
 pub fn read(path: &Path) -> Result<Contents, StoreError> {
     let failed = |source| sqlite("read", path, source);
-    let mut connection =
-        Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE).map_err(failed)?;
+    let mut connection = existing(path)?;
     check_layout(&connection, path, |found| found == LAYOUT)?;
     // One transaction: one moment.
     let transaction = connection.transaction().map_err(failed)?;
@@ -168,7 +167,7 @@ pub fn fill(dir: &Path, contents: &Contents) -> Result<(), StoreError> {
 /// What can be read of a damaged file. The caller has the directory's lock.
 pub fn salvage(path: &Path) -> Result<Contents, StoreError> {
     let failed = |source| sqlite("read", path, source);
-    let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE).map_err(failed)?;
+    let connection = existing(path)?;
     check_layout(&connection, path, |found| found == LAYOUT)?;
     let identity = identity(&connection, path)?;
     let term = term(&connection).map_err(failed)?.ok_or_else(|| damaged(path, "its term is unreadable"))?;
@@ -191,7 +190,7 @@ pub fn salvage(path: &Path) -> Result<Contents, StoreError> {
 /// The findings of SQLite's own check of the file's structure; none where it is sound.
 pub fn structure(path: &Path) -> Result<Vec<String>, StoreError> {
     let failed = |source| sqlite("check", path, source);
-    let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE).map_err(failed)?;
+    let connection = existing(path)?;
     let mut statement = connection.prepare("PRAGMA integrity_check(20)").map_err(failed)?;
     let found: Result<Vec<String>, _> = statement.query_map([], |row| row.get(0)).map_err(failed)?.collect();
     match found {
@@ -251,6 +250,15 @@ fn sqlite(action: &'static str, path: &Path, source: rusqlite::Error) -> StoreEr
 
 fn damaged(path: &Path, finding: &str) -> StoreError {
     StoreError::Damaged { place: path.display().to_string(), finding: finding.to_owned() }
+}
+
+/// Beside whoever writes to it; one that is not there is not made.
+fn existing(path: &Path) -> Result<Connection, StoreError> {
+    if !path.exists() {
+        return Err(StoreError::Missing { path: path.to_owned() });
+    }
+    let opened = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE);
+    opened.map_err(|source| sqlite("open", path, source))
 }
 
 fn connect(path: &Path) -> Result<Connection, StoreError> {
