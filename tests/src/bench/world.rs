@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::process::{Daemon, free_port, shims, until};
+use super::process::{Daemon, free_port, is_healthy, shims, until};
 use super::user::User;
 
 /// Who carries the messages.
@@ -63,9 +63,8 @@ impl World {
         command.args(["--dev", "--broker", &url, "--listen-mqtt", &address, "--listen-http"]);
         command.arg(format!("127.0.0.1:{http}")).arg("--data-dir").arg(dir.path().join("ctl"));
         let controller = Daemon::start(&mut command, &log("controller"))?;
-        until("the broker listens", Duration::from_secs(20), || {
-            std::net::TcpStream::connect(&address).ok().map(drop)
-        })?;
+        // What is said before it has subscribed nobody hears.
+        until("the controller hears", Duration::from_secs(20), || is_healthy(http).then_some(()))?;
         Ok(Self { agent: None, another: None, controller, _mosquitto: mosquitto, dir, port })
     }
 
