@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use berth_protocol::codec;
 use berth_protocol::ids::{Epoch, PodId, Run, StoreId};
+use berth_protocol::limits::EVENTS_PER_MESSAGE_MAX;
 use berth_protocol::message::node::{Desired, Events, Lease, NodeEvent, NumberedEvent, PodChange, PodEvent};
 use berth_protocol::pod::Goal;
 use berth_protocol::topic::{NodeTopic, Topic};
@@ -28,6 +29,8 @@ use super::world::{program, temporary};
 /// The word by which the program of `make bench` is asked to be the agents.
 pub const AGENTS: &str = "fleet-agents";
 const COUNT: usize = 10_000;
+/// What the broker may open, and the agents.
+const FILES: usize = 2 * COUNT;
 const JOBS: usize = 10;
 const PODS_PER_JOB: usize = 100;
 const BEAT: Duration = Duration::from_secs(10);
@@ -53,7 +56,7 @@ pub fn fleet() -> Result<Vec<Figure>> {
     let broker = || {
         // A connection is a file.
         let mut command = Command::new("prlimit");
-        command.args(["--nofile=65536:65536", "mosquitto", "-c"]).arg(&config);
+        command.args([&format!("--nofile={FILES}:{FILES}"), "mosquitto", "-c"]).arg(&config);
         Daemon::start(&mut command, &log("mosquitto"))
     };
     let listens = || std::net::TcpStream::connect(("127.0.0.1", port)).ok().map(drop);
@@ -194,7 +197,7 @@ struct Seen {
 
 /// The program as agents: until its standard input ends.
 pub fn agents(port: u16) -> Result<()> {
-    let limit = libc::rlimit { rlim_cur: 65_536, rlim_max: 65_536 };
+    let limit = libc::rlimit { rlim_cur: FILES as u64, rlim_max: FILES as u64 };
     // SAFETY: it only reads `limit`.
     ensure!(
         unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } == 0,
@@ -324,9 +327,9 @@ impl Agent {
         let beat = self.face.heartbeat(self.pods.iter().map(|(pod, epoch)| (pod, *epoch)));
         self.sent = Some((beat.seq, Instant::now()));
         self.send(NodeTopic::Heartbeat, &beat);
-        if !self.events.is_empty() {
+        for events in self.events.chunks(EVENTS_PER_MESSAGE_MAX) {
             let (nonce, ledger) = (self.face.nonce.clone(), self.face.ledger.clone());
-            self.send(NodeTopic::Event, &Events { nonce, ledger, events: self.events.clone() });
+            self.send(NodeTopic::Event, &Events { nonce, ledger, events: events.to_vec() });
         }
     }
 

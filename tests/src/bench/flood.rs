@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result, ensure};
 use berth_protocol::codec;
 use berth_protocol::ids::{Digest, Epoch, PodId, Run};
+use berth_protocol::limits::EVENTS_PER_MESSAGE_MAX;
 use berth_protocol::message::node::{
     Desired, Events, Lease, NodeEvent, NumberedEvent, PodChange, PodEvent, SpecMessage,
 };
@@ -243,7 +244,7 @@ impl Agent {
     }
 
     fn tell(&self, events: &[NumberedEvent]) {
-        for events in events.chunks(64) {
+        for events in events.chunks(EVENTS_PER_MESSAGE_MAX) {
             let (nonce, ledger) = (self.face.nonce.clone(), self.face.ledger.clone());
             self.send(NodeTopic::Event, &Events { nonce, ledger, events: events.to_vec() });
         }
