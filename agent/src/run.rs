@@ -15,6 +15,7 @@ use std::time::Duration;
 use berth_protocol::ids::{IdError, LedgerId, SessionNonce};
 use berth_protocol::job::PodTemplate;
 use berth_protocol::message::node::{DepotAccess, HeldPod, NodeRequest};
+use berth_protocol::sign::Signer;
 use berth_protocol::topic::{NodeTopic, Topic};
 use berth_protocol::units::Millis;
 use tokio::sync::mpsc;
@@ -24,6 +25,7 @@ use crate::core::departure::Leaves;
 use crate::core::ledger::PodKey;
 use crate::core::{Action, Agent, Event, Identity, Launch, Now};
 use crate::io::bus::{BrokerUrlError, Bus};
+use crate::io::identity::{self, Authority, IdentityError};
 use crate::io::journal::{Journal, JournalError};
 use crate::io::logs::Followers;
 use crate::io::network::{self, Bridge};
@@ -61,10 +63,12 @@ pub enum RunError {
     Journal(#[from] JournalError),
     #[error(transparent)]
     Broker(#[from] BrokerUrlError),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     #[error("cannot draw random numbers: {0}")]
     Random(#[source] std::io::Error),
     #[error("cannot tell this boot or machine from others: {0}")]
-    Identity(#[from] IdError),
+    Machine(#[from] IdError),
     #[error("cannot give chunks away at --listen-chunks {address}")]
     Chunks { address: SocketAddr, source: std::io::Error },
     #[error("cannot set up images: {0}")]
@@ -87,6 +91,7 @@ struct Agency {
     followers: Followers,
     log_turns: stores::LogTurns,
     events: mpsc::UnboundedSender<Event>,
+    authority: Authority,
     /// Messages refused since the start, by kind; each kind is logged once.
     refused: BTreeMap<&'static str, u64>,
 }
@@ -111,6 +116,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     if damaged > 0 {
         tracing::error!("{damaged} damaged records in the ledger were passed over: is the disk failing?");
     }
+    let key = identity::key(&config.data_dir)?;
+    let authority = Authority::open(&config.data_dir, &config.cluster)?;
     let bridge = Bridge::open(Path::new(network::SLOTS_DIR), &config.data_dir)
         .inspect_err(|error| tracing::warn!("no network for pods of their own: {error}"))
         .ok();
@@ -153,7 +160,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     tracing::warn!(
         "--dev: whoever reaches the broker runs programs on this machine; for one person's machine and for tests only"
     );
-    let bus = Bus::connect(&config.broker, &config.cluster, &config.node, &nonce, bus_events)?;
+    let signer = Signer::new(config.cluster.clone(), key);
+    let bus = Bus::connect(&config.broker, &config.node, &nonce, signer, bus_events)?;
     tracing::info!(
         "node {} of cluster {}: {} cores, {} of memory, broker {}",
         config.node,
@@ -177,6 +185,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         followers: Followers::default(),
         log_turns: stores::LogTurns::default(),
         events,
+        authority,
         refused: BTreeMap::new(),
         config,
     };

@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use berth_protocol::codec;
 use berth_protocol::ids::Term;
+use berth_protocol::sign::{Key, Signer};
 use berth_protocol::topic::{NodeTopic, Topic, filter};
 use berth_protocol::units::Timestamp;
 use tokio::sync::mpsc;
@@ -25,6 +27,8 @@ use crate::io::random;
 use crate::io::store::{Op, Store, StoreError};
 use crate::io::systemd::Notifier;
 
+/// What the key is for that is drawn from the store's secret.
+const SIGNING: &str = "berth controller signing 1";
 /// Events that one transaction takes together.
 const BATCH_EVENTS_MAX: usize = 256;
 /// Inquiries that may wait for the loop.
@@ -60,6 +64,8 @@ pub struct Daemon {
     term: Term,
     depot: Arc<Depot>,
     bus: Bus,
+    /// Of what agents are told.
+    signer: Signer,
     events: BusEvents,
     inquiries: mpsc::Receiver<Inquiry>,
     /// What comes of work that the core asked for and that takes its time: the depot's contents, prices.
@@ -107,6 +113,7 @@ impl Daemon {
         let (broker, bus) = connect(&config, &store, &refusals)?;
         let (bus, events) = Bus::connect(bus, refusals);
         let http = tokio::spawn(http.run());
+        let signer = Signer::new(config.cluster.clone(), Key::derived(&secret, SIGNING));
         tracing::info!(cluster = %config.cluster, store = %store.identity().id, %term, http = %http_address, "started");
         Ok(Self {
             controller,
@@ -114,6 +121,7 @@ impl Daemon {
             term,
             depot,
             bus,
+            signer,
             events,
             inquiries,
             results,
@@ -247,7 +255,14 @@ impl Daemon {
             Effect::Publish { topic: Topic::Node { kind: NodeTopic::Lease, .. }, .. }
                 if self.store.leads_until() <= clock::boottime() => {}
             Effect::Publish { topic, payload, retain } => {
-                self.bus.publish(&topic, payload, retain).await;
+                let payload = match topic {
+                    Topic::Node { .. } => codec::sign(&self.signer, &topic, &payload),
+                    _ => Ok(payload),
+                };
+                match payload {
+                    Ok(payload) => drop(self.bus.publish(&topic, payload, retain).await),
+                    Err(error) => tracing::error!("a message on {topic} cannot be signed: {error}"),
+                }
             }
             Effect::DeleteLog { pod, epoch } => self.delete(Item::Log { pod, epoch }),
             Effect::DeleteBlob(digest) => self.delete(Item::Blob(digest)),
@@ -354,7 +369,7 @@ fn event(event: BusEvent) -> Event {
     match event {
         BusEvent::Up => Event::BusUp,
         BusEvent::Down => Event::BusDown,
-        BusEvent::Message { topic, payload } => Event::Message { topic, payload },
+        BusEvent::Message { topic, payload, by } => Event::Message { topic, payload, by },
     }
 }
 

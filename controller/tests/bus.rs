@@ -9,8 +9,17 @@ use std::time::Instant;
 use berth_controller::io::broker::{BrokerError, BrokerOptions, CONTROLLER_CLIENT_ID};
 use berth_controller::io::bus::{BrokerUrl, BusEvent};
 use berth_controller::io::metrics::Refusals;
+use berth_protocol::codec;
 use berth_protocol::limits::PACKET_BYTES_MAX;
+use berth_protocol::sign::{Key, SEED_BYTES, Signer};
+use berth_protocol::topic::Topic;
 use common::*;
+
+/// As an agent says it.
+fn signed(topic: &Topic, message: &bool) -> Vec<u8> {
+    let signer = Signer::new(cluster(), Key::from_seed(&[1; SEED_BYTES]));
+    codec::sign(&signer, topic, &codec::encode(topic, message).unwrap()).unwrap()
+}
 
 const ALL: &[&str] = &["jobs/+/+/submit", "jobs/+/+/command", "query/+/request", "nodes/+/hello"];
 
@@ -57,8 +66,9 @@ async fn what_is_not_allowed_does_not_arrive_and_is_counted() {
         assert!(user.publish(&topic(forged), b"forged".to_vec(), false).await);
     }
     assert!(node.publish(&topic("nodes/n2/hello"), b"forged".to_vec(), false).await);
-    assert!(node.publish(&topic("nodes/n1/hello"), b"true".to_vec(), false).await);
-    assert_eq!(next_message(&mut heard).await, ("nodes/n1/hello".to_owned(), b"true".to_vec()));
+    let hello = signed(&topic("nodes/n1/hello"), &true);
+    assert!(node.publish(&topic("nodes/n1/hello"), hello.clone(), false).await);
+    assert_eq!(next_message(&mut heard).await, ("nodes/n1/hello".to_owned(), hello));
     wait_until("forged publishes are counted", || refusals.count("publish") == 5);
     assert_eq!(orders.try_next(), None);
 
@@ -76,6 +86,24 @@ async fn what_is_not_allowed_does_not_arrive_and_is_counted() {
     let (_client, mut connection) = rumqttc::AsyncClient::new(options, 10);
     assert!(matches!(connection.poll().await, Err(rumqttc::ConnectionError::ConnectionRefused(_))));
     assert_eq!(refusals.count("connect"), 1);
+}
+
+/// As where the broker lets everybody say everything.
+#[tokio::test]
+async fn a_nodes_message_without_its_signature_goes_no_further() {
+    let broker = embedded(0, &Arc::new(Refusals::default()));
+    let url = BrokerUrl::new(broker.address());
+    let (_controller, mut heard, refusals) = client(url.clone(), CONTROLLER_CLIENT_ID, ALL).await;
+    let (node, _orders, _) = client(url, "n1.nonce", &[]).await;
+    let hello = topic("nodes/n1/hello");
+    let of_another = signed(&topic("nodes/n2/hello"), &true);
+    for forged in [codec::encode(&hello, &true).unwrap(), of_another, b"true".to_vec(), Vec::new()] {
+        assert!(node.publish(&hello, forged, false).await);
+    }
+    let own = signed(&hello, &true);
+    assert!(node.publish(&hello, own.clone(), false).await);
+    assert_eq!(next_message(&mut heard).await, ("nodes/n1/hello".to_owned(), own));
+    assert_eq!(["unsigned", "forged", "malformed"].map(|reason| refusals.count(reason)), [1, 1, 2]);
 }
 
 #[tokio::test]

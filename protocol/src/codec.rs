@@ -1,7 +1,8 @@
 //! Bytes of a payload to a message and back, with the bounds of `limits`. Nothing else serialises for the wire.
 //!
 //! What users exchange with the controller is plain JSON. What the controller and agents exchange travels in an
-//! envelope, `{"v":1,"body":…}`, whose further fields are the place of a signature over the body's bytes.
+//! envelope, `{"v":1,"body":…}`, whose further fields, `key`, `mandate` and `sig`, say whose the body is. The cores read
+//! bodies; signing and verifying is what is done last on the way out and first on the way in.
 //!
 //! Within a version fields are added, never changed or taken away: what is not known is passed over, what is not there
 //! has a default, and an event that is not known changes nothing. `tests/recorded` has each version's messages.
@@ -10,7 +11,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use crate::ids::ClusterName;
 use crate::limits::{ENVELOPE_BYTES_MAX, MESSAGE_BYTES_MAX, SPEC_BYTES_MAX};
+use crate::sign::{Author, Mandate, PublicKey, Signature, Signer};
 use crate::topic::{NodeTopic, Topic};
 
 /// The version of the envelope that this program writes.
@@ -26,6 +29,10 @@ pub enum CodecError {
         "the message is of version {0} of the protocol between controller and agents, this program speaks version {ENVELOPE_VERSION}: upgrade the older of the two"
     )]
     Version(u32),
+    #[error("the message is unsigned")]
+    Unsigned,
+    #[error("the message's signature is not of this message on this topic")]
+    Forged,
     #[error("the message cannot be written as JSON: {0}")]
     Unwritable(serde_json::Error),
 }
@@ -37,6 +44,8 @@ impl CodecError {
             CodecError::TooLarge { .. } => "oversized",
             CodecError::Malformed(_) => "malformed",
             CodecError::Version(_) => "version",
+            CodecError::Unsigned => "unsigned",
+            CodecError::Forged => "forged",
             CodecError::Unwritable(_) => "unwritable",
         }
     }
@@ -45,6 +54,12 @@ impl CodecError {
 #[derive(Serialize, Deserialize)]
 struct Envelope<'a> {
     v: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    key: Option<PublicKey>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mandate: Option<Mandate>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sig: Option<Signature>,
     #[serde(borrow)]
     body: &'a RawValue,
 }
@@ -68,7 +83,7 @@ pub fn encode<T: Serialize>(topic: &Topic, message: &T) -> Result<Vec<u8>, Codec
     if !matches!(topic, Topic::Node { .. }) {
         return Ok(Box::<str>::from(body).into_string().into_bytes());
     }
-    let envelope = Envelope { v: ENVELOPE_VERSION, body: &body };
+    let envelope = Envelope { v: ENVELOPE_VERSION, key: None, mandate: None, sig: None, body: &body };
     serde_json::to_vec(&envelope).map_err(CodecError::Unwritable)
 }
 
@@ -78,13 +93,41 @@ pub fn decode<T: DeserializeOwned>(topic: &Topic, payload: &[u8]) -> Result<T, C
         bounded(payload.len(), bytes_max(topic))?;
         return serde_json::from_slice(payload).map_err(CodecError::Malformed);
     }
+    serde_json::from_str(opened(topic, payload)?.body.get()).map_err(CodecError::Malformed)
+}
+
+fn opened<'a>(topic: &Topic, payload: &'a [u8]) -> Result<Envelope<'a>, CodecError> {
     bounded(payload.len(), bytes_max(topic) + ENVELOPE_BYTES_MAX)?;
     let envelope: Envelope = serde_json::from_slice(payload).map_err(CodecError::Malformed)?;
     if envelope.v != ENVELOPE_VERSION {
         return Err(CodecError::Version(envelope.v));
     }
     bounded(envelope.body.get().len(), bytes_max(topic))?;
-    serde_json::from_str(envelope.body.get()).map_err(CodecError::Malformed)
+    Ok(envelope)
+}
+
+/// Signs an encoded message between controller and agents.
+pub fn sign(signer: &Signer, topic: &Topic, payload: &[u8]) -> Result<Vec<u8>, CodecError> {
+    let plain: Envelope = serde_json::from_slice(payload).map_err(CodecError::Malformed)?;
+    let signed = Envelope {
+        key: Some(signer.public()),
+        mandate: signer.mandate().cloned(),
+        sig: Some(signer.sign(topic, plain.body.get())),
+        ..plain
+    };
+    serde_json::to_vec(&signed).map_err(CodecError::Unwritable)
+}
+
+/// Who has signed what came on `topic`: to be asked before it is decoded.
+pub fn verify(cluster: &ClusterName, topic: &Topic, payload: &[u8]) -> Result<Author, CodecError> {
+    let Envelope { key: Some(key), mandate, sig: Some(sig), body, .. } = opened(topic, payload)? else {
+        return Err(CodecError::Unsigned);
+    };
+    if key.has_signed(cluster, topic, body.get(), &sig) {
+        Ok(Author { key, mandate })
+    } else {
+        Err(CodecError::Forged)
+    }
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ pub mod message;
 pub mod pod;
 pub mod resources;
 pub mod rule;
+pub mod sign;
 pub mod token;
 pub mod topic;
 pub mod units;

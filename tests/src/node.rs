@@ -86,6 +86,8 @@ pub struct Node {
     paused_at: Option<u64>,
     /// A machine that was paused cannot know it: until then what is fenced by its clock may run on.
     excused: BTreeMap<PodKey, u64>,
+    /// When it last went on. What had come for it meanwhile grants time that is over, too.
+    resumed_at: Option<u64>,
     /// From this heartbeat of that session on its clock is known to have stood still.
     pub(crate) clock_broke: Option<(SessionNonce, u64)>,
     waiting: Vec<Event>,
@@ -137,6 +139,7 @@ impl Node {
             stopped: false,
             paused_at: None,
             excused: BTreeMap::new(),
+            resumed_at: None,
             clock_broke: None,
             waiting: Vec::new(),
             dies_after: None,
@@ -294,7 +297,7 @@ impl Node {
         self.shims.clear();
         self.orphans.clear();
         self.excused.clear();
-        (self.paused_at, self.clock_broke) = (None, None);
+        (self.paused_at, self.resumed_at, self.clock_broke) = (None, None, None);
         self.boot += 1;
     }
 
@@ -317,12 +320,9 @@ impl Node {
     pub fn resume(&mut self, now_ms: u64, answered: Option<&SessionNonce>) {
         let Some(since) = self.paused_at.take() else { return };
         self.clocks.lag += now_ms - since;
+        self.resumed_at = Some(now_ms);
         for (key, shim) in &self.shims {
-            let until = match shim.template.on_disconnect.lease(shim.template.grace) {
-                Some(lease) => now_ms + lease.0 + 2_000,
-                None => u64::MAX,
-            };
-            self.excused.insert(key.clone(), until);
+            self.excused.insert(key.clone(), leased(shim).map_or(u64::MAX, |lease| now_ms + lease));
         }
         let nonce = self.agent.as_ref().and_then(|agent| agent.ledger().nonce.clone());
         let known = nonce.filter(|nonce| answered == Some(nonce) && now_ms - since >= CLOCK_STOPS_MS);
@@ -331,7 +331,8 @@ impl Node {
 
     /// May it run beside a newer epoch, for its clock stood still?
     pub fn is_excused(&self, key: &PodKey, now_ms: u64) -> bool {
-        self.excused.get(key).is_some_and(|until| now_ms < *until)
+        let begun_since = || Some(self.resumed_at? + leased(self.shims.get(key)?)?);
+        self.excused.get(key).copied().or_else(begun_since).is_some_and(|until| now_ms < until)
     }
 
     /// Time passes for the processes.
@@ -439,6 +440,11 @@ impl Node {
         };
         self.shims.iter().map(held).collect()
     }
+}
+
+/// How long its pod may run without a grant; none: for ever.
+fn leased(shim: &Shim) -> Option<u64> {
+    Some(shim.template.on_disconnect.lease(shim.template.grace)?.0 + 2_000)
 }
 
 /// A clock that stood still for so long shows, whatever the network does to heartbeats.

@@ -67,7 +67,7 @@ impl Plan {
         let mut rng = fastrand::Rng::with_seed(seed);
         let count = if rng.u8(0..5) == 0 { rng.usize(8..=20) } else { rng.usize(3..8) };
         let nodes: Vec<MilliCpu> = (0..count).map(|_| MilliCpu(rng.u64(1..5) * 1000)).collect();
-        let span = if count > 7 { 300_000 } else { 600_000 };
+        let span = if count > 7 { 150_000 } else { 300_000 };
         let mut plan = Self { seed, nodes, span, items: Vec::new() };
         // One machine may never return, or never hear anything again; `continue` pods on it would wait for an operator.
         let dead = rng.u8(0..3) == 0;
@@ -162,8 +162,8 @@ fn job(rng: &mut fastrand::Rng, n: usize, span: u64, dead: bool) -> Job {
     };
     let work = match rng.u8(0..4) {
         _ if retries => rng.u64(50..40_000),
-        0 | 1 => rng.u64(50..90_000),
-        _ => rng.u64(90_000..300_000),
+        0 | 1 => rng.u64(50..60_000),
+        _ => rng.u64(60_000..200_000),
     };
     let actions: &[&str] = if dead { &["pause", "stop"] } else { &["pause", "continue", "stop"] };
     let action = rng.choice(actions).copied().unwrap_or("pause");

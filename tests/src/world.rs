@@ -220,7 +220,7 @@ impl World {
     fn happen(&mut self, due: Due) -> Result<(), String> {
         match due {
             Due::ToController { topic, payload } => {
-                self.ask_controller(ControllerEvent::Message { topic, payload })?;
+                self.ask_controller(ControllerEvent::Message { topic, payload, by: None })?;
             }
             Due::ToNode { node, .. } | Due::Local { node, .. } if self.nodes[node].is_paused() => {
                 self.links[node].asleep.push(due);

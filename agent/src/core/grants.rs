@@ -119,6 +119,7 @@ mod tests {
             acked: 0,
             depot: None,
             hello: false,
+            refused: None,
         }
     }
 

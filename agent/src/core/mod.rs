@@ -279,6 +279,8 @@ pub struct Agent {
     resend_at: Option<BootMs>,
     /// The operator was told of a controller that this node does not belong to.
     said_foreign: bool,
+    /// Of why the controller does not take this session, the last that the operator was told.
+    said_refused: Option<String>,
     leaving: Option<Leaves>,
     /// When that was first heard.
     leaving_since: Option<BootMs>,
@@ -310,6 +312,7 @@ impl Agent {
             sent_event: 0,
             resend_at: None,
             said_foreign: false,
+            said_refused: None,
             leaving: None,
             leaving_since: None,
             since: now.boot,
@@ -349,6 +352,11 @@ impl Agent {
         }
         let step = std::mem::take(&mut agent.out);
         (agent, step)
+    }
+
+    /// Of this session.
+    pub fn nonce(&self) -> &SessionNonce {
+        &self.nonce
     }
 
     pub fn ledger(&self) -> &Ledger {
@@ -559,6 +567,13 @@ impl Agent {
 
     fn lease(&mut self, now: Now, lease: Lease) {
         if lease.nonce != self.nonce || self.is_foreign(&lease.store) {
+            return;
+        }
+        if let Some(why) = lease.refused {
+            if self.said_refused.as_ref() != Some(&why) {
+                self.warn(format!("the controller refuses this node: {why}"));
+                self.said_refused = Some(why);
+            }
             return;
         }
         if lease.hello {

@@ -220,6 +220,7 @@ impl Bench {
             acked: self.disk.last_event,
             depot: None,
             hello: false,
+            refused: None,
         };
         self.event(Event::Lease(lease))
     }

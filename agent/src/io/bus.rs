@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use berth_protocol::codec;
-use berth_protocol::ids::{ClusterName, NodeId, SessionNonce};
+use berth_protocol::codec::{self, CodecError};
+use berth_protocol::ids::{NodeId, SessionNonce};
 use berth_protocol::limits::PACKET_BYTES_MAX;
 use berth_protocol::message::node::Bye;
+use berth_protocol::sign::Signer;
 use berth_protocol::topic::{NodeTopic, Topic, filter};
 use rumqttc::{
     AsyncClient, ConnectionError, Event as MqttEvent, LastWill, MqttOptions, Packet, QoS, Request, Subscribe,
@@ -41,7 +42,7 @@ const RECONNECT_MAX: Duration = Duration::from_secs(10);
 
 pub struct Bus {
     client: AsyncClient,
-    cluster: ClusterName,
+    signer: Signer,
     /// Connected and subscribed.
     up: Arc<AtomicBool>,
 }
@@ -65,9 +66,9 @@ impl Bus {
     /// Connects in the background, again and again, for as long as the receiver lives.
     pub fn connect(
         url: &str,
-        cluster: &ClusterName,
         node: &NodeId,
         nonce: &SessionNonce,
+        signer: Signer,
         events: mpsc::Sender<BusEvent>,
     ) -> Result<Self, BrokerUrlError> {
         let (host, port) = parse_url(url)?;
@@ -76,7 +77,8 @@ impl Bus {
         options.set_keep_alive(KEEP_ALIVE);
         options.set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX);
         let bye = Topic::node(node, NodeTopic::Bye);
-        if let Ok(payload) = codec::encode(&bye, &Bye { nonce: nonce.clone() }) {
+        let cluster = signer.cluster();
+        if let Ok(payload) = written(&signer, &bye, &Bye { nonce: nonce.clone() }) {
             options.set_last_will(LastWill::new(bye.render(cluster), payload, QoS::AtLeastOnce, false));
         }
         let (client, mut connection) = AsyncClient::new(options, QUEUE);
@@ -85,8 +87,8 @@ impl Bus {
         connection.set_network_options(network);
         let filters = filter::agent(cluster, node);
         let up = Arc::new(AtomicBool::new(false));
-        let bus = Self { client, cluster: cluster.clone(), up: up.clone() };
         let (cluster, url) = (cluster.clone(), url.to_owned());
+        let bus = Self { client, signer, up: up.clone() };
         tokio::spawn(async move {
             let (mut pause, mut said) = (RECONNECT_MIN, false);
             loop {
@@ -148,8 +150,10 @@ impl Bus {
             Topic::Node { kind, .. } if kind.is_qos0() => QoS::AtMostOnce,
             _ => QoS::AtLeastOnce,
         };
-        match codec::encode(topic, message) {
-            Ok(payload) => self.client.try_publish(topic.render(&self.cluster), qos, false, payload).is_ok(),
+        match written(&self.signer, topic, message) {
+            Ok(payload) => {
+                self.client.try_publish(topic.render(self.signer.cluster()), qos, false, payload).is_ok()
+            }
             Err(error) => {
                 tracing::error!("{topic} not sent: {error}");
                 true
@@ -164,6 +168,15 @@ impl Bus {
     /// Says goodbye in order, so that the will stays unsaid.
     pub fn disconnect(&self) {
         let _ = self.client.try_disconnect();
+    }
+}
+
+/// A message as it is sent: what the controller is told is signed, what users are told is not.
+fn written<T: Serialize>(signer: &Signer, topic: &Topic, message: &T) -> Result<Vec<u8>, CodecError> {
+    let payload = codec::encode(topic, message)?;
+    match topic {
+        Topic::Node { .. } => codec::sign(signer, topic, &payload),
+        _ => Ok(payload),
     }
 }
 

@@ -7,6 +7,7 @@ pub mod departure;
 pub mod depot;
 pub mod doctor;
 mod http;
+pub mod identity;
 pub mod image;
 pub mod journal;
 pub mod logs;

@@ -8,6 +8,7 @@ use super::{Agency, Input};
 use crate::core::Event;
 use crate::core::ledger::PodKey;
 use crate::io::bus::BusEvent;
+use crate::io::clock;
 use crate::task::Order;
 
 impl Agency {
@@ -19,6 +20,10 @@ impl Agency {
             BusEvent::Message { topic, payload } => (topic, payload),
         };
         let Topic::Node { kind, .. } = &topic else { return None };
+        let author = codec::verify(&self.config.cluster, &topic, &payload);
+        let author = author.map_err(|error| self.refuse(&topic, error.kind(), &error)).ok()?;
+        let trusted = self.authority.check(&author, clock::now().wall);
+        trusted.map_err(|error| self.refuse(&topic, error.kind(), &error)).ok()?;
         let read = match kind {
             NodeTopic::Desired => codec::decode(&topic, &payload).map(Event::Desired).map(Input::Event),
             NodeTopic::Lease => codec::decode(&topic, &payload).map(Event::Lease).map(Input::Event),
@@ -26,21 +31,23 @@ impl Agency {
             NodeTopic::Request => codec::decode(&topic, &payload).map(Input::Logs),
             _ => return None,
         };
-        match read {
-            Ok(input) => Some(input),
-            Err(error) => {
-                let count = self.refused.entry(error.kind()).or_default();
-                *count += 1;
-                if *count == 1 {
-                    tracing::warn!("refused message on {topic}: {error} (further ones are only counted)");
-                }
-                None
-            }
+        read.map_err(|error| self.refuse(&topic, error.kind(), &error)).ok()
+    }
+
+    fn refuse(&mut self, topic: &Topic, kind: &'static str, error: &dyn std::error::Error) {
+        let count = self.refused.entry(kind).or_default();
+        *count += 1;
+        if *count == 1 {
+            tracing::warn!("refused message on {topic}: {error} (further ones are only counted)");
         }
     }
 
     /// Follows a pod's log. What cannot be followed yet is asked for again by whoever wants it.
     pub(super) fn follow(&mut self, request: NodeRequest) {
+        // Asked of another session, and said again by somebody since.
+        if request.nonce.as_ref() != Some(self.core.nonce()) {
+            return;
+        }
         let Request::Logs { pod, epoch, from_seq, follow } = request.request;
         let key = PodKey::new(&pod, epoch);
         let ledger = self.core.ledger();

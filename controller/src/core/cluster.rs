@@ -11,6 +11,7 @@ use berth_protocol::message::node::ChunkServer;
 use berth_protocol::message::user::{CheckpointStatus, JobPhase, NodeState};
 use berth_protocol::pod::PodPhase;
 use berth_protocol::resources::{Inventory, Usage};
+use berth_protocol::sign::PublicKey;
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::{Deserialize, Serialize};
 
@@ -350,6 +351,9 @@ impl Pod {
 #[serde(rename_all = "camelCase")]
 pub(super) struct NodeRecord {
     pub hardware: HardwareId,
+    /// That signs what it says; none: not heard since its controller asks for signatures.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<PublicKey>,
     pub boot: BootId,
     pub nonce: SessionNonce,
     /// The one that this session named as the one before it.
@@ -374,10 +378,16 @@ pub(super) struct NodeRecord {
 }
 
 impl NodeRecord {
+    /// Is what this key signs not the node's?
+    pub fn has_other_key(&self, by: Option<PublicKey>) -> bool {
+        self.key.is_some() && self.key != by
+    }
+
     /// In the place of one that cannot be read: pods are known to be there, and nothing else.
     pub fn unreadable() -> Self {
         Self {
             hardware: HardwareId::unknown(),
+            key: None,
             boot: BootId::unknown(),
             nonce: SessionNonce::unknown(),
             previous: None,

@@ -35,6 +35,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use berth_protocol::codec::{self, CodecError};
 use berth_protocol::ids::{ClusterName, Digest, Epoch, JobUid, Namespace, NodeId, PodId, StoreId, Term};
 use berth_protocol::limits::REQUEST_ID_KEPT_MS;
+use berth_protocol::sign::PublicKey;
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::Serialize;
@@ -49,6 +50,7 @@ use self::schedule::Scheduler;
 pub use self::schedule::market::Quote;
 use self::schedule::prices::Prices;
 pub use self::schedule::quota::Allowance;
+use self::session::OTHER_KEY;
 use self::timers::{Timer, Timers};
 
 /// The time at which an event is stepped: civil time for records, CLOCK_BOOTTIME for everything that waits.
@@ -64,6 +66,8 @@ pub enum Event {
     Message {
         topic: Topic,
         payload: Vec<u8>,
+        /// Whose signature it bears, verified by `io`: every agent's message has one.
+        by: Option<PublicKey>,
     },
     BusUp,
     BusDown,
@@ -297,7 +301,7 @@ impl Controller {
     pub fn steps(&mut self, now: Now, events: impl IntoIterator<Item = Event>) -> Step {
         for event in events {
             match event {
-                Event::Message { topic, payload } => self.message(now, topic, &payload),
+                Event::Message { topic, payload, by } => self.message(now, topic, &payload, by),
                 Event::BusUp => self.bus_up(now),
                 Event::BusDown => self.bus_down(now),
                 Event::DepotListed(manifests) => self.depot_listed(now, manifests),
@@ -331,7 +335,7 @@ impl Controller {
         &self.set_aside
     }
 
-    fn message(&mut self, now: Now, topic: Topic, payload: &[u8]) {
+    fn message(&mut self, now: Now, topic: Topic, payload: &[u8], by: Option<PublicKey>) {
         let result = match &topic {
             Topic::Job { namespace, job, kind: JobTopic::Submit } => {
                 self.count("submit");
@@ -350,7 +354,14 @@ impl Controller {
             }
             Topic::Node { node, kind: NodeTopic::Hello } => {
                 self.count("hello");
-                self.read(&topic, payload).map(|hello| self.hello(now, node, hello))
+                self.read(&topic, payload).map(|hello| self.hello(now, node, hello, by))
+            }
+            // Its name, and not its key.
+            Topic::Node { node, .. }
+                if self.cluster.nodes.get(node).is_some_and(|node| node.record.has_other_key(by)) =>
+            {
+                self.refuse(OTHER_KEY);
+                Ok(())
             }
             Topic::Node { node, kind: NodeTopic::Heartbeat } => {
                 self.count("heartbeat");

@@ -10,12 +10,13 @@ use berth_protocol::limits::{
 use berth_protocol::message::node::{Bye, Events, Heartbeat, Hello, NodeEvent, PodChange, PodEvent};
 use berth_protocol::pod::PodPhase;
 use berth_protocol::rule::{Rule, kept};
+use berth_protocol::sign::PublicKey;
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 
 use super::cluster::{Liveness, Node, NodeRecord, Outbox, Output, Session};
 use super::lifecycle::Gone;
 use super::notes::Note;
-use super::session::{CLONED, cloned, follows, refusal, why_withheld};
+use super::session::{cloned, follows, refusal, why_withheld};
 use super::timers::Timer;
 use super::{Controller, Now};
 
@@ -56,19 +57,17 @@ pub(super) fn forgotten_node(record: NodeRecord, now: Now) -> Node {
 }
 
 impl Controller {
-    pub(super) fn hello(&mut self, now: Now, id: &NodeId, hello: Hello) {
+    pub(super) fn hello(&mut self, now: Now, id: &NodeId, hello: Hello, by: Option<PublicKey>) {
         // Another store's node would obey none of our orders; its agent says so, and how to enrol it anew.
         let foreign = hello.store.as_ref().is_some_and(|store| *store != self.config.store);
-        let refused = self.cluster.nodes.get(id).and_then(|node| refusal(node, &hello, now));
+        let refused = self.cluster.nodes.get(id).and_then(|node| refusal(node, &hello, by, now));
         if let Some(why) = refused.or(foreign.then_some("other-store")) {
-            if why == CLONED {
-                self.heard_clone(now, id);
-            }
-            return self.refuse(why);
+            return self.turn_away(now, id, &hello, why);
         }
         let inventory = self.believed(id, hello.inventory.clone());
         let record = NodeRecord {
             hardware: hello.hardware.clone(),
+            key: by,
             boot: hello.boot.clone(),
             nonce: hello.nonce.clone(),
             previous: hello.previous.clone(),
@@ -116,12 +115,13 @@ impl Controller {
         let jobs = &self.cluster.jobs;
         let named =
             |pod: &PodId| jobs.get(&pod.uid)?.assignment(pod.index).map(|assignment| assignment.named);
-        // An order that the agent's ledger never held was never carried out: it still will be, at the same epoch.
+        // An order that the agent's ledger never held was never carried out, unless by another session that this one
+        // knows nothing of: it still will be, at the same epoch.
         let absent: BTreeMap<PodId, Epoch> = node
             .pods
             .iter()
             .filter(|(pod, epoch)| held.get(pod) != Some(epoch))
-            .filter(|(pod, _)| known && !same_ledger || named(pod).is_some_and(applied))
+            .filter(|(pod, _)| known && !(same_ledger && follows) || named(pod).is_some_and(applied))
             .map(|(pod, epoch)| (pod.clone(), *epoch))
             .collect();
         let lease = |pod: &PodId| jobs.get(&pod.uid)?.assignment(pod.index)?.lease;
@@ -164,17 +164,6 @@ impl Controller {
         self.stage_anew(id);
         self.settle_absent(now, id);
         self.dirty.states.insert(id.clone());
-    }
-
-    /// Another machine says that it is this node, while this one is there.
-    fn heard_clone(&mut self, now: Now, id: &NodeId) {
-        let Some(node) = self.cluster.nodes.get_mut(id) else { return };
-        let known = cloned(node, now).is_some();
-        node.clone_heard = Some(now.boot);
-        if !known {
-            self.note(Note::NodeCloned(id.clone()));
-            self.dirty.states.insert(id.clone());
-        }
     }
 
     /// The node is there.

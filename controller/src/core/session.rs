@@ -1,12 +1,15 @@
 //! Which sessions of agents are believed, and which of their heartbeats are granted anything.
 
+use berth_protocol::ids::NodeId;
 use berth_protocol::limits::{LEASE_MARGIN_MS, LOST_AFTER_MS};
 use berth_protocol::message::node::{Heartbeat, Hello};
 use berth_protocol::rule::{Rule, kept};
+use berth_protocol::sign::PublicKey;
 use berth_protocol::units::Millis;
 
-use super::Now;
-use super::cluster::{Node, NodeRecord, Session};
+use super::cluster::{Liveness, Node, NodeRecord, Session};
+use super::notes::Note;
+use super::{Controller, Now};
 
 const LOST_AFTER: Millis = Millis(LOST_AFTER_MS);
 const MARGIN: Millis = Millis(LEASE_MARGIN_MS);
@@ -15,6 +18,11 @@ const DRIFT_PARTS: u64 = 1_000;
 
 /// Another machine uses the node's identity.
 pub(super) const CLONED: &str = "cloned-node";
+/// It says that it is the node, and has another key.
+pub(super) const OTHER_KEY: &str = "other-key";
+/// It has the key too, and another ledger.
+const OTHER_LEDGER: &str = "other-ledger";
+const OTHER_HARDWARE: &str = "other-hardware";
 
 /// Is this the recorded session, or the next one of the same agent (fencing, rule 15)? It names the last one in which it
 /// heard from the controller: the recorded one, or the one before as long as that has not heard anything.
@@ -32,16 +40,68 @@ pub(super) fn cloned(node: &Node, now: Now) -> Option<&'static str> {
     )
 }
 
-/// Why a known node's hello is not taken.
-pub(super) fn refusal(node: &Node, hello: &Hello, now: Now) -> Option<&'static str> {
+impl Controller {
+    /// A hello is not taken: it is counted, and its sender told where it cannot know.
+    pub(super) fn turn_away(&mut self, now: Now, id: &NodeId, hello: &Hello, why: &'static str) {
+        if why == CLONED {
+            self.heard_clone(now, id);
+        }
+        if let Some(words) = told(why) {
+            self.tell_refused(id, hello, words);
+        }
+        self.refuse(why);
+    }
+
+    /// Another machine says that it is this node, while this one is there.
+    fn heard_clone(&mut self, now: Now, id: &NodeId) {
+        let Some(node) = self.cluster.nodes.get_mut(id) else { return };
+        let known = cloned(node, now).is_some();
+        node.clone_heard = Some(now.boot);
+        if !known {
+            self.note(Note::NodeCloned(id.clone()));
+            self.dirty.states.insert(id.clone());
+        }
+    }
+}
+
+/// What an agent is told whose hello is not taken; none: it finds out by itself, or need not know.
+fn told(refusal: &str) -> Option<&'static str> {
+    match refusal {
+        CLONED => Some(
+            "another machine uses this node's identity, a copy of its disk as it seems: switch one of them off",
+        ),
+        OTHER_KEY | OTHER_LEDGER => Some(
+            "another agent has this node's name: give this one another with --node. Where it takes that one's place, as \
+             with a new data directory, it is taken a minute after the other was heard last",
+        ),
+        OTHER_HARDWARE => Some(
+            "another machine has this node's name, and pods: give this one another with --node, or drain that one first",
+        ),
+        _ => None,
+    }
+}
+
+/// Why a known node's hello, signed with this key, is not taken.
+pub(super) fn refusal(node: &Node, hello: &Hello, by: Option<PublicKey>, now: Now) -> Option<&'static str> {
     let same_ledger = node.outbox.as_ref().is_some_and(|outbox| outbox.ledger == hello.ledger);
     if node.record.unreadable {
         // Which machine it was is not known. Its ledger tells, where that is.
-        return (!same_ledger && !node.pods.is_empty()).then_some("other-hardware");
+        return (!same_ledger && !node.pods.is_empty()).then_some(OTHER_HARDWARE);
+    }
+    // One that said goodbye and has no pods is not missed; of one with pods, the grants may hold as long as this. What
+    // has lost its ledger, and what is a copy that has, look the same.
+    let there = node.liveness == Liveness::Online || !node.pods.is_empty();
+    if there && now.boot.since(node.heard) < LOST_AFTER {
+        if node.record.has_other_key(by) {
+            return Some(OTHER_KEY);
+        }
+        if !same_ledger && node.outbox.is_some() {
+            return Some(OTHER_LEDGER);
+        }
     }
     if node.record.hardware != hello.hardware {
         // A name that another machine took: only once nothing of the first can run.
-        return (!node.pods.is_empty()).then_some("other-hardware");
+        return (!node.pods.is_empty()).then_some(OTHER_HARDWARE);
     }
     if !same_ledger {
         return None;
@@ -49,9 +109,15 @@ pub(super) fn refusal(node: &Node, hello: &Hello, now: Now) -> Option<&'static s
     if hello.session < node.record.session {
         return Some("stale-hello");
     }
-    let live = node.session.as_ref().is_some_and(|session| {
-        session.nonce == node.record.nonce && session.seq > 0 && now.boot.since(session.beat_at) < LOST_AFTER
-    });
+    // A controller that has just begun does not know whether the recorded session lives.
+    let live = match &node.session {
+        Some(session) => {
+            session.nonce == node.record.nonce
+                && session.seq > 0
+                && now.boot.since(session.beat_at) < LOST_AFTER
+        }
+        None => now.boot.since(node.heard) < LOST_AFTER,
+    };
     let equal = hello.session == node.record.session && hello.nonce != node.record.nonce;
     if equal || live && !follows(&node.record, hello) {
         return Some(CLONED);

@@ -7,7 +7,7 @@ use berth_protocol::codec;
 use berth_protocol::ids::{Digest, Epoch, JobUid, LedgerId, NodeId, PodId, RequestId};
 use berth_protocol::limits::{DESIRED_RESEND_MS_MAX, DESIRED_RESEND_MS_MIN};
 use berth_protocol::message::node::{
-    Covers, DepotAccess, Desired, DesiredPod, Heartbeat, Lease, NodeRequest, Request, SpecMessage,
+    Covers, DepotAccess, Desired, DesiredPod, Heartbeat, Hello, Lease, NodeRequest, Request, SpecMessage,
     held_digest,
 };
 use berth_protocol::pod::{Goal, PodPhase};
@@ -72,11 +72,13 @@ impl Controller {
             // What is for later must not keep back what is for now.
             desired.stage.clear();
         }
+        // One that has lost its ledger begins nothing anew, and lacks the specs of what it has all the same.
+        let lacks_some = (node.reported.0, node.reported.1.next()) == (desired.term, desired.generation);
         let unreported = |pod: &DesiredPod| {
             let assignment =
                 self.cluster.jobs.get(&pod.pod.uid).and_then(|job| job.assignment(pod.pod.index));
             // An agent that has begun has the spec; another may not, whatever it reports.
-            assignment.is_some_and(|a| a.named > node.reported || a.phase == PodPhase::Assigned)
+            assignment.is_some_and(|a| lacks_some || a.named > node.reported || a.phase == PodPhase::Assigned)
         };
         let here = desired
             .pods
@@ -205,6 +207,7 @@ impl Controller {
             acked: outbox.acked,
             depot,
             hello: false,
+            refused: None,
         };
         self.publish(Topic::node(id, NodeTopic::Lease), &lease, false);
     }
@@ -225,6 +228,24 @@ impl Controller {
             acked,
             depot: None,
             hello: true,
+            refused: None,
+        };
+        self.publish(Topic::node(id, NodeTopic::Lease), &lease, false);
+    }
+
+    /// Says to a session that its hello is not taken, and why: nothing is granted, nothing acknowledged.
+    pub(super) fn tell_refused(&mut self, id: &NodeId, hello: &Hello, why: &str) {
+        let lease = Lease {
+            store: self.config.store.clone(),
+            term: self.config.term,
+            nonce: hello.nonce.clone(),
+            seq: 0,
+            covers: Covers::Pairs(Vec::new()),
+            ledger: no_ledger(),
+            acked: 0,
+            depot: None,
+            hello: false,
+            refused: Some(why.to_owned()),
         };
         self.publish(Topic::node(id, NodeTopic::Lease), &lease, false);
     }
@@ -232,7 +253,10 @@ impl Controller {
     /// Asks the node for a pod's log from a record on.
     pub(super) fn request_log(&mut self, id: &NodeId, pod: PodId, epoch: Epoch, from_seq: u64, follow: bool) {
         let Ok(request) = RequestId::parse(&format!("log-{:x}", self.draw())) else { return };
-        let request = NodeRequest { id: request, request: Request::Logs { pod, epoch, from_seq, follow } };
+        let session = self.cluster.nodes.get(id).and_then(|node| node.session.as_ref());
+        let nonce = session.map(|session| session.nonce.clone());
+        let request =
+            NodeRequest { id: request, nonce, request: Request::Logs { pod, epoch, from_seq, follow } };
         self.publish(Topic::node(id, NodeTopic::Request), &request, false);
     }
 }

@@ -1,5 +1,5 @@
 //! The one MQTT connection of a program: rumqttc behind a queue of events and a publish that never wedges. It knows
-//! topics and bounds; what messages mean is the core's.
+//! topics, bounds and signatures; what messages mean is the core's.
 //!
 //! Nothing that must be right may depend on it: sessions are clean, what is published while the broker is away is
 //! dropped, and what arrives faster than it is taken is dropped and counted. `Up` says when to say things again.
@@ -9,8 +9,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use berth_protocol::codec::{self, CodecError};
 use berth_protocol::ids::ClusterName;
 use berth_protocol::limits::PACKET_BYTES_MAX;
+use berth_protocol::sign::PublicKey;
 use berth_protocol::topic::Topic;
 use rumqttc::{
     AsyncClient, ConnectionError, EventLoop, Incoming, MqttOptions, NetworkOptions, Outgoing, Publish, QoS,
@@ -100,6 +102,8 @@ pub enum BusEvent {
     Message {
         topic: Topic,
         payload: Vec<u8>,
+        /// Whose signature it bears, where such a message needs one.
+        by: Option<PublicKey>,
     },
 }
 
@@ -306,6 +310,13 @@ impl Connection {
             self.shared.refusals.refuse("topic", format_args!("a message on `{}`", shorten(&publish.topic)));
             return;
         };
+        let by = match self.author(&topic, &publish.payload) {
+            Ok(by) => by,
+            Err(error) => {
+                self.shared.refusals.refuse(error.kind(), format_args!("a message on `{topic}`: {error}"));
+                return;
+            }
+        };
         let bytes = publish.payload.len();
         let queued = self.shared.queued_bytes.load(Ordering::Relaxed) + bytes;
         if queued > INCOMING_BYTES_MAX || self.to.capacity() <= INCOMING_RESERVE {
@@ -314,7 +325,18 @@ impl Connection {
             return;
         }
         self.shared.queued_bytes.fetch_add(bytes, Ordering::Relaxed);
-        let _ = self.to.try_send(BusEvent::Message { topic, payload: publish.payload.into() });
+        let _ = self.to.try_send(BusEvent::Message { topic, payload: publish.payload.into(), by });
+    }
+
+    /// Whose message it is. That it is a node's own, only the core can tell.
+    fn author(&self, topic: &Topic, payload: &[u8]) -> Result<Option<PublicKey>, CodecError> {
+        let Topic::Node { .. } = topic else { return Ok(None) };
+        match codec::verify(&self.options.cluster, topic, payload) {
+            Ok(author) => Ok(Some(author.key)),
+            // Its signature may be of another kind. The core says what becomes of the node.
+            Err(CodecError::Version(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     fn count(&self, error: &ConnectionError) {

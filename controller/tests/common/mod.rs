@@ -111,7 +111,7 @@ pub async fn next(events: &mut BusEvents) -> BusEvent {
 
 pub async fn next_message(events: &mut BusEvents) -> (String, Vec<u8>) {
     loop {
-        if let BusEvent::Message { topic, payload } = next(events).await {
+        if let BusEvent::Message { topic, payload, .. } = next(events).await {
             return (topic.to_string(), payload);
         }
     }

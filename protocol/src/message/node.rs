@@ -173,6 +173,9 @@ pub struct Lease {
     /// The controller has not seen this session's hello, or lost it: say it again.
     #[serde(default)]
     pub hello: bool,
+    /// It is no answer: the controller does not take this session's hello. A sentence for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
 }
 
 /// What a grant covers.
@@ -364,6 +367,9 @@ pub struct SpecMessage {
 #[serde(rename_all = "camelCase")]
 pub struct NodeRequest {
     pub id: RequestId,
+    /// The session that it is meant for: what was asked once is not asked again by whoever has heard it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nonce: Option<SessionNonce>,
     #[serde(flatten)]
     pub request: Request,
 }

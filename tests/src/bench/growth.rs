@@ -178,21 +178,21 @@ fn pass(jobs: usize) -> Result<f64> {
     };
     let topic = Topic::node(&node, NodeTopic::Hello);
     let payload = codec::encode(&topic, &hello)?;
-    controller.step(now(1), Event::Message { topic, payload });
+    controller.step(now(1), Event::Message { topic, payload, by: None });
     let namespace = Namespace::default_namespace();
     for i in 0..=jobs {
         // The first leaves too little for all that follow.
         let cores = if i == 0 { 40 } else { 25 + i % LINES };
         let file = json!({"image": "host", "command": ["true"], "resources": {"cpu": cores.to_string()}});
         let topic = Topic::job(&namespace, &JobName::parse(&format!("j{i}"))?, JobTopic::Submit);
-        controller.step(now(2), Event::Message { topic, payload: file.to_string().into_bytes() });
+        controller.step(now(2), Event::Message { topic, payload: file.to_string().into_bytes(), by: None });
     }
     let waiting = controller.counters().pods.get("pending").copied().unwrap_or(0);
     ensure!(waiting == jobs as u64, "{waiting} of {jobs} wait: {:?}", controller.counters().pods);
     let client = Topic::QueryRequest { client: ClientId::parse("bench")? };
     let mut ask = |verb: &str| -> Step {
         let payload = format!(r#"{{"id":"q","query":{{"{verb}":{{"node":"n0"}}}}}}"#).into_bytes();
-        controller.step(now(3), Event::Message { topic: client.clone(), payload })
+        controller.step(now(3), Event::Message { topic: client.clone(), payload, by: None })
     };
     let begun = Instant::now();
     for _ in 0..PASSES {

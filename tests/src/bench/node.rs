@@ -9,6 +9,7 @@ use berth_protocol::ids::{
 };
 use berth_protocol::message::node::{Heartbeat, HeldPod, Hello, held_digest};
 use berth_protocol::resources::{Inventory, Usage};
+use berth_protocol::sign::{Key, Signer};
 use berth_protocol::topic::{NodeTopic, Topic};
 use berth_protocol::units::{BootMs, Bytes, MilliCpu};
 use rumqttc::QoS;
@@ -29,6 +30,7 @@ pub struct Face {
     pub seq: u64,
     pub last_grant: Option<u64>,
     pub order: (Term, Generation),
+    signer: Signer,
 }
 
 /// What its ledger says of events: acknowledged up to, and the last one.
@@ -36,9 +38,12 @@ pub type Events = (u64, u64);
 
 impl Face {
     pub fn new(name: &str) -> Result<Self> {
+        let cluster = ClusterName::parse("default")?;
+        let signer = Signer::new(cluster.clone(), Key::derived(&[0; 32], name));
         Ok(Self {
             id: NodeId::parse(name)?,
-            cluster: ClusterName::parse("default")?,
+            cluster,
+            signer,
             nonce: SessionNonce::parse(&format!("{name}-nonce"))?,
             ledger: LedgerId::parse(&format!("{name}-ledger"))?,
             hardware: HardwareId::parse(&format!("{name}-hw"))?,
@@ -62,7 +67,8 @@ impl Face {
     /// A message as it is published: where, how, what. None: it is none.
     pub fn message<T: Serialize>(&self, kind: NodeTopic, message: &T) -> Option<(String, QoS, Vec<u8>)> {
         let qos = if kind.is_qos0() { QoS::AtMostOnce } else { QoS::AtLeastOnce };
-        let payload = codec::encode(&Topic::node(&self.id, kind), message).ok()?;
+        let topic = Topic::node(&self.id, kind);
+        let payload = codec::sign(&self.signer, &topic, &codec::encode(&topic, message).ok()?).ok()?;
         Some((self.topic(kind), qos, payload))
     }
 

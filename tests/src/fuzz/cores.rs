@@ -186,7 +186,7 @@ pub fn controller(bytes: &[u8]) {
             }
             _ => continue,
         };
-        take(&mut controller, ms, Event::Message { topic, payload });
+        take(&mut controller, ms, Event::Message { topic, payload, by: None });
     }
     take(&mut controller, ms + 3_600_000, Event::Tick);
     assert!(

@@ -9,3 +9,4 @@ mod kills;
 mod offline;
 mod several;
 mod staging;
+mod trust;

@@ -4,6 +4,7 @@ mod chaos;
 mod checkpoints;
 mod damage;
 mod images;
+mod keys;
 mod packing;
 mod scenarios;
 mod scheduling;

@@ -11,7 +11,7 @@ use berth_protocol::units::{Bytes, MilliCpu, Millis, Timestamp};
 
 use super::super::cluster::Output;
 use super::super::{Effect, Event, fit};
-use super::world::{World, at, inventory, outcome, spec};
+use super::world::{KEY, World, at, inventory, outcome, spec};
 
 fn program(spec: &mut JobSpec, ms: u64, code: u8) {
     spec.pod.containers[0].command = vec!["run".to_owned(), ms.to_string(), code.to_string()];
@@ -576,7 +576,11 @@ fn no_payload_panics() {
             let cluster = berth_protocol::ids::ClusterName::parse("lab").unwrap();
             let topic = format!("berth/v1/lab/nodes/n1/{kind}");
             let topic = berth_protocol::topic::Topic::parse(&cluster, &topic).unwrap();
-            world.feed(super::super::Event::Message { topic, payload: payload.as_bytes().to_vec() });
+            world.feed(super::super::Event::Message {
+                topic,
+                payload: payload.as_bytes().to_vec(),
+                by: Some(KEY),
+            });
         }
     }
     assert_eq!(world.controller.counters().refused.values().sum::<u64>(), 40);
@@ -621,7 +625,7 @@ fn an_event_counts_once_and_none_after_a_gap() {
         let events = vec![NumberedEvent { n, at: Timestamp(world.now), event }];
         let ledger = LedgerId::parse("ledger-n1").unwrap();
         let payload = codec::encode(&topic, &Events { nonce: nonce.clone(), ledger, events }).unwrap();
-        world.feed(Event::Message { topic: topic.clone(), payload });
+        world.feed(Event::Message { topic: topic.clone(), payload, by: Some(KEY) });
         world.feed(Event::Tick);
         world.now += 200;
         world.feed(Event::Tick);
@@ -640,7 +644,8 @@ fn a_node_of_another_version_is_refused_and_named() {
     let mut hello = |node: &NodeId| {
         let payload = br#"{"v":2,"body":{}}"#.to_vec();
         let topic = Topic::node(node, NodeTopic::Hello);
-        let effects = world.controller.step(at(world.now), Event::Message { topic, payload }).effects;
+        let effects =
+            world.controller.step(at(world.now), Event::Message { topic, payload, by: Some(KEY) }).effects;
         let notes = effects.into_iter().filter_map(|effect| match effect {
             Effect::Note(note) => Some(note.to_string()),
             _ => None,
@@ -667,7 +672,9 @@ fn an_event_of_a_newer_agent_is_acknowledged() {
     let topic = Topic::node(&node, NodeTopic::Event);
     let payload = codec::encode(&topic, &Events { nonce, ledger, events: vec![event] }).unwrap();
     let payload = String::from_utf8(payload).unwrap().replace("\"unknown\"", r#"{"weather":{}}"#);
-    let step = world.controller.step(at(world.now), Event::Message { topic, payload: payload.into_bytes() });
+    let step = world
+        .controller
+        .step(at(world.now), Event::Message { topic, payload: payload.into_bytes(), by: Some(KEY) });
     assert_eq!(world.controller.counters().refused["unknown-event"], 1);
     let acked = step.writes.iter().find(|write| write.key == "outbox/n1").expect("the outbox moves on");
     let acked: serde_json::Value = serde_json::from_slice(acked.value.as_deref().unwrap()).unwrap();

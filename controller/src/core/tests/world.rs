@@ -13,6 +13,7 @@ use berth_protocol::message::node::*;
 use berth_protocol::message::user::{Answer, JobStatus, NodeStatus};
 use berth_protocol::pod::{Cause, Goal, Outcome, RESTORE_FAILED, VACATED};
 use berth_protocol::resources::{CgroupVersion, Gpu, GpuVendor, Inventory, Limits, Resources, Usage};
+use berth_protocol::sign::PublicKey;
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
 use berth_protocol::units::{BootMs, Bytes, MilliCpu, Millis, Timestamp};
 
@@ -68,6 +69,9 @@ pub fn spec(name: &str) -> JobSpec {
         preemptible: true,
     }
 }
+
+/// Of every agent.
+pub const KEY: PublicKey = PublicKey::from_bytes([0; 32]);
 
 pub fn inventory(cores: u64, gpus: usize) -> Inventory {
     let gpu = |i: usize| Gpu {
@@ -473,7 +477,7 @@ impl World {
     }
 
     fn submit_to(&mut self, topic: Topic, payload: Vec<u8>) -> Answer {
-        self.feed(Event::Message { topic, payload });
+        self.feed(Event::Message { topic, payload, by: None });
         self.deliver_all();
         self.answers.last().cloned().unwrap()
     }
@@ -488,7 +492,7 @@ impl World {
         let topic =
             Topic::job(&Namespace::default_namespace(), &JobName::parse(job).unwrap(), JobTopic::Command);
         let payload = format!(r#"{{"id":"{id}","command":"{command}"}}"#).into_bytes();
-        self.feed(Event::Message { topic, payload });
+        self.feed(Event::Message { topic, payload, by: None });
         self.deliver_all();
         self.answers.last().cloned().unwrap()
     }
@@ -497,7 +501,7 @@ impl World {
     pub fn ask(&mut self, query: &str) {
         let topic = Topic::QueryRequest { client: ClientId::parse("c1").unwrap() };
         let payload = format!(r#"{{"id":"q1","query":{query}}}"#).into_bytes();
-        self.feed(Event::Message { topic, payload });
+        self.feed(Event::Message { topic, payload, by: None });
     }
 
     /// Orders without waiting for what else is on its way.
@@ -505,13 +509,13 @@ impl World {
         let topic =
             Topic::job(&Namespace::default_namespace(), &JobName::parse(job).unwrap(), JobTopic::Command);
         let payload = format!(r#"{{"command":"{command}",{more}}}"#).into_bytes();
-        self.feed(Event::Message { topic, payload });
+        self.feed(Event::Message { topic, payload, by: None });
     }
 
     pub fn query(&mut self, query: &str) -> serde_json::Value {
         let topic = Topic::QueryRequest { client: ClientId::parse("c1").unwrap() };
         let payload = format!(r#"{{"id":"q1","query":{query}}}"#).into_bytes();
-        self.feed(Event::Message { topic, payload });
+        self.feed(Event::Message { topic, payload, by: None });
         self.deliver_all();
         serde_json::from_slice(&self.replies.pop().unwrap()).unwrap()
     }
@@ -547,7 +551,7 @@ impl World {
                 let node = node.clone();
                 match kind {
                     NodeTopic::Hello | NodeTopic::Heartbeat | NodeTopic::Event | NodeTopic::Bye => {
-                        self.feed(Event::Message { topic, payload });
+                        self.feed(Event::Message { topic, payload, by: Some(KEY) });
                     }
                     NodeTopic::Desired => self.desired(&node, codec::decode(&topic, &payload).unwrap()),
                     NodeTopic::Lease => self.lease(&node, codec::decode(&topic, &payload).unwrap()),
