@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
+use berth_protocol::broker::BrokerUrl;
 use berth_protocol::ids::{ClusterName, NodeId};
 use berth_protocol::limits::{LABEL_BYTES_MAX, LABELS_PER_NODE_MAX};
 use berth_protocol::units::{Bytes, MilliCpu, Millis};
@@ -50,7 +51,8 @@ struct Settings {
     /// The fleet to belong to [default: default]
     #[arg(long, env = "BERTH_CLUSTER", value_name = "NAME")]
     cluster: Option<String>,
-    /// The broker [default: mqtt://127.0.0.1:1883]
+    /// The broker, or with commas between them several of one cluster, any of which will do [default:
+    /// mqtt://127.0.0.1:1883]
     #[arg(long, env = "BERTH_BROKER", value_name = "URL")]
     broker: Option<String>,
     /// This node's name [default: the host's]
@@ -169,7 +171,7 @@ struct Settings {
 pub struct Config {
     pub data_dir: PathBuf,
     pub cluster: ClusterName,
-    pub broker: String,
+    pub broker: BrokerUrl,
     pub node: NodeId,
     pub labels: BTreeMap<String, String>,
     pub taints: BTreeSet<String>,
@@ -268,17 +270,16 @@ fn dev_network(cidr: &str) -> Result<impl Fn(Ipv4Addr) -> bool> {
 }
 
 /// Why a broker's address is not one that `--dev` may use.
-fn check_dev(cidr: &str, broker: &str) -> Result<()> {
-    let (host, _) = crate::io::bus::parse_url(broker)?;
+fn check_dev(cidr: &str, broker: &BrokerUrl) -> Result<()> {
     let inside = dev_network(cidr)?;
-    match host.as_str() {
-        "localhost" | "::1" => Ok(()),
-        host if host.parse().is_ok_and(inside) => Ok(()),
-        _ => bail!(
-            "--dev trusts whoever reaches the broker, so it is for loopback only; {broker} is not in {cidr} \
-             (for a test network: --dev=CIDR)"
-        ),
+    let near = |host: &str| matches!(host, "localhost" | "::1") || host.parse().is_ok_and(&inside);
+    if broker.hosts().iter().all(|(host, _)| near(host)) {
+        return Ok(());
     }
+    bail!(
+        "--dev trusts whoever reaches the broker, so it is for loopback only; {broker} is not in {cidr} \
+         (for a test network: --dev=CIDR)"
+    )
 }
 
 /// Why chunks may not be served there.
@@ -309,7 +310,7 @@ impl Config {
                 set.$name.or(file.$name)
             };
         }
-        let broker = pick!(broker).unwrap_or_else(|| "mqtt://127.0.0.1:1883".into());
+        let broker = pick!(broker).as_deref().map(BrokerUrl::parse).transpose()?.unwrap_or_default();
         let dev = match pick!(dev).as_deref() {
             None | Some("false") => None,
             Some("true") => Some("127.0.0.0/8".to_owned()),

@@ -24,7 +24,7 @@ use crate::config::Config;
 use crate::core::departure::Leaves;
 use crate::core::ledger::PodKey;
 use crate::core::{Action, Agent, Event, Identity, Launch, Now};
-use crate::io::bus::{BrokerUrlError, Bus};
+use crate::io::bus::Bus;
 use crate::io::identity::{self, Authority, IdentityError};
 use crate::io::journal::{Journal, JournalError};
 use crate::io::logs::Followers;
@@ -61,8 +61,6 @@ const BUS_QUEUE: usize = 256;
 pub enum RunError {
     #[error(transparent)]
     Journal(#[from] JournalError),
-    #[error(transparent)]
-    Broker(#[from] BrokerUrlError),
     #[error(transparent)]
     Identity(#[from] IdentityError),
     #[error("cannot draw random numbers: {0}")]
@@ -161,7 +159,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         "--dev: whoever reaches the broker runs programs on this machine; for one person's machine and for tests only"
     );
     let signer = Signer::new(config.cluster.clone(), key);
-    let bus = Bus::connect(&config.broker, &config.node, &nonce, signer, bus_events)?;
+    let bus = Bus::connect(&config.broker, &config.node, &nonce, signer, bus_events);
     tracing::info!(
         "node {} of cluster {}: {} cores, {} of memory, broker {}",
         config.node,

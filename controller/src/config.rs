@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+use berth_protocol::broker::{BrokerUrl, BrokerUrlError};
 use berth_protocol::ids::{ClusterName, Namespace};
 use berth_protocol::units::{Bytes, MilliCpu, UnitError};
 use clap::Parser;
@@ -12,7 +13,6 @@ use serde::Deserialize;
 use crate::admin::Admin;
 use crate::core::Allowance;
 use crate::core::schedule::moves::MOVES_MAX;
-use crate::io::bus::{BrokerUrl, BrokerUrlError};
 use crate::io::depot::{Bucket, BucketError};
 use crate::io::store::{StoreChoice, StoreChoiceError};
 
@@ -192,7 +192,8 @@ struct Settings {
     /// The cluster's name, part of every topic [default: default]
     #[arg(long, value_name = "NAME", env = "BERTH_CLUSTER")]
     cluster: Option<String>,
-    /// `embedded`, or the broker to use: mqtt://HOST:PORT [default: embedded]
+    /// `embedded`, or the broker to use: mqtt://HOST[:PORT], with commas between them several of one cluster, any of
+    /// which will do [default: embedded]
     #[arg(long, value_name = "BROKER", env = "BERTH_BROKER")]
     broker: Option<String>,
     /// Where the embedded broker listens [default: 127.0.0.1:1883]
@@ -445,7 +446,7 @@ mod tests {
             (&[], "", "start it with --dev"),
             (&["--dev", "--cluster=A"], "", "--cluster: cluster `A` may hold only"),
             (&["--dev", "--broker=mqtts://b"], "", "asks for TLS"),
-            (&["--dev", "--broker=b"], "", "write mqtt://HOST:PORT"),
+            (&["--dev", "--broker=b"], "", "write mqtt://HOST[:PORT]"),
             (&["--dev", "--store=etcd:2379"], "", "--store: `etcd:2379` is no store: write `embedded`"),
             (&["--dev", "--store=etcd://a:1"], "", "name one that they share with --broker"),
             (&["--dev", "--depot=/srv"], "", "write s3://BUCKET"),

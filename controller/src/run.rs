@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use berth_protocol::broker::BrokerUrl;
 use berth_protocol::codec;
 use berth_protocol::ids::Term;
 use berth_protocol::sign::{Key, Signer};
@@ -17,7 +18,7 @@ use tokio::task::JoinHandle;
 use crate::config::{BrokerChoice, Config};
 use crate::core::{self, Controller, Effect, Event, SetAside, Write};
 use crate::io::broker::{Broker, BrokerError, BrokerOptions, CONTROLLER_CLIENT_ID};
-use crate::io::bus::{BrokerUrl, Bus, BusEvent, BusEvents, BusOptions};
+use crate::io::bus::{Bus, BusEvent, BusEvents, BusOptions};
 use crate::io::clock;
 use crate::io::depot::{Bucket, Depot, DepotError, GRACE, Item};
 use crate::io::http::{HttpError, Inquiry, Report, Server};

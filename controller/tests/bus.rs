@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use berth_controller::io::broker::{BrokerError, BrokerOptions, CONTROLLER_CLIENT_ID};
-use berth_controller::io::bus::{BrokerUrl, BusEvent};
+use berth_controller::io::bus::BusEvent;
 use berth_controller::io::metrics::Refusals;
+use berth_protocol::broker::BrokerUrl;
 use berth_protocol::codec;
 use berth_protocol::limits::PACKET_BYTES_MAX;
 use berth_protocol::sign::{Key, SEED_BYTES, Signer};
@@ -59,8 +60,20 @@ async fn what_is_not_allowed_does_not_arrive_and_is_counted() {
     let (_controller, mut heard, _) = client(url.clone(), CONTROLLER_CLIENT_ID, ALL).await;
     let (node, mut orders, _) =
         client(url.clone(), "n1.nonce", &["nodes/n1/desired", "nodes/n1/lease"]).await;
-    let (user, _events, _) = client(url.clone(), "user", &["nodes/n1/desired", "query/+/reply", "#"]).await;
-    wait_until("denied subscriptions are counted", || refusals.count("subscribe") == 3);
+    let (user, _events, _) = client(url.clone(), "user", &[]).await;
+    let options = rumqttc::MqttOptions::new("curious", "127.0.0.1", broker.address().port());
+    let (curious, mut connection) = rumqttc::AsyncClient::new(options, 10);
+    for denied in ["nodes/n1/desired", "query/+/reply", "#"] {
+        curious.subscribe(filter(denied), rumqttc::QoS::AtLeastOnce).await.unwrap();
+    }
+    let mut answers = Vec::new();
+    while answers.len() < 3 {
+        if let rumqttc::Event::Incoming(rumqttc::Packet::SubAck(ack)) = connection.poll().await.unwrap() {
+            answers.extend(ack.return_codes);
+        }
+    }
+    assert_eq!(answers, [rumqttc::SubscribeReasonCode::Failure; 3]);
+    assert_eq!(refusals.count("subscribe"), 3);
 
     for forged in ["nodes/n1/desired", "nodes/n1/lease", "nodes/n1/hello", "jobs/default/j/status"] {
         assert!(user.publish(&topic(forged), b"forged".to_vec(), false).await);

@@ -7,8 +7,8 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 
 use berth_controller::config::BrokerChoice;
-use berth_controller::io::bus::BrokerUrl;
 use berth_controller::io::depot::{Depot, Item};
+use berth_protocol::broker::BrokerUrl;
 use berth_protocol::ids::{ContainerName, Digest, Epoch, JobUid, Namespace, NodeId};
 use berth_protocol::limits::OUTPUT_BYTES_MAX;
 use berth_protocol::log::{Record, Stream};

@@ -5,7 +5,8 @@ mod common;
 use std::time::Duration;
 
 use berth_controller::config::BrokerChoice;
-use berth_controller::io::bus::{BrokerUrl, Bus, BusEvents};
+use berth_controller::io::bus::{Bus, BusEvents};
+use berth_protocol::broker::BrokerUrl;
 use common::*;
 
 const JOB: &[u8] = br#"{"image":"host","command":["true"]}"#;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use berth_protocol::broker::BrokerUrl;
 use berth_protocol::codec::{self, CodecError};
 use berth_protocol::ids::{NodeId, SessionNonce};
 use berth_protocol::limits::PACKET_BYTES_MAX;
@@ -12,8 +13,8 @@ use berth_protocol::message::node::Bye;
 use berth_protocol::sign::Signer;
 use berth_protocol::topic::{NodeTopic, Topic, filter};
 use rumqttc::{
-    AsyncClient, ConnectionError, Event as MqttEvent, LastWill, MqttOptions, Packet, QoS, Request, Subscribe,
-    SubscribeFilter,
+    AsyncClient, ConnectionError, Event as MqttEvent, LastWill, MqttOptions, Packet, QoS, Request, SubAck,
+    Subscribe, SubscribeFilter, SubscribeReasonCode,
 };
 use serde::Serialize;
 use tokio::sync::mpsc;
@@ -24,14 +25,6 @@ pub enum BusEvent {
     Up,
     Down,
     Message { topic: Topic, payload: Vec<u8> },
-}
-
-#[derive(Debug, thiserror::Error)]
-pub enum BrokerUrlError {
-    #[error("`{0}` asks for TLS, which this version does not have yet: write mqtt://HOST:PORT")]
-    Tls(String),
-    #[error("`{0}` is not a broker's address: write mqtt://HOST:PORT")]
-    Malformed(String),
 }
 
 /// Messages that may wait for the connection; more are dropped and, where they matter, sent again.
@@ -47,50 +40,45 @@ pub struct Bus {
     up: Arc<AtomicBool>,
 }
 
-/// Host and port of `mqtt://HOST:PORT`.
-pub fn parse_url(url: &str) -> Result<(String, u16), BrokerUrlError> {
-    if url.starts_with("mqtts://") {
-        return Err(BrokerUrlError::Tls(url.to_owned()));
-    }
-    let wrong = || BrokerUrlError::Malformed(url.to_owned());
-    let rest = url.strip_prefix("mqtt://").ok_or_else(wrong)?.trim_end_matches('/');
-    let (host, port) = match rest.rsplit_once(':') {
-        Some((host, port)) => (host, port.parse().map_err(|_| wrong())?),
-        None => (rest, 1883),
-    };
-    let host = host.trim_start_matches('[').trim_end_matches(']');
-    if host.is_empty() { Err(wrong()) } else { Ok((host.to_owned(), port)) }
-}
-
 impl Bus {
     /// Connects in the background, again and again, for as long as the receiver lives.
     pub fn connect(
-        url: &str,
+        url: &BrokerUrl,
         node: &NodeId,
         nonce: &SessionNonce,
         signer: Signer,
         events: mpsc::Sender<BusEvent>,
-    ) -> Result<Self, BrokerUrlError> {
-        let (host, port) = parse_url(url)?;
-        let mut options = MqttOptions::new(format!("{node}.{nonce}"), host, port);
-        options.set_clean_session(true);
-        options.set_keep_alive(KEEP_ALIVE);
-        options.set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX);
+    ) -> Self {
         let bye = Topic::node(node, NodeTopic::Bye);
         let cluster = signer.cluster();
-        if let Ok(payload) = written(&signer, &bye, &Bye { nonce: nonce.clone() }) {
-            options.set_last_will(LastWill::new(bye.render(cluster), payload, QoS::AtLeastOnce, false));
-        }
-        let (client, mut connection) = AsyncClient::new(options, QUEUE);
+        let will = written(&signer, &bye, &Bye { nonce: nonce.clone() }).ok();
+        let will = will.map(|payload| LastWill::new(bye.render(cluster), payload, QoS::AtLeastOnce, false));
+        let (name, brokers) = (format!("{node}.{nonce}"), url.clone());
+        // After so many attempts.
+        let at = move |attempt| {
+            let (host, port) = brokers.host(attempt);
+            let mut options = MqttOptions::new(&name, host, *port);
+            options.set_clean_session(true);
+            options.set_keep_alive(KEEP_ALIVE);
+            options.set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX);
+            if let Some((user, password)) = brokers.login() {
+                options.set_credentials(user, password);
+            }
+            if let Some(will) = &will {
+                options.set_last_will(will.clone());
+            }
+            options
+        };
+        let (client, mut connection) = AsyncClient::new(at(0), QUEUE);
         let mut network = rumqttc::NetworkOptions::new();
         network.set_tcp_nodelay(true);
         connection.set_network_options(network);
         let filters = filter::agent(cluster, node);
         let up = Arc::new(AtomicBool::new(false));
-        let (cluster, url) = (cluster.clone(), url.to_owned());
+        let (cluster, url) = (cluster.clone(), url.clone());
         let bus = Self { client, signer, up: up.clone() };
         tokio::spawn(async move {
-            let (mut pause, mut said) = (RECONNECT_MIN, false);
+            let (mut pause, mut said, mut attempt) = (RECONNECT_MIN, false, 0);
             loop {
                 let event = match connection.poll().await {
                     Ok(MqttEvent::Incoming(Packet::ConnAck(_))) => {
@@ -105,7 +93,7 @@ impl Bus {
                         continue;
                     }
                     // Only now do orders reach this agent.
-                    Ok(MqttEvent::Incoming(Packet::SubAck(_))) => {
+                    Ok(MqttEvent::Incoming(Packet::SubAck(ack))) if !is_refused(&ack) => {
                         up.store(true, Ordering::Release);
                         BusEvent::Up
                     }
@@ -115,18 +103,25 @@ impl Bus {
                             None => continue,
                         }
                     }
-                    Ok(_) => continue,
-                    Err(error) => {
+                    Ok(event) if !matches!(event, MqttEvent::Incoming(Packet::SubAck(_))) => continue,
+                    trouble => {
+                        // Where it is not the connection, another member of the broker's cluster may do better.
+                        connection.clean();
                         if !said {
-                            tracing::warn!(
-                                "cannot reach the broker at {url}: {}; trying again, pods go on",
-                                chain(&error)
-                            );
+                            let why = match trouble {
+                                Err(error) => format!("cannot reach the broker at {url}: {}", chain(&error)),
+                                Ok(_) => format!(
+                                    "the broker at {url} refuses this node its topics: its rules must allow them"
+                                ),
+                            };
+                            tracing::warn!("{why}; trying again, pods go on");
                             said = true;
                         }
                         if up.swap(false, Ordering::AcqRel) && events.send(BusEvent::Down).await.is_err() {
                             return;
                         }
+                        attempt += 1;
+                        connection.mqtt_options = at(attempt);
                         tokio::time::sleep(pause).await;
                         pause = (pause * 2).min(RECONNECT_MAX);
                         continue;
@@ -137,7 +132,7 @@ impl Bus {
                 }
             }
         });
-        Ok(bus)
+        bus
     }
 
     /// Hands a message to the connection; `false` where there is none, or too many wait for it already.
@@ -180,6 +175,10 @@ fn written<T: Serialize>(signer: &Signer, topic: &Topic, message: &T) -> Result<
     }
 }
 
+fn is_refused(ack: &SubAck) -> bool {
+    ack.return_codes.contains(&SubscribeReasonCode::Failure)
+}
+
 fn chain(error: &ConnectionError) -> String {
     let mut text = error.to_string();
     let mut source = std::error::Error::source(error);
@@ -191,19 +190,4 @@ fn chain(error: &ConnectionError) -> String {
         source = inner.source();
     }
     text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::parse_url;
-
-    #[test]
-    fn urls() {
-        assert_eq!(parse_url("mqtt://127.0.0.1:1883").unwrap(), ("127.0.0.1".into(), 1883));
-        assert_eq!(parse_url("mqtt://broker").unwrap(), ("broker".into(), 1883));
-        assert_eq!(parse_url("mqtt://[::1]:1884/").unwrap(), ("::1".into(), 1884));
-        for bad in ["", "broker:1883", "http://x", "mqtt://", "mqtt://h:port"] {
-            assert!(parse_url(bad).is_err(), "{bad}");
-        }
-    }
 }

@@ -6,7 +6,8 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use super::bus;
+use berth_protocol::broker::BrokerUrl;
+
 use super::probe::{criu, cuda, nvidia};
 use crate::config::Config;
 use crate::shim::cgroup::Layout;
@@ -89,14 +90,19 @@ fn program(name: &str, hint: &str) -> Result<String, String> {
     found.map(|path| path.display().to_string()).ok_or_else(|| hint.to_owned())
 }
 
-fn broker(url: &str) -> Result<String, String> {
-    let (host, port) = bus::parse_url(url).map_err(|error| error.to_string())?;
-    let addresses = (host.as_str(), port).to_socket_addrs().map_err(|error| format!("{host}: {error}"))?;
-    let mut why = format!("{host} has no address");
-    for address in addresses {
-        match TcpStream::connect_timeout(&address, CONNECT_MAX) {
-            Ok(_) => return Ok(format!("reached at {address}")),
-            Err(error) => why = format!("{address}: {error}; is the controller running, and --broker right?"),
+fn broker(url: &BrokerUrl) -> Result<String, String> {
+    let mut why = String::new();
+    for (host, port) in url.hosts() {
+        let addresses =
+            (host.as_str(), *port).to_socket_addrs().map_err(|error| format!("{host}: {error}"))?;
+        why = format!("{host} has no address");
+        for address in addresses {
+            match TcpStream::connect_timeout(&address, CONNECT_MAX) {
+                Ok(_) => return Ok(format!("reached at {address}")),
+                Err(error) => {
+                    why = format!("{address}: {error}; is the controller running, and --broker right?");
+                }
+            }
         }
     }
     Err(why)

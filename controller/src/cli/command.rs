@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use berth_protocol::broker::BrokerUrl;
 use berth_protocol::ids::{ClusterName, ContainerName, JobName, Namespace, NodeId, PodName};
 use berth_protocol::units::Millis;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
-use super::connect::BrokerUrl;
 pub use super::saved_words::{
     Checkpoint, CheckpointVerb, Defrag, Drain, Fork, Migrate, NodeNames, Restore, Take, copies_for_fork,
 };

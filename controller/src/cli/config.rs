@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use berth_protocol::broker::BrokerUrl;
 use berth_protocol::ids::{ClusterName, Namespace};
 use serde::Deserialize;
 
 use super::Usage;
 use super::command::{Format, Global, duration};
-use super::connect::BrokerUrl;
 
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// A larger configuration file is not one.
@@ -52,7 +52,7 @@ impl Settings {
     fn merge(global: &Global, file: File) -> anyhow::Result<Self> {
         let broker = match (&global.broker, file.broker) {
             (Some(url), _) => url.clone(),
-            (None, Some(text)) => text.parse().map_err(Usage::new)?,
+            (None, Some(text)) => BrokerUrl::parse(&text).map_err(|error| Usage::new(error.to_string()))?,
             (None, None) => BrokerUrl::default(),
         };
         let request_timeout = match (global.request_timeout, file.request_timeout) {

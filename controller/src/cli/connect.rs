@@ -3,12 +3,11 @@
 //! Nothing sent is taken for received: whoever asks asks again until there is an answer.
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::io::Read as _;
-use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use berth_protocol::broker::BrokerUrl;
 use berth_protocol::codec;
 use berth_protocol::ids::{ClientId, ClusterName, RequestId};
 use berth_protocol::limits::PACKET_BYTES_MAX;
@@ -25,7 +24,6 @@ use tokio::time::{Instant, timeout_at};
 
 use super::config::Settings;
 
-const PORT: u16 = 1883;
 /// Requests on their way to the socket; more than any verb has under way.
 const REQUESTS_MAX: usize = 64;
 /// Messages that a verb has not looked at yet; beyond, the broker has to wait.
@@ -38,75 +36,6 @@ const RECONNECT_MAX: Duration = Duration::from_secs(2);
 pub const RESEND_MIN: Duration = Duration::from_secs(2);
 pub const ASK_AGAIN_MIN: Duration = Duration::from_millis(500);
 const RESEND_MAX: Duration = Duration::from_secs(30);
-
-/// `mqtt://[user:password@]host[:port]`
-#[derive(Clone, PartialEq, Eq)]
-pub struct BrokerUrl {
-    host: String,
-    port: u16,
-    login: Option<(String, String)>,
-}
-
-impl Default for BrokerUrl {
-    fn default() -> Self {
-        Self { host: "127.0.0.1".into(), port: PORT, login: None }
-    }
-}
-
-impl FromStr for BrokerUrl {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let rest = match text.split_once("://") {
-            Some(("mqtt" | "tcp", rest)) => rest,
-            // Without the rest, which may hold a password.
-            Some(("mqtts", _)) => {
-                return Err(
-                    "`mqtts://` asks for TLS, which this version does not have yet: write mqtt://HOST:PORT"
-                        .into(),
-                );
-            }
-            Some((scheme, _)) => {
-                return Err(format!("`{scheme}` is not spoken here: write mqtt://HOST[:PORT]"));
-            }
-            None => return Err(format!("`{text}` is not a broker's URL: write mqtt://HOST[:PORT]")),
-        };
-        let rest = rest.trim_end_matches('/');
-        let (login, address) = match rest.rsplit_once('@') {
-            Some((login, address)) => (Some(login.split_once(':').unwrap_or((login, ""))), address),
-            None => (None, rest),
-        };
-        // The colon that begins a port lies behind an IPv6 address' bracket.
-        let (host, port) = match address.rsplit_once(':') {
-            Some((host, port)) if !port.ends_with(']') => (
-                host,
-                port.parse().map_err(|_| format!("`{port}` is not a port: write a number up to 65535"))?,
-            ),
-            _ => (address, PORT),
-        };
-        let host = host.trim_start_matches('[').trim_end_matches(']');
-        if host.is_empty() || host.contains(['/', ' ']) {
-            return Err(format!("`{text}` names no host: write mqtt://HOST[:PORT]"));
-        }
-        Ok(Self { host: host.into(), port, login: login.map(|(user, word)| (user.into(), word.into())) })
-    }
-}
-
-impl fmt::Display for BrokerUrl {
-    /// Without the password.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.host.contains(':') {
-            true => write!(f, "mqtt://[{}]:{}", self.host, self.port),
-            false => write!(f, "mqtt://{}:{}", self.host, self.port),
-        }
-    }
-}
-
-impl fmt::Debug for BrokerUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
 
 /// Something that came on one of our topics.
 #[derive(Debug)]
@@ -171,17 +100,22 @@ impl Session {
     pub async fn open(settings: &Settings, mut filters: Vec<String>) -> anyhow::Result<Self> {
         let id = ClientId::parse(&format!("cli-{:016x}", random()?))?;
         filters.push(filter::replies(&settings.cluster, &id));
-        let mut options = MqttOptions::new(id.as_str(), &settings.broker.host, settings.broker.port);
-        options.set_keep_alive(KEEP_ALIVE).set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX);
-        if let Some((user, password)) = &settings.broker.login {
-            options.set_credentials(user, password);
-        }
-        let (client, mut eventloop) = AsyncClient::new(options, REQUESTS_MAX);
+        let (url, name) = (settings.broker.clone(), id.clone());
+        let at = move |attempt| {
+            let (host, port) = url.host(attempt);
+            let mut options = MqttOptions::new(name.as_str(), host, *port);
+            options.set_keep_alive(KEEP_ALIVE).set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX);
+            if let Some((user, password)) = url.login() {
+                options.set_credentials(user, password);
+            }
+            options
+        };
+        let (client, mut eventloop) = AsyncClient::new(at(0), REQUESTS_MAX);
         let mut network = NetworkOptions::new();
         network.set_tcp_nodelay(true);
         eventloop.set_network_options(network);
         let (tx, wire) = mpsc::channel(UNREAD_MAX);
-        let poller = tokio::spawn(poll(eventloop, tx));
+        let poller = tokio::spawn(poll(eventloop, at, tx));
         let mut session = Self {
             client,
             wire,
@@ -201,6 +135,7 @@ impl Session {
         let patience = self.settings.request_timeout;
         let deadline = Instant::now() + patience;
         let url = self.settings.broker.to_string();
+        let alone = self.settings.broker.hosts().len() == 1;
         let mut told = false;
         loop {
             let wire = match timeout_at(deadline, self.wire.recv()).await {
@@ -211,9 +146,10 @@ impl Session {
             match wire {
                 Wire::Up => self.subscribe()?,
                 Wire::Subscribed { refused: false } => return Ok(()),
-                Wire::Subscribed { refused: true } => {
+                Wire::Subscribed { refused: true } if alone => {
                     bail!("the broker at {url} does not let this client subscribe to its topics")
                 }
+                Wire::Subscribed { refused: true } => {}
                 Wire::Down(ConnectionError::ConnectionRefused(
                     code @ (ConnectReturnCode::BadUserNamePassword | ConnectReturnCode::NotAuthorized),
                 )) => bail!("the broker at {url} does not let this client in: {code:?}"),
@@ -264,7 +200,7 @@ impl Session {
         loop {
             match self.wire.recv().await.context("the connection to the broker has ended")? {
                 Wire::Up => self.subscribe()?,
-                Wire::Subscribed { .. } if self.down => {
+                Wire::Subscribed { refused: false } if self.down => {
                     self.down = false;
                     eprintln!("berth: the broker is back");
                     return Ok(News::Reconnected);
@@ -423,8 +359,9 @@ impl Resend {
     }
 }
 
-async fn poll(mut eventloop: EventLoop, tx: mpsc::Sender<Wire>) {
-    let mut pause = RECONNECT_MIN;
+/// `at`: how to connect after so many attempts.
+async fn poll(mut eventloop: EventLoop, at: impl Fn(usize) -> MqttOptions, tx: mpsc::Sender<Wire>) {
+    let (mut pause, mut attempt) = (RECONNECT_MIN, 0);
     loop {
         let wire = match eventloop.poll().await {
             Ok(Event::Incoming(Packet::ConnAck(_))) => {
@@ -432,7 +369,12 @@ async fn poll(mut eventloop: EventLoop, tx: mpsc::Sender<Wire>) {
                 Wire::Up
             }
             Ok(Event::Incoming(Packet::SubAck(ack))) => {
-                Wire::Subscribed { refused: ack.return_codes.contains(&SubscribeReasonCode::Failure) }
+                let refused = ack.return_codes.contains(&SubscribeReasonCode::Failure);
+                if refused {
+                    // Another member of its cluster may be up to it.
+                    eventloop.clean();
+                }
+                Wire::Subscribed { refused }
             }
             Ok(Event::Incoming(Packet::Publish(publish))) => Wire::Publish {
                 topic: publish.topic,
@@ -443,11 +385,13 @@ async fn poll(mut eventloop: EventLoop, tx: mpsc::Sender<Wire>) {
             Ok(_) => continue,
             Err(error) => Wire::Down(error),
         };
-        let broken = matches!(wire, Wire::Down(_));
+        let broken = matches!(wire, Wire::Down(_) | Wire::Subscribed { refused: true });
         if tx.send(wire).await.is_err() {
             return;
         }
         if broken {
+            attempt += 1;
+            eventloop.mqtt_options = at(attempt);
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(RECONNECT_MAX);
         }
@@ -479,34 +423,4 @@ pub fn random() -> anyhow::Result<u64> {
         .and_then(|mut file| file.read_exact(&mut bytes))
         .context("no randomness")?;
     Ok(u64::from_ne_bytes(bytes))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn brokers() {
-        for (text, want) in [
-            ("mqtt://h", Ok("mqtt://h:1883")),
-            ("mqtt://h:7/", Ok("mqtt://h:7")),
-            ("tcp://10.0.0.1:1", Ok("mqtt://10.0.0.1:1")),
-            ("mqtt://user:a@b@h", Ok("mqtt://h:1883")),
-            ("mqtt://[::1]", Ok("mqtt://[::1]:1883")),
-            ("mqtt://[::1]:9", Ok("mqtt://[::1]:9")),
-            ("h:1883", Err("`h:1883` is not a broker's URL: write mqtt://HOST[:PORT]")),
-            ("http://h", Err("`http` is not spoken here: write mqtt://HOST[:PORT]")),
-            (
-                "mqtts://user:word@h",
-                Err("`mqtts://` asks for TLS, which this version does not have yet: write mqtt://HOST:PORT"),
-            ),
-            ("mqtt://", Err("`mqtt://` names no host: write mqtt://HOST[:PORT]")),
-            ("mqtt://h:x", Err("`x` is not a port: write a number up to 65535")),
-        ] {
-            let got = text.parse::<BrokerUrl>().map(|url| url.to_string());
-            assert_eq!(got, want.map(str::to_owned).map_err(str::to_owned), "{text}");
-        }
-        let login = "mqtt://user:a@b@h".parse::<BrokerUrl>().unwrap().login;
-        assert_eq!(login, Some(("user".into(), "a@b".into())));
-    }
 }

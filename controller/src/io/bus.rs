@@ -4,11 +4,11 @@
 //! Nothing that must be right may depend on it: sessions are clean, what is published while the broker is away is
 //! dropped, and what arrives faster than it is taken is dropped and counted. `Up` says when to say things again.
 
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use berth_protocol::broker::BrokerUrl;
 use berth_protocol::codec::{self, CodecError};
 use berth_protocol::ids::ClusterName;
 use berth_protocol::limits::PACKET_BYTES_MAX;
@@ -18,7 +18,7 @@ use rumqttc::{
     AsyncClient, ConnectionError, EventLoop, Incoming, MqttOptions, NetworkOptions, Outgoing, Publish, QoS,
     Request, StateError, Subscribe, SubscribeFilter, SubscribeReasonCode,
 };
-use tokio::sync::mpsc::{self, error::SendError};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -40,58 +40,6 @@ const RECONNECT_MAX: Duration = Duration::from_secs(5);
 /// While the broker stays away it is said again this often.
 const UNREACHABLE_LOG_PERIOD: Duration = Duration::from_secs(60);
 const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// Where a broker listens: `mqtt://HOST:PORT`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BrokerUrl {
-    host: String,
-    port: u16,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum BrokerUrlError {
-    #[error("`{0}` is not a broker: write mqtt://HOST:PORT")]
-    Malformed(String),
-    #[error("`{0}` asks for TLS, which this version does not have yet: write mqtt://HOST:PORT")]
-    Tls(String),
-}
-
-impl BrokerUrl {
-    pub fn new(address: std::net::SocketAddr) -> Self {
-        Self { host: address.ip().to_string(), port: address.port() }
-    }
-
-    /// The port may be left out: 1883. IPv6 addresses stand in brackets.
-    pub fn parse(text: &str) -> Result<Self, BrokerUrlError> {
-        let bad = || BrokerUrlError::Malformed(text.chars().take(200).collect());
-        if text.starts_with("mqtts://") {
-            return Err(BrokerUrlError::Tls(text.to_owned()));
-        }
-        let rest = text.strip_prefix("mqtt://").ok_or_else(bad)?;
-        let rest = rest.strip_suffix('/').unwrap_or(rest);
-        let (host, port) = match rest.strip_prefix('[') {
-            Some(rest) => {
-                let (host, port) = rest.split_once(']').ok_or_else(bad)?;
-                host.parse::<std::net::Ipv6Addr>().map_err(|_| bad())?;
-                (host, if port.is_empty() { None } else { Some(port.strip_prefix(':').ok_or_else(bad)?) })
-            }
-            None => rest.split_once(':').map_or((rest, None), |(host, port)| (host, Some(port))),
-        };
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-._:".contains(c);
-        if host.is_empty() || !host.chars().all(plain) {
-            return Err(bad());
-        }
-        let port = port.map_or(Ok(1883), str::parse).map_err(|_| bad())?;
-        Ok(Self { host: host.to_owned(), port })
-    }
-}
-
-impl fmt::Display for BrokerUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (open, close) = if self.host.contains(':') { ("[", "]") } else { ("", "") };
-        write!(f, "mqtt://{open}{}{close}:{}", self.host, self.port)
-    }
-}
 
 /// What the program hears.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,6 +67,21 @@ pub struct BusOptions {
     pub filters: Vec<String>,
     /// Whether retained messages are wanted; otherwise they are dropped.
     pub retained: bool,
+}
+
+impl BusOptions {
+    /// How to connect to whom it is to be after so many attempts.
+    fn at(&self, attempt: usize) -> MqttOptions {
+        let (host, port) = self.url.host(attempt);
+        let mut mqtt = MqttOptions::new(&self.client_id, host, *port);
+        mqtt.set_clean_session(true)
+            .set_keep_alive(KEEP_ALIVE)
+            .set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX);
+        if let Some((name, password)) = self.credentials.as_ref().or(self.url.login()) {
+            mqtt.set_credentials(name, password);
+        }
+        mqtt
+    }
 }
 
 /// The sending half.
@@ -165,14 +128,7 @@ impl BusEvents {
 impl Bus {
     /// Connects in the background, now and whenever the connection is lost, until `close`. Needs a tokio runtime.
     pub fn connect(options: BusOptions, refusals: Arc<Refusals>) -> (Self, BusEvents) {
-        let mut mqtt = MqttOptions::new(&options.client_id, &options.url.host, options.url.port);
-        mqtt.set_clean_session(true)
-            .set_keep_alive(KEEP_ALIVE)
-            .set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX);
-        if let Some((name, password)) = &options.credentials {
-            mqtt.set_credentials(name, password);
-        }
-        let (client, mut connection) = AsyncClient::new(mqtt, OUTGOING_MESSAGES_MAX);
+        let (client, mut connection) = AsyncClient::new(options.at(0), OUTGOING_MESSAGES_MAX);
         let mut network = NetworkOptions::new();
         network.set_tcp_nodelay(true);
         network.set_connection_timeout(CONNECT_TIMEOUT_SECS);
@@ -228,6 +184,15 @@ fn qos(topic: &Topic) -> QoS {
     }
 }
 
+/// Why there is no connection that is of use.
+#[derive(Debug, thiserror::Error)]
+enum Trouble {
+    #[error(transparent)]
+    Connection(ConnectionError),
+    #[error("it refuses a subscription: its rules must allow berth's topics")]
+    Refused,
+}
+
 /// The task behind a bus.
 struct Connection {
     options: BusOptions,
@@ -238,24 +203,35 @@ struct Connection {
 
 impl Connection {
     async fn run(mut self) {
-        let mut backoff = RECONNECT_MIN;
+        let (mut backoff, mut attempt) = (RECONNECT_MIN, 0);
         let (mut up_since, mut lost): (Option<Instant>, Option<Instant>) = (None, None);
         loop {
             let polled = tokio::select! {
                 polled = self.connection.poll() => polled,
                 () = self.to.closed() => return,
             };
+            let polled = match polled {
+                // Its rules, or a member of a cluster that is not up to it yet: another may be.
+                Ok(rumqttc::Event::Incoming(Incoming::SubAck(ack)))
+                    if ack.return_codes.contains(&SubscribeReasonCode::Failure) =>
+                {
+                    self.connection.clean();
+                    Err(Trouble::Refused)
+                }
+                polled => polled.map_err(Trouble::Connection),
+            };
             match polled {
                 // `Bus::close` said goodbye.
-                Ok(rumqttc::Event::Outgoing(Outgoing::Disconnect)) | Err(ConnectionError::RequestsDone) => {
-                    return;
-                }
+                Ok(rumqttc::Event::Outgoing(Outgoing::Disconnect))
+                | Err(Trouble::Connection(ConnectionError::RequestsDone)) => return,
                 Ok(rumqttc::Event::Incoming(Incoming::ConnAck(_))) if !self.options.filters.is_empty() => {
                     self.subscribe();
                 }
-                Ok(rumqttc::Event::Incoming(ready @ (Incoming::ConnAck(_) | Incoming::SubAck(_)))) => {
+                Ok(rumqttc::Event::Incoming(Incoming::ConnAck(_) | Incoming::SubAck(_))) => {
                     (up_since, lost) = (Some(Instant::now()), None);
-                    if self.is_ready(&ready).await.is_err() {
+                    tracing::info!(broker = %self.options.url, "connected to the broker");
+                    self.shared.up.store(true, Ordering::Relaxed);
+                    if self.to.send(BusEvent::Up).await.is_err() {
                         return;
                     }
                 }
@@ -276,23 +252,13 @@ impl Connection {
                         let what = if was_up { "lost the broker" } else { "cannot reach the broker" };
                         tracing::warn!(broker = %self.options.url, %error, "{what}; trying again until it answers");
                     }
+                    attempt += 1;
+                    self.connection.mqtt_options = self.options.at(attempt);
                     tokio::time::sleep(backoff).await;
                     backoff = (backoff * 2).min(RECONNECT_MAX);
                 }
             }
         }
-    }
-
-    async fn is_ready(&mut self, answer: &Incoming) -> Result<(), SendError<BusEvent>> {
-        let url = &self.options.url;
-        if let Incoming::SubAck(ack) = answer
-            && ack.return_codes.contains(&SubscribeReasonCode::Failure)
-        {
-            tracing::error!(broker = %url, "the broker refuses a subscription: its rules must allow berth's topics");
-        }
-        tracing::info!(broker = %url, "connected to the broker");
-        self.shared.up.store(true, Ordering::Relaxed);
-        self.to.send(BusEvent::Up).await
     }
 
     /// Asks for everything anew: the session is a clean one.
@@ -339,8 +305,11 @@ impl Connection {
         }
     }
 
-    fn count(&self, error: &ConnectionError) {
-        let ConnectionError::MqttState(StateError::Deserialization(error)) = error else { return };
+    fn count(&self, error: &Trouble) {
+        let Trouble::Connection(ConnectionError::MqttState(StateError::Deserialization(error))) = error
+        else {
+            return;
+        };
         match error {
             rumqttc::Error::PayloadSizeLimitExceeded(bytes) => self.shared.refusals.refuse(
                 "oversized",
@@ -354,27 +323,4 @@ impl Connection {
 
 fn shorten(text: &str) -> String {
     text.chars().take(200).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn urls() {
-        for (text, printed) in [
-            ("mqtt://127.0.0.1:1883", "mqtt://127.0.0.1:1883"),
-            ("mqtt://broker", "mqtt://broker:1883"),
-            ("mqtt://[::1]:1884/", "mqtt://[::1]:1884"),
-            ("mqtt://[::1]", "mqtt://[::1]:1883"),
-        ] {
-            assert_eq!(BrokerUrl::parse(text).unwrap().to_string(), printed, "{text}");
-        }
-        for bad in
-            ["", "broker", "mqtt://", "mqtt://:1", "mqtt://a:b", "mqtt://a:70000", "http://a", "mqtt://u@a"]
-        {
-            assert_eq!(BrokerUrl::parse(bad), Err(BrokerUrlError::Malformed(bad.to_owned())));
-        }
-        assert!(matches!(BrokerUrl::parse("mqtts://a:8883"), Err(BrokerUrlError::Tls(_))));
-    }
 }

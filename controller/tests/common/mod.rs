@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use berth_controller::config::{BrokerChoice, Config};
 use berth_controller::io::broker::{Broker, BrokerOptions, CONTROLLER_CLIENT_ID};
-use berth_controller::io::bus::{BrokerUrl, Bus, BusEvent, BusEvents, BusOptions};
+use berth_controller::io::bus::{Bus, BusEvent, BusEvents, BusOptions};
 use berth_controller::io::metrics::Refusals;
 use berth_controller::io::store::Sqlite;
 use berth_controller::run::Daemon;
+use berth_protocol::broker::BrokerUrl;
 use berth_protocol::ids::ClusterName;
 use berth_protocol::topic::Topic;
 

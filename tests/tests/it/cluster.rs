@@ -43,7 +43,7 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    fn start(name: &str, command: &mut Command, log: &Path) -> Self {
+    pub fn start(name: &str, command: &mut Command, log: &Path) -> Self {
         let log = File::options().create(true).append(true).open(log).expect("the log opens");
         let child = command
             .stdin(Stdio::null())
@@ -74,6 +74,8 @@ pub struct Cluster {
     /// Where controllers keep their records, other than embedded.
     pub store: Option<String>,
     pub mosquitto: Option<Daemon>,
+    /// Ports of a clustered broker's members, where it is one.
+    pub members: Vec<u16>,
     pub agents: Vec<Daemon>,
 }
 
@@ -101,6 +103,7 @@ impl Cluster {
             controller: None,
             store: None,
             mosquitto: None,
+            members: Vec::new(),
             agents: Vec::new(),
         }
     }
@@ -115,10 +118,13 @@ impl Cluster {
     }
 
     pub fn url(&self) -> String {
-        format!("mqtt://127.0.0.1:{}", self.port)
+        let own = [self.port];
+        let ports = if self.members.is_empty() { &own[..] } else { &self.members };
+        let members: Vec<String> = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+        format!("mqtt://{}", members.join(","))
     }
 
-    fn log_path(&self, name: &str) -> PathBuf {
+    pub fn log_path(&self, name: &str) -> PathBuf {
         self.dir.path().join(format!("{name}.log"))
     }
 
@@ -132,7 +138,8 @@ impl Cluster {
 
     /// One with a data directory of its own, beside those that are there.
     pub fn another_controller(&self, name: &str, http: u16) -> Daemon {
-        let broker = if self.mosquitto.is_some() { self.url() } else { "embedded".into() };
+        let shared = self.mosquitto.is_some() || !self.members.is_empty();
+        let broker = if shared { self.url() } else { "embedded".into() };
         let mut command = Command::new(program("berth-controller"));
         command.args(["--dev", "--cluster", "default", "--broker", &broker, "--data-dir"]);
         command.arg(self.dir.path().join(name));

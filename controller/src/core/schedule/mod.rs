@@ -198,7 +198,9 @@ impl Scheduler {
     /// Makes the node's room anew from what it has and what its pods take.
     pub fn refresh<'a>(&mut self, id: &NodeId, node: &Node, charges: impl Iterator<Item = &'a Charge>) {
         let has = &node.record.inventory;
-        let open = node.liveness == Liveness::Online && node.session.is_some() && !node.record.cordoned;
+        let heard = node.liveness == Liveness::Online && node.session.is_some();
+        // What strays take of the node is known to nobody but it, so nothing else comes until they are gone.
+        let open = heard && !node.record.cordoned && node.record.strays.is_empty();
         let devices = has.gpus.iter().map(|gpu| Device {
             usable: gpu.unhealthy.is_none() && !gpu.mig,
             model: self.model(&gpu.model),

@@ -119,6 +119,7 @@ impl Controller {
                 (Liveness::Lost, _) => Some("offline"),
                 (Liveness::Silent, _) => Some("silent"),
                 (Liveness::Online, true) => Some("cordoned"),
+                (Liveness::Online, false) if !node.record.strays.is_empty() => Some("still ending pods"),
                 (Liveness::Online, false) => None,
             });
             let refusals = book.map_or(&[][..], |book| book.refusals(room));

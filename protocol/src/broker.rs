@@ -1,0 +1,176 @@
+//! Where the broker is: `mqtt://[user:password@]host[:port][,host[:port]…]`, several where any member of a cluster will do.
+
+use std::fmt;
+use std::net::{Ipv6Addr, SocketAddr};
+use std::str::FromStr;
+
+/// MQTT's own.
+const PORT: u16 = 1883;
+const HOSTS_MAX: usize = 16;
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BrokerUrlError {
+    #[error("`{0}` is not a broker's URL: write mqtt://HOST[:PORT]")]
+    NoUrl(String),
+    #[error("`{0}` is not spoken here: write mqtt://HOST[:PORT]")]
+    Scheme(String),
+    // Without the rest, which may hold a password.
+    #[error("`mqtts://` asks for TLS, which this version does not have yet: write mqtt://HOST:PORT")]
+    Tls,
+    #[error("`{0}` is not a port: write a number up to 65535")]
+    Port(String),
+    #[error("`{0}` names no host: write mqtt://HOST[:PORT]")]
+    Host(String),
+    #[error("{0} brokers are named, at most {HOSTS_MAX} are allowed")]
+    TooMany(usize),
+}
+
+#[derive(Clone, PartialEq, Eq)]
+pub struct BrokerUrl {
+    /// At least one.
+    hosts: Vec<(String, u16)>,
+    login: Option<(String, String)>,
+}
+
+impl BrokerUrl {
+    pub fn new(address: SocketAddr) -> Self {
+        Self { hosts: vec![(address.ip().to_string(), address.port())], login: None }
+    }
+
+    pub fn parse(text: &str) -> Result<Self, BrokerUrlError> {
+        let rest = match text.split_once("://") {
+            Some(("mqtt" | "tcp", rest)) => rest,
+            Some(("mqtts", _)) => return Err(BrokerUrlError::Tls),
+            Some((scheme, _)) => return Err(BrokerUrlError::Scheme(shorten(scheme))),
+            None => return Err(BrokerUrlError::NoUrl(shorten(text))),
+        };
+        let rest = rest.trim_end_matches('/');
+        let (login, addresses) = match rest.rsplit_once('@') {
+            Some((login, addresses)) => (Some(login.split_once(':').unwrap_or((login, ""))), addresses),
+            None => (None, rest),
+        };
+        let hosts: Vec<_> =
+            addresses.split(',').map(|address| host(address, text)).collect::<Result<_, _>>()?;
+        if hosts.len() > HOSTS_MAX {
+            return Err(BrokerUrlError::TooMany(hosts.len()));
+        }
+        Ok(Self { hosts, login: login.map(|(user, word)| (user.into(), word.into())) })
+    }
+
+    pub fn hosts(&self) -> &[(String, u16)] {
+        &self.hosts
+    }
+
+    /// Whom to try after so many attempts.
+    pub fn host(&self, attempt: usize) -> &(String, u16) {
+        &self.hosts[attempt % self.hosts.len()]
+    }
+
+    /// Name and password.
+    pub fn login(&self) -> Option<&(String, String)> {
+        self.login.as_ref()
+    }
+}
+
+fn host(address: &str, text: &str) -> Result<(String, u16), BrokerUrlError> {
+    // The colon that begins a port lies behind an IPv6 address' bracket.
+    let (host, port) = match address.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => {
+            (host, port.parse().map_err(|_| BrokerUrlError::Port(shorten(port)))?)
+        }
+        _ => (address, PORT),
+    };
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+    let inner = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    let fits = match inner {
+        Some(inner) => inner.parse::<Ipv6Addr>().is_ok(),
+        None => !host.is_empty() && host.chars().all(plain),
+    };
+    if fits { Ok((inner.unwrap_or(host).to_owned(), port)) } else { Err(BrokerUrlError::Host(shorten(text))) }
+}
+
+fn shorten(text: &str) -> String {
+    text.chars().take(200).collect()
+}
+
+impl Default for BrokerUrl {
+    /// On loopback.
+    fn default() -> Self {
+        Self { hosts: vec![("127.0.0.1".to_owned(), PORT)], login: None }
+    }
+}
+
+impl FromStr for BrokerUrl {
+    type Err = BrokerUrlError;
+
+    fn from_str(text: &str) -> Result<Self, BrokerUrlError> {
+        Self::parse(text)
+    }
+}
+
+impl fmt::Display for BrokerUrl {
+    /// Without the password.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("mqtt://")?;
+        for (n, (host, port)) in self.hosts.iter().enumerate() {
+            let comma = if n == 0 { "" } else { "," };
+            match host.contains(':') {
+                true => write!(f, "{comma}[{host}]:{port}")?,
+                false => write!(f, "{comma}{host}:{port}")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for BrokerUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls() {
+        let bad = |words: &str| Err(words.to_owned());
+        for (text, want) in [
+            ("mqtt://h", Ok("mqtt://h:1883".to_owned())),
+            ("mqtt://h:7/", Ok("mqtt://h:7".to_owned())),
+            ("tcp://10.0.0.1:1", Ok("mqtt://10.0.0.1:1".to_owned())),
+            ("mqtt://user:a@b@h", Ok("mqtt://h:1883".to_owned())),
+            ("mqtt://[::1]", Ok("mqtt://[::1]:1883".to_owned())),
+            ("mqtt://a:1,b,[::1]:9", Ok("mqtt://a:1,b:1883,[::1]:9".to_owned())),
+            ("", bad("`` is not a broker's URL: write mqtt://HOST[:PORT]")),
+            ("h:1883", bad("`h:1883` is not a broker's URL: write mqtt://HOST[:PORT]")),
+            ("http://h", bad("`http` is not spoken here: write mqtt://HOST[:PORT]")),
+            (
+                "mqtts://user:word@h",
+                bad("`mqtts://` asks for TLS, which this version does not have yet: write mqtt://HOST:PORT"),
+            ),
+            ("mqtt://", bad("`mqtt://` names no host: write mqtt://HOST[:PORT]")),
+            ("mqtt://a,", bad("`mqtt://a,` names no host: write mqtt://HOST[:PORT]")),
+            ("mqtt://:1", bad("`mqtt://:1` names no host: write mqtt://HOST[:PORT]")),
+            ("mqtt://[x]:1", bad("`mqtt://[x]:1` names no host: write mqtt://HOST[:PORT]")),
+            ("mqtt://a b", bad("`mqtt://a b` names no host: write mqtt://HOST[:PORT]")),
+            ("mqtt://h:x", bad("`x` is not a port: write a number up to 65535")),
+            ("mqtt://h:70000", bad("`70000` is not a port: write a number up to 65535")),
+        ] {
+            let got = BrokerUrl::parse(text).map(|url| url.to_string()).map_err(|error| error.to_string());
+            assert_eq!(got, want, "{text}");
+        }
+        let many = format!("mqtt://{}", ["h"; HOSTS_MAX + 1].join(","));
+        assert_eq!(BrokerUrl::parse(&many), Err(BrokerUrlError::TooMany(HOSTS_MAX + 1)));
+        let login = BrokerUrl::parse("mqtt://user:a@b@h").unwrap().login().cloned();
+        assert_eq!(login, Some(("user".into(), "a@b".into())));
+    }
+
+    #[test]
+    fn one_after_the_other() {
+        let url = BrokerUrl::parse("mqtt://a:1,b:2").unwrap();
+        let tried: Vec<u16> = (0..5).map(|attempt| url.host(attempt).1).collect();
+        assert_eq!(tried, [1, 2, 1, 2, 1]);
+    }
+}
