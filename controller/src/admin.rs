@@ -7,7 +7,7 @@ use berth_protocol::ids::{ClusterName, Term};
 use clap::{Args, Subcommand};
 
 use crate::config::{ConfigError, Place};
-use crate::core::{LoadError, SetAside};
+use crate::core::{LoadError, SetAside, restored};
 use crate::io::clock;
 use crate::io::store::{self, Contents, Op, Store, StoreChoice, StoreError};
 
@@ -210,12 +210,16 @@ fn restore(dir: &Path, file: &Path) -> Result<(String, bool), AdminError> {
         other => other.into(),
     })?;
     contents.term = Term(contents.term.0 + RESTORED_TERMS);
+    let (key, value) = restored::entry(&contents.entries, clock::now())?;
+    contents.entries.retain(|(known, _)| *known != key);
+    contents.entries.push((key, Some(value)));
     let _lock = store::lock(dir)?;
     let kept = store::replace(dir, &contents)?;
     let mut told = vec![format!("{} records restored", contents.entries.len())];
     told.extend(kept.map(|kept| format!("what was there is kept as {}", kept.display())));
     told.push(
-        "what happened since the backup they do not know: nodes tell what they hold as they say hello"
+        "what happened since the backup they do not know: nodes tell what they hold as they say hello, and nothing is placed \
+         for a minute after the controller's start"
             .to_owned(),
     );
     Ok((told.join("\n"), true))

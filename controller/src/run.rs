@@ -111,6 +111,11 @@ impl Daemon {
             clock::now(),
         )?;
         report(controller.set_aside());
+        if let Some(wait) = controller.holds_for(clock::now()) {
+            tracing::warn!(
+                "the store was restored: nothing is placed for {wait}, while pods that it knows nothing of may run"
+            );
+        }
         let (broker, bus) = connect(&config, &store, &refusals)?;
         let (bus, events) = Bus::connect(bus, refusals);
         let http = tokio::spawn(http.run());

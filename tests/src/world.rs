@@ -321,7 +321,9 @@ impl World {
     /// Orders that were long on their way may name a checkpoint that was let go since. The store's may not.
     fn check_lacking(&mut self) -> Result<(), String> {
         for n in 0..self.nodes.len() {
-            for (key, from) in std::mem::take(&mut self.nodes[n].lacking) {
+            // A copy of a machine hears orders that are not meant for it, begun long since by the machine itself.
+            let copy = self.nodes[..n].iter().any(|other| other.id == self.nodes[n].id);
+            for (key, from) in std::mem::take(&mut self.nodes[n].lacking).into_iter().filter(|_| !copy) {
                 let record = self.store.get(&format!("pod/{}/{}", key.pod.uid, key.pod.index));
                 let record = record.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(bytes).ok());
                 let Some(record) = record.filter(|record| record["epoch"] == key.epoch.0) else { continue };

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::checkpoints::{Checkpoint, Saved};
 use super::drain::Drain;
 pub(super) use super::epoch::{Assignment, Charge, Ending, EpochLog, Output};
+use super::restored::Restored;
 use super::schedule::place::ClassId;
 
 #[derive(Default)]
@@ -36,6 +37,8 @@ pub(super) struct Cluster {
     pub requests: BTreeMap<RequestId, Timestamp>,
     /// The same, oldest first.
     pub requests_by_age: BTreeSet<(Timestamp, RequestId)>,
+    /// Where the store is one that was restored.
+    pub restored: Option<Restored>,
     /// Statuses `Rejected` out there, and until when.
     pub rejected: BTreeMap<(Namespace, JobName), Timestamp>,
 }

@@ -114,6 +114,7 @@ impl Controller {
 
     /// Gives a waiting pod a node: the next epoch, in the transaction that names the node.
     pub(super) fn place(&mut self, now: Now, uid: &JobUid, index: u32, id: NodeId, charge: Charge) {
+        let epochs_from = self.epochs_from();
         let (from, mark) = self.departure(uid, index);
         let (Some(job), Some(node)) = (self.cluster.jobs.get_mut(uid), self.cluster.nodes.get_mut(&id))
         else {
@@ -144,7 +145,8 @@ impl Controller {
         };
         self.scheduler.count_in(&job.file.spec, &assignment.charge);
         let placed = job.change(index, |pod| {
-            pod.epoch = if kept(Rule::EpochRises) { pod.epoch.next() } else { pod.epoch.max(Epoch(1)) };
+            let next = if kept(Rule::EpochRises) { pod.epoch.next() } else { pod.epoch.max(Epoch(1)) };
+            pod.epoch = next.max(epochs_from);
             pod.saved.target = None;
             pod.no_outputs = None;
             cut_logs(pod, mark);

@@ -18,6 +18,7 @@ mod notes;
 mod query;
 mod records;
 mod relocations;
+pub mod restored;
 mod retry;
 mod saved;
 pub mod schedule;
@@ -193,6 +194,8 @@ pub struct Controller {
     republish: Option<JobUid>,
     /// Moves on their way, in the order of their plans.
     relocations: Vec<Relocation>,
+    /// Of a restored store: nothing is placed before.
+    settles_at: Option<BootMs>,
     set_aside: SetAside,
     dirty: Dirty,
 }
@@ -207,6 +210,7 @@ struct Dirty {
     checkpoints: BTreeSet<Digest>,
     nodes: BTreeSet<NodeId>,
     outboxes: BTreeSet<NodeId>,
+    restored: bool,
     /// Jobs whose status changed.
     status: BTreeSet<JobUid>,
     /// Nodes whose desired set changed.
@@ -252,9 +256,11 @@ impl Controller {
             other_versions: BTreeSet::new(),
             republish: None,
             relocations: Vec::new(),
+            settles_at: None,
             set_aside,
             dirty: Dirty::default(),
         };
+        controller.settles_at = controller.settles_at(now);
         controller.resume(now);
         Ok(controller)
     }
@@ -529,6 +535,9 @@ impl Controller {
         for id in &dirty.outboxes {
             let outbox = self.cluster.nodes.get(id).and_then(|node| node.outbox.as_ref());
             write(records::outbox(id), outbox.map(records::bytes));
+        }
+        if std::mem::take(&mut dirty.restored) {
+            write(records::RESTORED.to_owned(), self.cluster.restored.as_ref().map(records::bytes));
         }
         self.counters.blind = self.blind;
         self.counters.damaged = (self.set_aside.damaged.len(), self.set_aside.jobs.len());

@@ -87,6 +87,9 @@ impl SetAside {
     }
 }
 
+/// The one key of its kind.
+pub(super) const RESTORED: &str = "restored/store";
+
 /// The state that the entries say, in whatever order they come, without what is damaged: a job is taken whole or not
 /// at all.
 pub(super) fn load(
@@ -134,6 +137,7 @@ pub(super) fn load(
                 }
                 cluster.checkpoints.insert(id, found);
             }
+            ("restored", "store") => cluster.restored = Some(read(&key, &value)?),
             ("request", id) => {
                 let id = RequestId::parse(id).map_err(|_| unknown())?;
                 let at: Timestamp = read(&key, &value)?;

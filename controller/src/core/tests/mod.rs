@@ -6,6 +6,7 @@ mod damage;
 mod images;
 mod keys;
 mod packing;
+mod restored;
 mod scenarios;
 mod scheduling;
 mod staging;

@@ -1,0 +1,92 @@
+//! A backup takes the place of a store that knew more.
+
+use berth_protocol::ids::{Epoch, NodeId, PodId};
+use berth_protocol::job::JobSpec;
+use berth_protocol::message::user::JobPhase;
+
+use super::super::restored;
+use super::world::{World, at, inventory, spec};
+
+fn long() -> JobSpec {
+    let mut long = spec("long");
+    long.pod.containers[0].command = vec!["run".to_owned(), "90000".to_owned(), "0".to_owned()];
+    long
+}
+
+type Backup = std::collections::BTreeMap<String, Vec<u8>>;
+
+/// As `berth-controller restore` does it, and the controller's start.
+fn restore(world: &mut World, backup: Backup) {
+    world.store = backup;
+    let (key, value) = restored::entry(&world.entries(), at(world.now)).unwrap();
+    world.store.insert(key, value);
+    world.term += 1_000;
+    world.restart_controller();
+}
+
+fn pod(world: &World) -> PodId {
+    world.controller.cluster.jobs.keys().next().unwrap().pod(0)
+}
+
+/// Until the job has ended; never does its pod run twice.
+fn watch(world: &mut World) {
+    let pod = pod(world);
+    for _ in 0..400 {
+        let run = world.agents.values().filter(|agent| agent.runs(&pod, world.now)).count();
+        assert!(run < 2, "the pod runs twice at {}", world.now);
+        world.run(1_000);
+    }
+    assert_eq!(world.status("long").unwrap().phase, JobPhase::Succeeded);
+}
+
+fn epoch(world: &World) -> Epoch {
+    world.status("long").unwrap().pods[0].epoch
+}
+
+#[test]
+fn a_pod_that_has_moved_since_the_backup_gets_an_epoch_above_all() {
+    let mut world = World::new();
+    let first = world.add("n1", inventory(1, 0));
+    world.submit(&long());
+    world.run(10_000);
+    let backup = world.store.clone();
+    world.agents.get_mut(&first).unwrap().up = false;
+    world.add("n2", inventory(1, 0));
+    world.run(90_000);
+    assert_eq!(epoch(&world), Epoch(2));
+    // The second is cut off, and runs it by its grant; the first is back, and says truly that it has nothing.
+    let second = NodeId::parse("n2").unwrap();
+    world.agents.get_mut(&second).unwrap().cut = true;
+    restore(&mut world, backup);
+    let first = world.agents.get_mut(&first).unwrap();
+    (first.up, first.boot) = (true, first.boot + 1);
+    first.pods.clear();
+    first.hello_due = true;
+    world.run(120_000);
+    world.agents.get_mut(&second).unwrap().cut = false;
+    watch(&mut world);
+    assert_eq!(epoch(&world), Epoch(1_001));
+}
+
+#[test]
+fn a_pod_that_was_placed_since_the_backup_is_not_placed_beside_itself() {
+    let mut world = World::new();
+    world.submit(&long());
+    let backup = world.store.clone();
+    let first = world.add("n1", inventory(1, 0));
+    world.run(10_000);
+    assert!(world.agents[&first].runs(&pod(&world), world.now));
+    world.agents.get_mut(&first).unwrap().cut = true;
+    world.add("n2", inventory(1, 0));
+    restore(&mut world, backup);
+    watch(&mut world);
+    assert_eq!(epoch(&world), Epoch(1_000));
+    // The next start does not wait again.
+    world.restart_controller();
+    world.run(15_000);
+    let mut next = long();
+    next.name = berth_protocol::ids::JobName::parse("next").unwrap();
+    world.submit(&next);
+    world.run(5_000);
+    assert_eq!(world.status("next").unwrap().phase, JobPhase::Running);
+}
