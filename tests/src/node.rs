@@ -329,6 +329,11 @@ impl Node {
         self.clock_broke = known.map(|nonce| (nonce, u64::MAX));
     }
 
+    /// Is all over that was granted before its clock stood still, by that clock too?
+    pub fn fenced_by(&self, now_ms: u64) -> bool {
+        self.resumed_at.is_none_or(|at| now_ms >= at + LEASE_MS)
+    }
+
     /// May it run beside a newer epoch, for its clock stood still?
     pub fn is_excused(&self, key: &PodKey, now_ms: u64) -> bool {
         let begun_since = || Some(self.resumed_at? + leased(self.shims.get(key)?)?);
@@ -441,6 +446,9 @@ impl Node {
         self.shims.iter().map(held).collect()
     }
 }
+
+/// Of a pod that asks for nothing else.
+const LEASE_MS: u64 = 50_000;
 
 /// How long its pod may run without a grant; none: for ever.
 fn leased(shim: &Shim) -> Option<u64> {

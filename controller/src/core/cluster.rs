@@ -475,6 +475,8 @@ pub(super) struct Session {
     pub confirmed: (Option<u64>, BootMs),
     /// The controller's clock minus the agent's, the least seen, forgiving of drift.
     pub offset: Option<(i128, BootMs)>,
+    /// The agent's clock when it was found to have stood still, and the longest lease of its pods since.
+    pub stalled: Option<(BootMs, Millis)>,
     /// Of the depot token sent last, and the seq of the lease that carried it.
     pub depot: Option<(Timestamp, u64)>,
     /// Assigned here and not found by the scan: gone once the outbox is in up to the number.

@@ -146,6 +146,7 @@ impl Controller {
             held: None,
             confirmed: (None, now.boot),
             offset: None,
+            stalled: None,
             depot: None,
             absent,
             absent_after: hello.events_last,
@@ -198,6 +199,7 @@ impl Controller {
     }
 
     pub(super) fn heartbeat(&mut self, now: Now, id: &NodeId, beat: Heartbeat) {
+        let lease = self.longest_lease(id);
         let known = self.cluster.nodes.get_mut(id).and_then(|node| node.session.as_mut());
         let Some(session) = known.filter(|session| session.nonce == beat.nonce) else {
             self.ask_hello(id, &beat);
@@ -210,7 +212,7 @@ impl Controller {
         session.seq = beat.seq;
         session.beat_at = now.boot;
         session.held = Some(beat.held);
-        session.withheld = why_withheld(session, &beat, now);
+        session.withheld = why_withheld(session, &beat, lease, now);
         if session.depot.is_some_and(|(_, seq)| beat.last_grant.is_none_or(|granted| granted < seq)) {
             // The lease that carried the token was lost, or overtaken.
             session.depot = None;

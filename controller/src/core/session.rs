@@ -1,6 +1,6 @@
 //! Which sessions of agents are believed, and which of their heartbeats are granted anything.
 
-use berth_protocol::ids::NodeId;
+use berth_protocol::ids::{NodeId, PodId};
 use berth_protocol::limits::{LEASE_MARGIN_MS, LOST_AFTER_MS};
 use berth_protocol::message::node::{Heartbeat, Hello};
 use berth_protocol::rule::{Rule, kept};
@@ -50,6 +50,13 @@ impl Controller {
             self.tell_refused(id, hello, words);
         }
         self.refuse(why);
+    }
+
+    /// Of those of the node's pods that stand still or end without a grant; no less than what pods have by default.
+    pub(super) fn longest_lease(&self, id: &NodeId) -> Millis {
+        let pods = self.cluster.nodes.get(id).into_iter().flat_map(|node| node.pods.keys());
+        let lease = |pod: &PodId| self.cluster.jobs.get(&pod.uid)?.assignment(pod.index)?.lease;
+        pods.filter_map(lease).max().unwrap_or_default().max(LOST_AFTER)
     }
 
     /// Another machine says that it is this node, while this one is there.
@@ -127,8 +134,13 @@ pub(super) fn refusal(node: &Node, hello: &Hello, by: Option<PublicKey>, now: No
     heard.then_some("stale-hello")
 }
 
-/// Why a session gets no grant for a heartbeat (fencing, rules 9 and 10).
-pub(super) fn why_withheld(session: &mut Session, beat: &Heartbeat, now: Now) -> Option<&'static str> {
+/// Why a session gets no grant for a heartbeat (fencing, rules 9 and 10). `lease`: the longest of its pods.
+pub(super) fn why_withheld(
+    session: &mut Session,
+    beat: &Heartbeat,
+    lease: Millis,
+    now: Now,
+) -> Option<&'static str> {
     if beat.last_grant > session.confirmed.0 {
         session.confirmed = (beat.last_grant, now.boot);
     } else if now.boot.since(session.confirmed.1) >= LOST_AFTER && kept(Rule::OneWayLoss) {
@@ -140,6 +152,18 @@ pub(super) fn why_withheld(session: &mut Session, beat: &Heartbeat, now: Now) ->
         .map_or(offset, |(least, at)| offset.min(least + i128::from(now.boot.since(at).0 / DRIFT_PARTS)));
     session.offset = Some((least, now.boot));
     let lag = offset - least;
-    (lag > i128::from(MARGIN.0 / 2) && kept(Rule::ClockWatched))
-        .then_some("its clock stood still, or its heartbeats are delayed")
+    if lag <= i128::from(MARGIN.0 / 2) || !kept(Rule::ClockWatched) {
+        session.stalled = None;
+        return None;
+    }
+    let (since, longest) = session.stalled.unwrap_or((beat.boot_ms, lease));
+    let longest = longest.max(lease);
+    if beat.boot_ms.since(since) >= Millis(longest.0 + MARGIN.0) {
+        // By its own clock too all that was granted before is over. What that clock says now is as good as any.
+        session.offset = Some((offset, now.boot));
+        session.stalled = None;
+        return None;
+    }
+    session.stalled = Some((since, longest));
+    Some("its clock stood still, or its heartbeats are delayed")
 }

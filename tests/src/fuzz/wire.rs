@@ -4,7 +4,7 @@
 use std::fmt::Debug;
 
 use berth_protocol::chunk::{Frame, GrantRequest};
-use berth_protocol::codec::{decode, encode};
+use berth_protocol::codec::{decode, encode, verify};
 use berth_protocol::ids::{ClientId, ClusterName, Digest, JobName, Namespace, NodeId};
 use berth_protocol::log::{LogMessage, read_record};
 use berth_protocol::manifest::Manifest;
@@ -48,6 +48,10 @@ fn messages(bytes: &[u8]) {
     let (Ok(node), Ok(client), Ok(namespace), Ok(name)) = parsed else { return };
     let of_node = |kind| Topic::node(&node, kind);
     let of_job = |kind| Topic::job(&namespace, &name, kind);
+    // By nobody's key, whatever it says.
+    assert!(
+        ClusterName::parse("lab").is_ok_and(|lab| verify(&lab, &of_node(NodeTopic::Lease), bytes).is_err())
+    );
     there_and_back::<Hello>(&of_node(NodeTopic::Hello), bytes);
     there_and_back::<Heartbeat>(&of_node(NodeTopic::Heartbeat), bytes);
     there_and_back::<Events>(&of_node(NodeTopic::Event), bytes);

@@ -172,7 +172,8 @@ impl World {
         }
         if let (AgentEvent::Lease(lease), Some((nonce, from))) = (&event, &self.nodes[n].clock_broke) {
             let names = !matches!(&lease.covers, Covers::Pairs(pairs) if pairs.is_empty());
-            if lease.nonce == *nonce && lease.seq >= *from && names {
+            let fenced = self.nodes[n].fenced_by(self.now_ms);
+            if lease.nonce == *nonce && lease.seq >= *from && names && !fenced {
                 return Err(format!("{} was granted time by a clock that stood still", self.nodes[n].id));
             }
         }

@@ -1,16 +1,12 @@
 //! Agents that have a node's name and not its key.
 
-use berth_protocol::codec;
 use berth_protocol::ids::{LedgerId, NodeId, SessionNonce};
-use berth_protocol::message::node::{Bye, Covers, Heartbeat, Hello, Lease};
+use berth_protocol::message::node::{Bye, Covers, Heartbeat, Hello};
 use berth_protocol::message::user::NodeState;
 use berth_protocol::sign::PublicKey;
-use berth_protocol::topic::{NodeTopic, Topic};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use berth_protocol::topic::NodeTopic;
 
-use super::super::{Effect, Event};
-use super::world::{KEY, World, at, inventory, spec};
+use super::world::{KEY, World, inventory, spec};
 
 const OTHER: PublicKey = PublicKey::from_bytes([9; 32]);
 
@@ -26,20 +22,9 @@ fn world() -> (World, NodeId) {
     (world, node)
 }
 
-/// The next message of this kind that the node's own agent says; it arrives nowhere.
-fn overheard<T: DeserializeOwned>(world: &mut World, node: &NodeId, kind: NodeTopic) -> T {
-    world.agents.get_mut(node).unwrap().hello_due = true;
-    world.agents.get_mut(node).unwrap().beat_at = world.now;
-    world.agents_act();
-    let said = std::mem::take(&mut world.network);
-    let found = said.into_iter().find(|(topic, _)| *topic == Topic::node(node, kind));
-    let (topic, payload) = found.expect("it is said");
-    codec::decode(&topic, &payload).unwrap()
-}
-
 /// The hello of another agent of the node's name, on the same machine.
 fn second(world: &mut World, node: &NodeId) -> Hello {
-    let first: Hello = overheard(world, node, NodeTopic::Hello);
+    let first: Hello = world.overheard(node, NodeTopic::Hello);
     Hello {
         nonce: SessionNonce::parse("second").unwrap(),
         previous: None,
@@ -52,26 +37,6 @@ fn second(world: &mut World, node: &NodeId) -> Hello {
     }
 }
 
-/// What is said to the node for this.
-fn says<T: Serialize>(
-    world: &mut World,
-    node: &NodeId,
-    kind: NodeTopic,
-    by: PublicKey,
-    message: &T,
-) -> Vec<Lease> {
-    let topic = Topic::node(node, kind);
-    let payload = codec::encode(&topic, message).unwrap();
-    let step = world.controller.step(at(world.now), Event::Message { topic, payload, by: Some(by) });
-    let lease = |effect: Effect| match effect {
-        Effect::Publish { topic: topic @ Topic::Node { kind: NodeTopic::Lease, .. }, payload, .. } => {
-            Some(codec::decode(&topic, &payload).unwrap())
-        }
-        _ => None,
-    };
-    step.effects.into_iter().filter_map(lease).collect()
-}
-
 fn refused(world: &World) -> u64 {
     world.controller.counters().refused.get("other-key").copied().unwrap_or(0)
 }
@@ -80,7 +45,7 @@ fn refused(world: &World) -> u64 {
 fn a_second_agent_of_a_nodes_name_is_refused_and_told_while_the_first_may_run_its_pods() {
     let (mut world, node) = world();
     let hello = second(&mut world, &node);
-    let told = says(&mut world, &node, NodeTopic::Hello, OTHER, &hello);
+    let told = world.says(&node, NodeTopic::Hello, OTHER, &hello);
     assert_eq!(told.len(), 1);
     assert_eq!((&told[0].nonce, &told[0].covers), (&hello.nonce, &Covers::Pairs(Vec::new())));
     assert!(told[0].refused.as_ref().is_some_and(|why| why.contains("--node")), "{told:?}");
@@ -91,7 +56,7 @@ fn a_second_agent_of_a_nodes_name_is_refused_and_told_while_the_first_may_run_it
     assert_eq!(world.status("long").unwrap().pods[0].epoch.0, 1);
     // Not after a restart of the controller either, which has heard nobody yet.
     world.restart_controller();
-    assert_eq!(says(&mut world, &node, NodeTopic::Hello, OTHER, &hello).len(), 1);
+    assert_eq!(world.says(&node, NodeTopic::Hello, OTHER, &hello).len(), 1);
     world.run(30_000);
     assert_eq!(world.status("long").unwrap().evictions, 0);
 }
@@ -102,14 +67,14 @@ fn it_is_taken_in_once_the_first_ones_grants_are_over() {
     let hello = second(&mut world, &node);
     world.agents.get_mut(&node).unwrap().up = false;
     world.run(50_000);
-    assert!(says(&mut world, &node, NodeTopic::Hello, OTHER, &hello)[0].refused.is_some());
+    assert!(world.says(&node, NodeTopic::Hello, OTHER, &hello)[0].refused.is_some());
     world.run(20_000);
-    let told = says(&mut world, &node, NodeTopic::Hello, OTHER, &hello);
+    let told = world.says(&node, NodeTopic::Hello, OTHER, &hello);
     assert!(told.iter().all(|lease| lease.refused.is_none()), "{told:?}");
     // From then on the name is the second one's.
     world.agents.get_mut(&node).unwrap().up = true;
-    let first: Hello = overheard(&mut world, &node, NodeTopic::Hello);
-    assert!(says(&mut world, &node, NodeTopic::Hello, KEY, &first)[0].refused.is_some());
+    let first: Hello = world.overheard(&node, NodeTopic::Hello);
+    assert!(world.says(&node, NodeTopic::Hello, KEY, &first)[0].refused.is_some());
 }
 
 #[test]
@@ -118,22 +83,22 @@ fn one_that_left_without_pods_is_not_waited_for() {
     let node = world.add("n1", inventory(1, 0));
     world.run(10_000);
     let hello = second(&mut world, &node);
-    assert!(says(&mut world, &node, NodeTopic::Hello, OTHER, &hello)[0].refused.is_some());
+    assert!(world.says(&node, NodeTopic::Hello, OTHER, &hello)[0].refused.is_some());
     let nonce = world.agents[&node].nonce();
-    says(&mut world, &node, NodeTopic::Bye, KEY, &Bye { nonce });
-    let told = says(&mut world, &node, NodeTopic::Hello, OTHER, &hello);
+    world.says(&node, NodeTopic::Bye, KEY, &Bye { nonce });
+    let told = world.says(&node, NodeTopic::Hello, OTHER, &hello);
     assert!(told.iter().all(|lease| lease.refused.is_none()), "{told:?}");
 }
 
 #[test]
 fn what_another_key_says_of_a_node_changes_nothing() {
     let (mut world, node) = world();
-    let beat: Heartbeat = overheard(&mut world, &node, NodeTopic::Heartbeat);
+    let beat: Heartbeat = world.overheard(&node, NodeTopic::Heartbeat);
     let ahead = Heartbeat { seq: beat.seq + 100, ..beat.clone() };
-    assert!(says(&mut world, &node, NodeTopic::Heartbeat, OTHER, &ahead).is_empty());
+    assert!(world.says(&node, NodeTopic::Heartbeat, OTHER, &ahead).is_empty());
     let nonce = world.agents[&node].nonce();
-    says(&mut world, &node, NodeTopic::Bye, OTHER, &Bye { nonce });
+    world.says(&node, NodeTopic::Bye, OTHER, &Bye { nonce });
     assert_eq!(world.node(&node).state, NodeState::Online);
     assert_eq!(refused(&world), 2);
-    assert_eq!(says(&mut world, &node, NodeTopic::Heartbeat, KEY, &beat).len(), 1, "its own is answered");
+    assert_eq!(world.says(&node, NodeTopic::Heartbeat, KEY, &beat).len(), 1, "its own is answered");
 }

@@ -2,6 +2,7 @@
 
 mod chaos;
 mod checkpoints;
+mod clocks;
 mod damage;
 mod images;
 mod keys;

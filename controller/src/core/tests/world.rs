@@ -497,6 +497,37 @@ impl World {
         self.answers.last().cloned().unwrap()
     }
 
+    /// The next message of this kind that a node's own agent says; it arrives nowhere.
+    pub fn overheard<T: serde::de::DeserializeOwned>(&mut self, node: &NodeId, kind: NodeTopic) -> T {
+        let agent = self.agents.get_mut(node).unwrap();
+        (agent.hello_due, agent.beat_at) = (true, self.now);
+        self.agents_act();
+        let said = std::mem::take(&mut self.network);
+        let found = said.into_iter().find(|(topic, _)| *topic == Topic::node(node, kind));
+        let (topic, payload) = found.expect("it is said");
+        codec::decode(&topic, &payload).unwrap()
+    }
+
+    /// What leases are sent to the node for this.
+    pub fn says<T: serde::Serialize>(
+        &mut self,
+        node: &NodeId,
+        kind: NodeTopic,
+        by: PublicKey,
+        message: &T,
+    ) -> Vec<Lease> {
+        let topic = Topic::node(node, kind);
+        let payload = codec::encode(&topic, message).unwrap();
+        let step = self.controller.step(at(self.now), Event::Message { topic, payload, by: Some(by) });
+        let lease = |effect: Effect| match effect {
+            Effect::Publish {
+                topic: topic @ Topic::Node { kind: NodeTopic::Lease, .. }, payload, ..
+            } => Some(codec::decode(&topic, &payload).unwrap()),
+            _ => None,
+        };
+        step.effects.into_iter().filter_map(lease).collect()
+    }
+
     /// Asks without waiting for what else is on its way.
     pub fn ask(&mut self, query: &str) {
         let topic = Topic::QueryRequest { client: ClientId::parse("c1").unwrap() };

@@ -1,0 +1,23 @@
+//! Histories that once went wrong, and what was wrong: each is played again. A change to what is drawn from a seed makes
+//! another history of it, which is one more history then.
+
+use berth_tests::world;
+
+const PAST: [(u64, &str); 6] = [
+    (52, "a copy of a disk whose ledger was lost was taken for the node while that ran its pods"),
+    (
+        629,
+        "after a restart of the controller a copy of a disk was taken for the node, and its pods for never begun",
+    ),
+    (956, "what was granted to a paused machine was taken for the shim's fault when it went on"),
+    (2931, "an agent that had lost its ledger was never sent the specs of what it held paused"),
+    (11598, "a node that still ended pods of another epoch was given others"),
+    (13329, "a copy of a machine began what was meant for the machine, from a checkpoint let go since"),
+];
+
+#[test]
+fn what_once_went_wrong_goes_right() {
+    for (seed, what) in PAST {
+        assert_eq!(world::run(seed, false).0.err(), None, "seed {seed}: {what}");
+    }
+}
