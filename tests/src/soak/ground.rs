@@ -93,10 +93,7 @@ pub struct Ground {
     pub programs: Vec<Program>,
     wire: Wire,
     dir: PathBuf,
-    begun: Instant,
-    /// Ends that nobody had ordered: when, who, how.
-    pub own_ends: Vec<String>,
-    /// Of these, the ones that no program should have.
+    /// Ends that no program should have: who, how.
     pub crashes: Vec<String>,
 }
 
@@ -106,14 +103,7 @@ impl Ground {
         let fair = |host: &usize| *host > MEMBERS + CONTROLLERS && *host < USER;
         let line = |host: usize| Link::both(if fair(&host) { Way::FAIR } else { Way::GOOD });
         let wire = Wire::new((0..=USER).map(line).collect(), seed)?;
-        let mut ground = Self {
-            programs: Vec::new(),
-            wire,
-            dir: dir.to_owned(),
-            begun: Instant::now(),
-            own_ends: Vec::new(),
-            crashes: Vec::new(),
-        };
+        let mut ground = Self { programs: Vec::new(), wire, dir: dir.to_owned(), crashes: Vec::new() };
         fs::create_dir_all(ground.histories())?;
         for (name, role, mut command) in commands(dir)? {
             let host = ground.programs.len();
@@ -170,18 +160,18 @@ impl Ground {
         self.wire.counts()
     }
 
-    /// Does what is due, and notices who has ended.
-    pub fn tend(&mut self) -> Result<()> {
+    /// Does what is due; who has ended by itself since, and how: a controller that leads no more does.
+    pub fn tend(&mut self) -> Result<Vec<String>> {
         let now = Instant::now();
         let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
+        let mut ended = Vec::new();
         for (host, program) in self.programs.iter_mut().enumerate() {
             if let Some(status) = program.daemon.as_mut().and_then(Daemon::ended) {
-                let line =
-                    format!("{:.1} s: {} {}", self.begun.elapsed().as_secs_f64(), program.name, how(status));
+                let line = format!("{} {}", program.name, how(status));
                 if status.signal().is_some() || program.role != Role::Controller {
                     self.crashes.push(line.clone());
                 }
-                self.own_ends.push(line);
+                ended.push(line);
                 (program.daemon, program.wakes) = (None, None);
                 program.due = Some(now + RESTART_AFTER);
             }
@@ -197,7 +187,7 @@ impl Ground {
                 self.wire.set(host, program.line);
             }
         }
-        Ok(())
+        Ok(ended)
     }
 
     pub fn kill(&mut self, host: usize, back_after: Duration) {
@@ -218,15 +208,14 @@ impl Ground {
         self.programs[host].heals = Some(Instant::now() + back_after);
     }
 
-    /// All that is broken is made good at once.
-    pub fn heal(&mut self) -> Result<()> {
+    /// All that is broken is made good the next time that it is tended.
+    pub fn heal(&mut self) {
         let now = Instant::now();
         for program in &mut self.programs {
             for at in [&mut program.due, &mut program.wakes, &mut program.heals].into_iter().flatten() {
                 *at = now;
             }
         }
-        self.tend()
     }
 
     /// Ends all programs in order, agents first; pods are not ended by this.

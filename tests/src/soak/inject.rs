@@ -49,12 +49,12 @@ impl Soak {
                 Ok(self.kill(Role::Member, strike, |_| all))
             }
             Kind::CutNode => {
-                let link = match strike.whom % 5 {
-                    0 => Link { into: Way::CUT, out: Way::FAIR },
-                    1 => Link { into: Way::FAIR, out: Way::CUT },
-                    _ => Link::both(Way::CUT),
+                let (how, link) = match strike.whom % 5 {
+                    0 => ("hears nothing", Link { into: Way::CUT, out: Way::FAIR }),
+                    1 => ("is not heard", Link { into: Way::FAIR, out: Way::CUT }),
+                    _ => ("", Link::both(Way::CUT)),
                 };
-                Ok(self.spoil(&[Role::Agent], link, strike))
+                Ok(self.spoil(&[Role::Agent], link, strike).map(|node| format!("{node} {how}")))
             }
             Kind::CutController => Ok(self.spoil(&[Role::Controller], Link::both(Way::CUT), strike)),
             Kind::CutBroker => Ok(self.spoil(&[Role::Broker], Link::both(Way::CUT), strike)),
@@ -64,7 +64,9 @@ impl Soak {
                     jitter: Duration::from_millis(20 + (strike.whom % 181) as u64),
                     lost_of_1000: 20 + (strike.whom % 131) as u32,
                 };
-                Ok(self.spoil(&[Role::Agent, Role::Controller, Role::Broker], Link::both(way), strike))
+                let whom =
+                    self.spoil(&[Role::Agent, Role::Controller, Role::Broker], Link::both(way), strike);
+                Ok(whom.map(|whom| format!("{whom} {way:?}")))
             }
             Kind::KillShim => {
                 Ok(chosen(shims(&self.dir), strike.whom).filter(|pid| kill(*pid)).map(|pid| pid.to_string()))
@@ -102,7 +104,7 @@ impl Soak {
         hosts.retain(|host| !self.ground.programs[*host].is_cut() && Some(*host) != self.spared);
         let host = chosen(hosts, strike.whom)?;
         self.ground.spoil(host, link, strike.lasts);
-        Some(format!("{} {link:?}", self.name(host)))
+        Some(self.name(host))
     }
 
     fn drain(&mut self, strike: &Strike) -> Result<Option<String>> {

@@ -105,9 +105,8 @@ fn histories(soak: &Soak, judgement: &mut Judgement) -> Result<()> {
     Ok(())
 }
 
-/// What the soak has written down, for whoever looks into it.
+/// Writes down what was last heard of each job, for whoever looks into it.
 pub fn keep(soak: &Soak, dir: &Path) -> Result<()> {
-    fs::write(dir.join("own-ends.log"), soak.ground.own_ends.join("\n"))?;
     let lines = soak.work.jobs.values().map(|job| format!("{}\n", job.status));
     fs::write(dir.join("jobs.jsonl"), lines.collect::<String>())?;
     Ok(())

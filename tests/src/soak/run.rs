@@ -108,7 +108,7 @@ impl Soak {
             self.storm()?;
         }
         eprintln!("soak: {}: all is made good", self.clock());
-        self.ground.heal()?;
+        self.ground.heal();
         self.uncordon()?;
         let over = |soak: &mut Self| soak.work.is_over() && soak.user.open() == 0;
         self.wait("not all jobs have ended", OVER_WITHIN, over)?;
@@ -154,7 +154,9 @@ impl Soak {
         if INTERRUPTED.load(Ordering::Relaxed) {
             bail!("interrupted");
         }
-        self.ground.tend()?;
+        for ended in self.ground.tend()? {
+            self.note(&format!("by itself: {ended}"));
+        }
         self.hear();
         let now = Instant::now();
         if !self.listing && now >= self.list {
