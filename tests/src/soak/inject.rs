@@ -68,9 +68,10 @@ impl Soak {
                     self.spoil(&[Role::Agent, Role::Controller, Role::Broker], Link::both(way), strike);
                 Ok(whom.map(|whom| format!("{whom} {way:?}")))
             }
-            Kind::KillShim => {
-                Ok(chosen(shims(&self.dir), strike.whom).filter(|pid| kill(*pid)).map(|pid| pid.to_string()))
-            }
+            Kind::KillShim => Ok(chosen(shims(&self.dir), strike.whom).and_then(|pid| {
+                let words = leaks::words(pid).join(" ");
+                kill(pid).then_some(words)
+            })),
             Kind::KillProgram => {
                 let forgives = |job: &String| self.work.jobs.get(job).is_some_and(|job| job.forgives());
                 let programs = leaks::programs(&self.dir).into_iter().filter(|(_, job)| forgives(job));
