@@ -9,7 +9,7 @@ use anyhow::Result;
 use super::history::{Verdict, check, excerpt};
 use super::leaks::Leaks;
 use super::run::Soak;
-use super::weight;
+use super::weight::{self, Sample};
 use crate::bench::figures::Figure;
 
 /// Lines of one kind that are shown.
@@ -105,9 +105,13 @@ fn histories(soak: &Soak, judgement: &mut Judgement) -> Result<()> {
     Ok(())
 }
 
-/// Writes down what was last heard of each job, for whoever looks into it.
+/// Writes down what was last heard of each job, and what programs took of memory, for whoever looks into it.
 pub fn keep(soak: &Soak, dir: &Path) -> Result<()> {
     let lines = soak.work.jobs.values().map(|job| format!("{}\n", job.status));
     fs::write(dir.join("jobs.jsonl"), lines.collect::<String>())?;
+    for (what, samples) in [("agent", &soak.agent), ("controller", &soak.controller)] {
+        let line = |sample: &Sample| format!("{:.3} {} {}\n", sample.at, sample.pid, sample.bytes);
+        fs::write(dir.join(format!("memory-{what}.txt")), samples.iter().map(line).collect::<String>())?;
+    }
     Ok(())
 }
