@@ -256,13 +256,14 @@ impl Soak {
         }
     }
 
-    /// Has the drained node take pods again.
+    /// Has nodes take pods again: all of them, since an order to drain one may have come late.
     fn uncordon(&mut self) -> Result<()> {
-        if let Some((node, _)) = self.drained.take() {
-            let command = self.ground.berth(&["uncordon", &node])?;
-            let until = Instant::now() + ANSWERED_WITHIN;
-            self.user.send(Errand::Order(format!("uncordon {node}")), command, Some(until));
-        }
+        self.drained = None;
+        let nodes = self.ground.nodes().map(|(node, _)| node);
+        let words: Vec<&str> = std::iter::once("uncordon").chain(nodes).collect();
+        let command = self.ground.berth(&words)?;
+        let until = Instant::now() + ANSWERED_WITHIN;
+        self.user.send(Errand::Order(words.join(" ")), command, Some(until));
         Ok(())
     }
 
