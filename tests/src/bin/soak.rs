@@ -72,6 +72,7 @@ fn soak(args: &Args) -> Result<bool> {
         unsafe { libc::signal(signal, interrupt as *const () as libc::sighandler_t) };
     }
     let dir = tempfile::Builder::new().prefix("berth-soak").tempdir()?;
+    leaks::set_apart(dir.path())?;
     let mark = dir.path().display().to_string();
     // A panic ends the program at once: what it has started must not outlive it.
     let (say, word, nodes) = (std::panic::take_hook(), mark.clone(), nodes(dir.path()));

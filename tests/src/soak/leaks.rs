@@ -1,17 +1,48 @@
-//! What may be left of a soak: processes, mounts, control groups, interfaces, directories of pods. Looks, and at the very
-//! end sweeps.
+//! What may be left of a soak: processes, mounts, control groups, interfaces, directories of pods. Sets the soak apart
+//! before anything starts, looks, and at the very end sweeps.
 
+use std::ffi::CString;
 use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use anyhow::{Context, Result};
+use berth_agent::io::network::SLOTS_DIR;
 use berth_protocol::ids::Digest;
 
 use super::ground::{Ground, Role};
 
 /// In the environment of programs, and so of all that they start but containers.
 pub const MARK: &str = "BERTH_TEST_MARK";
+
+/// Leaves the machine's mount namespace for one of the soak's own, with `dir` in the place where agents of a machine share
+/// numbers for their bridges: others of this machine must not take one from an agent that is dead for a moment, and whose
+/// bridge they cannot see. Before the first thread.
+pub fn set_apart(dir: &Path) -> Result<()> {
+    let slots = dir.join("net");
+    fs::create_dir_all(&slots)?;
+    fs::create_dir_all(SLOTS_DIR)?;
+    // SAFETY: no pointers.
+    if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
+        return Err(io::Error::last_os_error()).context("cannot make a mount namespace (is this root?)");
+    }
+    mount(Path::new("/"), Path::new("/"), libc::MS_REC | libc::MS_SLAVE)?;
+    mount(&slots, Path::new(SLOTS_DIR), libc::MS_BIND)
+}
+
+fn mount(from: &Path, to: &Path, flags: libc::c_ulong) -> Result<()> {
+    let (source, target) =
+        (CString::new(from.as_os_str().as_bytes())?, CString::new(to.as_os_str().as_bytes())?);
+    // SAFETY: both outlive the call; such mounts need neither type nor options.
+    match unsafe { libc::mount(source.as_ptr(), target.as_ptr(), std::ptr::null(), flags, std::ptr::null()) }
+    {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()).with_context(|| format!("cannot mount at {}", to.display())),
+    }
+}
 
 /// What was found, in words.
 #[derive(Debug, Default)]
@@ -27,10 +58,12 @@ pub struct Leaks {
 pub fn look(ground: &Ground, dir: &Path, mark: &str) -> Leaks {
     let processes = marked(mark).into_iter().chain(programs(dir).into_iter().map(|(pid, _)| pid));
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    // The soak's own is of another place.
     let here = dir.to_string_lossy();
+    let left = |line: &&str| line.contains(&*here) && !line.contains(SLOTS_DIR);
     Leaks {
         processes: processes.map(|pid| format!("{pid} {}", words(pid).join(" "))).collect(),
-        mounts: mounts.lines().filter(|line| line.contains(&*here)).map(str::to_owned).collect(),
+        mounts: mounts.lines().filter(left).map(str::to_owned).collect(),
         groups: ground.nodes().flat_map(|(node, dir)| groups(node, &dir)).map(shown).collect(),
         interfaces: interfaces(ground),
         pods: pods(ground).into_iter().map(shown).collect(),
