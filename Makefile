@@ -4,9 +4,11 @@ CARGO ?= cargo
 PREFIX ?= /usr
 DESTDIR ?=
 SEEDS ?= 500
+FAULTS ?= 500
+MINUTES ?= 30
 RELEASE := target/release
 
-.PHONY: help setup build demo test sim bench install release clean
+.PHONY: help setup build demo test sim bench soak install release clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +35,10 @@ bench: build ## measure speed and size against the figures asked, beside Slurm a
 	@tests/setup bench
 	@$(CARGO) run --release --quiet -p berth-tests --bin bench
 	@BERTH_CHECKPOINT_CYCLES=100 $(CARGO) test --quiet --workspace --test checkpoint a_counter_moves_again
+
+soak: build ## break the real programs, FAULTS=500 times in MINUTES=30, with one SEED=7, and see that nothing is lost
+	@tests/setup bench
+	@$(CARGO) run --release --quiet -p berth-tests --bin soak -- --faults $(FAULTS) --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 install: ## install programs, CRIU, units, manual and sample configuration below PREFIX=/usr
 	install -Dm755 -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/berth $(RELEASE)/berth-agent $(RELEASE)/berth-controller

@@ -1,4 +1,4 @@
-//! Real members of etcd on loopback, gone with their handle.
+//! Real members of etcd: what starts them, and a cluster of them on loopback, gone with its handle.
 
 use std::net::TcpListener;
 use std::path::Path;
@@ -12,6 +12,41 @@ pub struct Etcd {
     children: Vec<Option<Child>>,
 }
 
+/// Where a member listens, as `HOST:PORT`.
+pub struct Place {
+    /// For clients.
+    pub client: String,
+    /// For the other members.
+    pub peer: String,
+}
+
+/// What starts each member of a cluster at these places; data and logs are in `dir`.
+pub fn commands(places: &[Place], dir: &Path) -> Vec<Command> {
+    let cluster: Vec<String> =
+        places.iter().enumerate().map(|(n, place)| format!("m{n}=http://{}", place.peer)).collect();
+    let command = |(n, place): (usize, &Place)| {
+        let log = std::fs::File::create(dir.join(format!("etcd{n}.log"))).expect("a log");
+        let (own, peer) = (format!("http://{}", place.client), format!("http://{}", place.peer));
+        let mut command = Command::new("etcd");
+        command
+            .args(["--name", &format!("m{n}"), "--data-dir"])
+            .arg(dir.join(format!("etcd{n}")))
+            .args(["--listen-client-urls", &own, "--advertise-client-urls", &own])
+            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+            .args(["--initial-cluster", &cluster.join(","), "--log-level", "warn"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        command
+    };
+    places.iter().enumerate().map(command).collect()
+}
+
+/// A cluster as a controller's `--store` wants it.
+pub fn url<'a>(clients: impl Iterator<Item = &'a str>) -> String {
+    format!("etcd://{}", clients.collect::<Vec<_>>().join(","))
+}
+
 impl Etcd {
     /// Of `count` members, whose data and logs are in `dir`.
     pub fn start(count: usize, dir: &Path) -> Self {
@@ -21,25 +56,10 @@ impl Etcd {
             held.iter().map(|port| port.local_addr().expect("it is bound").to_string()).collect();
         drop(held);
         let (members, peers) = addresses.split_at(count);
-        let cluster: Vec<String> =
-            peers.iter().enumerate().map(|(n, peer)| format!("m{n}=http://{peer}")).collect();
-        let commands: Vec<Command> = (0..count)
-            .map(|n| {
-                let log = std::fs::File::create(dir.join(format!("etcd{n}.log"))).expect("a log");
-                let (own, peer) = (format!("http://{}", members[n]), format!("http://{}", peers[n]));
-                let mut command = Command::new("etcd");
-                command
-                    .args(["--name", &format!("m{n}"), "--data-dir"])
-                    .arg(dir.join(format!("etcd{n}")))
-                    .args(["--listen-client-urls", &own, "--advertise-client-urls", &own])
-                    .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-                    .args(["--initial-cluster", &cluster.join(","), "--log-level", "warn"])
-                    .stdin(Stdio::null())
-                    .stdout(Stdio::null())
-                    .stderr(log);
-                command
-            })
-            .collect();
+        let pairs = members.iter().zip(peers);
+        let places: Vec<Place> =
+            pairs.map(|(client, peer)| Place { client: client.clone(), peer: peer.clone() }).collect();
+        let commands = commands(&places, dir);
         let children = commands.iter().map(|_| None).collect();
         let mut etcd = Self { members: members.to_vec(), commands, children };
         (0..count).for_each(|n| etcd.revive(n));
@@ -48,7 +68,7 @@ impl Etcd {
 
     /// As a controller's `--store` wants them.
     pub fn url(&self) -> String {
-        format!("etcd://{}", self.members.join(","))
+        url(self.members.iter().map(String::as_str))
     }
 
     /// Starts a member that is dead.

@@ -2,14 +2,20 @@
 
 use berth_protocol::job::{DisconnectAction, PodTemplate};
 use berth_protocol::limits::DISCONNECT_AFTER_MS;
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::{BootMs, Millis};
 
 use super::ledger::{PodEntry, PodKey, Record};
-use super::{Agent, Now};
+use super::pods::Shim;
+use super::{Action, Agent, Now};
 use crate::task::Lease;
 
 /// Beyond the end of a lease that the shim keeps itself, the agent ends the pod.
 const SHIM_SLACK: Millis = Millis::from_secs(1);
+/// Whoever comes so much too late to the end of a lease stood still, as in a machine that was paused.
+const LATE: Millis = Millis::from_secs(1);
+/// For so long it then hears what shims have done meanwhile, before it takes one for dead.
+const HEARING: Millis = Millis(500);
 /// Without a grant for this long a pod is on its own: longer than a restart of the broker.
 const ALONE_AFTER: Millis = Millis(DISCONNECT_AFTER_MS);
 
@@ -38,6 +44,30 @@ impl Agent {
         let template = self.template(entry)?;
         let lease = template.on_disconnect.lease(template.grace)?;
         Some(self.grants.since(key)?.plus(lease).plus(SHIM_SLACK))
+    }
+
+    /// Ends a pod that runs past its lease or its stop, since its shim does not.
+    pub(super) fn check_deadline(&mut self, now: Now, key: &PodKey) {
+        let Some(entry) = self.ledger.pods.get(key) else { return };
+        let run = entry.run;
+        let past = |end: Option<BootMs>| end.is_some_and(|end| end <= now.boot);
+        let end = self.lease_end(key, entry).filter(|_| kept(Rule::AgentChecksDeadlines));
+        let Some(live) = self.live.get_mut(key) else { return };
+        if let Some(end) = end.filter(|end| end.plus(LATE) < now.boot)
+            && live.look_at.is_none_or(|at| at <= end)
+        {
+            live.look_at = Some(now.boot.plus(HEARING));
+        }
+        let over = past(end) && live.look_at.is_none_or(|at| at <= now.boot);
+        let late = match live.shim {
+            Shim::Running | Shim::Unknown if over => "ran past its lease",
+            Shim::None | Shim::Dying => return,
+            _ if past(live.stop_by) => "does not end by order",
+            _ => return,
+        };
+        (live.shim, live.stop_by) = (Shim::Dying, None);
+        self.warn(format!("pod {key} {late}, its shim does not answer: killing it"));
+        self.act(Action::Kill { key: key.clone(), run });
     }
 
     /// Told beside an event that is written anyway.

@@ -19,10 +19,12 @@ use crate::task::{Lease, Order, Report};
 #[derive(Debug, Default)]
 pub(super) struct Live {
     prep: Prep,
-    shim: Shim,
+    pub(super) shim: Shim,
     stop_sent: bool,
     /// By then its shim has ended it.
-    stop_by: Option<BootMs>,
+    pub(super) stop_by: Option<BootMs>,
+    /// When an agent that stood still at the end of its lease looks again.
+    pub(super) look_at: Option<BootMs>,
     pause_sent: bool,
     /// Failed preparations in a row, and when the next is due.
     prep_failures: u32,
@@ -48,7 +50,7 @@ enum Prep {
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-enum Shim {
+pub(super) enum Shim {
     /// The agent has just started and looks for it.
     Unknown,
     #[default]
@@ -132,8 +134,10 @@ impl Agent {
         if entry.ended.is_some() {
             return live.store_at.filter(|_| !live.storing);
         }
-        let end =
-            matches!(live.shim, Shim::Running | Shim::Unknown).then(|| self.lease_end(key, entry)).flatten();
+        let end = matches!(live.shim, Shim::Running | Shim::Unknown)
+            .then(|| self.lease_end(key, entry))
+            .flatten()
+            .map(|end| live.look_at.map_or(end, |at| end.max(at)));
         let storing = live.checkpoint.wake().filter(|_| {
             let goes_on = matches!(entry.desired.goal, Goal::Run | Goal::Vacate) && !entry.unnamed;
             goes_on && matches!(live.shim, Shim::Running | Shim::Paused)
@@ -144,23 +148,6 @@ impl Agent {
 
     pub(super) fn template(&self, entry: &PodEntry) -> Option<&PodTemplate> {
         self.ledger.specs.get(&entry.desired.spec)
-    }
-
-    pub(super) fn check_deadline(&mut self, now: Now, key: &PodKey) {
-        let Some(entry) = self.ledger.pods.get(key) else { return };
-        let run = entry.run;
-        let past = |end: Option<BootMs>| end.is_some_and(|end| end <= now.boot);
-        let over = kept(Rule::AgentChecksDeadlines) && past(self.lease_end(key, entry));
-        let Some(live) = self.live.get_mut(key) else { return };
-        let late = match live.shim {
-            Shim::Running | Shim::Unknown if over => "ran past its lease",
-            Shim::None | Shim::Dying => return,
-            _ if past(live.stop_by) => "does not end by order",
-            _ => return,
-        };
-        (live.shim, live.stop_by) = (Shim::Dying, None);
-        self.warn(format!("pod {key} {late}, its shim does not answer: killing it"));
-        self.act(Action::Kill { key: key.clone(), run });
     }
 
     /// A grant grew: tell the shim.

@@ -491,6 +491,24 @@ fn a_pod_past_its_lease_is_killed_where_its_shim_does_not_fence_it() {
     assert!(lines.contains(&"kill u-0.1".to_owned()), "{lines:?}");
 }
 
+/// What the shims have done while it stood still waits to be read.
+#[test]
+fn an_agent_that_stood_still_past_a_lease_hears_the_shim_first() {
+    let mut bench = Bench::running(&template(RestartPolicy::Never));
+    bench.event(Event::BusDown);
+    assert_eq!(bench.wait(70_000), [] as [&str; 0]);
+    bench.report(&key(0, 1), Report::Paused { run: Run(1), fenced: true });
+    assert_eq!(bench.wait(5_000), [] as [&str; 0]);
+
+    let mut bench = Bench::running(&template(RestartPolicy::Never));
+    bench.event(Event::BusDown);
+    assert_eq!(bench.wait(70_000), [] as [&str; 0]);
+    let wake = bench.agent.next_wake();
+    assert!(bench.now.boot < wake && wake <= bench.now.boot.plus(Millis::from_secs(1)));
+    let lines = bench.wait(600);
+    assert!(lines.contains(&"kill u-0.1".to_owned()), "{lines:?}");
+}
+
 #[test]
 fn another_store_is_not_obeyed() {
     let template = template(RestartPolicy::Never);

@@ -50,9 +50,15 @@ pub fn median(values: &[f64]) -> Option<f64> {
     percentile(values, 50.0)
 }
 
-/// One JSON object a line: `name`, `value`, `unit`, and `asked` where there is a bound.
+/// In place of what the file holds, one JSON object a line: `name`, `value`, `unit`, and `asked` where there is a bound.
 pub fn write_lines(path: &Path, figures: &[Figure]) -> io::Result<()> {
-    let mut file = File::create(path)?;
+    File::create(path)?;
+    add_lines(path, figures)
+}
+
+/// Behind what the file holds already.
+pub fn add_lines(path: &Path, figures: &[Figure]) -> io::Result<()> {
+    let mut file = File::options().create(true).append(true).open(path)?;
     for figure in figures {
         let mut line = json!({"name": figure.name, "value": rounded(figure.value), "unit": figure.unit});
         if let Some(asked) = figure.asked {

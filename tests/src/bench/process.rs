@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -29,6 +29,16 @@ impl Daemon {
         self.child.id()
     }
 
+    /// How it has ended, where it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: a signal to a child that is not yet reaped.
+        unsafe { libc::kill(self.child.id() as i32, signal) };
+    }
+
     /// Ends it as a power cut would.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
@@ -37,8 +47,7 @@ impl Daemon {
 
     /// Ends it as a service manager would, by force after a while.
     pub fn stop(&mut self) {
-        // SAFETY: a signal to a child that is not yet reaped.
-        unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) };
+        self.signal(libc::SIGTERM);
         let end = Instant::now() + Duration::from_secs(5);
         while Instant::now() < end {
             if !matches!(self.child.try_wait(), Ok(None)) {

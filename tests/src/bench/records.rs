@@ -1,6 +1,7 @@
 //! The controller's records: how fast jobs are accepted, and how soon a controller is back from a large store.
 
 use std::collections::HashMap;
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use super::process::{Daemon, MIB, free_port, is_healthy, pss, until};
 use super::user::{PREFIX, listen};
 use super::world::{Broker, World, program, temporary};
 use crate::etcd::Etcd;
+use crate::mosquitto;
 
 const COMMITS_ASKED: f64 = 5_000.0;
 /// Submits without an answer while as many as possible go through.
@@ -221,10 +223,8 @@ fn samples() -> Result<(Sample, Sample, Contents)> {
 pub fn failover() -> Result<Vec<Figure>> {
     let dir = temporary()?;
     let port = free_port()?;
-    let config = dir.path().join("mosquitto.conf");
-    std::fs::write(&config, format!("listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\n"))?;
-    let _mosquitto =
-        Daemon::start(Command::new("mosquitto").arg("-c").arg(config), &dir.path().join("mosquitto.log"))?;
+    let mut command = mosquitto::command(Ipv4Addr::LOCALHOST.into(), port, dir.path())?;
+    let _mosquitto = Daemon::start(&mut command, &dir.path().join("mosquitto.log"))?;
     let etcd = Etcd::start(3, dir.path());
     let controller = |name: &str| -> Result<Daemon> {
         let mut command = Command::new(program("berth-controller")?);

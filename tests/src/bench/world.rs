@@ -1,5 +1,6 @@
 //! A private cluster of the real programs on loopback, in a temporary directory, gone with its handle.
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::process::{Daemon, free_port, is_healthy, shims, until};
 use super::user::User;
+use crate::mosquitto;
 
 /// Who carries the messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +43,12 @@ pub fn program(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// `bench.jsonl` in the target directory that this program lies in.
+pub fn figures_file() -> PathBuf {
+    let here = std::env::current_exe().unwrap_or_default();
+    here.ancestors().nth(2).unwrap_or(&here).join("bench.jsonl")
+}
+
 impl World {
     /// A controller without any agent.
     pub fn new(broker: Broker) -> Result<Self> {
@@ -52,11 +60,8 @@ impl World {
         let (mosquitto, url) = match broker {
             Broker::Embedded => (None, "embedded".to_owned()),
             Broker::Mosquitto => {
-                let config = dir.path().join("mosquitto.conf");
-                let text = format!("listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\n");
-                std::fs::write(&config, text)?;
-                let mut command = Command::new("mosquitto");
-                (Some(Daemon::start(command.arg("-c").arg(config), &log("mosquitto"))?), url)
+                let mut command = mosquitto::command(Ipv4Addr::LOCALHOST.into(), port, dir.path())?;
+                (Some(Daemon::start(&mut command, &log("mosquitto"))?), url)
             }
         };
         let mut command = Command::new(program("berth-controller")?);

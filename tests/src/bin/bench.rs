@@ -1,11 +1,11 @@
 //! `make bench`: measures the figures that berth promises, on the programs beside this one (a release build), and
 //! writes them to `target/bench.jsonl`. Words on the command line choose: `bench array shim`.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use berth_tests::bench::figures::{Figure, table, write_lines};
+use berth_tests::bench::world::figures_file;
 use berth_tests::bench::{
     checkpoint, fleet, flood, footprint, growth, latency, moves, podman, records, slurm, throughput,
 };
@@ -78,18 +78,12 @@ fn main() -> ExitCode {
         }
     }
     print!("{}", table(&figures));
-    let path = output();
+    let path = figures_file();
     if let Err(error) = write_lines(&path, &figures) {
         eprintln!("bench: cannot write {}: {error}", path.display());
         return ExitCode::FAILURE;
     }
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-/// `bench.jsonl` in the target directory that this program lies in.
-fn output() -> PathBuf {
-    let here = std::env::current_exe().unwrap_or_default();
-    here.ancestors().nth(2).unwrap_or(&here).join("bench.jsonl")
 }
 
 fn load() -> String {

@@ -1,11 +1,12 @@
 //! A private cluster of the real programs on loopback, in a temporary directory, gone with the test.
 
 use std::fs::File;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use berth_tests::mosquitto;
 use serde_json::Value;
 
 /// The programs, built beside this test.
@@ -109,11 +110,8 @@ impl Cluster {
     }
 
     pub fn start_mosquitto(&mut self) {
-        let config = self.dir.path().join("mosquitto.conf");
-        let text = format!("listener {} 127.0.0.1\nallow_anonymous true\npersistence false\n", self.port);
-        std::fs::write(&config, text).expect("the configuration is written");
-        let mut command = Command::new("mosquitto");
-        command.arg("-c").arg(config);
+        let mut command = mosquitto::command(Ipv4Addr::LOCALHOST.into(), self.port, self.dir.path())
+            .expect("the configuration is written");
         self.mosquitto = Some(Daemon::start("mosquitto", &mut command, &self.log_path("mosquitto")));
     }
 

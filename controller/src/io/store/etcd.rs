@@ -50,6 +50,10 @@ const PAGE_RECORDS: i64 = 1_000;
 const COMPACT: Duration = Duration::from_secs(300);
 /// gRPC's own numbers of what passes: cancelled, unknown, deadline exceeded, unavailable.
 const PASSING_CODES: [i32; 4] = [1, 2, 4, 14];
+/// "Resource exhausted" passes as well: a member says it that closes a connection since a slow line let keep-alives come
+/// too close, or that has too many requests. Not so where its disk's quota is used up.
+const EXHAUSTED: i32 = 8;
+const NO_ROOM: &str = "database space exceeded";
 const OUT_OF_RANGE: i32 = 11;
 
 pub struct Etcd {
@@ -277,7 +281,7 @@ impl Members {
                 Err(error) => error,
             };
             let passes = match &error {
-                Error::GRpcStatus(status) => PASSING_CODES.contains(&(status.code() as i32)),
+                Error::GRpcStatus(status) => passes(status.code() as i32, status.message()),
                 Error::IoError(_) | Error::TransportError(_) => true,
                 _ => false,
             };
@@ -482,10 +486,32 @@ impl Members {
     }
 }
 
+fn passes(code: i32, message: &str) -> bool {
+    PASSING_CODES.contains(&code) || (code == EXHAUSTED && !message.contains(NO_ROOM))
+}
+
 fn too_large(error: &Error) -> bool {
     matches!(error, Error::GRpcStatus(status) if status.code() as i32 == OUT_OF_RANGE)
 }
 
 fn failure(action: &'static str, members: &str, source: Error) -> StoreError {
     StoreError::Etcd { action, members: members.to_owned(), source: Arc::new(source) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_member_says_may_pass() {
+        for (code, message, expected) in [
+            (14, "tcp connect error", true),
+            (8, "h2 protocol error: http2 error", true),
+            (8, "etcdserver: too many requests", true),
+            (8, "etcdserver: mvcc: database space exceeded", false),
+            (OUT_OF_RANGE, "too many operations", false),
+        ] {
+            assert_eq!(passes(code, message), expected, "{message}");
+        }
+    }
 }
