@@ -26,6 +26,8 @@ pub struct Writer {
     total_bytes_max: u64,
     next_seq: u64,
     line: Vec<u8>,
+    /// Bytes that could not be written, and why not: said where the log goes on.
+    lost: Option<(u64, io::Error)>,
 }
 
 impl Writer {
@@ -48,6 +50,7 @@ impl Writer {
             total_bytes_max: total.0,
             next_seq,
             line: Vec::new(),
+            lost: None,
         })
     }
 
@@ -56,8 +59,27 @@ impl Writer {
         self.next_seq - 1
     }
 
-    /// Writes one record of at most `LOG_RECORD_BYTES_MAX` bytes.
-    pub fn append(
+    /// Writes one record of at most `LOG_RECORD_BYTES_MAX` bytes. What cannot be written, as on a full disk, is lost, and
+    /// the log says so as soon as it can.
+    pub fn append(&mut self, at: Timestamp, container: &ContainerName, stream: Stream, bytes: &[u8]) {
+        if let Some((lost, why)) = &self.lost {
+            let note = format!("berth: {lost} bytes of output are missing here: {why}\n");
+            if self.write(at, container, Stream::Stderr, note.as_bytes()).is_ok() {
+                self.lost = None;
+            }
+        }
+        if self.lost.is_none() {
+            match self.write(at, container, stream, bytes) {
+                Ok(()) => return,
+                Err(why) => self.lost = Some((0, why)),
+            }
+        }
+        if let Some((lost, _)) = &mut self.lost {
+            *lost += bytes.len() as u64;
+        }
+    }
+
+    fn write(
         &mut self,
         at: Timestamp,
         container: &ContainerName,
@@ -300,12 +322,30 @@ mod tests {
     }
 
     fn put(writer: &mut Writer, text: &str) {
-        writer.append(Timestamp(5), &name(), Stream::Stdout, text.as_bytes()).unwrap();
+        writer.append(Timestamp(5), &name(), Stream::Stdout, text.as_bytes());
     }
 
     fn all(dir: &Path, from: u64) -> Vec<(u64, String)> {
         let text = |record: OwnedRecord| (record.seq, String::from_utf8(record.bytes).unwrap());
         read_from(dir, from).map(|record| text(record.unwrap())).collect()
+    }
+
+    #[test]
+    fn what_a_full_disk_did_not_take_is_told_where_the_log_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = Writer::open(dir.path(), Bytes(1 << 20)).unwrap();
+        put(&mut writer, "one\n");
+        let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let file = std::mem::replace(&mut writer.file, full);
+        put(&mut writer, "two\n");
+        put(&mut writer, "three\n");
+        writer.file = file;
+        put(&mut writer, "four\n");
+        put(&mut writer, "five\n");
+        let told = "berth: 10 bytes of output are missing here: No space left on device (os error 28)\n";
+        let all = all(dir.path(), 1);
+        let want = [(1, "one\n"), (2, told), (3, "four\n"), (4, "five\n")];
+        assert_eq!(all, want.map(|(seq, text)| (seq, text.to_owned())));
     }
 
     #[test]

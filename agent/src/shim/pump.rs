@@ -34,7 +34,7 @@ impl Pump {
         self.pipe.as_ref().map(AsFd::as_fd)
     }
 
-    /// Moves what is there. What the log refuses (a full disk) is lost; the container is not held up for it.
+    /// Moves what is there. The container is not held up for what the log cannot take.
     pub fn drain(&mut self, log: &mut Writer, container: &ContainerName) {
         let mut buffer = [0; LOG_RECORD_BYTES_MAX];
         for _ in 0..READS_MAX {
@@ -54,7 +54,7 @@ impl Pump {
                         Some(at) if filled.len() == buffer.len() => at + 1,
                         _ => filled.len(),
                     };
-                    let _ = log.append(sys::now(), container, self.stream, &filled[..cut]);
+                    log.append(sys::now(), container, self.stream, &filled[..cut]);
                     self.carry = filled[cut..].to_vec();
                 }
                 Err(nix::Error::EINTR) => {}
@@ -66,7 +66,7 @@ impl Pump {
 
     fn flush(&mut self, log: &mut Writer, container: &ContainerName) {
         if !self.carry.is_empty() {
-            let _ = log.append(sys::now(), container, self.stream, &self.carry);
+            log.append(sys::now(), container, self.stream, &self.carry);
             self.carry = Vec::new();
         }
     }

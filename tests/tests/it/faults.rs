@@ -85,6 +85,104 @@ fn a_dead_shim_is_an_eviction_and_the_pod_runs_again() {
     assert_eq!(job["pods"][0]["epoch"], 2);
 }
 
+/// A small disk of its own at a directory of the cluster's, gone with its handle.
+struct Disk(std::path::PathBuf);
+
+impl Disk {
+    fn at(cluster: &Cluster, name: &str) -> Self {
+        let at = cluster.dir.path().join(name);
+        std::fs::create_dir(&at).expect("a directory");
+        let mounted = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=64m", "none"])
+            .arg(&at)
+            .status();
+        assert!(mounted.is_ok_and(|status| status.success()));
+        Self(at)
+    }
+
+    fn fill(&self) {
+        let mut file = std::fs::File::create(self.0.join("fill")).expect("a file");
+        let full = std::io::copy(&mut std::io::repeat(0), &mut file).expect_err("a disk has an end");
+        assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+    }
+
+    fn empty(&self) {
+        std::fs::remove_file(self.0.join("fill")).expect("it is there");
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_nodes_full_disk_costs_output_alone_and_the_log_says_so() {
+    let mut cluster = Cluster::new();
+    let disk = Disk::at(&cluster, "a1");
+    let marks = cluster.dir.path().join("marks");
+    std::fs::create_dir(&marks).expect("a directory");
+    let dir = marks.to_str().expect("a plain path").to_owned();
+    cluster.agent("a1", &["--allow-host-path", &dir]);
+    // Lines so long that the file's last block has no room for some; and it says elsewhere how far it is.
+    let job = COUNTER.replace("echo $i;", "printf '%d %01000d\\\\n' $i 0; echo $i > /marks/at;");
+    cluster.submit("counter", &format!("{job}volumes: [{{mount: /marks, host: {dir}}}]\n"));
+    let beyond = |least: u32| {
+        until("it goes on", 30, || {
+            let at = std::fs::read_to_string(marks.join("at")).ok()?.trim().parse::<u32>().ok()?;
+            (at >= least).then_some(at)
+        })
+    };
+    beyond(10);
+    disk.fill();
+    let at = beyond(0);
+    beyond(at + 10);
+    disk.empty();
+    let job = cluster.until_phase("counter", "Succeeded", 90);
+    assert_eq!((&job["evictions"], &job["failures"]), (&0.into(), &0.into()), "{job:#}");
+    let log = cluster.run(&["logs", "counter"]);
+    let (out, err) = (String::from_utf8_lossy(&log.stdout), String::from_utf8_lossy(&log.stderr));
+    let told = |line: &str| {
+        line.starts_with("berth: ") && line.ends_with("missing here: No space left on device (os error 28)")
+    };
+    assert!(err.lines().any(told), "{err}");
+    let numbers: Vec<u32> = out.lines().filter_map(|line| line.split(' ').next()?.parse().ok()).collect();
+    assert!(numbers.is_sorted() && numbers.len() < 150, "{numbers:?}");
+    assert_eq!((numbers.first(), numbers.last()), (Some(&0), Some(&149)));
+    drop(cluster);
+}
+
+#[test]
+fn a_controllers_full_disk_loses_nothing_that_was_accepted() {
+    let mut cluster = Cluster::empty();
+    let disk = Disk::at(&cluster, "controller");
+    cluster.start_controller();
+    cluster.agent("a1", &[]);
+    cluster.submit("counter", COUNTER);
+    cluster.until_phase("counter", "Running", 30);
+    disk.fill();
+    // What cannot be made durable is not answered: the controller ends, as its service manager would start it again.
+    let path = cluster.dir.path().join("late.yaml");
+    std::fs::write(&path, "name: late\nimage: host\ncommand: [\"true\"]\n").expect("the job file is written");
+    let path = path.to_str().expect("a plain path").to_owned();
+    let late =
+        cluster.berth(&["submit", &path]).stderr(std::process::Stdio::piped()).spawn().expect("berth starts");
+    let controller = cluster.controller.as_mut().expect("it runs");
+    let ended = until("the controller ends", 30, || controller.child.try_wait().ok().flatten());
+    assert!(!ended.success());
+    assert!(cluster.log("controller").contains("database or disk is full"), "{}", cluster.log("controller"));
+    disk.empty();
+    cluster.start_controller();
+    let late = late.wait_with_output().expect("it ends");
+    assert!(late.status.success(), "sent again until it is answered: {}", crate::cluster::text(&late));
+    cluster.until_phase("late", "Succeeded", 60);
+    let job = cluster.until_phase("counter", "Succeeded", 90);
+    assert_eq!((&job["evictions"], &job["failures"]), (&0.into(), &0.into()), "{job:#}");
+    whole(&cluster.logs("counter"));
+    drop(cluster);
+}
+
 /// A pod that a node cannot run goes to one that can; where none can, it is a failure that says why.
 #[test]
 fn a_nodes_own_fault_is_not_the_jobs() {

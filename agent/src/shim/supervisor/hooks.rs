@@ -104,7 +104,7 @@ impl Supervisor {
     fn tell_unresumed(&mut self, why: String) {
         if let Some(container) = self.containers.first() {
             let line = format!("berth: {why}\n");
-            let _ = self.log.append(sys::now(), &container.name, Stream::Stderr, line.as_bytes());
+            self.log.append(sys::now(), &container.name, Stream::Stderr, line.as_bytes());
             // The program may say nothing more.
             self.server.send_to_followers(&Report::Log { seq: self.log.last_seq() });
         }
