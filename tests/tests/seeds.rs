@@ -3,7 +3,7 @@
 
 use berth_tests::world;
 
-const PAST: [(u64, &str); 6] = [
+const PAST: [(u64, &str); 7] = [
     (52, "a copy of a disk whose ledger was lost was taken for the node while that ran its pods"),
     (
         629,
@@ -12,6 +12,7 @@ const PAST: [(u64, &str); 6] = [
     (956, "what was granted to a paused machine was taken for the shim's fault when it went on"),
     (2931, "an agent that had lost its ledger was never sent the specs of what it held paused"),
     (11598, "a node that still ended pods of another epoch was given others"),
+    (16765, "what an agent had been ordered since its ledger was lost was taken for what it ran before"),
     (13329, "a copy of a machine began what was meant for the machine, from a checkpoint let go since"),
 ];
 

@@ -654,6 +654,10 @@ impl Agent {
     }
 
     fn desired(&mut self, now: Now, desired: Desired) {
+        // Of an earlier session, or of another agent of this node's name: this one's hello may not even be taken.
+        if desired.nonce.as_ref().is_some_and(|nonce| *nonce != self.nonce) {
+            return;
+        }
         match self.ledger.judge(&desired) {
             Judgement::New => {}
             Judgement::Known => return self.heartbeat(now),

@@ -200,6 +200,7 @@ impl Bench {
             store: StoreId::parse("s").unwrap(),
             term: Term(1),
             generation: Generation(self.generation),
+            nonce: None,
             pods: pods.collect(),
             stage: self.stage.clone(),
         };
@@ -517,11 +518,18 @@ fn another_store_is_not_obeyed() {
         store: StoreId::parse("other").unwrap(),
         term: Term(9),
         generation: Generation(9),
+        nonce: None,
         pods: vec![],
         stage: vec![],
     };
-    let lines = bench.event(Event::Desired(desired));
+    let lines = bench.event(Event::Desired(desired.clone()));
     assert!(lines.len() == 1 && lines[0].starts_with("warn refused orders of store other"), "{lines:?}");
+
+    // Nor what its own store says to another session of the node.
+    let nonce = SessionNonce::parse("another").ok();
+    let desired = Desired { store: StoreId::parse("s").unwrap(), nonce, ..desired };
+    assert_eq!(bench.event(Event::Desired(desired)), [] as [&str; 0]);
+    assert_eq!(bench.disk.generation, Generation(bench.generation));
 }
 
 #[test]

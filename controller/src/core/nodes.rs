@@ -117,7 +117,7 @@ impl Controller {
             |pod: &PodId| jobs.get(&pod.uid)?.assignment(pod.index).map(|assignment| assignment.named);
         // An order that the agent's ledger never held was never carried out, unless by another session that this one
         // knows nothing of: it still will be, at the same epoch.
-        let absent: BTreeMap<PodId, Epoch> = node
+        let mut absent: BTreeMap<PodId, Epoch> = node
             .pods
             .iter()
             .filter(|(pod, epoch)| held.get(pod) != Some(epoch))
@@ -137,6 +137,9 @@ impl Controller {
                 node.record.strays.insert(pod.pod.clone(), pod.epoch);
             }
         }
+        // The same session again: what it lacked, it still lacks, whatever it was ordered since.
+        let again = node.session.take().filter(|session| session.nonce == hello.nonce);
+        absent.extend(again.into_iter().flat_map(|session| session.absent));
         let unknown = node.unknown.len();
         node.session = Some(Session {
             nonce: hello.nonce,

@@ -59,11 +59,13 @@ impl Controller {
             node.generation = node.generation.next();
             node.resend = Some((now.boot.plus(RESEND_MIN), RESEND_MIN));
         }
-        let Some(node) = self.cluster.nodes.get(id).filter(|node| node.session.is_some()) else { return };
+        let Some(node) = self.cluster.nodes.get(id) else { return };
+        let Some(session) = &node.session else { return };
         let mut desired = Desired {
             store: self.config.store.clone(),
             term: self.config.term,
             generation: node.generation,
+            nonce: Some(session.nonce.clone()),
             pods: self.desired_pods(node),
             stage: self.stages(id),
         };

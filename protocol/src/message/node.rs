@@ -307,6 +307,9 @@ pub struct Desired {
     pub store: StoreId,
     pub term: Term,
     pub generation: Generation,
+    /// The session that it is meant for, whose hello was taken: what another one's agent hears of it, it leaves alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nonce: Option<SessionNonce>,
     /// Ascending by pod; at most `PODS_PER_NODE_MAX`.
     pub pods: Vec<DesiredPod>,
     /// What is to be brought here ahead of pods that still run elsewhere; at most `STAGES_PER_NODE_MAX`.
