@@ -3,7 +3,7 @@
 
 use berth_tests::world;
 
-const PAST: [(u64, &str); 7] = [
+const PAST: [(u64, &str); 8] = [
     (52, "a copy of a disk whose ledger was lost was taken for the node while that ran its pods"),
     (
         629,

@@ -411,6 +411,9 @@ impl NodeRecord {
 pub(super) struct Outbox {
     pub ledger: LedgerId,
     pub acked: u64,
+    /// What was ordered up to here may have been carried out by the ledger before.
+    #[serde(default)]
+    pub since: (Term, Generation),
 }
 
 pub(super) struct Node {

@@ -103,7 +103,11 @@ impl Controller {
             self.dirty.outboxes.insert(id.clone());
         }
         if !same_ledger {
-            node.outbox = Some(Outbox { ledger: hello.ledger.clone(), acked: hello.events_acked });
+            node.outbox = Some(Outbox {
+                ledger: hello.ledger.clone(),
+                acked: hello.events_acked,
+                since: (self.config.term, node.generation),
+            });
             self.dirty.outboxes.insert(id.clone());
         }
         node.reported = (hello.term, hello.generation);
@@ -111,7 +115,8 @@ impl Controller {
         node.held = None;
 
         let held: BTreeMap<&PodId, Epoch> = hello.pods.iter().map(|held| (&held.pod, held.epoch)).collect();
-        let applied = |named: (Term, Generation)| (hello.term, hello.generation) >= named;
+        let since = node.outbox.as_ref().map(|outbox| outbox.since).unwrap_or_default();
+        let applied = |named| (hello.term, hello.generation) >= named || since >= named;
         let jobs = &self.cluster.jobs;
         let named =
             |pod: &PodId| jobs.get(&pod.uid)?.assignment(pod.index).map(|assignment| assignment.named);

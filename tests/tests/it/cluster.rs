@@ -75,8 +75,6 @@ pub struct Cluster {
     /// Where controllers keep their records, other than embedded.
     pub store: Option<String>,
     pub mosquitto: Option<Daemon>,
-    /// Ports of a clustered broker's members, where it is one.
-    pub members: Vec<u16>,
     pub agents: Vec<Daemon>,
 }
 
@@ -104,7 +102,6 @@ impl Cluster {
             controller: None,
             store: None,
             mosquitto: None,
-            members: Vec::new(),
             agents: Vec::new(),
         }
     }
@@ -116,13 +113,10 @@ impl Cluster {
     }
 
     pub fn url(&self) -> String {
-        let own = [self.port];
-        let ports = if self.members.is_empty() { &own[..] } else { &self.members };
-        let members: Vec<String> = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
-        format!("mqtt://{}", members.join(","))
+        format!("mqtt://127.0.0.1:{}", self.port)
     }
 
-    pub fn log_path(&self, name: &str) -> PathBuf {
+    fn log_path(&self, name: &str) -> PathBuf {
         self.dir.path().join(format!("{name}.log"))
     }
 
@@ -136,8 +130,7 @@ impl Cluster {
 
     /// One with a data directory of its own, beside those that are there.
     pub fn another_controller(&self, name: &str, http: u16) -> Daemon {
-        let shared = self.mosquitto.is_some() || !self.members.is_empty();
-        let broker = if shared { self.url() } else { "embedded".into() };
+        let broker = if self.mosquitto.is_some() { self.url() } else { "embedded".into() };
         let mut command = Command::new(program("berth-controller"));
         command.args(["--dev", "--cluster", "default", "--broker", &broker, "--data-dir"]);
         command.arg(self.dir.path().join(name));

@@ -1,5 +1,4 @@
-//! Several controllers on one etcd: one leads, and when it dies another goes on. Several members of one broker: one
-//! dies, and nobody loses anything.
+//! Several controllers on one etcd: one leads, and when it dies another goes on.
 
 use std::process::Command;
 
@@ -54,47 +53,6 @@ fn a_dead_leader_is_followed_and_no_pod_is_touched() {
     etcd.kill(0);
     cluster.submit("without-a-member", SHORT);
     cluster.until_phase("without-a-member", "Succeeded", 60);
-
-    let job = cluster.until_phase("long", "Succeeded", 90);
-    assert_eq!((&job["evictions"], &job["failures"]), (&0.into(), &0.into()), "{job:#}");
-    let log: Vec<u32> = cluster.logs("long").lines().filter_map(|line| line.parse().ok()).collect();
-    assert_eq!(log, (0..400).collect::<Vec<u32>>());
-}
-
-/// A member of a cluster of NATS servers that speaks MQTT.
-fn nats(cluster: &Cluster, member: usize, routes: &[u16]) -> Daemon {
-    let dir = cluster.dir.path();
-    let all: Vec<String> = routes.iter().map(|port| format!("nats://127.0.0.1:{port}")).collect();
-    let config = dir.join(format!("nats{member}.conf"));
-    let text = format!(
-        "server_name: m{member}\nlisten: 127.0.0.1:-1\njetstream {{ store_dir: {:?}, max_file_store: 1GB }}\n\
-         mqtt {{ listen: \"127.0.0.1:{}\", stream_replicas: 3 }}\n\
-         cluster {{ name: berth, listen: \"127.0.0.1:{}\", routes: [{}] }}\n",
-        dir.join(format!("nats{member}")),
-        cluster.members[member],
-        routes[member],
-        all.join(", ")
-    );
-    std::fs::write(&config, text).expect("the configuration is written");
-    let mut command = Command::new("nats-server");
-    Daemon::start("nats", command.arg("-c").arg(config), &cluster.log_path(&format!("nats{member}")))
-}
-
-#[test]
-fn a_dead_member_of_a_clustered_broker_costs_nothing() {
-    let mut cluster = Cluster::empty();
-    cluster.members = (0..3).map(|_| free_port()).collect();
-    let routes: Vec<u16> = (0..3).map(|_| free_port()).collect();
-    let mut members: Vec<Daemon> = (0..3).map(|member| nats(&cluster, member, &routes)).collect();
-    cluster.start_controller();
-    cluster.agent("a1", &[]);
-    cluster.submit("long", LONG);
-    cluster.until_phase("long", "Running", 60);
-
-    // The one that all are connected to.
-    members[0].kill();
-    cluster.submit("after", SHORT);
-    cluster.until_phase("after", "Succeeded", 60);
 
     let job = cluster.until_phase("long", "Succeeded", 90);
     assert_eq!((&job["evictions"], &job["failures"]), (&0.into(), &0.into()), "{job:#}");
