@@ -4,6 +4,7 @@
 use berth_tests::world;
 
 const PAST: [(u64, &str); 8] = [
+    (425, "what the ledger before had carried out was taken for never begun, after a power cut"),
     (52, "a copy of a disk whose ledger was lost was taken for the node while that ran its pods"),
     (
         629,
