@@ -18,7 +18,7 @@ setup: ## install by apt what building, demo and tests need, where it is missing
 
 build: ## build the three programs into target/release/
 	@tests/setup build
-	@$(CARGO) build --release --quiet -p berth-agent -p berth-controller --bins
+	@$(CARGO) build --release $(if $(wildcard $(RELEASE)/berth),--quiet) -p berth-agent -p berth-controller --bins
 
 demo: build ## a controller, two agents, a network trained on real data: under 30 s once built
 	@tests/setup demo

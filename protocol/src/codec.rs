@@ -1,7 +1,7 @@
 //! Bytes of a payload to a message and back, with the bounds of `limits`. Nothing else serialises for the wire.
 //!
 //! What users exchange with the controller is plain JSON. What the controller and agents exchange travels in an
-//! envelope, `{"v":1,"body":…}`, whose further fields, `key`, `mandate` and `sig`, say whose the body is. The cores read
+//! envelope, `{"v":1,"body":…}`, whose further fields, `key` and `sig`, say whose the body is. The cores read
 //! bodies; signing and verifying is what is done last on the way out and first on the way in.
 //!
 //! Within a version fields are added, never changed or taken away: what is not known is passed over, what is not there
@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 
 use crate::ids::ClusterName;
 use crate::limits::{ENVELOPE_BYTES_MAX, MESSAGE_BYTES_MAX, SPEC_BYTES_MAX};
-use crate::sign::{Author, Mandate, PublicKey, Signature, Signer};
+use crate::sign::{PublicKey, Signature, Signer};
 use crate::topic::{NodeTopic, Topic};
 
 /// The version of the envelope that this program writes.
@@ -57,8 +57,6 @@ struct Envelope<'a> {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     key: Option<PublicKey>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    mandate: Option<Mandate>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     sig: Option<Signature>,
     #[serde(borrow)]
     body: &'a RawValue,
@@ -83,7 +81,7 @@ pub fn encode<T: Serialize>(topic: &Topic, message: &T) -> Result<Vec<u8>, Codec
     if !matches!(topic, Topic::Node { .. }) {
         return Ok(Box::<str>::from(body).into_string().into_bytes());
     }
-    let envelope = Envelope { v: ENVELOPE_VERSION, key: None, mandate: None, sig: None, body: &body };
+    let envelope = Envelope { v: ENVELOPE_VERSION, key: None, sig: None, body: &body };
     serde_json::to_vec(&envelope).map_err(CodecError::Unwritable)
 }
 
@@ -109,25 +107,18 @@ fn opened<'a>(topic: &Topic, payload: &'a [u8]) -> Result<Envelope<'a>, CodecErr
 /// Signs an encoded message between controller and agents.
 pub fn sign(signer: &Signer, topic: &Topic, payload: &[u8]) -> Result<Vec<u8>, CodecError> {
     let plain: Envelope = serde_json::from_slice(payload).map_err(CodecError::Malformed)?;
-    let signed = Envelope {
-        key: Some(signer.public()),
-        mandate: signer.mandate().cloned(),
-        sig: Some(signer.sign(topic, plain.body.get())),
-        ..plain
-    };
+    let signed =
+        Envelope { key: Some(signer.public()), sig: Some(signer.sign(topic, plain.body.get())), ..plain };
     serde_json::to_vec(&signed).map_err(CodecError::Unwritable)
 }
 
-/// Who has signed what came on `topic`: to be asked before it is decoded.
-pub fn verify(cluster: &ClusterName, topic: &Topic, payload: &[u8]) -> Result<Author, CodecError> {
-    let Envelope { key: Some(key), mandate, sig: Some(sig), body, .. } = opened(topic, payload)? else {
+/// The key that has signed what came on `topic`, to be asked before it is decoded. Whether that is a key which may say so,
+/// others know.
+pub fn verify(cluster: &ClusterName, topic: &Topic, payload: &[u8]) -> Result<PublicKey, CodecError> {
+    let Envelope { key: Some(key), sig: Some(sig), body, .. } = opened(topic, payload)? else {
         return Err(CodecError::Unsigned);
     };
-    if key.has_signed(cluster, topic, body.get(), &sig) {
-        Ok(Author { key, mandate })
-    } else {
-        Err(CodecError::Forged)
-    }
+    if key.has_signed(cluster, topic, body.get(), &sig) { Ok(key) } else { Err(CodecError::Forged) }
 }
 
 #[cfg(test)]

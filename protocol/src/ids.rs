@@ -6,6 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use crate::hex;
 use crate::limits::{NAME_BYTES_MAX, TOKEN_BYTES_MAX};
 
 /// Why a string is not an identifier.
@@ -332,20 +333,7 @@ impl Digest {
 
     pub fn parse(value: &str) -> Result<Self, IdError> {
         let bad = || IdError::NotADigest { value: shorten(value) };
-        let hex = value.strip_prefix("sha256:").ok_or_else(bad)?.as_bytes();
-        if hex.len() != 64 {
-            return Err(bad());
-        }
-        let digit = |b: u8| match b {
-            b'0'..=b'9' => Some(b - b'0'),
-            b'a'..=b'f' => Some(b - b'a' + 10),
-            _ => None,
-        };
-        let mut out = [0; 32];
-        for (byte, pair) in out.iter_mut().zip(hex.chunks_exact(2)) {
-            *byte = digit(pair[0]).ok_or_else(bad)? << 4 | digit(pair[1]).ok_or_else(bad)?;
-        }
-        Ok(Self(out))
+        value.strip_prefix("sha256:").and_then(hex::decode).map(Self).ok_or_else(bad)
     }
 
     /// Of a hash that was computed piece by piece.
@@ -355,7 +343,7 @@ impl Digest {
 
     /// The 64 digits without the algorithm's name: fit for a file's name.
     pub fn hex(&self) -> String {
-        self.0.iter().map(|b| format!("{b:02x}")).collect()
+        hex::encode(&self.0)
     }
 }
 

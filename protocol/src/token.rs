@@ -5,6 +5,7 @@
 //! A token is `{scope}~{expires}~{mac}`: scope as `node.NAME`, `ns.NAME`, `save.POD.EPOCH` or `load.DIGITS`, expiry in milliseconds since 1970, and
 //! HMAC-SHA-256 (RFC 2104) over the two in hexadecimal. It is fit for an HTTP header.
 
+use crate::hex;
 use crate::ids::{Digest, Epoch, Namespace, NodeId, PodId};
 use crate::units::Timestamp;
 use sha2::{Digest as _, Sha256};
@@ -43,10 +44,6 @@ fn hmac(secret: &[u8; 32], text: &[u8]) -> [u8; 32] {
     Sha256::new().chain_update(key.map(|b| b ^ 0x5c)).chain_update(inner).finalize().into()
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
 /// In time that depends on the lengths alone.
 fn equal(a: &[u8], b: &[u8]) -> bool {
     let difference = a.iter().zip(b).fold(0, |sum, (a, b)| sum | (a ^ b));
@@ -61,7 +58,7 @@ pub fn mint(secret: &[u8; 32], scope: &Scope, expires: Timestamp) -> String {
         Scope::Save { pod, epoch } => format!("save.{pod}.{epoch}~{}", expires.0),
         Scope::Load { checkpoint } => format!("load.{}~{}", checkpoint.hex(), expires.0),
     };
-    let mac = hex(&hmac(secret, claim.as_bytes()));
+    let mac = hex::encode(&hmac(secret, claim.as_bytes()));
     format!("{claim}~{mac}")
 }
 
@@ -83,7 +80,7 @@ pub fn verify(secret: &[u8; 32], token: &str, now: Timestamp) -> Result<Scope, T
         _ => return Err(TokenError::Malformed),
     };
     let scope = scope.map_err(|_| TokenError::Malformed)?;
-    if !equal(hex(&hmac(secret, claim.as_bytes())).as_bytes(), mac.as_bytes()) {
+    if !equal(hex::encode(&hmac(secret, claim.as_bytes())).as_bytes(), mac.as_bytes()) {
         return Err(TokenError::Forged);
     }
     if now >= expires {
@@ -106,7 +103,7 @@ mod tests {
         // python3: hmac.new(bytes(range(32)), b"node.n1~1000", "sha256").hexdigest()
         let secret = std::array::from_fn(|i| u8::try_from(i).unwrap());
         assert_eq!(
-            hex(&hmac(&secret, b"node.n1~1000")),
+            hex::encode(&hmac(&secret, b"node.n1~1000")),
             "ec93aeb2ff1a2fbadc33b57f884b5cdaf09f24456a8f0c1eaaf6e455a734dc5f"
         );
     }

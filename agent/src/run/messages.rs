@@ -8,8 +8,30 @@ use super::{Agency, Input};
 use crate::core::Event;
 use crate::core::ledger::PodKey;
 use crate::io::bus::BusEvent;
-use crate::io::clock;
+use crate::io::identity::Untrusted;
 use crate::task::Order;
+
+/// Why a message is not read.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    #[error(transparent)]
+    Untrusted(#[from] Untrusted),
+    #[error("the message is a request to another session of this node, said again")]
+    OtherSession,
+}
+
+impl Refused {
+    /// A word for counters.
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Codec(error) => error.kind(),
+            Self::Untrusted(error) => error.kind(),
+            Self::OtherSession => "other-session",
+        }
+    }
+}
 
 impl Agency {
     /// A message of the broker's as an event, where it is one.
@@ -20,34 +42,43 @@ impl Agency {
             BusEvent::Message { topic, payload } => (topic, payload),
         };
         let Topic::Node { kind, .. } = &topic else { return None };
-        let author = codec::verify(&self.config.cluster, &topic, &payload);
-        let author = author.map_err(|error| self.refuse(&topic, error.kind(), &error)).ok()?;
-        let trusted = self.authority.check(&author, clock::now().wall);
-        trusted.map_err(|error| self.refuse(&topic, error.kind(), &error)).ok()?;
-        let read = match kind {
-            NodeTopic::Desired => codec::decode(&topic, &payload).map(Event::Desired).map(Input::Event),
-            NodeTopic::Lease => codec::decode(&topic, &payload).map(Event::Lease).map(Input::Event),
-            NodeTopic::Spec => read_spec(&topic, &payload).map(Input::Event),
-            NodeTopic::Request => codec::decode(&topic, &payload).map(Input::Logs),
-            _ => return None,
+        let refused = match self.read_order(&topic, *kind, &payload) {
+            Ok(input) => return input,
+            Err(refused) => refused,
         };
-        read.map_err(|error| self.refuse(&topic, error.kind(), &error)).ok()
-    }
-
-    fn refuse(&mut self, topic: &Topic, kind: &'static str, error: &dyn std::error::Error) {
-        let count = self.refused.entry(kind).or_default();
+        let count = self.refused.entry(refused.kind()).or_default();
         *count += 1;
         if *count == 1 {
-            tracing::warn!("refused message on {topic}: {error} (further ones are only counted)");
+            tracing::warn!("refused message on {topic}: {refused} (further ones are only counted)");
         }
+        None
+    }
+
+    /// What the controller says, and nobody else.
+    fn read_order(
+        &mut self,
+        topic: &Topic,
+        kind: NodeTopic,
+        payload: &[u8],
+    ) -> Result<Option<Input>, Refused> {
+        self.authority.check(codec::verify(&self.config.cluster, topic, payload)?)?;
+        Ok(Some(match kind {
+            NodeTopic::Desired => Input::Event(Event::Desired(codec::decode(topic, payload)?)),
+            NodeTopic::Lease => Input::Event(Event::Lease(codec::decode(topic, payload)?)),
+            NodeTopic::Spec => Input::Event(read_spec(topic, payload)?),
+            NodeTopic::Request => {
+                let request: NodeRequest = codec::decode(topic, payload)?;
+                if request.nonce.as_ref() != Some(self.core.nonce()) {
+                    return Err(Refused::OtherSession);
+                }
+                Input::Logs(request)
+            }
+            _ => return Ok(None),
+        }))
     }
 
     /// Follows a pod's log. What cannot be followed yet is asked for again by whoever wants it.
     pub(super) fn follow(&mut self, request: NodeRequest) {
-        // Asked of another session, and said again by somebody since.
-        if request.nonce.as_ref() != Some(self.core.nonce()) {
-            return;
-        }
         let Request::Logs { pod, epoch, from_seq, follow } = request.request;
         let key = PodKey::new(&pod, epoch);
         let ledger = self.core.ledger();

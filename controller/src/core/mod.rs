@@ -242,6 +242,7 @@ impl Controller {
         now: Now,
     ) -> Result<Self, LoadError> {
         let (cluster, set_aside) = records::load(entries, now)?;
+        let settles_at = cluster.restored.as_ref().and_then(|restored| restored.holds_until(now));
         let next_seq = cluster.jobs.values().map(|job| job.file.seq + 1).max().unwrap_or(0);
         let mut controller = Self {
             random: config.seed,
@@ -256,11 +257,10 @@ impl Controller {
             other_versions: BTreeSet::new(),
             republish: None,
             relocations: Vec::new(),
-            settles_at: None,
+            settles_at,
             set_aside,
             dirty: Dirty::default(),
         };
-        controller.settles_at = controller.settles_at(now);
         controller.resume(now);
         Ok(controller)
     }

@@ -39,12 +39,14 @@ pub fn entry(entries: &[(String, Option<Vec<u8>>)], now: Now) -> Result<(String,
     Ok((records::RESTORED.to_owned(), records::bytes(&Restored { epochs_from, settled: false })))
 }
 
-impl Controller {
-    /// Until when nothing is placed, where anything stands against it at this start.
-    pub(super) fn settles_at(&self, now: Now) -> Option<BootMs> {
-        self.cluster.restored.as_ref().filter(|restored| !restored.settled).map(|_| now.boot.plus(HOLD))
+impl Restored {
+    /// Until when nothing is placed by a controller that starts now, if so.
+    pub fn holds_until(&self, now: Now) -> Option<BootMs> {
+        (!self.settled).then(|| now.boot.plus(HOLD))
     }
+}
 
+impl Controller {
     /// May anything be placed yet?
     pub(super) fn is_settled(&mut self, now: Now) -> bool {
         let Some(at) = self.settles_at else { return true };

@@ -298,7 +298,7 @@ impl Connection {
     fn author(&self, topic: &Topic, payload: &[u8]) -> Result<Option<PublicKey>, CodecError> {
         let Topic::Node { .. } = topic else { return Ok(None) };
         match codec::verify(&self.options.cluster, topic, payload) {
-            Ok(author) => Ok(Some(author.key)),
+            Ok(key) => Ok(Some(key)),
             // Its signature may be of another kind. The core says what becomes of the node.
             Err(CodecError::Version(_)) => Ok(None),
             Err(error) => Err(error),

@@ -75,6 +75,8 @@ pub struct Cluster {
     /// Where controllers keep their records, other than embedded.
     pub store: Option<String>,
     pub mosquitto: Option<Daemon>,
+    /// Where another broker listens that everybody may go to.
+    pub spare: Option<u16>,
     pub agents: Vec<Daemon>,
 }
 
@@ -102,18 +104,33 @@ impl Cluster {
             controller: None,
             store: None,
             mosquitto: None,
+            spare: None,
             agents: Vec::new(),
         }
     }
 
     pub fn start_mosquitto(&mut self) {
-        let mut command = mosquitto::command(Ipv4Addr::LOCALHOST.into(), self.port, self.dir.path())
-            .expect("the configuration is written");
-        self.mosquitto = Some(Daemon::start("mosquitto", &mut command, &self.log_path("mosquitto")));
+        self.mosquitto = Some(self.mosquitto_at("mosquitto", self.port));
+    }
+
+    /// One more, which everybody is told of who starts from now on.
+    pub fn start_spare(&mut self) -> Daemon {
+        let port = free_port();
+        self.spare = Some(port);
+        self.mosquitto_at("spare", port)
+    }
+
+    fn mosquitto_at(&self, name: &str, port: u16) -> Daemon {
+        let dir = self.dir.path().join(name);
+        std::fs::create_dir_all(&dir).expect("a directory");
+        let mut command =
+            mosquitto::command(Ipv4Addr::LOCALHOST.into(), port, &dir).expect("the configuration is written");
+        Daemon::start(name, &mut command, &self.log_path(name))
     }
 
     pub fn url(&self) -> String {
-        format!("mqtt://127.0.0.1:{}", self.port)
+        let spare = self.spare.map(|port| format!(",127.0.0.1:{port}")).unwrap_or_default();
+        format!("mqtt://127.0.0.1:{}{spare}", self.port)
     }
 
     fn log_path(&self, name: &str) -> PathBuf {

@@ -46,6 +46,22 @@ fn a_restarted_mosquitto_costs_nothing() {
     whole(&cluster.logs("counter"));
 }
 
+/// Nothing depends on what a broker remembers, so the next one need not know anything of the first.
+#[test]
+fn a_dead_broker_is_left_for_the_next_one_named() {
+    let mut cluster = Cluster::empty();
+    cluster.start_mosquitto();
+    let _spare = cluster.start_spare();
+    cluster.start_controller();
+    cluster.agent("a1", &[]);
+    cluster.submit("counter", COUNTER);
+    cluster.until_phase("counter", "Running", 30);
+    drop(cluster.mosquitto.take());
+    let job = cluster.until_phase("counter", "Succeeded", 90);
+    assert_eq!((&job["evictions"], &job["failures"]), (&0.into(), &0.into()), "{job:#}");
+    whole(&cluster.logs("counter"));
+}
+
 #[test]
 fn follow_shows_every_line_once_across_an_agent_restart() {
     let mut cluster = Cluster::new();

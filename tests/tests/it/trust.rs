@@ -73,15 +73,27 @@ fn signed(seed: u8, cluster: &str, topic: &Topic, message: &Value) -> Vec<u8> {
     codec::sign(&signer, topic, &codec::encode(topic, message).expect("it is small")).expect("it is JSON")
 }
 
-const STEADY: &str = "image: host\ncommand: [sleep, \"600\"]\nresources: {cpu: 100m, memory: 32Mi}\n";
-
-#[test]
-fn orders_that_the_controller_did_not_sign_are_not_obeyed() {
+/// A job that runs on the only node, and an attacker who has heard all of it.
+fn attacked() -> (Cluster, Attacker) {
     let mut cluster = Cluster::on_mosquitto();
     let attacker = Attacker::on(&cluster);
     cluster.agent("a1", &[]);
-    cluster.submit("steady", STEADY);
+    let steady = "image: host\ncommand: [sleep, \"600\"]\nresources: {cpu: 100m, memory: 32Mi}\n";
+    cluster.submit("steady", steady);
     cluster.until_phase("steady", "Running", 30);
+    (cluster, attacker)
+}
+
+/// Nothing has happened to it.
+fn assert_steady(cluster: &Cluster) {
+    let job = cluster.job("steady");
+    let (phase, evictions, epoch) = (&job["phase"], &job["evictions"], &job["pods"][0]["epoch"]);
+    assert_eq!((phase, evictions, epoch), (&"Running".into(), &0.into(), &1.into()), "{job:#}");
+}
+
+#[test]
+fn orders_that_the_controller_did_not_sign_are_not_obeyed() {
+    let (cluster, attacker) = attacked();
     let real = attacker.overhear("berth/v1/default/nodes/a1/desired");
     let real: Value = serde_json::from_slice(&real).expect("JSON");
     let store = real["body"]["store"].as_str().expect("an order names its store").to_owned();
@@ -109,20 +121,12 @@ fn orders_that_the_controller_did_not_sign_are_not_obeyed() {
     // Real orders are obeyed all the same, and nothing has happened to the pod.
     let output = cluster.run(&["run", "--image", "host", "--", "/bin/echo", "real"]);
     assert!(output.status.success(), "{}", text(&output));
-    let job = cluster.job("steady");
-    assert_eq!(
-        (&job["phase"], &job["evictions"], &job["pods"][0]["epoch"]),
-        (&"Running".into(), &0.into(), &1.into())
-    );
+    assert_steady(&cluster);
 }
 
 #[test]
 fn words_that_a_node_did_not_sign_are_not_believed() {
-    let mut cluster = Cluster::on_mosquitto();
-    let attacker = Attacker::on(&cluster);
-    cluster.agent("a1", &[]);
-    cluster.submit("steady", STEADY);
-    cluster.until_phase("steady", "Running", 30);
+    let (cluster, attacker) = attacked();
     let hello = attacker.overhear("berth/v1/default/nodes/a1/hello");
     let hello: Value = serde_json::from_slice(&hello).expect("JSON");
 
@@ -156,9 +160,5 @@ fn words_that_a_node_did_not_sign_are_not_believed() {
     assert!(metrics.contains("berth_refused_total{reason=\"unsigned\"} 1"), "{metrics}");
     let nodes = cluster.json(&["get", "nodes"]).expect("nodes");
     assert_eq!((&nodes[0]["node"], &nodes[0]["state"]), (&"a1".into(), &"online".into()));
-    let job = cluster.job("steady");
-    assert_eq!(
-        (&job["phase"], &job["evictions"], &job["pods"][0]["epoch"]),
-        (&"Running".into(), &0.into(), &1.into())
-    );
+    assert_steady(&cluster);
 }
