@@ -43,7 +43,13 @@ async fn put_log(
 ) -> Result<(), DepotError> {
     let _turn = turn.lock().await;
     let access = access.ok_or(DepotError::NoAccess)?;
-    depot::put_log(access, &key.pod, key.epoch, logs::segments(dir).await).await
+    let segments = logs::segments(dir).await;
+    // The next one sent takes the place of this one: it must hold all of it, even after a power cut.
+    for segment in &segments {
+        let wrong = |source| DepotError::File { path: dir.join(file::LOG_DIR).display().to_string(), source };
+        segment.sync_data().await.map_err(wrong)?;
+    }
+    depot::put_log(access, &key.pod, key.epoch, segments).await
 }
 
 /// Makes a checkpoint one that the pod can go on from should the machine end before the depot is in reach, and lets the

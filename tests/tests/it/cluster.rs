@@ -114,10 +114,12 @@ impl Cluster {
     }
 
     /// One more, which everybody is told of who starts from now on.
-    pub fn start_spare(&mut self) -> Daemon {
-        let port = free_port();
-        self.spare = Some(port);
-        self.mosquitto_at("spare", port)
+    pub fn name_spare(&mut self) {
+        self.spare = Some(free_port());
+    }
+
+    pub fn start_spare(&self) -> Daemon {
+        self.mosquitto_at("spare", self.spare.expect("it is named"))
     }
 
     fn mosquitto_at(&self, name: &str, port: u16) -> Daemon {

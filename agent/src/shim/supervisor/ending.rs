@@ -7,6 +7,7 @@ use berth_protocol::ids::Run;
 use berth_protocol::units::Millis;
 
 use super::super::exit::{self, Facts};
+use super::super::log;
 use super::super::pump::drain_rest;
 use super::super::rootfs;
 use super::super::sys;
@@ -21,6 +22,10 @@ impl Supervisor {
             drain_rest(&mut container.pumps, &mut self.log, &container.name);
         }
         let exit = self.describe_end();
+        // Whoever hears of the end finds what led to it, whatever becomes of the machine.
+        if let Err(e) = log::sync(&self.dir.join(file::LOG_DIR)) {
+            eprintln!("berth-agent shim: the log may not outlast the machine's end: {e}");
+        }
         if let Err(e) = exit::write(&self.dir, &exit) {
             // A full disk: what the pod itself has written makes room. Outputs are lost then.
             eprintln!("berth-agent shim: cannot write the exit file: {e}; removing what the pod has written");
