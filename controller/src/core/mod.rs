@@ -11,6 +11,7 @@ mod expiry;
 mod faults;
 mod fit;
 mod inventory;
+pub mod lead;
 mod lifecycle;
 mod moves;
 mod nodes;
