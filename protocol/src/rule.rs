@@ -65,10 +65,14 @@ pub enum Rule {
     /// A new leader waits out what may have been granted before it. Else: a node that it does not hear still runs what it
     /// replaces.
     NewLeaderWaits,
+    /// A restored store's epochs begin above all that may have been given. Else: one is given twice.
+    RestoredEpochsRise,
+    /// It places nothing while what it knows nothing of may run. Else: that runs beside what is placed.
+    RestoredWaits,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 27] = [
+    pub const ALL: [Rule; 29] = [
         Rule::GrantsNameEpochs,
         Rule::GrantsCountFromSend,
         Rule::StartNeedsGrant,
@@ -96,6 +100,8 @@ impl Rule {
         Rule::LeadersLease,
         Rule::WritesNameLeader,
         Rule::NewLeaderWaits,
+        Rule::RestoredEpochsRise,
+        Rule::RestoredWaits,
     ];
 
     /// By its name as `Debug` writes it.

@@ -4,7 +4,7 @@ mod perform;
 mod shim;
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use berth_agent::core::ledger::{Ledger, PodKey, Record};
@@ -414,9 +414,10 @@ impl Node {
         all.filter(|(_, shim)| shim.state == ShimState::Running)
     }
 
-    /// Asked for by the pods that execute, beyond what the machine has.
-    pub fn overload(&self) -> Option<MilliCpu> {
-        let asked = self.computing().map(|(_, shim)| shim.template.resources().cpu.0).sum();
+    /// Asked for by the pods that execute, beyond what the machine has, without those of jobs that nobody knows.
+    pub fn overload(&self, unknown: &BTreeSet<JobUid>) -> Option<MilliCpu> {
+        let known = self.computing().filter(|(key, _)| !unknown.contains(&key.pod.uid));
+        let asked = known.map(|(_, shim)| shim.template.resources().cpu.0).sum();
         (asked > self.cpu.0).then_some(MilliCpu(asked))
     }
 
@@ -442,6 +443,7 @@ impl Node {
             epoch: key.epoch,
             run: shim.run,
             alive: true,
+            granted: false,
         };
         self.shims.iter().map(held).collect()
     }

@@ -37,6 +37,8 @@ const RULES: [(Rule, u64); Rule::ALL.len()] = [
     (Rule::LeadersLease, 77),
     (Rule::WritesNameLeader, 26),
     (Rule::NewLeaderWaits, 629),
+    (Rule::RestoredEpochsRise, 11),
+    (Rule::RestoredWaits, 31),
 ];
 const SEEDS_MAX: u64 = 1_000;
 

@@ -64,6 +64,9 @@ pub struct HeldPod {
     pub run: Run,
     /// Processes of it may be alive, frozen ones too.
     pub alive: bool,
+    /// A grant lets it run as this is said.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub granted: bool,
 }
 
 /// `heartbeat`, QoS 0.

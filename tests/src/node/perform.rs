@@ -73,7 +73,11 @@ impl Node {
     fn act(&mut self, now: Now, action: Action, out: &mut Vec<Out>) {
         match action {
             Action::Hello(mut hello) => {
-                let alive = self.scan();
+                let mut alive = self.scan();
+                for held in &mut alive {
+                    let key = PodKey::new(&held.pod, held.epoch);
+                    held.granted = self.agent.as_ref().is_some_and(|agent| agent.is_granted(now, &key));
+                }
                 let found = |pod: &HeldPod| alive.iter().any(|a| a.pod == pod.pod && a.epoch == pod.epoch);
                 hello.pods.retain(|pod| !found(pod));
                 hello.pods.extend(alive);
