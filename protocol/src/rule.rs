@@ -69,10 +69,16 @@ pub enum Rule {
     RestoredEpochsRise,
     /// It places nothing while what it knows nothing of may run. Else: that runs beside what is placed.
     RestoredWaits,
+    /// A spec is taken for what its digest names if its bytes are that. Else: what a line has changed runs.
+    SpecsNameDigests,
+    /// A record of the ledger is read if it is what was written. Else: what a power cut leaves of the last one counts.
+    LedgerSums,
+    /// A checkpoint is in the depot before it is told. Else: a pod is to go on from one that is nowhere.
+    CheckpointFirst,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 29] = [
+    pub const ALL: [Rule; 32] = [
         Rule::GrantsNameEpochs,
         Rule::GrantsCountFromSend,
         Rule::StartNeedsGrant,
@@ -102,6 +108,9 @@ impl Rule {
         Rule::NewLeaderWaits,
         Rule::RestoredEpochsRise,
         Rule::RestoredWaits,
+        Rule::SpecsNameDigests,
+        Rule::LedgerSums,
+        Rule::CheckpointFirst,
     ];
 
     /// By its name as `Debug` writes it.

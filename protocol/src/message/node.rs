@@ -14,6 +14,7 @@ use crate::ids::{
 };
 use crate::pod::{Goal, Outcome};
 use crate::resources::{GpuShare, Inventory, Usage};
+use crate::rule::{Rule, kept};
 use crate::units::{BootMs, Bytes, Millis, Timestamp, is_zero};
 
 /// `hello`: the agent's first word in a session, repeated until a lease answers one of its heartbeats.
@@ -366,6 +367,13 @@ pub struct DesiredPod {
 pub struct SpecMessage {
     pub digest: Digest,
     pub spec: Box<RawValue>,
+}
+
+impl SpecMessage {
+    /// Are these the bytes that the digest names?
+    pub fn is_whole(&self) -> bool {
+        Digest::of(self.spec.get().as_bytes()) == self.digest || !kept(Rule::SpecsNameDigests)
+    }
 }
 
 /// `request`: things that change nothing.
