@@ -143,7 +143,10 @@ impl Agent {
             goes_on && matches!(live.shim, Shim::Running | Shim::Paused)
         });
         let own = self.own_checkpoint_due(key, entry);
-        [live.prep_at, live.retry_at, end, live.stop_by, storing, own].into_iter().flatten().min()
+        // What is not to run begins nothing, however long that is due.
+        let begins = [live.prep_at, live.retry_at].into_iter().flatten().min();
+        let begins = begins.filter(|_| matches!(self.goal(key, entry), Wanted::Run));
+        [begins, end, live.stop_by, storing, own].into_iter().flatten().min()
     }
 
     pub(super) fn template(&self, entry: &PodEntry) -> Option<&PodTemplate> {

@@ -337,6 +337,24 @@ fn failures_are_retried_with_growing_pauses_until_the_limit() {
     assert_eq!(lines, ["store log u-0.1", "tell u-0.1 ended Failure"]);
 }
 
+/// Seed 31 of the simulator: its agent woke up for it over and over, as long as it was not to run.
+#[test]
+fn a_pod_that_is_not_to_run_when_its_retry_is_due_wakes_nobody() {
+    let template = template(RestartPolicy::OnFailure);
+    for orders in [vec![], vec![(key(0, 1), Goal::Pause, &template)]] {
+        let mut bench = Bench::running(&template);
+        bench.exited(&key(0, 1), 1, Cause::Failure, 1);
+        bench.desired(&orders);
+        bench.wait(60_000);
+        assert!(bench.agent.next_wake() > bench.now.boot);
+        let lines = bench.desired(&[(key(0, 1), Goal::Run, &template)]);
+        assert!(
+            lines.contains(&"prepare u-0.1".into()) || lines.contains(&"launch u-0.1 run 2".into()),
+            "{lines:?}"
+        );
+    }
+}
+
 #[test]
 fn an_eviction_is_never_retried_here() {
     let mut bench = Bench::running(&template(RestartPolicy::Always));
