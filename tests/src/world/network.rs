@@ -175,10 +175,12 @@ impl World {
         {
             let (node, now_ms) = (&mut self.nodes[n], self.now_ms);
             let broke = node.clock_broke.as_ref();
-            if broke.is_some_and(|(nonce, from)| lease.nonce == *nonce && lease.seq >= *from)
-                && !node.is_fenced(now_ms)
-            {
-                return Err(format!("{} was granted time by a clock that stood still", node.id));
+            if broke.is_some_and(|(nonce, from)| lease.nonce == *nonce && lease.seq >= *from) {
+                if !node.is_fenced(now_ms) {
+                    return Err(format!("{} was granted time by a clock that stood still", node.id));
+                }
+                // What its clock says now is as good as any.
+                node.clock_broke = None;
             }
             node.granted(now_ms);
         }
