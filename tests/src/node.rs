@@ -224,7 +224,8 @@ impl Node {
         self.waiting.clear();
         // One failure at a time: of shim and agent one can fence.
         for shim in self.shims.values_mut() {
-            (shim.hangs, shim.granted) = (false, false);
+            shim.granted = false;
+            shim.go_on();
         }
     }
 
@@ -246,7 +247,7 @@ impl Node {
     /// SIGSTOP.
     pub fn stop(&mut self) {
         self.stopped = self.agent.is_some();
-        self.shims.values_mut().for_each(|shim| shim.hangs = false);
+        self.shims.values_mut().for_each(Shim::go_on);
     }
 
     /// SIGCONT: first, as it may be, its own clock or what waited in its sockets.

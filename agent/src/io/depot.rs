@@ -1,4 +1,4 @@
-//! The depot, from an agent's side: puts logs and outputs, fetches workspaces, over plain HTTP/1.1 with a token.
+//! The depot, from an agent's side: puts logs and outputs, fetches workspaces, over HTTP/1.1 with a token.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -159,7 +159,7 @@ async fn exchange(
     path: &str,
     body: Body,
 ) -> Result<Incoming, DepotError> {
-    let (authority, _) = http::split(&access.url).ok_or_else(|| DepotError::Url(access.url.clone()))?;
+    let authority = http::authority(access).ok_or_else(|| DepotError::Url(access.url.clone()))?;
     let moved = Arc::new(AtomicU64::new(0));
     let counted = moved.clone();
     let body = body.map_frame(move |frame| {
@@ -167,7 +167,8 @@ async fn exchange(
         frame
     });
     let work = async {
-        let mut sender = http::connect(authority).await.map_err(DepotError::Connect)?;
+        let mut sender =
+            http::connect_to(authority, access.tls.as_ref()).await.map_err(DepotError::Connect)?;
         let request = Request::builder()
             .method(method)
             .uri(path)

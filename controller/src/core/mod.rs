@@ -12,6 +12,7 @@ mod faults;
 mod fit;
 mod inventory;
 mod lifecycle;
+pub mod members;
 mod moves;
 mod nodes;
 mod notes;
@@ -44,6 +45,7 @@ use serde::de::DeserializeOwned;
 
 pub use self::checkpoints::{Granted, Imported};
 use self::cluster::Cluster;
+use self::members::{MemberChange, STRANGER};
 pub use self::notes::Note;
 pub use self::records::SetAside;
 use self::relocations::Relocation;
@@ -78,6 +80,7 @@ pub enum Event {
     Priced(Box<Prices>),
     /// The depot has a checkpoint from elsewhere.
     Imported(Box<Imported>),
+    Members(MemberChange),
     /// `next_wake` has come.
     Tick,
 }
@@ -129,6 +132,8 @@ pub struct Config {
     pub moves_max: usize,
     /// Signs the depot's tokens.
     pub secret: [u8; 32],
+    /// Certificate of the cluster's CA, PEM, where only members are heard.
+    pub ca: Option<String>,
     /// Of the generator of uids; another one at each start.
     pub seed: u64,
 }
@@ -313,6 +318,7 @@ impl Controller {
                 Event::DepotListed(manifests) => self.depot_listed(now, manifests),
                 Event::Priced(prices) => self.priced(*prices),
                 Event::Imported(imported) => self.imported(now, *imported),
+                Event::Members(change) => self.change_members(now, change),
                 Event::Tick => {}
             }
         }
@@ -357,6 +363,10 @@ impl Controller {
                 self.count("query");
                 let read = self.read(&topic, payload).map(|request| self.query(now, client, request));
                 read.inspect_err(|error| self.query_unread(client, payload, error))
+            }
+            Topic::Node { node, .. } if !self.speaks_for(node, by) => {
+                self.refuse(STRANGER);
+                Ok(())
             }
             Topic::Node { node, kind: NodeTopic::Hello } => {
                 self.count("hello");
@@ -476,6 +486,7 @@ impl Controller {
     fn sweep(&mut self, now: Now) {
         self.timers.arm(Timer::Sweep, now.boot.plus(SWEEP));
         self.let_imported_go(now);
+        self.forget_invitations(now);
         self.other_versions.clear();
         self.effect(Effect::TidyDepot);
         while let Some((at, id)) = self.cluster.requests_by_age.first().cloned() {

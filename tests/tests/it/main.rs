@@ -6,6 +6,7 @@ mod drain;
 mod faults;
 mod jobs;
 mod kills;
+mod members;
 mod offline;
 mod several;
 mod staging;
