@@ -244,9 +244,10 @@ fn unusable(dir: &Path, source: std::io::Error) -> StoreError {
 }
 
 fn sqlite(action: &'static str, path: &Path, source: rusqlite::Error) -> StoreError {
-    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase, SystemIoFailure};
     match source.sqlite_error_code() {
         Some(DatabaseCorrupt | NotADatabase) => damaged(path, &source.to_string()),
+        Some(SystemIoFailure) => StoreError::Disk { action, path: path.to_owned(), source: Arc::new(source) },
         _ => StoreError::Sqlite { action, path: path.to_owned(), source: Arc::new(source) },
     }
 }
