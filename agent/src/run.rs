@@ -66,13 +66,13 @@ pub enum RunError {
     Identity(#[from] IdentityError),
     #[error(transparent)]
     Certificate(#[from] BadCertificate),
-    #[error("cannot draw random numbers: {0}")]
+    #[error("cannot draw random numbers")]
     Random(#[source] std::io::Error),
-    #[error("cannot tell this boot or machine from others: {0}")]
+    #[error("cannot tell this boot or machine from others")]
     Machine(#[from] IdError),
     #[error("cannot give chunks away at --listen-chunks {address}")]
     Chunks { address: SocketAddr, source: std::io::Error },
-    #[error("cannot set up images: {0}")]
+    #[error("cannot set up images")]
     Images(#[source] std::io::Error),
 }
 

@@ -17,7 +17,8 @@ use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Limited, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::{Method, Request, StatusCode};
-use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
+use tokio::fs::File;
+use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt, Take};
 use tokio::time::timeout;
 
 use super::http;
@@ -65,7 +66,7 @@ pub async fn put_log(
     access: &DepotAccess,
     pod: &PodId,
     epoch: Epoch,
-    files: Vec<tokio::fs::File>,
+    files: Vec<Take<File>>,
 ) -> Result<(), DepotError> {
     let path = format!("/v1/logs/{}/{}/{epoch}", pod.uid, pod.index);
     exchange(access, Method::PUT, &path, files_body(files)).await.map(drop)
@@ -78,7 +79,7 @@ pub async fn put_file(
 ) -> Result<Option<(Digest, berth_protocol::units::Bytes)>, DepotError> {
     let access = access.ok_or(DepotError::NoAccess)?;
     let wrong = |source| DepotError::File { path: path.display().to_string(), source };
-    let mut file = match tokio::fs::File::open(path).await {
+    let mut file = match File::open(path).await {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         file => file.map_err(wrong)?,
     };
@@ -96,7 +97,7 @@ pub async fn put_file(
     let digest = Digest::from_bytes(sha2::Digest::finalize(hash).into());
     file.rewind().await.map_err(wrong)?;
     let path = format!("/v1/blobs/{}", digest.hex());
-    exchange(access, Method::PUT, &path, files_body(vec![file])).await.map(drop)?;
+    exchange(access, Method::PUT, &path, files_body(vec![file.take(u64::MAX)])).await.map(drop)?;
     Ok(Some((digest, berth_protocol::units::Bytes(bytes))))
 }
 
@@ -121,7 +122,7 @@ pub async fn get_blob(access: &DepotAccess, digest: &Digest, to: &Path) -> Resul
     let wrong = |source| DepotError::File { path: to.display().to_string(), source };
     let path = format!("/v1/blobs/{}", digest.hex());
     let mut body = exchange(access, Method::GET, &path, files_body(Vec::new())).await?;
-    let mut file = tokio::fs::File::create(to).await.map_err(wrong)?;
+    let mut file = File::create(to).await.map_err(wrong)?;
     let mut hash = <sha2::Sha256 as sha2::Digest>::new();
     while let Some(frame) = timeout(STALL_MAX, body.frame()).await.map_err(|_| DepotError::Stalled)? {
         if let Ok(data) = frame?.into_data() {
@@ -138,7 +139,7 @@ pub async fn get_blob(access: &DepotAccess, digest: &Digest, to: &Path) -> Resul
 }
 
 /// The files as one body, a chunk at a time: a log is never held in memory whole.
-fn files_body(files: Vec<tokio::fs::File>) -> Body {
+fn files_body(files: Vec<Take<File>>) -> Body {
     let chunks = stream::unfold(VecDeque::from(files), |mut files| async move {
         loop {
             let mut buffer = BytesMut::with_capacity(CHUNK_BYTES);

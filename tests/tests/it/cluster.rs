@@ -270,6 +270,14 @@ impl Cluster {
         assert!(output.status.success(), "submit {name}: {}", text(&output));
     }
 
+    /// Submits one that will be accepted once the controller can do so.
+    pub fn submit_in_time(&self, name: &str, file: &str) -> Child {
+        let path = self.dir.path().join(format!("{name}.yaml"));
+        std::fs::write(&path, format!("name: {name}\n{file}")).expect("the job file is written");
+        let mut berth = self.berth(&["submit", path.to_str().expect("a plain path")]);
+        berth.stderr(Stdio::piped()).spawn().expect("berth starts")
+    }
+
     pub fn job(&self, name: &str) -> Value {
         self.json(&["describe", "job", name]).unwrap_or(Value::Null)
     }

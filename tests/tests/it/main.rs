@@ -2,6 +2,7 @@
 
 mod checkpoints;
 mod cluster;
+mod disk;
 mod drain;
 mod faults;
 mod jobs;
