@@ -92,8 +92,7 @@ fn a_power_cut_takes_nothing_that_was_told() {
     println!("BERTH_VM_SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let machine = Machine::installed();
-    machine.sh("systemctl enable --now berth-controller berth-agent");
-    machine.until_online();
+    machine.begin_cluster();
     machine.install_criu();
     machine.sh("sync");
     for round in 1..=number_of("BERTH_VM_CUTS").unwrap_or(1) {

@@ -39,6 +39,16 @@ impl Machine {
         machine
     }
 
+    /// Sets up a cluster of this machine alone, which joins it by the line that its admin is given.
+    pub fn begin_cluster(&self) {
+        self.sh("echo 'allow-host-image = true' >>/etc/berth/agent.toml");
+        println!("{}", self.sh("berth-controller init --host localhost"));
+        self.sh("systemctl daemon-reload && systemctl enable --now berth-controller");
+        self.until("the controller makes a token", "berth node token >/root/line");
+        println!("{}", self.sh("sh -e /root/line"));
+        self.until_online();
+    }
+
     /// A verb of tests/vm/vm, ended after so many seconds.
     pub fn command(&self, seconds: u32, verb: &str, args: &[&str]) -> Command {
         let mut command = Command::new("timeout");

@@ -13,10 +13,9 @@ fn packages_upgrades_and_reboots_on_a_real_host() {
     }
     let machine = Machine::installed();
 
-    // Installed, nothing runs before its owner has seen what this version trusts.
+    // Installed, nothing runs before its owner has said who belongs.
     machine.sh("! systemctl is-active --quiet berth-agent berth-controller");
-    machine.sh("systemctl enable --now berth-controller berth-agent");
-    machine.until_online();
+    machine.begin_cluster();
     assert!(machine.exposure("berth-controller") <= 2.0);
     machine.exposure("berth-agent");
     machine.sh(
