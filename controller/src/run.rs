@@ -12,7 +12,7 @@ use berth_protocol::codec;
 use berth_protocol::ids::Term;
 use berth_protocol::join::JoinRequest;
 use berth_protocol::sign::Signer;
-use berth_protocol::topic::{NodeTopic, Topic};
+use berth_protocol::topic::Topic;
 use berth_protocol::units::Timestamp;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -315,6 +315,10 @@ impl Daemon {
             self.store.txn(self.term, ops.collect()).await?;
             self.trim_at = Some(Instant::now() + TRIM_AFTER);
         }
+        // Of one that may be deposed already a grant could hold beside those of the next, a status stand for good.
+        if !step.effects.is_empty() {
+            self.store.leads().await?;
+        }
         for effect in step.effects {
             self.release(effect).await;
         }
@@ -323,10 +327,6 @@ impl Daemon {
 
     async fn release(&self, effect: Effect) {
         match effect {
-            // A grant of a leader that may be deposed already could hold beside one of the next; its other words are
-            // harmless, since the next one's term outranks them.
-            Effect::Publish { topic: Topic::Node { kind: NodeTopic::Lease, .. }, .. }
-                if self.store.leads_until() <= clock::boottime() => {}
             Effect::Publish { topic, payload, retain } => {
                 let payload = match topic {
                     Topic::Node { .. } => codec::sign(&self.signer, &topic, &payload),

@@ -57,10 +57,18 @@ pub enum Rule {
     CommandsOnce,
     /// A ledger's events are counted by its name. Else: a new one's are taken for old ones, and nobody hears them.
     EventsNameLedgers,
+    /// A leader says nothing once its lease at the store may be over. Else: one that the store no longer hears goes on granting
+    /// what its successor replaces.
+    LeadersLease,
+    /// The store takes the writes of who leads alone. Else: one that stood still undoes what its successor has written.
+    WritesNameLeader,
+    /// A new leader waits out what may have been granted before it. Else: a node that it does not hear still runs what it
+    /// replaces.
+    NewLeaderWaits,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 24] = [
+    pub const ALL: [Rule; 27] = [
         Rule::GrantsNameEpochs,
         Rule::GrantsCountFromSend,
         Rule::StartNeedsGrant,
@@ -85,6 +93,9 @@ impl Rule {
         Rule::EventsOnce,
         Rule::CommandsOnce,
         Rule::EventsNameLedgers,
+        Rule::LeadersLease,
+        Rule::WritesNameLeader,
+        Rule::NewLeaderWaits,
     ];
 
     /// By its name as `Debug` writes it.

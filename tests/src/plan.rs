@@ -87,6 +87,9 @@ impl Plan {
         for _ in 0..rng.usize(0..12) {
             plan.items.push(Item::Wish(crate::wishes::draw(&mut rng, count, jobs, span)));
         }
+        for _ in 0..rng.usize(0..6).saturating_sub(3) {
+            plan.items.push(Item::Mishap(crate::world::deposition(&mut rng, count, span)));
+        }
         plan
     }
 

@@ -1,19 +1,21 @@
 //! One history: a controller, some nodes, a network that loses, doubles, delays and reorders, and what its plan says.
 
 mod faults;
+mod leaders;
 mod network;
 
 use std::collections::BTreeMap;
 
 use berth_agent::core::{Event as AgentEvent, Now as AgentNow};
-use berth_controller::core::{Controller, Effect, Event as ControllerEvent, Now, Quote, Step};
+use berth_controller::core::{Effect, Event as ControllerEvent, Quote};
 use berth_protocol::ids::{ClusterName, JobName, Namespace, NodeId};
-use berth_protocol::rule::{Rule, kept};
 use berth_protocol::topic::{JobTopic, Topic};
 
 pub(crate) use self::faults::{Fault, mishap};
+use self::leaders::Seat;
+pub(crate) use self::leaders::deposition;
 use self::network::Link;
-use crate::node::{Clocks, Depot, Node};
+use crate::node::{Depot, Node};
 use crate::oracle::Oracle;
 use crate::plan::{Expect, Item, Job, Plan};
 use crate::wishes::Wish;
@@ -47,20 +49,29 @@ pub(crate) enum Due {
     Resubmit(usize),
     /// Prices that whichever controller is there then gets.
     Priced(Quote),
+    /// A leader finds that another leads, or that it has waited for the store long enough.
+    Deposed {
+        seat: usize,
+        term: u64,
+    },
+    GiveUp {
+        seat: usize,
+        term: u64,
+    },
     Wish(Wish),
 }
 
 pub struct World {
-    /// Of the controller's machine; each link has its own.
+    /// Of the controllers' machines; each link has its own.
     pub(crate) rng: fastrand::Rng,
     users: fastrand::Rng,
     now_ms: u64,
     span: u64,
     due: BTreeMap<(u64, u64), Due>,
     pub(crate) sequence: u64,
-    controller: Option<Controller>,
-    /// The controller's machine's.
-    clocks: Clocks,
+    seats: [Seat; 2],
+    /// The seat whose controller leads, as the store has it.
+    leader: Option<usize>,
     store: BTreeMap<String, Vec<u8>>,
     term: u64,
     pub(crate) nodes: Vec<Node>,
@@ -101,8 +112,8 @@ impl World {
             span: plan.span,
             due: BTreeMap::new(),
             sequence: 0,
-            controller: None,
-            clocks: Clocks::default(),
+            seats: Seat::both(),
+            leader: None,
             store: BTreeMap::new(),
             term: 0,
             links: nodes.iter().map(|_| Link::new(&mut rng)).collect(),
@@ -149,10 +160,6 @@ impl World {
         self.due.insert((ms.max(self.now_ms), self.sequence), due);
     }
 
-    fn now(&self) -> Now {
-        Now { wall: self.clocks.wall(self.now_ms), boot: self.clocks.boot(self.now_ms) }
-    }
-
     fn agent_now(&self, node: usize) -> AgentNow {
         self.nodes[node].now(self.now_ms)
     }
@@ -188,11 +195,17 @@ impl World {
     /// The next thing that is due, anywhere.
     fn advance(&mut self) -> Result<(), String> {
         let message = self.due.keys().next().map(|(ms, _)| *ms);
-        let controller =
-            self.controller.as_ref().and_then(Controller::next_wake).map(|at| self.clocks.comes(at));
+        let seats = self.seats.each_ref().map(Seat::next_wake);
         let nodes: Vec<Option<u64>> = self.nodes.iter().map(Node::next_wake).collect();
         let calm = Some(self.span).filter(|_| !self.calm);
-        let next = nodes.iter().flatten().copied().chain(message).chain(controller).chain(calm).min();
+        let next = nodes
+            .iter()
+            .flatten()
+            .copied()
+            .chain(message)
+            .chain(seats.into_iter().flatten())
+            .chain(calm)
+            .min();
         let Some(next) = next else { return Err("nothing will ever happen again".into()) };
         // A wake that lies in the past is due now; time moves at least a millisecond, so that nothing spins.
         self.now_ms = if Some(next) == message { next.max(self.now_ms) } else { next.max(self.now_ms + 1) };
@@ -204,8 +217,10 @@ impl World {
                 self.perform(node, out);
             }
         }
-        if controller.is_some_and(|wake| wake <= self.now_ms) {
-            self.ask_controller(ControllerEvent::Tick)?;
+        for (seat, wake) in seats.into_iter().enumerate() {
+            if wake.is_some_and(|wake| wake <= self.now_ms) {
+                self.ask(seat, ControllerEvent::Tick)?;
+            }
         }
         while let Some(entry) = self.due.first_entry() {
             if entry.key().0 > self.now_ms {
@@ -220,7 +235,10 @@ impl World {
     fn happen(&mut self, due: Due) -> Result<(), String> {
         match due {
             Due::ToController { topic, payload } => {
-                self.ask_controller(ControllerEvent::Message { topic, payload, by: None })?;
+                for seat in self.heard_by(&topic) {
+                    let (topic, payload) = (topic.clone(), payload.clone());
+                    self.ask(seat, ControllerEvent::Message { topic, payload, by: None })?;
+                }
             }
             Due::ToNode { node, .. } | Due::Local { node, .. } if self.nodes[node].is_paused() => {
                 self.links[node].asleep.push(due);
@@ -243,8 +261,12 @@ impl World {
             Due::Submit(n) => self.submit(n),
             Due::Resubmit(n) => self.resubmit(n),
             Due::Priced(quote) => {
-                self.ask_controller(ControllerEvent::Priced(Box::new(quote.prices())))?;
+                for seat in 0..self.seats.len() {
+                    self.ask(seat, ControllerEvent::Priced(Box::new(quote.prices())))?;
+                }
             }
+            Due::Deposed { seat, term } => self.deposed(seat, term),
+            Due::GiveUp { seat, term } => self.give_up(seat, term),
             Due::Wish(wish) => {
                 self.note(|| format!("{wish:?}"));
                 self.wish(&wish);
@@ -286,26 +308,10 @@ impl World {
         self.at(self.now_ms, Due::Submit(n));
     }
 
-    fn ask_controller(&mut self, event: ControllerEvent) -> Result<(), String> {
-        let now = self.now();
-        let Some(controller) = &mut self.controller else { return Ok(()) };
-        let Step { writes, mut effects } = controller.step(now, event);
-        let dies = self.controller_dies_after.filter(|_| !effects.is_empty() && !writes.is_empty());
-        if kept(Rule::StoreFirst) || dies.is_none() {
-            for write in writes {
-                match write.value {
-                    Some(value) => self.store.insert(write.key, value),
-                    None => self.store.remove(&write.key),
-                };
-            }
-        }
-        if let Some(done) = dies {
-            effects.truncate(done);
-            (self.controller, self.controller_dies_after) = (None, None);
-        }
+    fn release(&mut self, seat: usize, effects: Vec<Effect>) -> Result<(), String> {
         for effect in effects {
             match effect {
-                Effect::Publish { topic, payload, .. } => self.published(topic, payload)?,
+                Effect::Publish { topic, payload, .. } => self.published(seat, topic, payload)?,
                 Effect::Price(quote) => {
                     let at = self.now_ms + network::delay(&mut self.rng, self.calm);
                     self.at(at, Due::Priced(quote));

@@ -34,6 +34,9 @@ const RULES: [(Rule, u64); Rule::ALL.len()] = [
     (Rule::EventsOnce, 1),
     (Rule::CommandsOnce, 1),
     (Rule::EventsNameLedgers, 11),
+    (Rule::LeadersLease, 77),
+    (Rule::WritesNameLeader, 26),
+    (Rule::NewLeaderWaits, 629),
 ];
 const SEEDS_MAX: u64 = 1_000;
 

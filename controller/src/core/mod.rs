@@ -11,6 +11,7 @@ mod expiry;
 mod faults;
 mod fit;
 mod inventory;
+pub mod lead;
 mod lifecycle;
 pub mod members;
 mod moves;

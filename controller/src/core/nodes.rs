@@ -31,13 +31,14 @@ const STATE_PAUSE: Millis = Millis(30_000);
 /// A node of which the store knows and this controller has heard nothing yet. It may hold a grant of the controller's
 /// last run, so grants count from now.
 pub(super) fn forgotten_node(record: NodeRecord, now: Now) -> Node {
+    let granted = if kept(Rule::NewLeaderWaits) { now.boot } else { BootMs::ZERO };
     Node {
         record,
         outbox: None,
         liveness: Liveness::Silent,
         session: None,
         heard: now.boot,
-        granted: now.boot,
+        granted,
         last_heartbeat_at: None,
         usage: None,
         pods: BTreeMap::new(),

@@ -2,10 +2,9 @@
 
 use berth_agent::core::departure::Leaves;
 use berth_agent::core::{Event as AgentEvent, Now as AgentNow};
-use berth_controller::core::{Config, Controller, Event as ControllerEvent};
-use berth_protocol::ids::{StoreId, Term};
 use berth_protocol::units::Millis;
 
+use super::leaders::Within;
 use super::network::Link;
 use super::{Due, World};
 
@@ -79,6 +78,20 @@ pub(crate) enum Fault {
     ControllerCrashWithin {
         done: usize,
     },
+    /// The leader does not reach the store any more; it does again.
+    LeaderCut,
+    LeaderReaches,
+    /// SIGSTOP, at once or in the middle of its next step that says something: before that is written, or behind it.
+    LeaderStop(Option<Within>),
+    LeaderGoOn,
+    /// Another takes the lead, as soon as that is free.
+    StandBy,
+    /// The node's half of the broker is the leader's, or the next one's, and no other controller's; then it is whole.
+    Apart {
+        node: usize,
+        next: bool,
+    },
+    Together(usize),
 }
 
 impl Fault {
@@ -322,7 +335,7 @@ impl World {
             }
             Fault::WallJump { node, ms } => match node {
                 Some(n) => self.nodes[n].clocks.ahead += ms,
-                None => self.clocks.ahead += ms,
+                None => self.seats.iter_mut().for_each(|seat| seat.clocks.ahead += ms),
             },
             Fault::Jam { node, mute } => {
                 self.links[node].jam.get_or_insert_with(|| Jam { mute, waiting: Vec::new() });
@@ -334,9 +347,17 @@ impl World {
                     self.at(at, Due::ToNode { node, session: None, event });
                 }
             }
-            Fault::ControllerCrash => self.controller = None,
+            Fault::ControllerCrash => self.end_all(),
             Fault::ControllerCrashWithin { done } => self.controller_dies_after = Some(done),
-            Fault::ControllerStart => self.start_controller()?,
+            Fault::ControllerStart | Fault::StandBy => self.stand_by()?,
+            Fault::LeaderCut => self.cut_leader(),
+            Fault::LeaderReaches => self.leaders_reach()?,
+            Fault::LeaderStop(within) => self.stop_leader(within),
+            Fault::LeaderGoOn => self.leaders_go_on()?,
+            Fault::Apart { node, next } => {
+                self.links[node].side = self.leader.map(|leader| if next { 1 - leader } else { leader });
+            }
+            Fault::Together(n) => self.links[n].side = None,
         }
         Ok(())
     }
@@ -369,40 +390,13 @@ impl World {
         }
     }
 
-    fn start_controller(&mut self) -> Result<(), String> {
-        if self.controller.is_some() {
-            return Ok(());
-        }
-        self.controller_dies_after = None;
-        // It has not seen their clocks before.
-        self.nodes.iter_mut().for_each(|node| node.clock_broke = None);
-        self.links.iter_mut().for_each(|link| link.answered = None);
-        self.term += 1;
-        let config = Config {
-            cluster: self.cluster.clone(),
-            store: StoreId::parse("sim-store").expect("a token"),
-            term: Term(self.term),
-            depot_url: "http://127.0.0.1:1".into(),
-            namespaces: std::collections::BTreeMap::new(),
-            moves_max: 8,
-            secret: [7; 32],
-            ca: None,
-            seed: self.rng.u64(..),
-        };
-        let entries: Vec<_> =
-            self.store.iter().map(|(key, value)| (key.clone(), Some(value.clone()))).collect();
-        let controller =
-            Controller::load(config, entries, self.now()).map_err(|error| format!("cannot load: {error}"))?;
-        self.controller = Some(controller);
-        self.ask_controller(ControllerEvent::BusUp)
-    }
-
     /// The faults are over: all that can be repaired is.
     pub(super) fn calm(&mut self) -> Result<(), String> {
         self.calm = true;
         self.note(|| "the faults are over".into());
         // What was to die in the middle of its next step and has had none lives on.
         self.controller_dies_after = None;
+        self.one_leads()?;
         for n in 0..self.nodes.len() {
             self.fault(Fault::CopyOff(n))?;
             self.nodes[n].live_on();
@@ -410,6 +404,7 @@ impl World {
             self.fault(Fault::Heal(n))?;
             self.fault(Fault::Flow(n))?;
             self.fault(Fault::Unmute(n))?;
+            self.fault(Fault::Together(n))?;
             self.fault(Fault::AgentGoOn { node: n, clock_first: true })?;
             self.fault(Fault::ShimsGoOn(n))?;
             if self.nodes[n].clocks.lag > 0 {
@@ -418,6 +413,6 @@ impl World {
             }
             self.start_agent(n);
         }
-        self.start_controller()
+        Ok(())
     }
 }

@@ -24,6 +24,8 @@ pub(super) struct Link {
     /// Does not return.
     pub burnt: bool,
     pub noticed: bool,
+    /// On this controller's half of the broker: no other one hears it, or is heard.
+    pub side: Option<usize>,
     /// What the network holds back, while it does.
     pub jam: Option<Jam>,
     /// Of the bus.
@@ -44,6 +46,7 @@ impl Link {
             deaf: false,
             burnt: false,
             noticed: false,
+            side: None,
             jam: None,
             session: 0,
             answered: None,
@@ -119,14 +122,16 @@ impl World {
         }
     }
 
-    pub(super) fn published(&mut self, topic: Topic, payload: Vec<u8>) -> Result<(), String> {
+    pub(super) fn published(&mut self, seat: usize, topic: Topic, payload: Vec<u8>) -> Result<(), String> {
         match &topic {
             Topic::Node { node, kind } => {
                 self.note(|| {
                     format!("<- {topic} {}", String::from_utf8_lossy(&payload[..payload.len().min(1_200)]))
                 });
-                let here: Vec<usize> = (0..self.nodes.len()).filter(|n| self.nodes[*n].id == *node).collect();
-                for n in here {
+                let here = |n: &usize| {
+                    self.nodes[*n].id == *node && self.links[*n].side.is_none_or(|side| side == seat)
+                };
+                for n in (0..self.nodes.len()).filter(here).collect::<Vec<_>>() {
                     self.publish_to(n, *kind, &topic, &payload)?;
                 }
             }

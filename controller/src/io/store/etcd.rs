@@ -6,11 +6,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use berth_protocol::ids::{ClusterName, Term};
-use berth_protocol::units::{BootMs, Millis};
 use etcd_client::{
     Client, Compare, CompareOp, ConnectOptions, DeleteOptions, Error, GetOptions, KeyValue, PutOptions, Txn,
     TxnOp,
@@ -23,22 +21,19 @@ use tokio::time::Instant;
 use super::journal::{self, chunks};
 use super::seal::{seal, unseal};
 use super::{Contents, Entries, Identity, Op, StoreError, may_replace};
+use crate::core::lead::{self, Tenure};
 use crate::io::clock;
 
-/// A leader of which etcd has heard nothing for so long leads no more.
-const LEASE_S: i64 = 3;
-/// Its renewals.
-const RENEW: Duration = Duration::from_secs(1);
-/// After the send of a renewal nobody else leads for so long: what is left of the lease is margin.
-const LEADS_FOR: Millis = Millis(2_000);
+const LEASE_S: i64 = (lead::LEASE.0 / 1_000) as i64;
+const RENEW: Duration = Duration::from_millis(lead::RENEW.0);
 /// How often a controller that stands by looks for the leader's key. A watch could stall unseen with its member.
 const STANDBY_LOOK: Duration = Duration::from_millis(500);
 /// One answer of a member.
 const REQUEST: Duration = Duration::from_millis(1_500);
 const CONNECT: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_millis(100);
-/// Members elect a leader of their own within that; longer, and the controller ends, to be started again.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// Members elect a leader of their own within that.
+const PATIENCE: Duration = Duration::from_millis(lead::PATIENCE.0);
 /// Within etcd's default bounds for one transaction: 128 operations, 1.5 MiB.
 const OPS_PER_TXN_MAX: usize = 120;
 const BYTES_PER_TXN_MAX: usize = 1 << 20;
@@ -75,8 +70,8 @@ struct Lead {
     lease: i64,
     /// The revision that made the leader's key.
     created: i64,
-    until: Arc<AtomicU64>,
-    over: watch::Receiver<bool>,
+    /// Closed once nothing renews the lease.
+    tenure: watch::Receiver<Tenure>,
     keeper: JoinHandle<()>,
 }
 
@@ -162,14 +157,19 @@ impl Etcd {
         Ok(self.lead.insert(lead).term)
     }
 
-    pub fn leads_until(&self) -> BootMs {
-        BootMs(self.lead.as_ref().map_or(0, |lead| lead.until.load(Ordering::Relaxed)))
+    pub async fn leads(&self) -> Result<(), StoreError> {
+        let Some(lead) = &self.lead else { return Ok(()) };
+        let mut tenure = lead.tenure.clone();
+        let holds = tenure.wait_for(|tenure| tenure.holds(clock::boottime()));
+        match tokio::time::timeout(PATIENCE, holds).await {
+            Ok(held) => held.map(drop).map_err(|_| StoreError::Deposed(lead.term)),
+            Err(_) => Err(StoreError::Unrenewed(PATIENCE)),
+        }
     }
 
     pub async fn deposed(&self) -> StoreError {
         let Some(lead) = &self.lead else { return std::future::pending().await };
-        // Closed: the keeper has ended, and nothing renews the lease.
-        let _ = lead.over.clone().wait_for(|over| *over).await;
+        let _ = lead.tenure.clone().wait_for(|_| false).await;
         StoreError::Deposed(lead.term)
     }
 
@@ -391,14 +391,13 @@ impl Members {
                 }
             },
         };
-        let until = Arc::new(AtomicU64::new(sent.plus(LEADS_FOR).0));
-        let (tell, over) = watch::channel(false);
-        let keeper = tokio::spawn(self.clone().keep(lease, until.clone(), tell));
-        Ok(Some(Lead { term, lease, created, until, over, keeper }))
+        let (tell, tenure) = watch::channel(Tenure::renewed(sent));
+        let keeper = tokio::spawn(self.clone().keep(lease, tell));
+        Ok(Some(Lead { term, lease, created, tenure, keeper }))
     }
 
     /// Renews the lease until it is gone, and forgets what etcd keeps of the past.
-    async fn keep(mut self, lease: i64, until: Arc<AtomicU64>, over: watch::Sender<bool>) {
+    async fn keep(mut self, lease: i64, tenure: watch::Sender<Tenure>) {
         let mut past: Option<i64> = None;
         let mut compacted = Instant::now();
         loop {
@@ -408,15 +407,13 @@ impl Members {
             if !renewed.is_ok_and(|renewed| renewed.is_ok()) {
                 let left = self.client.lease_time_to_live(lease, None).await;
                 if left.is_ok_and(|left| left.ttl() <= 0) {
-                    // Nobody listens any more where the send fails.
-                    let _ = over.send(true);
                     return;
                 }
                 // At once: another member may answer, and a dead one is asked as often as the others.
                 tokio::time::sleep(RETRY).await;
                 continue;
             }
-            until.store(sent.plus(LEADS_FOR).0, Ordering::Relaxed);
+            tenure.send_replace(Tenure::renewed(sent));
             if compacted.elapsed() > COMPACT {
                 compacted = Instant::now();
                 if let Some(revision) = past.take() {

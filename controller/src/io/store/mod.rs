@@ -11,9 +11,9 @@ mod sqlite;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use berth_protocol::ids::{ClusterName, StoreId, Term};
-use berth_protocol::units::BootMs;
 use serde::{Deserialize, Serialize};
 
 pub use self::etcd::Etcd;
@@ -96,6 +96,8 @@ pub enum StoreError {
     Used { place: String },
     #[error("this controller's term {0} is over: another controller leads")]
     Deposed(Term),
+    #[error("etcd has not renewed this controller's lead for {0:?}: another may lead")]
+    Unrenewed(Duration),
     #[error("{0} transactions wait for the store already")]
     Busy(usize),
     #[error("the store's writer has ended")]
@@ -233,12 +235,12 @@ impl Store {
         }
     }
 
-    /// Until when, on CLOCK_BOOTTIME, no other controller can have taken the lead. It grows as long as the lead lasts.
-    pub fn leads_until(&self) -> BootMs {
+    /// Waits until no other controller can have taken the lead by now, where one can.
+    pub async fn leads(&self) -> Result<(), StoreError> {
         match self {
             // The lock on its directory keeps others out.
-            Self::Embedded(_) => BootMs(u64::MAX),
-            Self::Etcd(store, _) => store.leads_until(),
+            Self::Embedded(_) => Ok(()),
+            Self::Etcd(store, _) => store.leads().await,
         }
     }
 
