@@ -4,7 +4,6 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use berth_protocol::checkpoint::CheckpointInfo;
@@ -108,12 +107,7 @@ fn unsynced(order: &Store) -> impl FnOnce(io::Error) -> TransferError {
 
 /// All that was written to the file system of `dir` is on disk when this returns.
 fn sync(dir: &Path) -> io::Result<()> {
-    let dir = File::open(dir)?;
-    // SAFETY: the descriptor is open.
-    match unsafe { libc::syncfs(dir.as_raw_fd()) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    Ok(nix::unistd::syncfs(File::open(dir)?)?)
 }
 
 /// What was said of the checkpoint when it was sealed: what it needs is of the machine as it was then.
