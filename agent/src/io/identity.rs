@@ -70,6 +70,8 @@ pub fn key(data_dir: &Path) -> Result<Key, IdentityError> {
     let dir = data_dir.join(DIR);
     let path = dir.join(KEY);
     let failed = |source| IdentityError::File { path: path.clone(), source };
+    // What is above the data directory is for everybody to pass through: a controller may be there.
+    data_dir.parent().map_or(Ok(()), fs::create_dir_all).map_err(failed)?;
     fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(failed)?;
     let seed: [u8; SEED_BYTES] = match read(&path)? {
         Some(bytes) => bytes.try_into().map_err(|_| IdentityError::Damaged { path })?,
@@ -185,8 +187,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let first = key(dir.path()).unwrap().public();
         assert_eq!(key(dir.path()).unwrap().public(), first);
-        let mode = fs::metadata(dir.path().join(DIR)).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o700);
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&dir.path().join(DIR)), 0o700);
+        let deep = dir.path().join("lib/berth/agent");
+        key(&deep).unwrap();
+        assert_eq!((mode(&deep), mode(deep.parent().unwrap()) & 0o055), (0o700, 0o055));
         fs::write(dir.path().join(DIR).join(KEY), "torn").unwrap();
         assert!(matches!(key(dir.path()), Err(IdentityError::Damaged { .. })));
     }

@@ -43,6 +43,7 @@ impl Identity {
     pub fn save(&self, seed: &[u8; SEED_BYTES]) -> anyhow::Result<()> {
         let dir = &self.dir;
         let failed = || format!("cannot write {}", dir.display());
+        dir.parent().map_or(Ok(()), fs::create_dir_all).with_context(failed)?;
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).with_context(failed)?;
         write(&dir.join(KEY), seed).with_context(failed)?;
         self.save_membership()

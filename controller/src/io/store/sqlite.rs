@@ -201,8 +201,10 @@ pub fn structure(path: &Path) -> Result<Vec<String>, StoreError> {
 
 /// Locks the data directory, which is made where missing.
 pub fn lock(dir: &Path) -> Result<File, StoreError> {
-    // The store holds the depot's secret, and both hold what jobs were told and said.
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|source| unusable(dir, source))?;
+    // The store holds the keys, and both hold what jobs were told and said. What is above is for everybody to pass through.
+    let above = dir.parent().map_or(Ok(()), std::fs::create_dir_all);
+    let made = above.and_then(|()| DirBuilder::new().recursive(true).mode(0o700).create(dir));
+    made.map_err(|source| unusable(dir, source))?;
     let lock = File::create(dir.join(LOCK)).map_err(|source| unusable(dir, source))?;
     lock.try_lock().map_err(|error| match error {
         TryLockError::WouldBlock => StoreError::Locked { dir: dir.to_owned() },
