@@ -443,9 +443,11 @@ impl Agency {
     /// Every pod that the machine holds, whatever the ledger says; its run is the ledger's, where that knows one.
     fn scan(&self) -> Result<Vec<HeldPod>, CgroupError> {
         let found = shim::scan(&self.cgroup_parent())?;
+        let now = clock::now();
         let held = |(pod, epoch)| {
-            let run = self.core.ledger().pods.get(&PodKey::new(&pod, epoch)).map(|entry| entry.run);
-            HeldPod { pod, epoch, run: run.unwrap_or_default(), alive: true }
+            let key = PodKey::new(&pod, epoch);
+            let run = self.core.ledger().pods.get(&key).map(|entry| entry.run).unwrap_or_default();
+            HeldPod { pod, epoch, run, alive: true, granted: self.core.is_granted(now, &key) }
         };
         Ok(found.into_iter().map(held).collect())
     }

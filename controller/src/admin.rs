@@ -12,9 +12,6 @@ use crate::init::{Init, InitError};
 use crate::io::clock;
 use crate::io::store::{self, Contents, Op, Store, StoreChoice, StoreError};
 
-/// A restored store's term rises by that: no controller since the backup has come so far.
-const RESTORED_TERMS: u64 = 1_000;
-
 #[derive(Debug, Subcommand)]
 pub enum Admin {
     /// Set up a cluster whose members have certificates: keys, configuration, the first admin
@@ -215,7 +212,7 @@ fn restore(dir: &Path, file: &Path) -> Result<(String, bool), AdminError> {
         StoreError::Missing { path } => AdminError::NotThere(path),
         other => other.into(),
     })?;
-    contents.term = Term(contents.term.0 + RESTORED_TERMS);
+    contents.term = Term(contents.term.0 + restored::TERMS);
     let (key, value) = restored::entry(&contents.entries, clock::now())?;
     contents.entries.retain(|(known, _)| *known != key);
     contents.entries.push((key, Some(value)));

@@ -140,7 +140,7 @@ impl Daemon {
         report(controller.set_aside());
         if let Some(wait) = controller.holds_for(clock::now()) {
             tracing::warn!(
-                "the store was restored: nothing is placed for {wait}, while pods that it knows nothing of may run"
+                "the store was restored: nothing is placed for {wait}, no pod before those of its job that it knows nothing of have stopped"
             );
         }
         let (broker, bus) = connect(&config, &store, &refusals, gate, own)?;

@@ -65,10 +65,20 @@ pub enum Rule {
     /// A new leader waits out what may have been granted before it. Else: a node that it does not hear still runs what it
     /// replaces.
     NewLeaderWaits,
+    /// A restored store's epochs begin above all that may have been given. Else: one is given twice.
+    RestoredEpochsRise,
+    /// It places nothing while what it knows nothing of may run. Else: that runs beside what is placed.
+    RestoredWaits,
+    /// A spec is taken for what its digest names if its bytes are that. Else: what a line has changed runs.
+    SpecsNameDigests,
+    /// A record of the ledger is read if it is what was written. Else: what a power cut leaves of the last one counts.
+    LedgerSums,
+    /// A checkpoint is in the depot before it is told. Else: a pod is to go on from one that is nowhere.
+    CheckpointFirst,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 27] = [
+    pub const ALL: [Rule; 32] = [
         Rule::GrantsNameEpochs,
         Rule::GrantsCountFromSend,
         Rule::StartNeedsGrant,
@@ -96,6 +106,11 @@ impl Rule {
         Rule::LeadersLease,
         Rule::WritesNameLeader,
         Rule::NewLeaderWaits,
+        Rule::RestoredEpochsRise,
+        Rule::RestoredWaits,
+        Rule::SpecsNameDigests,
+        Rule::LedgerSums,
+        Rule::CheckpointFirst,
     ];
 
     /// By its name as `Debug` writes it.

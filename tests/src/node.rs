@@ -4,11 +4,12 @@ mod perform;
 mod shim;
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use berth_agent::core::ledger::{Ledger, PodKey, Record};
 use berth_agent::core::{Action, Agent, Event, Identity, NoExit, Now};
+use berth_agent::io::journal;
 use berth_agent::task::{Exit, Report};
 use berth_protocol::ids::{
     BootId, Digest, Generation, HardwareId, JobUid, LedgerId, NodeId, Run, SessionNonce, Term,
@@ -35,6 +36,16 @@ fn odds(what: &str) -> u8 {
 
 fn fails(what: &str, one_in: u8) -> bool {
     odds(what).is_multiple_of(one_in)
+}
+
+/// Of some number in the text another.
+pub(crate) fn change_digit(text: &mut [u8], seed: u64) {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    // Not of the sum in front.
+    let digits: Vec<usize> = (9..text.len()).filter(|at| text[*at].is_ascii_digit()).collect();
+    if let Some(at) = rng.choice(digits) {
+        text[at] = b'0' + (text[at] - b'0' + rng.u8(1..10)) % 10;
+    }
 }
 
 /// A machine's clocks.
@@ -296,13 +307,25 @@ impl Node {
     /// The machine loses power: processes end; of what was not synced so many records are on disk.
     pub fn power_cut(&mut self, synced: usize) {
         self.crash();
-        self.unsynced.truncate(synced);
+        let torn = self.unsynced.drain(synced.min(self.unsynced.len())..).next();
         self.sync();
+        self.tear(torn);
         self.shims.clear();
         self.orphans.clear();
         self.excused.clear();
         (self.paused_at, self.resumed_at, self.granted_at, self.clock_broke) = (None, None, None, None);
         self.boot += 1;
+    }
+
+    /// The first record of those that are not on disk left a line that is not what was written.
+    fn tear(&mut self, torn: Option<Record>) {
+        let mut line = Vec::new();
+        if torn.is_some_and(|record| journal::line(&record, &mut line).is_ok()) {
+            change_digit(&mut line, self.boot);
+            if let Some(record) = journal::parse(&line) {
+                self.ledger.apply(&record);
+            }
+        }
     }
 
     fn sync(&mut self) {
@@ -428,9 +451,10 @@ impl Node {
         all.filter(|(_, shim)| shim.state == ShimState::Running)
     }
 
-    /// Asked for by the pods that execute, beyond what the machine has.
-    pub fn overload(&self) -> Option<MilliCpu> {
-        let asked = self.computing().map(|(_, shim)| shim.template.resources().cpu.0).sum();
+    /// Asked for by the pods that execute, beyond what the machine has, without those of jobs that nobody knows.
+    pub fn overload(&self, unknown: &BTreeSet<JobUid>) -> Option<MilliCpu> {
+        let known = self.computing().filter(|(key, _)| !unknown.contains(&key.pod.uid));
+        let asked = known.map(|(_, shim)| shim.template.resources().cpu.0).sum();
         (asked > self.cpu.0).then_some(MilliCpu(asked))
     }
 
@@ -456,6 +480,7 @@ impl Node {
             epoch: key.epoch,
             run: shim.run,
             alive: true,
+            granted: false,
         };
         self.shims.iter().map(held).collect()
     }

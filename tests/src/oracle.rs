@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use berth_agent::core::ledger::PodKey;
-use berth_protocol::ids::{Epoch, Generation, PodId, Term};
+use berth_protocol::ids::{Epoch, Generation, JobUid, NodeId, PodId, Term};
 use berth_protocol::message::user::JobStatus;
 
 use crate::node::Node;
@@ -12,18 +12,23 @@ use crate::plan::Expect;
 /// What the oracle remembers of a history.
 #[derive(Default)]
 pub struct Oracle {
-    epochs: BTreeMap<PodId, Epoch>,
+    /// The newest that has executed, and where.
+    epochs: BTreeMap<PodId, (Epoch, NodeId)>,
     accepted: BTreeSet<String>,
     statuses: BTreeMap<String, JobStatus>,
     /// By machine.
     orders: BTreeMap<usize, (u64, Term, Generation)>,
     /// What was asked of each job that makes a new generation of it.
     changes: BTreeMap<String, BTreeSet<String>>,
+    /// Jobs that the controller has forgotten: what they take of a node it cannot know.
+    lost: BTreeSet<JobUid>,
+    /// What it placed before it forgot them may begin where it was placed, though it has gone on elsewhere since.
+    epochs_from: Epoch,
 }
 
 impl Oracle {
-    /// A pod executes in one place at most, and never in an epoch older than one that has executed; what executes on a
-    /// node fits it.
+    /// A pod executes in one place at most, an epoch of it on one node alone, and never one older than one that has executed;
+    /// what executes on a node fits it.
     pub fn check(&mut self, nodes: &[Node], now_ms: u64) -> Result<(), String> {
         let mut where_now: BTreeMap<&PodId, (&Node, &PodKey)> = BTreeMap::new();
         for (n, node) in nodes.iter().enumerate() {
@@ -42,7 +47,7 @@ impl Oracle {
                     node.id
                 ));
             }
-            if let Some(asked) = node.overload() {
+            if let Some(asked) = node.overload(&self.lost) {
                 return Err(format!("{} executes pods that ask for {} mCPU", node.id, asked.0));
             }
             let mut alive: BTreeSet<&PodId> = BTreeSet::new();
@@ -60,11 +65,20 @@ impl Oracle {
                         ));
                     }
                 }
-                let newest = self.epochs.entry(key.pod.clone()).or_insert(key.epoch);
-                if key.epoch < *newest && !excused(node, key) {
+                let first = || (key.epoch, node.id.clone());
+                let (newest, on) = self.epochs.entry(key.pod.clone()).or_insert_with(first);
+                if key.epoch == *newest && node.id != *on {
+                    return Err(format!(
+                        "epoch {newest} of pod {} was given to {on} and {}",
+                        key.pod, node.id
+                    ));
+                }
+                if key.epoch < *newest && *newest >= self.epochs_from && !excused(node, key) {
                     return Err(format!("pod {} went back from epoch {newest} to {}", key.pod, key.epoch));
                 }
-                *newest = key.epoch.max(*newest);
+                if key.epoch > *newest {
+                    (*newest, *on) = first();
+                }
             }
         }
         Ok(())
@@ -73,6 +87,15 @@ impl Oracle {
     /// Somebody asked for what makes a new generation of the job; asked again, it is the same.
     pub fn changed(&mut self, job: &str, what: String) {
         self.changes.entry(job.to_owned()).or_default().insert(what);
+    }
+
+    /// The controller knows less than it has told, nothing of jobs that are lost, and others as they were before they were
+    /// submitted `again`.
+    pub fn rolled_back(&mut self, epochs_from: Epoch, lost: impl Iterator<Item = JobUid>, again: &[&str]) {
+        self.epochs_from = epochs_from;
+        self.lost.extend(lost);
+        self.accepted.retain(|job| !again.contains(&job.as_str()));
+        self.statuses.clear();
     }
 
     pub fn accepted(&mut self, job: &str) {

@@ -90,6 +90,9 @@ impl Plan {
         for _ in 0..rng.usize(0..6).saturating_sub(3) {
             plan.items.push(Item::Mishap(crate::world::deposition(&mut rng, count, span)));
         }
+        if rng.u8(0..4) == 0 {
+            plan.items.push(Item::Mishap(crate::world::rollback(&mut rng, count, span)));
+        }
         plan
     }
 

@@ -3,6 +3,7 @@
 mod faults;
 mod leaders;
 mod network;
+mod rollback;
 
 use std::collections::BTreeMap;
 
@@ -15,6 +16,8 @@ pub(crate) use self::faults::{Fault, mishap};
 use self::leaders::Seat;
 pub(crate) use self::leaders::deposition;
 use self::network::Link;
+use self::rollback::Backup;
+pub(crate) use self::rollback::rollback;
 use crate::node::{Depot, Node};
 use crate::oracle::Oracle;
 use crate::plan::{Expect, Item, Job, Plan};
@@ -74,6 +77,7 @@ pub struct World {
     leader: Option<usize>,
     store: BTreeMap<String, Vec<u8>>,
     term: u64,
+    backup: Option<Backup>,
     pub(crate) nodes: Vec<Node>,
     links: Vec<Link>,
     depot: Depot,
@@ -116,6 +120,7 @@ impl World {
             leader: None,
             store: BTreeMap::new(),
             term: 0,
+            backup: None,
             links: nodes.iter().map(|_| Link::new(&mut rng)).collect(),
             controller_dies_after: None,
             depot,
@@ -330,6 +335,9 @@ impl World {
             // A copy of a machine hears orders that are not meant for it, begun long since by the machine itself.
             let copy = self.nodes[..n].iter().any(|other| other.id == self.nodes[n].id);
             for (key, from) in std::mem::take(&mut self.nodes[n].lacking).into_iter().filter(|_| !copy) {
+                if self.backup.as_ref().is_some_and(|backup| backup.lacks.contains(&from)) {
+                    continue;
+                }
                 let record = self.store.get(&format!("pod/{}/{}", key.pod.uid, key.pod.index));
                 let record = record.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(bytes).ok());
                 let Some(record) = record.filter(|record| record["epoch"] == key.epoch.0) else { continue };

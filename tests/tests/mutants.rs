@@ -1,5 +1,15 @@
 //! Each fencing rule is needed: without it a history goes wrong, and the simulator sees it.
 //!
+//! What is read is compared with what was written. Each of these comparisons is missed where it is switched off:
+//!
+//! | of | by |
+//! |---|---|
+//! | specs on the wire, the agent's ledger, checkpoints told of | the mutants below |
+//! | the store's records | `controller/io/store/seal`; what becomes of a damaged one: `controller/core/tests/damage` |
+//! | chunks and manifests | `agent/io/checkpoint/chunks`, `controller/io/depot/packs`, `protocol/manifest` |
+//! | blobs | `agent/io/depot`, `controller/tests/http` |
+//! | images | `agent/tests/image` |
+//!
 //! Debug assertions alone can break a rule, so that this is a test of debug builds.
 #![cfg(debug_assertions)]
 
@@ -37,6 +47,11 @@ const RULES: [(Rule, u64); Rule::ALL.len()] = [
     (Rule::LeadersLease, 77),
     (Rule::WritesNameLeader, 26),
     (Rule::NewLeaderWaits, 629),
+    (Rule::RestoredEpochsRise, 11),
+    (Rule::RestoredWaits, 31),
+    (Rule::SpecsNameDigests, 58),
+    (Rule::LedgerSums, 469),
+    (Rule::CheckpointFirst, 10),
 ];
 const SEEDS_MAX: u64 = 1_000;
 

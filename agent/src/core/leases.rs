@@ -39,6 +39,13 @@ impl Agent {
         (now.boot < deadline).then_some(Lease { deadline: Some(deadline) })
     }
 
+    /// May the pod run now, on the grants so far?
+    pub fn is_granted(&self, now: Now, key: &PodKey) -> bool {
+        let entry = self.ledger.pods.get(key);
+        let known = entry.and_then(|entry| Some((entry, self.template(entry)?)));
+        known.is_some_and(|(entry, template)| self.lease_of(now, key, entry, template).is_some())
+    }
+
     /// When a pod whose shim fails to fence it is ended by the agent.
     pub(super) fn lease_end(&self, key: &PodKey, entry: &PodEntry) -> Option<BootMs> {
         let template = self.template(entry)?;

@@ -368,7 +368,7 @@ impl Agent {
             Event::BusUp => {
                 self.bus_up = true;
                 self.sent_event = 0;
-                self.hello();
+                self.hello(now);
                 self.heartbeat(now);
             }
             Event::BusDown => self.bus_up = false,
@@ -470,13 +470,13 @@ impl Agent {
         }
         if self.next_heartbeat <= now.boot {
             if self.bus_up && self.grants.last_grant().is_none() {
-                self.hello();
+                self.hello(now);
             }
             self.heartbeat(now);
         }
     }
 
-    fn hello(&mut self) {
+    fn hello(&mut self, now: Now) {
         let Some(ledger) = self.ledger.id.clone() else { return };
         self.act(Action::Hello(Box::new(Hello {
             nonce: self.nonce.clone(),
@@ -490,7 +490,7 @@ impl Agent {
             generation: self.ledger.generation,
             events_acked: self.ledger.acked(),
             events_last: self.ledger.last_event,
-            pods: self.working(),
+            pods: self.working(now),
             inventory: self.inventory.clone(),
             chunks: self.chunks.clone(),
         })));
@@ -498,12 +498,13 @@ impl Agent {
 
     /// Pods whose end this agent will tell, whether or not a scan finds them: between two runs and before a restore they
     /// have no process.
-    fn working(&self) -> Vec<HeldPod> {
+    fn working(&self, now: Now) -> Vec<HeldPod> {
         let held = |(key, entry): (&PodKey, &ledger::PodEntry)| HeldPod {
             pod: key.pod.clone(),
             epoch: key.epoch,
             run: entry.run,
             alive: false,
+            granted: self.is_granted(now, key),
         };
         self.ledger.pods.iter().filter(|(_, entry)| entry.is_wanted()).map(held).collect()
     }
@@ -578,7 +579,7 @@ impl Agent {
         }
         if lease.hello {
             self.sent_event = 0;
-            self.hello();
+            self.hello(now);
         }
         if let Some(depot) = lease.depot.clone() {
             self.act(Action::Depot(depot));

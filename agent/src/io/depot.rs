@@ -196,3 +196,38 @@ async fn exchange(
         () = stalled => Err(DepotError::Stalled),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::TcpListener;
+
+    use berth_protocol::units::Timestamp;
+
+    use super::*;
+
+    /// A depot that has nothing but this.
+    fn depot(blob: &'static [u8]) -> DepotAccess {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let _ = stream.read(&mut [0; 4096]).unwrap();
+            write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", blob.len()).unwrap();
+            stream.write_all(blob).unwrap();
+        });
+        DepotAccess { url, token: "token".to_owned(), expires: Timestamp(0), tls: None, peer: None }
+    }
+
+    #[tokio::test]
+    async fn a_blob_is_left_only_if_it_is_what_its_digest_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let (digest, to) = (Digest::of(b"berth"), dir.path().join("blob"));
+        get_blob(&depot(b"berth"), &digest, &to).await.unwrap();
+        assert_eq!(std::fs::read(&to).unwrap(), b"berth");
+        // One bit is another.
+        let changed = get_blob(&depot(b"bdrth"), &digest, &to).await;
+        assert!(matches!(changed, Err(DepotError::Digest(named)) if named == digest), "{changed:?}");
+        assert!(!to.exists());
+    }
+}

@@ -28,7 +28,7 @@ pub(super) fn found_alive(config: &Config) -> Vec<HeldPod> {
         let key = PodKey::new(&pod, epoch);
         let task = std::fs::read(config.data_dir.join("pods").join(key.to_string()).join(file::TASK));
         match task.ok().and_then(|bytes| serde_json::from_slice::<Task>(&bytes).ok()) {
-            Some(task) => found.push(HeldPod { pod, epoch, run: task.run, alive: true }),
+            Some(task) => found.push(HeldPod { pod, epoch, run: task.run, alive: true, granted: false }),
             None => {
                 tracing::warn!("pod {key} is alive, and its directory is gone: ending it");
                 let group = Cgroup::new(&parent.join(shim::cgroup::pod_name(&pod, epoch)));

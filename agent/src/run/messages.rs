@@ -97,7 +97,7 @@ impl Agency {
 fn read_spec(topic: &Topic, payload: &[u8]) -> Result<Event, CodecError> {
     let message: SpecMessage = codec::decode(topic, payload)?;
     let malformed = |text: &str| CodecError::Malformed(serde::de::Error::custom(text));
-    if berth_protocol::ids::Digest::of(message.spec.get().as_bytes()) != message.digest {
+    if !message.is_whole() {
         return Err(malformed("the spec is not what its digest says"));
     }
     let template = serde_json::from_str(message.spec.get()).map_err(CodecError::Malformed)?;

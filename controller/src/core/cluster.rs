@@ -493,6 +493,8 @@ pub(super) struct Session {
     /// And not before, where the session does not follow the one that held them: what it says of its machine may not be
     /// true of theirs. None: never.
     pub absent_at: Option<BootMs>,
+    /// Placed here before the store was restored, and not running by a grant: they may have gone on elsewhere.
+    pub doubtful: BTreeSet<PodId>,
     /// Where it gives other nodes what it keeps of checkpoints.
     pub chunks: Option<ChunkServer>,
     /// Why grants are withheld, where they are.

@@ -59,7 +59,9 @@ impl Controller {
             if changed {
                 self.dirty.status.insert(uid.clone());
             }
-            if job.ready().next().is_some() {
+            if let Some(until) = self.hold.as_ref().and_then(|hold| hold.holds(job, now)) {
+                self.timers.arm(Timer::Job(uid.clone()), until);
+            } else if job.ready().next().is_some() {
                 self.scheduler.enqueue(now, uid, job);
             }
         }

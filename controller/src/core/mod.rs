@@ -50,6 +50,7 @@ use self::members::{MemberChange, STRANGER};
 pub use self::notes::Note;
 pub use self::records::SetAside;
 use self::relocations::Relocation;
+use self::restored::Hold;
 use self::schedule::Scheduler;
 pub use self::schedule::market::Quote;
 use self::schedule::prices::Prices;
@@ -200,8 +201,8 @@ pub struct Controller {
     republish: Option<JobUid>,
     /// Moves on their way, in the order of their plans.
     relocations: Vec<Relocation>,
-    /// Of a restored store: nothing is placed before.
-    settles_at: Option<BootMs>,
+    /// Of a restored store.
+    hold: Option<Hold>,
     set_aside: SetAside,
     dirty: Dirty,
 }
@@ -248,8 +249,8 @@ impl Controller {
         now: Now,
     ) -> Result<Self, LoadError> {
         let (cluster, set_aside) = records::load(entries, now)?;
-        let settles_at = cluster.restored.as_ref().and_then(|restored| restored.holds_until(now));
         let next_seq = cluster.jobs.values().map(|job| job.file.seq + 1).max().unwrap_or(0);
+        let hold = Hold::of(&cluster, next_seq, now);
         let mut controller = Self {
             random: config.seed,
             scheduler: Scheduler::new(config.namespaces.clone()),
@@ -263,7 +264,7 @@ impl Controller {
             other_versions: BTreeSet::new(),
             republish: None,
             relocations: Vec::new(),
-            settles_at,
+            hold,
             set_aside,
             dirty: Dirty::default(),
         };
@@ -328,6 +329,7 @@ impl Controller {
         }
         self.tend_staging(now);
         self.tend_relocations(now);
+        self.settle_restored(now);
         self.schedule(now);
         self.schedule_particular(now);
         self.look_at_prices(now);

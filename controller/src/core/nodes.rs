@@ -65,6 +65,7 @@ impl Controller {
         if let Some(why) = refused.or(foreign.then_some("other-store")) {
             return self.turn_away(now, id, &hello, why);
         }
+        let doubtful = self.doubtful(id, &hello);
         let inventory = self.believed(id, hello.inventory.clone());
         let record = NodeRecord {
             hardware: hello.hardware.clone(),
@@ -160,6 +161,7 @@ impl Controller {
             absent,
             absent_after: hello.events_last,
             absent_at,
+            doubtful,
             chunks: hello.chunks.filter(|server| server.url.len() <= URL_BYTES_MAX),
             withheld: None,
         });

@@ -116,11 +116,12 @@ pub(super) fn refusal(node: &Node, hello: &Hello, by: Option<PublicKey>, now: No
     if hello.session < node.record.session {
         return Some("stale-hello");
     }
-    // A controller that has just begun does not know whether the recorded session lives.
+    // A controller that has just begun does not know whether the recorded session lives. One that has been answered and says
+    // hello anew does.
     let live = match &node.session {
         Some(session) => {
             session.nonce == node.record.nonce
-                && session.seq > 0
+                && (session.seq > 0 || node.record.heard_us)
                 && now.boot.since(session.beat_at) < LOST_AFTER
         }
         None => now.boot.since(node.heard) < LOST_AFTER,

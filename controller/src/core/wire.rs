@@ -118,7 +118,10 @@ impl Controller {
     }
 
     fn desired_pods(&self, node: &Node) -> Vec<DesiredPod> {
-        let placed = node.pods.iter().filter_map(|(pod, epoch)| {
+        // What is about to count as gone would begin anew by what it was granted before, where a restored store has it.
+        let absent =
+            |pod: &PodId| node.session.as_ref().is_some_and(|session| session.absent.contains_key(pod));
+        let placed = node.pods.iter().filter(|(pod, _)| !absent(pod)).filter_map(|(pod, epoch)| {
             let assignment = self.cluster.jobs.get(&pod.uid)?.assignment(pod.index)?;
             Some(DesiredPod {
                 pod: pod.clone(),
@@ -177,15 +180,20 @@ impl Controller {
         if session.seq == 0 {
             return;
         }
-        let pods = &node.pods;
+        let (pods, jobs, hold) = (&node.pods, &self.cluster.jobs, self.hold.as_ref());
+        let holds = |pod: &PodId| hold.zip(jobs.get(&pod.uid)).and_then(|(hold, job)| hold.holds(job, now));
+        let doubtful: BTreeSet<&PodId> = session.doubtful.iter().filter(|pod| holds(pod).is_some()).collect();
         let all =
             *node.held.get_or_insert_with(|| held_digest(pods.iter().map(|(pod, epoch)| (pod, *epoch))));
         let covers = match session.withheld {
             Some(_) => Covers::Pairs(Vec::new()),
-            None if session.held == Some(all) && session.absent.is_empty() => Covers::All(all),
-            // What is about to count as gone must not start again meanwhile.
+            None if session.held == Some(all) && session.absent.is_empty() && doubtful.is_empty() => {
+                Covers::All(all)
+            }
+            // What is about to count as gone must not start again meanwhile, nor what may run elsewhere.
             None => {
-                let there = pods.iter().filter(|(pod, _)| !session.absent.contains_key(pod));
+                let lacking = |pod: &PodId| session.absent.contains_key(pod) || doubtful.contains(pod);
+                let there = pods.iter().filter(|(pod, _)| !lacking(pod));
                 Covers::Pairs(there.map(|(pod, epoch)| (pod.clone(), *epoch)).collect())
             }
         };

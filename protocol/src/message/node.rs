@@ -14,6 +14,7 @@ use crate::ids::{
 };
 use crate::pod::{Goal, Outcome};
 use crate::resources::{GpuShare, Inventory, Usage};
+use crate::rule::{Rule, kept};
 use crate::tls::Party;
 use crate::units::{BootMs, Bytes, Millis, Timestamp, is_zero};
 
@@ -65,6 +66,9 @@ pub struct HeldPod {
     pub run: Run,
     /// Processes of it may be alive, frozen ones too.
     pub alive: bool,
+    /// A grant lets it run as this is said.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub granted: bool,
 }
 
 /// `heartbeat`, QoS 0.
@@ -377,6 +381,13 @@ pub struct DesiredPod {
 pub struct SpecMessage {
     pub digest: Digest,
     pub spec: Box<RawValue>,
+}
+
+impl SpecMessage {
+    /// Are these the bytes that the digest names?
+    pub fn is_whole(&self) -> bool {
+        Digest::of(self.spec.get().as_bytes()) == self.digest || !kept(Rule::SpecsNameDigests)
+    }
 }
 
 /// `request`: things that change nothing.

@@ -83,6 +83,7 @@ impl Face {
             epoch,
             run: berth_protocol::ids::Run(1),
             alive: true,
+            granted: false,
         };
         Hello {
             nonce: self.nonce.clone(),

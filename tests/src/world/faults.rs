@@ -92,6 +92,9 @@ pub(crate) enum Fault {
         next: bool,
     },
     Together(usize),
+    /// A backup of the store is made; it takes the place of the store.
+    Backup,
+    Restore,
 }
 
 impl Fault {
@@ -358,6 +361,8 @@ impl World {
                 self.links[node].side = self.leader.map(|leader| if next { 1 - leader } else { leader });
             }
             Fault::Together(n) => self.links[n].side = None,
+            Fault::Backup => self.back_up(),
+            Fault::Restore => self.restore()?,
         }
         Ok(())
     }

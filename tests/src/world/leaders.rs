@@ -59,7 +59,7 @@ impl Seat {
         awake.and_then(Controller::next_wake).map(|at| self.clocks.comes(at))
     }
 
-    fn now(&self, now_ms: u64) -> Now {
+    pub(super) fn now(&self, now_ms: u64) -> Now {
         Now { wall: self.clocks.wall(now_ms), boot: self.clocks.boot(now_ms) }
     }
 

@@ -367,9 +367,6 @@ pub(super) fn model_matches(wanted: &str, model: &str) -> bool {
 impl Controller {
     /// Places what can be placed.
     pub(super) fn schedule(&mut self, now: Now) {
-        if self.scheduler.wanted && !self.is_settled(now) {
-            return;
-        }
         for _ in 0..PASSES_MAX {
             if !std::mem::take(&mut self.scheduler.wanted) {
                 return;

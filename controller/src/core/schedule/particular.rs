@@ -7,6 +7,7 @@ use berth_protocol::ids::{JobUid, NodeId};
 
 use super::place::Class;
 use super::problem::{Seat, Shape};
+use crate::core::cluster::Job;
 use crate::core::timers::Timer;
 use crate::core::{Controller, Now};
 
@@ -21,10 +22,13 @@ impl Controller {
         {
             return;
         }
-        self.scheduler.particular_wanted = false;
         let jobs = self.cluster.jobs.iter().filter(|(_, job)| !job.particular.is_empty());
         let open = jobs.filter(|(_, job)| job.run.verdict.is_none() && !job.run.suspended);
+        let held = |job: &Job| self.hold.as_ref().is_some_and(|hold| hold.holds(job, now).is_some());
+        let (held, open): (Vec<_>, Vec<_>) = open.partition(|(_, job)| held(job));
+        self.scheduler.particular_wanted = !held.is_empty();
         let pods: Vec<(JobUid, u32)> = open
+            .into_iter()
             .flat_map(|(uid, job)| job.ready_particular().map(|i| (uid.clone(), i)))
             .take(PODS_MAX)
             .collect();

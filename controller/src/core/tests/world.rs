@@ -771,6 +771,7 @@ impl World {
                             epoch: held.epoch,
                             run: held.run,
                             alive: matches!(held.life, Life::Running { .. } | Life::Saved { .. }),
+                            granted: matches!(held.life, Life::Running { .. }),
                         })
                         .collect(),
                     inventory: agent.inventory.clone(),
