@@ -7,14 +7,17 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use berth_protocol::broker::BrokerUrl;
 use berth_protocol::ids::{ClusterName, NodeId};
+use berth_protocol::join::Membership;
 use berth_protocol::limits::{LABEL_BYTES_MAX, LABELS_PER_NODE_MAX};
 use berth_protocol::units::{Bytes, MilliCpu, Millis};
 use clap::Parser;
 use serde::Deserialize;
 
 use crate::io::departure::Source;
+use crate::io::identity;
 
 const EXAMPLES: &str = "Examples:
+  berth-agent join b1c0ffee…@ctl.example.org:7420            belong to a cluster, once: the line of `berth node token`
   berth-agent --dev                                          one person's machine: the broker on loopback, host images
   berth-agent --config /etc/berth/agent.toml                 as the service does
   berth-agent --dev --node a2 --data-dir /tmp/a2 --capacity cpu=2,memory=4Gi
@@ -37,6 +40,7 @@ pub struct Args {
     settings: Settings,
 }
 
+pub const DATA_DIR: &str = "/var/lib/berth/agent";
 /// The shortest that clouds give.
 const NOTICE_WITHIN: Millis = Millis::from_secs(30);
 const SHUTDOWN_GRACE: Millis = Millis::from_secs(60);
@@ -153,7 +157,7 @@ struct Settings {
     /// How long a shutdown of the machine may wait for pods to be saved; 0s: not at all [default: 60s]
     #[arg(long, env = "BERTH_SHUTDOWN_GRACE", value_name = "SPAN")]
     shutdown_grace: Option<String>,
-    /// For one person's machine and for tests: no identity, host images allowed, the broker on loopback; with a CIDR the
+    /// For one person's machine and for tests: no certificates, host images allowed, the broker on loopback; with a CIDR the
     /// broker in that test network
     #[arg(
         long,
@@ -170,6 +174,8 @@ struct Settings {
 #[derive(Debug, Clone)]
 pub struct Config {
     pub data_dir: PathBuf,
+    /// Of the cluster that this node joined; none with `--dev`.
+    pub membership: Option<Membership>,
     pub cluster: ClusterName,
     pub broker: BrokerUrl,
     pub node: NodeId,
@@ -234,6 +240,12 @@ impl Amounts {
         }
         Ok(amounts)
     }
+}
+
+/// This machine's name as a node's.
+pub fn host_name() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    node_name(host.trim())
 }
 
 /// The host's name as a node's: lowercased, other characters become `-`.
@@ -310,21 +322,45 @@ impl Config {
                 set.$name.or(file.$name)
             };
         }
-        let broker = pick!(broker).as_deref().map(BrokerUrl::parse).transpose()?.unwrap_or_default();
+        let broker = pick!(broker).as_deref().map(BrokerUrl::parse).transpose()?;
         let dev = match pick!(dev).as_deref() {
             None | Some("false") => None,
             Some("true") => Some("127.0.0.0/8".to_owned()),
             Some(cidr) => Some(cidr.to_owned()),
         };
-        match &dev {
-            Some(cidr) => check_dev(cidr, &broker)?,
-            None => bail!(
-                "this version knows no identities yet, so it runs in one mode only: pass --dev \
-                 (or dev = true in the configuration), which trusts whoever reaches the broker"
+        let data_dir = pick!(data_dir).unwrap_or_else(|| DATA_DIR.into());
+        let membership = identity::membership(&data_dir)?;
+        let joined = |membership: &Membership| (membership.cluster.to_string(), membership.party.to_string());
+        let (cluster, node) = (pick!(cluster), pick!(node));
+        let (broker, cluster, node) = match (&dev, &membership) {
+            (Some(_), Some(membership)) => bail!(
+                "this machine has joined the cluster {}, and --dev (or dev = true in the configuration) would let everybody \
+                 direct it: take that away",
+                membership.cluster
             ),
-        }
-        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let node = pick!(node).unwrap_or_else(|| node_name(host.trim()));
+            (Some(cidr), None) => {
+                let broker = broker.unwrap_or_default();
+                check_dev(cidr, &broker)?;
+                (broker, cluster.unwrap_or_else(|| "default".into()), node.unwrap_or_else(host_name))
+            }
+            (None, None) => bail!(
+                "this machine belongs to no cluster: run the line that `berth node token` prints at the controller \
+                 (`berth-agent join …`); for one person's machine pass --dev, which trusts whoever reaches the broker"
+            ),
+            (None, Some(membership)) => {
+                let (joined, own) = joined(membership);
+                for (flag, said, is) in [("--cluster", &cluster, &joined), ("--node", &node, &own)] {
+                    if let Some(said) = said.as_ref().filter(|said| *said != is) {
+                        bail!("{flag} {said}: this machine has joined as {own} of the cluster {joined}");
+                    }
+                }
+                let broker = broker.map_or_else(|| BrokerUrl::parse(&membership.broker), Ok)?;
+                if !broker.is_tls() {
+                    bail!("--broker {broker} speaks in plain: write mqtts://HOST:PORT");
+                }
+                (broker, joined, own)
+            }
+        };
         let labels: BTreeMap<_, _> = pairs("label", pick!(labels).unwrap_or_default())?.into_iter().collect();
         let taints: BTreeSet<_> = pick!(taints).unwrap_or_default().into_iter().collect();
         if labels.len() + taints.len() > LABELS_PER_NODE_MAX {
@@ -345,8 +381,9 @@ impl Config {
         }
         let log_max = pick!(log_max).unwrap_or_else(|| "16Mi".into());
         Ok(Self {
-            data_dir: pick!(data_dir).unwrap_or_else(|| "/var/lib/berth/agent".into()),
-            cluster: ClusterName::parse(&pick!(cluster).unwrap_or_else(|| "default".into()))?,
+            data_dir,
+            membership,
+            cluster: ClusterName::parse(&cluster)?,
             broker,
             node: NodeId::parse(&node).context("--node")?,
             labels,

@@ -15,6 +15,7 @@ fn main() -> ExitCode {
     match (first.as_deref().and_then(OsStr::to_str), args.next()) {
         (Some("shim"), Some(dir)) => return shim::main(Path::new(&dir)),
         (Some(cuda::SUBCOMMAND), what) => return cuda::main(what.is_some_and(|what| what == cuda::CHECK)),
+        (Some("join"), _) => return io::join::main(),
         (Some("image"), _) => return io::image::worker_main(),
         (Some("checkpoint"), _) => return io::checkpoint::worker_main(),
         (Some("pack"), Some(dir)) => return io::outputs::pack_main(Path::new(&dir)),

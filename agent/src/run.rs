@@ -25,12 +25,13 @@ use crate::core::departure::Leaves;
 use crate::core::ledger::PodKey;
 use crate::core::{Action, Agent, Event, Identity, Launch, Now};
 use crate::io::bus::Bus;
-use crate::io::identity::{self, Authority, IdentityError};
+use crate::io::identity::{self, Authority, BadCertificate, IdentityError, Shown};
+use crate::io::join;
 use crate::io::journal::{Journal, JournalError};
 use crate::io::logs::Followers;
 use crate::io::network::{self, Bridge};
 use crate::io::prepare::Preparer;
-use crate::io::probe::criu::{self, Criu};
+use crate::io::probe::criu::Criu;
 use crate::io::probe::{Probe, ProbeConfig};
 use crate::io::shims::Shims;
 use crate::io::{checkpoint, clock, departure, notify};
@@ -63,13 +64,15 @@ pub enum RunError {
     Journal(#[from] JournalError),
     #[error(transparent)]
     Identity(#[from] IdentityError),
-    #[error("cannot draw random numbers: {0}")]
+    #[error(transparent)]
+    Certificate(#[from] BadCertificate),
+    #[error("cannot draw random numbers")]
     Random(#[source] std::io::Error),
-    #[error("cannot tell this boot or machine from others: {0}")]
+    #[error("cannot tell this boot or machine from others")]
     Machine(#[from] IdError),
     #[error("cannot give chunks away at --listen-chunks {address}")]
     Chunks { address: SocketAddr, source: std::io::Error },
-    #[error("cannot set up images: {0}")]
+    #[error("cannot set up images")]
     Images(#[source] std::io::Error),
 }
 
@@ -116,6 +119,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     }
     let key = identity::key(&config.data_dir)?;
     let authority = Authority::open(&config.data_dir)?;
+    let shown =
+        config.membership.as_ref().map(|membership| Shown::new(membership, &key)).transpose()?.map(Arc::new);
     let bridge = Bridge::open(Path::new(network::SLOTS_DIR), &config.data_dir)
         .inspect_err(|error| tracing::warn!("no network for pods of their own: {error}"))
         .ok();
@@ -125,7 +130,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let preparer = Arc::new(Preparer::open(&config).map_err(RunError::Images)?);
     let chunks = match config.listen_chunks {
         Some(address) => Some(
-            preparer.serve_chunks(address).await.map_err(|source| RunError::Chunks { address, source })?,
+            preparer
+                .serve_chunks(address, shown.clone())
+                .await
+                .map_err(|source| RunError::Chunks { address, source })?,
         ),
         None => None,
     };
@@ -145,7 +153,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     shims.sweep(|key| ledger.pods.contains_key(key));
     probe.sample().await;
     // A pod that is started knows by which CRIU it is saved: worth a moment, on a loaded board not more.
-    let mut find_criu = tokio::spawn(find_criu(config.criu.clone()));
+    let mut find_criu = tokio::spawn(found::find_criu(config.criu.clone()));
     let wait = if ledger.pods.values().any(|entry| entry.begun) { CRIU_WAIT_BEGUN } else { CRIU_WAIT };
     let found = tokio::time::timeout(wait, &mut find_criu).await;
     let mut searching = found.is_err();
@@ -155,11 +163,17 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     inventory.images = held.borrow().clone();
     tokio::spawn(stores::tell_images(held, events.clone()));
     let (core, first) = Agent::start(ledger, identity, inventory, clock::now());
-    tracing::warn!(
-        "--dev: whoever reaches the broker runs programs on this machine; for one person's machine and for tests only"
-    );
+    match (&config.membership, &shown) {
+        (Some(membership), Some(shown)) => {
+            let (data_dir, membership) = (config.data_dir.clone(), membership.clone());
+            tokio::spawn(join::renew(data_dir, membership, shown.clone()));
+        }
+        _ => tracing::warn!(
+            "--dev: whoever reaches the broker runs programs on this machine; for one person's machine and for tests only"
+        ),
+    }
     let signer = Signer::new(config.cluster.clone(), key);
-    let bus = Bus::connect(&config.broker, &config.node, &nonce, signer, bus_events);
+    let bus = Bus::connect(&config.broker, &config.node, &nonce, signer, shown, bus_events);
     tracing::info!(
         "node {} of cluster {}: {} cores, {} of memory, broker {}",
         config.node,
@@ -483,18 +497,5 @@ impl Agency {
             self.shims.order(&key, Order::Follow { follow: true });
         }
         Ok(())
-    }
-}
-
-/// A CRIU that works; looked for beside everything else, since its own check takes a while.
-async fn find_criu(configured: Option<PathBuf>) -> Option<Criu> {
-    let program = std::env::current_exe().ok();
-    let path = std::env::var("PATH").unwrap_or_default();
-    match criu::find(&criu::candidates(configured.as_deref(), program.as_deref(), &path)).await {
-        Ok(criu) => Some(criu),
-        Err(error) => {
-            tracing::info!("no transparent checkpoints on this node: {error}");
-            None
-        }
     }
 }

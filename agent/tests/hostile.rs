@@ -54,7 +54,7 @@ impl Depot {
             }
         });
         let expires = Timestamp(u64::MAX >> 12);
-        Self { access: DepotAccess { url, token: "any".to_owned(), expires, peer: None }, shelf }
+        Self { access: DepotAccess { url, token: "any".to_owned(), expires, tls: None, peer: None }, shelf }
     }
 }
 
@@ -226,11 +226,12 @@ fn chunks_come_from_another_node(
     copy(cache, &served);
     let manifest = scene.depot.shelf.lock().unwrap().manifests[&checkpoint.hex()].clone();
     fs::write(served.join(checkpoint.hex()).join("manifest.json"), manifest).unwrap();
-    let server = runtime.block_on(listen(([127, 0, 0, 1], 0).into(), served.clone())).unwrap();
+    let server = runtime.block_on(listen(([127, 0, 0, 1], 0).into(), served.clone(), None)).unwrap();
     let expires = Timestamp(u64::MAX >> 12);
     let access = |checkpoint, secret: &[u8; 32]| {
         let token = token::mint(secret, &Scope::Load { checkpoint }, expires);
-        let peer = Some(Box::new(DepotAccess { url: server.url.clone(), token, expires, peer: None }));
+        let peer =
+            Some(Box::new(DepotAccess { url: server.url.clone(), token, expires, tls: None, peer: None }));
         DepotAccess { peer, ..scene.depot.access.clone() }
     };
     let fetched = |access, name: &str| {

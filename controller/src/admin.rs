@@ -8,11 +8,14 @@ use clap::{Args, Subcommand};
 
 use crate::config::{ConfigError, Place};
 use crate::core::{LoadError, SetAside, restored};
+use crate::init::{Init, InitError};
 use crate::io::clock;
 use crate::io::store::{self, Contents, Op, Store, StoreChoice, StoreError};
 
 #[derive(Debug, Subcommand)]
 pub enum Admin {
+    /// Set up a cluster whose members have certificates: keys, configuration, the first admin
+    Init(Box<Init>),
     /// Check every record of the store; it may be in use
     Fsck {
         #[command(flatten)]
@@ -49,6 +52,8 @@ pub struct Migration {
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
     #[error(transparent)]
+    Init(#[from] InitError),
+    #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -78,6 +83,7 @@ impl Admin {
     /// What is told to the operator; false: the store needs attention.
     pub async fn run(self) -> Result<(String, bool), AdminError> {
         match self {
+            Self::Init(init) => Ok((init.run().await?, true)),
             Self::Fsck { place, repair } => {
                 let (choice, dir, cluster) = place.resolve()?;
                 if repair { fix(&choice, &dir, &cluster).await } else { check(&choice, &dir, &cluster).await }

@@ -1,5 +1,7 @@
 //! What the controller was told at its start: flags, the environment, a TOML file, in this order of precedence.
 
+mod setup;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -10,6 +12,8 @@ use berth_protocol::units::{Bytes, MilliCpu, UnitError};
 use clap::Parser;
 use serde::Deserialize;
 
+pub use self::setup::Setup;
+use self::setup::hosts;
 use crate::admin::Admin;
 use crate::core::Allowance;
 use crate::core::schedule::moves::MOVES_MAX;
@@ -19,6 +23,8 @@ use crate::io::store::{StoreChoice, StoreChoiceError};
 const DEFAULT_DATA_DIR: &str = "/var/lib/berth/controller";
 const DEFAULT_CLUSTER: &str = "default";
 const DEFAULT_LISTEN_MQTT: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 1883);
+const MEMBERS_LISTEN_MQTT: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 8883);
+const MEMBERS_LISTEN_HTTP: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 7420);
 const DEFAULT_LISTEN_HTTP: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 7420);
 
 #[derive(Debug, thiserror::Error)]
@@ -47,8 +53,20 @@ pub enum ConfigError {
     Namespace(String, String, String),
     #[error("`{0}` is not a network: write ADDRESS/BITS, such as 10.0.0.0/8")]
     Network(String),
-    #[error("this version cannot tell yet who a client is: start it with --dev, for this machine alone")]
+    #[error(
+        "who may connect? `berth-controller init --host NAME` sets up a cluster, whose members have certificates; --dev lets everybody on this machine in"
+    )]
     NoIdentity,
+    #[error("--host `{0}` is neither a host's name nor an address")]
+    Host(String),
+    #[error(
+        "--broker {0} speaks in plain, and the cluster's members are to know it by its certificate: write mqtts://HOST:PORT"
+    )]
+    PlainBroker(BrokerUrl),
+    #[error(
+        "--broker {0} asks for certificates, and with --dev nobody has one: write mqtt://HOST:PORT, or set up a cluster with `berth-controller init`"
+    )]
+    TlsBroker(BrokerUrl),
     #[error(
         "{flag} {address} is not on loopback, and --dev lets everybody in: name a test network with --dev=CIDR, or listen on 127.0.0.1"
     )]
@@ -118,8 +136,17 @@ pub struct Config {
     pub namespaces: BTreeMap<Namespace, Allowance>,
     /// Pods that may be moved for one that waits.
     pub moves: u8,
-    /// The test network that `--dev=CIDR` names, beside loopback.
-    pub network: Option<Cidr>,
+    pub admission: Admission,
+}
+
+/// Who may connect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Admission {
+    /// Everybody on loopback, and in the test network that `--dev=CIDR` names.
+    Dev(Option<Cidr>),
+    /// Those with a certificate of the cluster's, who reach this machine by these names and addresses; the first is told to
+    /// those that join.
+    Members { hosts: Vec<String> },
 }
 
 /// berth's controller: takes jobs over MQTT, places them on nodes, keeps their records.
@@ -167,6 +194,8 @@ impl Place {
 
 const EXAMPLES: &str = "\
 Examples:
+  berth-controller init --host ctl.example.org
+      Sets up a cluster, once; `berth node token` then makes the line that lets a machine in.
   berth-controller --dev
       For this machine alone: the embedded broker on 127.0.0.1:1883, no passwords.
   berth-controller --dev --data-dir /tmp/berth --listen-mqtt 127.0.0.1:2883 --listen-http 127.0.0.1:7520
@@ -215,7 +244,12 @@ struct Settings {
     /// How many running pods may be moved, saved, for one that has waited for a minute; 0: none [default: 8]
     #[arg(long, value_name = "N", env = "BERTH_MOVES", value_parser = clap::value_parser!(u8).range(0..=MOVES_MAX as i64))]
     moves: Option<u8>,
-    /// Let everybody on loopback in without passwords; with a CIDR, a test network too
+    /// A name or address by which other machines reach this one, for its certificate; may be repeated, and the first is
+    /// what those that join are told
+    #[arg(long = "host", value_name = "HOST", env = "BERTH_HOST", value_delimiter = ',')]
+    #[serde(rename = "host")]
+    hosts: Option<Vec<String>>,
+    /// Let everybody on loopback in without certificates; with a CIDR, a test network too
     #[arg(long, value_name = "CIDR", env = "BERTH_DEV", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     #[serde(deserialize_with = "flag_or_text")]
     dev: Option<String>,
@@ -260,7 +294,7 @@ impl NamespaceTable {
     }
 }
 
-const KEYS: [&str; 12] = [
+const KEYS: [&str; 13] = [
     "data-dir",
     "store",
     "cluster",
@@ -271,6 +305,7 @@ const KEYS: [&str; 12] = [
     "depot",
     "checkpoint-quota",
     "moves",
+    "host",
     "dev",
     "namespace",
 ];
@@ -324,6 +359,7 @@ impl Settings {
             depot: self.depot.or(other.depot),
             checkpoint_quota: self.checkpoint_quota.or(other.checkpoint_quota),
             moves: self.moves.or(other.moves),
+            hosts: self.hosts.or(other.hosts),
             dev: self.dev.or(other.dev),
             namespace: if self.namespace.is_empty() { other.namespace } else { self.namespace },
         }
@@ -338,10 +374,24 @@ impl Config {
             None | Some("embedded") => BrokerChoice::Embedded,
             Some(url) => BrokerChoice::Url(BrokerUrl::parse(url)?),
         };
-        let network = match settings.dev.as_deref() {
-            None | Some("false" | "0" | "") => return Err(ConfigError::NoIdentity),
-            Some("true" | "1") => None,
-            Some(cidr) => Some(Cidr::parse(cidr)?),
+        let admission = match settings.dev.as_deref() {
+            None | Some("false" | "0" | "") => Admission::Members { hosts: hosts(settings.hosts.clone())? },
+            Some("true" | "1") => Admission::Dev(None),
+            Some(cidr) => Admission::Dev(Some(Cidr::parse(cidr)?)),
+        };
+        let open = matches!(admission, Admission::Members { .. });
+        match &broker {
+            BrokerChoice::Url(url) if open && !url.is_tls() => {
+                return Err(ConfigError::PlainBroker(url.clone()));
+            }
+            BrokerChoice::Url(url) if !open && url.is_tls() => {
+                return Err(ConfigError::TlsBroker(url.clone()));
+            }
+            _ => {}
+        }
+        let (listen_mqtt, listen_http) = match open {
+            true => (MEMBERS_LISTEN_MQTT, MEMBERS_LISTEN_HTTP),
+            false => (DEFAULT_LISTEN_MQTT, DEFAULT_LISTEN_HTTP),
         };
         let (store, data_dir, cluster) = settings.place()?;
         let config = Self {
@@ -349,8 +399,8 @@ impl Config {
             store,
             cluster,
             broker,
-            listen_mqtt: settings.listen_mqtt.unwrap_or(DEFAULT_LISTEN_MQTT),
-            listen_http: settings.listen_http.unwrap_or(DEFAULT_LISTEN_HTTP),
+            listen_mqtt: settings.listen_mqtt.unwrap_or(listen_mqtt),
+            listen_http: settings.listen_http.unwrap_or(listen_http),
             depot_url: settings.depot_url,
             depot: settings.depot,
             checkpoint_quota: settings.checkpoint_quota.as_deref().map(Bytes::parse).transpose()?,
@@ -360,7 +410,7 @@ impl Config {
                 .map(|(name, table)| table.resolve(&name))
                 .collect::<Result<_, _>>()?,
             moves: settings.moves.unwrap_or(MOVES_MAX as u8).min(MOVES_MAX as u8),
-            network,
+            admission,
         };
         config.depot.as_deref().map(Bucket::parse).transpose()?;
         if config.store != StoreChoice::Embedded && config.broker == BrokerChoice::Embedded {
@@ -370,7 +420,7 @@ impl Config {
         if config.broker == BrokerChoice::Embedded {
             config.refuse_exposure("--listen-mqtt", config.listen_mqtt)?;
         }
-        if config.listen_http.ip().is_unspecified() && config.depot_url.is_none() {
+        if config.listen_http.ip().is_unspecified() && config.depot_url.is_none() && !open {
             return Err(ConfigError::DepotNowhere { address: config.listen_http });
         }
         Ok(config)
@@ -378,6 +428,9 @@ impl Config {
 
     /// Other machines are let in, but are told to reach the depot on their own loopback.
     pub fn hides_depot(&self) -> bool {
+        if matches!(self.admission, Admission::Members { .. }) {
+            return false;
+        }
         let open = self.broker == BrokerChoice::Embedded && !self.listen_mqtt.ip().is_loopback();
         open && self.listen_http.ip().is_loopback() && self.depot_url.is_none()
     }
@@ -388,9 +441,10 @@ impl Config {
     }
 
     fn refuse_exposure(&self, flag: &'static str, address: SocketAddr) -> Result<(), ConfigError> {
+        let Admission::Dev(network) = self.admission else { return Ok(()) };
         let ip = address.ip();
         let inside = |network: Cidr| ip.is_unspecified() || network.contains(ip);
-        if ip.is_loopback() || self.network.is_some_and(inside) {
+        if ip.is_loopback() || network.is_some_and(inside) {
             return Ok(());
         }
         Err(ConfigError::Exposed { flag, address })
@@ -443,9 +497,11 @@ mod tests {
                 "unknown key `listen_mqtt`, did you mean `listen-mqtt`?",
             ),
             (&[], "zzzzzzzzzz = 1", "unknown key `zzzzzzzzzz`"),
-            (&[], "", "start it with --dev"),
+            (&[], "", "who may connect? `berth-controller init"),
+            (&["--host=a_b"], "", "--host `a_b` is neither"),
+            (&["--host=a", "--broker=mqtt://b"], "", "write mqtts://HOST:PORT"),
             (&["--dev", "--cluster=A"], "", "--cluster: cluster `A` may hold only"),
-            (&["--dev", "--broker=mqtts://b"], "", "asks for TLS"),
+            (&["--dev", "--broker=mqtts://b"], "", "asks for certificates"),
             (&["--dev", "--broker=b"], "", "write mqtt://HOST[:PORT]"),
             (&["--dev", "--store=etcd:2379"], "", "--store: `etcd:2379` is no store: write `embedded`"),
             (&["--dev", "--store=etcd://a:1"], "", "name one that they share with --broker"),

@@ -4,5 +4,6 @@ pub mod admin;
 pub mod cli;
 pub mod config;
 pub mod core;
+mod init;
 pub mod io;
 pub mod run;

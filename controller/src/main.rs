@@ -4,7 +4,7 @@ use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use berth_controller::admin::Admin;
-use berth_controller::config::{Config, Flags};
+use berth_controller::config::{Admission, Config, Flags};
 use berth_controller::run::{Daemon, RunError, chain};
 use clap::Parser as _;
 use tokio::signal::unix::{SignalKind, signal};
@@ -64,7 +64,9 @@ fn serve(config: Config) -> Result<(), RunError> {
         .max_blocking_threads(FILE_THREADS_MAX)
         .build()?;
     runtime.block_on(async {
-        tracing::warn!("--dev: everybody who reaches the broker may submit jobs; for one person's machine and for tests only");
+        if matches!(config.admission, Admission::Dev(_)) {
+            tracing::warn!("--dev: everybody who reaches the broker may submit jobs; for one person's machine and for tests only");
+        }
         if config.hides_depot() {
             tracing::warn!(
                 "other machines are let in, but told to reach the depot at {}, which is each one's own: name an address \

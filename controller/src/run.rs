@@ -1,35 +1,40 @@
 //! The controller's one loop: events to the core, its writes to the store, and only then its effects to the world.
 //! It decides nothing; it owns every part of `io` and the order in which they start and end.
 
+mod doors;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use berth_protocol::broker::BrokerUrl;
 use berth_protocol::codec;
 use berth_protocol::ids::Term;
-use berth_protocol::sign::{Key, Signer};
-use berth_protocol::topic::{Topic, filter};
+use berth_protocol::join::JoinRequest;
+use berth_protocol::sign::Signer;
+use berth_protocol::topic::Topic;
 use berth_protocol::units::Timestamp;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use crate::config::{BrokerChoice, Config};
+use self::doors::{Belonging, belonging, connect};
+pub use self::doors::{about, signer};
+use crate::config::Config;
+use crate::core::members::MemberChange;
 use crate::core::{self, Controller, Effect, Event, SetAside, Write};
-use crate::io::broker::{Broker, BrokerError, BrokerOptions, CONTROLLER_CLIENT_ID};
-use crate::io::bus::{Bus, BusEvent, BusEvents, BusOptions};
+use crate::io::broker::{Broker, BrokerError};
+use crate::io::bus::{Bus, BusEvent, BusEvents};
+use crate::io::ca::CaError;
 use crate::io::clock;
 use crate::io::depot::{Bucket, Depot, DepotError, GRACE, Item};
 use crate::io::http::{HttpError, Inquiry, Report, Server};
+use crate::io::members::Members;
 use crate::io::memory;
 use crate::io::metrics::Refusals;
 use crate::io::random;
 use crate::io::store::{Op, Store, StoreError};
 use crate::io::systemd::Notifier;
 
-/// What the key is for that is drawn from the store's secret.
-const SIGNING: &str = "berth controller signing 1";
 /// Events that one transaction takes together.
 const BATCH_EVENTS_MAX: usize = 256;
 /// Inquiries that may wait for the loop.
@@ -54,6 +59,10 @@ pub enum RunError {
     Depot(#[from] DepotError),
     #[error(transparent)]
     Http(#[from] HttpError),
+    #[error("this controller cannot show who it is")]
+    Ca(#[from] CaError),
+    #[error("this controller cannot show who it is")]
+    Tls(#[from] rustls::Error),
     #[error("cannot use the system's random generator, sockets or signals")]
     System(#[from] std::io::Error),
 }
@@ -74,6 +83,8 @@ pub struct Daemon {
     worked: mpsc::Sender<Event>,
     http: JoinHandle<()>,
     http_address: SocketAddr,
+    /// Who belongs, where not everybody is let in.
+    members: Option<Arc<Members>>,
     /// Behind the bus, so that it ends after it.
     broker: Option<Broker>,
     /// When what only the start, or the last change, needed is given back.
@@ -94,32 +105,47 @@ impl Daemon {
         let (worked, results) = mpsc::channel(RESULTS_MAX);
         let (ask, inquiries) = mpsc::channel(INQUIRIES_MAX);
         let secret = store.identity().secret;
-        let http = Server::bind(config.listen_http, depot.clone(), secret, refusals.clone(), ask).await?;
+        let entries = store.list().await?;
+        let signer = signer(&config.cluster, &secret);
+        let belonging = belonging(&config, &secret, signer.public())?;
+        let members = belonging.as_ref().map(|belonging| belonging.hall.tls.members.clone());
+        let ca = belonging.as_ref().map(|belonging| belonging.hall.ca.pem());
+        let (hall, gate, own) = match belonging {
+            Some(Belonging { hall, gate, own }) => (Some(hall), Some(gate), Some(own)),
+            None => (None, None, None),
+        };
+        let http =
+            Server::bind(config.listen_http, depot.clone(), secret, refusals.clone(), ask, hall).await?;
         let http_address = http.address()?;
+        let depot_url = config.depot_url.clone().or_else(|| config.members_url());
         let controller = Controller::load(
             core::Config {
                 cluster: config.cluster.clone(),
                 store: store.identity().id.clone(),
                 term,
-                depot_url: config.depot_url.clone().unwrap_or_else(|| format!("http://{http_address}")),
+                depot_url: depot_url.unwrap_or_else(|| format!("http://{http_address}")),
                 namespaces: config.namespaces.clone(),
                 moves_max: usize::from(config.moves),
                 secret,
+                ca,
                 seed: u64::from_ne_bytes(random::bytes()?),
             },
-            store.list().await?,
+            entries,
             clock::now(),
         )?;
+        if let Some(members) = &members {
+            let known = controller.members().clone();
+            known.into_iter().for_each(|(party, member)| members.set(party, Some(member)));
+        }
         report(controller.set_aside());
         if let Some(wait) = controller.holds_for(clock::now()) {
             tracing::warn!(
                 "the store was restored: nothing is placed for {wait}, no pod before those of its job that it knows nothing of have stopped"
             );
         }
-        let (broker, bus) = connect(&config, &store, &refusals)?;
+        let (broker, bus) = connect(&config, &store, &refusals, gate, own)?;
         let (bus, events) = Bus::connect(bus, refusals);
         let http = tokio::spawn(http.run());
-        let signer = Signer::new(config.cluster.clone(), Key::derived(&secret, SIGNING));
         tracing::info!(cluster = %config.cluster, store = %store.identity().id, %term, http = %http_address, "started");
         Ok(Self {
             controller,
@@ -134,6 +160,7 @@ impl Daemon {
             worked,
             http,
             http_address,
+            members,
             broker,
             trim_at: Some(Instant::now() + TRIM_AFTER),
         })
@@ -207,10 +234,50 @@ impl Daemon {
             Inquiry::Grant { node, asked, reply } => {
                 let _ = reply.send(self.controller.grant(&node, &asked));
             }
+            Inquiry::Invite { id, invitation, reply } => {
+                let room = self.controller.may_invite();
+                if room {
+                    self.step([Event::Members(MemberChange::Invited(id, invitation))]).await?;
+                }
+                let _ = reply.send(room);
+            }
+            Inquiry::Invitations(reply) => {
+                let _ = reply.send(self.controller.invitations(clock::now()));
+            }
+            Inquiry::Join { request, reply } => {
+                let joined = self.controller.may_join(clock::now(), &request);
+                if let Ok(party) = joined.clone() {
+                    let JoinRequest { id, key, .. } = *request;
+                    self.change_members(MemberChange::Joined { id, party, key }).await?;
+                }
+                let _ = reply.send(joined);
+            }
+            Inquiry::Members { change, reply } => {
+                self.change_members(change).await?;
+                let _ = reply.send(());
+            }
             Inquiry::Import { imported, reply } => {
                 self.step([Event::Imported(imported)]).await?;
                 let _ = reply.send(());
             }
+        }
+        Ok(())
+    }
+
+    /// Recorded first; then the doors know.
+    async fn change_members(&mut self, change: MemberChange) -> Result<(), RunError> {
+        let party = match &change {
+            MemberChange::Joined { party, .. } | MemberChange::Removed(party) => Some(party.clone()),
+            MemberChange::Invited(..) | MemberChange::Uninvited(_) => None,
+        };
+        self.step([Event::Members(change)]).await?;
+        if let (Some(party), Some(members)) = (party, &self.members) {
+            let member = self.controller.members().get(&party).cloned();
+            tracing::info!(
+                "{party} {}",
+                if member.is_some() { "has joined the cluster" } else { "was removed from the cluster" }
+            );
+            members.set(party, member);
         }
         Ok(())
     }
@@ -340,35 +407,6 @@ async fn lead(store: &mut Store) -> Result<Term, StoreError> {
             () = beat(&mut alive) => notifier.send("WATCHDOG=1"),
         }
     }
-}
-
-/// The broker, where it is ours, and how to connect to it.
-fn connect(
-    config: &Config,
-    store: &Store,
-    refusals: &Arc<Refusals>,
-) -> Result<(Option<Broker>, BusOptions), RunError> {
-    let (broker, url, client_id, credentials) = match &config.broker {
-        BrokerChoice::Embedded => {
-            let password = random::hex::<16>()?;
-            let options = BrokerOptions {
-                listen: config.listen_mqtt,
-                cluster: config.cluster.clone(),
-                network: config.network,
-                password: password.clone(),
-            };
-            let broker = Broker::start(options, refusals.clone())?;
-            let url = BrokerUrl::new(broker.reachable_address());
-            let id = CONTROLLER_CLIENT_ID.to_owned();
-            (Some(broker), url, id.clone(), Some((id, password)))
-        }
-        BrokerChoice::Url(url) => {
-            (None, url.clone(), format!("{CONTROLLER_CLIENT_ID}-{}", store.identity().id), None)
-        }
-    };
-    let filters = filter::controller(&config.cluster);
-    let cluster = config.cluster.clone();
-    Ok((broker, BusOptions { url, cluster, client_id, credentials, filters, retained: false }))
 }
 
 fn event(event: BusEvent) -> Event {

@@ -123,8 +123,13 @@ async fn a_nodes_message_without_its_signature_goes_no_further() {
 async fn a_taken_port_says_what_to_do() {
     let refusals = Arc::new(Refusals::default());
     let first = embedded(0, &refusals);
-    let options =
-        BrokerOptions { listen: first.address(), cluster: cluster(), network: None, password: String::new() };
+    let options = BrokerOptions {
+        listen: first.address(),
+        cluster: cluster(),
+        network: None,
+        password: String::new(),
+        tls: None,
+    };
     let Err(error) = berth_controller::io::broker::Broker::start(options, refusals) else {
         panic!("two listen on {}", first.address())
     };
@@ -248,6 +253,7 @@ async fn retained_messages_are_dropped_where_they_are_not_wanted() {
         credentials: None,
         filters: vec![filter("jobs/+/+/submit"), filter("nonsense/#")],
         retained: false,
+        tls: None,
     };
     let refusals = Arc::new(Refusals::default());
     let (_bus, mut heard) = berth_controller::io::bus::Bus::connect(options, refusals.clone());

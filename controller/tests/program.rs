@@ -78,7 +78,7 @@ fn it_is_a_good_service() {
 fn a_mistake_is_one_sentence_and_code_2() {
     let output = controller().output().unwrap();
     assert_eq!(output.status.code(), Some(2));
-    says(&output, "start it with --dev");
+    says(&output, "who may connect?");
     let output = controller().args(["--dev", "--listen-mqtt=0.0.0.0:1"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     says(&output, "not on loopback");

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -146,6 +147,22 @@ fn filled(dir: &Path) -> PathBuf {
         store.txn(term, ops).await.unwrap();
     });
     dir.join("store.sqlite")
+}
+
+/// As under systemd, where the controller's user is made up for it, and whoever administers is root.
+#[test]
+fn a_restored_store_belongs_to_whom_its_directory_belongs() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = filled(dir.path());
+    let (uid, gid) = (65_182, 65_183);
+    if std::os::unix::fs::chown(dir.path(), Some(uid), Some(gid)).is_err() {
+        eprintln!("SKIPPED: only root can give files away");
+        return;
+    }
+    let contents = store::read_file(&file).unwrap();
+    store::replace(dir.path(), &contents).unwrap();
+    let restored = fs::metadata(&file).unwrap();
+    assert_eq!((restored.uid(), restored.gid()), (uid, gid));
 }
 
 /// What is found of the 200: keys, and which of them are damaged.

@@ -1,4 +1,5 @@
-//! Where the broker is: `mqtt://[user:password@]host[:port][,host[:port]…]`, several where any member of a cluster will do.
+//! Where the broker is: `mqtts://[user:password@]host[:port][,host[:port]…]`, several where any member of a cluster will
+//! do; `mqtt://` without TLS.
 
 use std::fmt;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -6,6 +7,7 @@ use std::str::FromStr;
 
 /// MQTT's own.
 const PORT: u16 = 1883;
+const TLS_PORT: u16 = 8883;
 const HOSTS_MAX: usize = 16;
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -14,9 +16,6 @@ pub enum BrokerUrlError {
     NoUrl(String),
     #[error("`{0}` is not spoken here: write mqtt://HOST[:PORT]")]
     Scheme(String),
-    // Without the rest, which may hold a password.
-    #[error("`mqtts://` asks for TLS, which this version does not have yet: write mqtt://HOST:PORT")]
-    Tls,
     #[error("`{0}` is not a port: write a number up to 65535")]
     Port(String),
     #[error("`{0}` names no host: write mqtt://HOST[:PORT]")]
@@ -30,17 +29,19 @@ pub struct BrokerUrl {
     /// At least one.
     hosts: Vec<(String, u16)>,
     login: Option<(String, String)>,
+    tls: bool,
 }
 
 impl BrokerUrl {
+    /// Without TLS.
     pub fn new(address: SocketAddr) -> Self {
-        Self { hosts: vec![(address.ip().to_string(), address.port())], login: None }
+        Self { hosts: vec![(address.ip().to_string(), address.port())], login: None, tls: false }
     }
 
     pub fn parse(text: &str) -> Result<Self, BrokerUrlError> {
-        let rest = match text.split_once("://") {
-            Some(("mqtt" | "tcp", rest)) => rest,
-            Some(("mqtts", _)) => return Err(BrokerUrlError::Tls),
+        let (rest, tls) = match text.split_once("://") {
+            Some(("mqtt" | "tcp", rest)) => (rest, false),
+            Some(("mqtts" | "ssl", rest)) => (rest, true),
             Some((scheme, _)) => return Err(BrokerUrlError::Scheme(shorten(scheme))),
             None => return Err(BrokerUrlError::NoUrl(shorten(text))),
         };
@@ -50,11 +51,15 @@ impl BrokerUrl {
             None => (None, rest),
         };
         let hosts: Vec<_> =
-            addresses.split(',').map(|address| host(address, text)).collect::<Result<_, _>>()?;
+            addresses.split(',').map(|address| host(address, text, tls)).collect::<Result<_, _>>()?;
         if hosts.len() > HOSTS_MAX {
             return Err(BrokerUrlError::TooMany(hosts.len()));
         }
-        Ok(Self { hosts, login: login.map(|(user, word)| (user.into(), word.into())) })
+        Ok(Self { hosts, login: login.map(|(user, word)| (user.into(), word.into())), tls })
+    }
+
+    pub fn is_tls(&self) -> bool {
+        self.tls
     }
 
     pub fn hosts(&self) -> &[(String, u16)] {
@@ -72,13 +77,13 @@ impl BrokerUrl {
     }
 }
 
-fn host(address: &str, text: &str) -> Result<(String, u16), BrokerUrlError> {
+fn host(address: &str, text: &str, tls: bool) -> Result<(String, u16), BrokerUrlError> {
     // The colon that begins a port lies behind an IPv6 address' bracket.
     let (host, port) = match address.rsplit_once(':') {
         Some((host, port)) if !port.ends_with(']') => {
             (host, port.parse().map_err(|_| BrokerUrlError::Port(shorten(port)))?)
         }
-        _ => (address, PORT),
+        _ => (address, if tls { TLS_PORT } else { PORT }),
     };
     let plain = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
     let inner = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
@@ -96,7 +101,7 @@ fn shorten(text: &str) -> String {
 impl Default for BrokerUrl {
     /// On loopback.
     fn default() -> Self {
-        Self { hosts: vec![("127.0.0.1".to_owned(), PORT)], login: None }
+        Self { hosts: vec![("127.0.0.1".to_owned(), PORT)], login: None, tls: false }
     }
 }
 
@@ -111,7 +116,7 @@ impl FromStr for BrokerUrl {
 impl fmt::Display for BrokerUrl {
     /// Without the password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("mqtt://")?;
+        f.write_str(if self.tls { "mqtts://" } else { "mqtt://" })?;
         for (n, (host, port)) in self.hosts.iter().enumerate() {
             let comma = if n == 0 { "" } else { "," };
             match host.contains(':') {
@@ -146,10 +151,7 @@ mod tests {
             ("", bad("`` is not a broker's URL: write mqtt://HOST[:PORT]")),
             ("h:1883", bad("`h:1883` is not a broker's URL: write mqtt://HOST[:PORT]")),
             ("http://h", bad("`http` is not spoken here: write mqtt://HOST[:PORT]")),
-            (
-                "mqtts://user:word@h",
-                bad("`mqtts://` asks for TLS, which this version does not have yet: write mqtt://HOST:PORT"),
-            ),
+            ("mqtts://user:word@h", Ok("mqtts://h:8883".to_owned())),
             ("mqtt://", bad("`mqtt://` names no host: write mqtt://HOST[:PORT]")),
             ("mqtt://a,", bad("`mqtt://a,` names no host: write mqtt://HOST[:PORT]")),
             ("mqtt://:1", bad("`mqtt://:1` names no host: write mqtt://HOST[:PORT]")),

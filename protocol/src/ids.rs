@@ -144,6 +144,10 @@ id!(
     SecretName, "secret", parse_name
 );
 id!(
+    /// A person, or a program that submits.
+    UserName, "user", parse_name
+);
+id!(
     /// One client's pair of query topics.
     ClientId, "client", parse_name
 );

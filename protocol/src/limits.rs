@@ -136,3 +136,10 @@ const _: () = assert!(HEARTBEAT_RETRY_MS < HEARTBEAT_MS && 2 * HEARTBEAT_MS <= D
 // A silent node's pods have stopped before the controller may start them elsewhere (fencing: 1 + 50 + 5 <= 61).
 const _: () = assert!(DISCONNECT_AFTER_MS + FREEZE_CONFIRM_MS + LEASE_MARGIN_MS <= LOST_AFTER_MS);
 const _: () = assert!(DISCONNECT_AFTER_MS_MIN <= DISCONNECT_AFTER_MS);
+
+/// Nodes and users that belong to one cluster.
+pub const MEMBERS_MAX: usize = 50_000;
+/// Invitations that may be open at once.
+pub const INVITATIONS_MAX: usize = 1_000;
+/// How long one may be taken, where nothing else is said.
+pub const INVITATION_MS: u64 = 15 * 60 * 1_000;

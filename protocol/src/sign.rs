@@ -38,6 +38,23 @@ impl PublicKey {
         hex::encode(&self.0[..8])
     }
 
+    /// As certificates have it (RFC 8410, 4): a SubjectPublicKeyInfo, DER.
+    pub fn spki(&self) -> [u8; 44] {
+        let mut der = *b"\x30\x2a\x30\x05\x06\x03\x2b\x65\x70\x03\x21\x00................................";
+        der[44 - KEY_BYTES..].copy_from_slice(&self.0);
+        der
+    }
+
+    /// The key of a certificate, where it is of this kind.
+    pub fn from_spki(der: &[u8]) -> Option<Self> {
+        let key = Self(der.get(44 - KEY_BYTES..)?.try_into().ok()?);
+        (key.spki() == der).then_some(key)
+    }
+
+    pub fn bytes(&self) -> &[u8; KEY_BYTES] {
+        &self.0
+    }
+
     pub(crate) fn has_signed(
         &self,
         cluster: &ClusterName,
@@ -59,16 +76,19 @@ impl fmt::Debug for PublicKey {
 /// 128 hexadecimal digits as text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub(crate) struct Signature(#[serde(with = "hex::text")] [u8; SIGNATURE_BYTES]);
+pub(crate) struct Signature(#[serde(with = "hex::text")] pub(crate) [u8; SIGNATURE_BYTES]);
 
 /// A key with its secret half.
-pub struct Key(Ed25519KeyPair);
+pub struct Key {
+    pair: Ed25519KeyPair,
+    seed: [u8; SEED_BYTES],
+}
 
 impl Key {
     /// The key that these random bytes are. They are its secret.
     pub fn from_seed(seed: &[u8; SEED_BYTES]) -> Self {
         match Ed25519KeyPair::from_seed_unchecked(seed) {
-            Ok(pair) => Self(pair),
+            Ok(pair) => Self { pair, seed: *seed },
             // RFC 8032, 5.1.5: any 32 bytes are a secret key, and only their number is checked.
             Err(_) => unreachable!("a seed has {SEED_BYTES} bytes"),
         }
@@ -81,13 +101,20 @@ impl Key {
 
     pub fn public(&self) -> PublicKey {
         let mut bytes = [0; KEY_BYTES];
-        bytes.copy_from_slice(self.0.public_key().as_ref());
+        bytes.copy_from_slice(self.pair.public_key().as_ref());
         PublicKey(bytes)
     }
 
-    fn sign(&self, text: &[u8]) -> Signature {
+    /// The secret half as PKCS #8 has it (RFC 8410, 7), DER.
+    pub fn pkcs8(&self) -> [u8; 48] {
+        let mut der = *b"\x30\x2e\x02\x01\x00\x30\x05\x06\x03\x2b\x65\x70\x04\x22\x04\x20................................";
+        der[48 - SEED_BYTES..].copy_from_slice(&self.seed);
+        der
+    }
+
+    pub(crate) fn sign(&self, text: &[u8]) -> Signature {
         let mut bytes = [0; SIGNATURE_BYTES];
-        bytes.copy_from_slice(self.0.sign(text).as_ref());
+        bytes.copy_from_slice(self.pair.sign(text).as_ref());
         Signature(bytes)
     }
 }

@@ -99,6 +99,8 @@ pub struct Node {
     excused: BTreeMap<PodKey, u64>,
     /// When it last went on. What had come for it meanwhile grants time that is over, too.
     resumed_at: Option<u64>,
+    /// By its own clock, when time was last granted to it.
+    granted_at: Option<BootMs>,
     /// From this heartbeat of that session on its clock is known to have stood still.
     pub(crate) clock_broke: Option<(SessionNonce, u64)>,
     waiting: Vec<Event>,
@@ -151,6 +153,7 @@ impl Node {
             paused_at: None,
             excused: BTreeMap::new(),
             resumed_at: None,
+            granted_at: None,
             clock_broke: None,
             waiting: Vec::new(),
             dies_after: None,
@@ -232,7 +235,8 @@ impl Node {
         self.waiting.clear();
         // One failure at a time: of shim and agent one can fence.
         for shim in self.shims.values_mut() {
-            (shim.hangs, shim.granted) = (false, false);
+            shim.granted = false;
+            shim.go_on();
         }
     }
 
@@ -254,7 +258,7 @@ impl Node {
     /// SIGSTOP.
     pub fn stop(&mut self) {
         self.stopped = self.agent.is_some();
-        self.shims.values_mut().for_each(|shim| shim.hangs = false);
+        self.shims.values_mut().for_each(Shim::go_on);
     }
 
     /// SIGCONT: first, as it may be, its own clock or what waited in its sockets.
@@ -309,7 +313,7 @@ impl Node {
         self.shims.clear();
         self.orphans.clear();
         self.excused.clear();
-        (self.paused_at, self.resumed_at, self.clock_broke) = (None, None, None);
+        (self.paused_at, self.resumed_at, self.granted_at, self.clock_broke) = (None, None, None, None);
         self.boot += 1;
     }
 
@@ -352,9 +356,19 @@ impl Node {
         self.clock_broke = known.map(|nonce| (nonce, u64::MAX));
     }
 
-    /// Is all over that was granted before its clock stood still, by that clock too?
-    pub fn fenced_by(&self, now_ms: u64) -> bool {
-        self.resumed_at.is_none_or(|at| now_ms >= at + LEASE_MS)
+    /// Is all over that was granted so far, by its own clock too?
+    pub fn is_fenced(&self, now_ms: u64) -> bool {
+        self.granted_at.is_none_or(|at| self.boot_now(now_ms).since(at).0 >= LEASE_MS)
+    }
+
+    /// A grant is on its way to it.
+    pub fn granted(&mut self, now_ms: u64) {
+        self.granted_at = Some(self.boot_now(now_ms));
+    }
+
+    /// Its CLOCK_BOOTTIME, which stands still while the machine does.
+    fn boot_now(&self, now_ms: u64) -> BootMs {
+        self.clocks.boot(self.paused_at.unwrap_or(now_ms))
     }
 
     /// May it run beside a newer epoch, for its clock stood still?

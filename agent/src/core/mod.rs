@@ -295,8 +295,8 @@ impl Agent {
     /// Begins a session on the ledger found on disk. The step holds its first records and the search for shims.
     pub fn start(ledger: Ledger, identity: Identity, inventory: Inventory, now: Now) -> (Self, Step) {
         let mut agent = Self {
-            // Of a ledger written before it said so: the last one there was.
-            previous: ledger.known.clone().or_else(|| ledger.nonce.clone()),
+            // None as long as none of this ledger's has heard anything, however many there were.
+            previous: ledger.known.clone(),
             hardware: identity.hardware,
             boot: identity.boot,
             nonce: identity.nonce.clone(),

@@ -14,10 +14,12 @@ use berth_protocol::sign::Signer;
 use berth_protocol::topic::{NodeTopic, Topic, filter};
 use rumqttc::{
     AsyncClient, ConnectionError, Event as MqttEvent, LastWill, MqttOptions, Packet, QoS, Request, SubAck,
-    Subscribe, SubscribeFilter, SubscribeReasonCode,
+    Subscribe, SubscribeFilter, SubscribeReasonCode, TlsConfiguration, Transport,
 };
 use serde::Serialize;
 use tokio::sync::mpsc;
+
+use super::identity::Shown;
 
 /// What the broker tells the loop.
 #[derive(Debug)]
@@ -47,6 +49,7 @@ impl Bus {
         node: &NodeId,
         nonce: &SessionNonce,
         signer: Signer,
+        shown: Option<Arc<Shown>>,
         events: mpsc::Sender<BusEvent>,
     ) -> Self {
         let bye = Topic::node(node, NodeTopic::Bye);
@@ -66,6 +69,11 @@ impl Bus {
             }
             if let Some(will) = &will {
                 options.set_last_will(will.clone());
+            }
+            if let Some(shown) = &shown {
+                // By now it may be another one.
+                let tls = TlsConfiguration::Rustls(shown.client());
+                options.set_transport(Transport::tls_with_config(tls));
             }
             options
         };

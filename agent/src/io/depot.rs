@@ -1,4 +1,4 @@
-//! The depot, from an agent's side: puts logs and outputs, fetches workspaces, over plain HTTP/1.1 with a token.
+//! The depot, from an agent's side: puts logs and outputs, fetches workspaces, over HTTP/1.1 with a token.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -17,7 +17,8 @@ use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Limited, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::{Method, Request, StatusCode};
-use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
+use tokio::fs::File;
+use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt, Take};
 use tokio::time::timeout;
 
 use super::http;
@@ -65,7 +66,7 @@ pub async fn put_log(
     access: &DepotAccess,
     pod: &PodId,
     epoch: Epoch,
-    files: Vec<tokio::fs::File>,
+    files: Vec<Take<File>>,
 ) -> Result<(), DepotError> {
     let path = format!("/v1/logs/{}/{}/{epoch}", pod.uid, pod.index);
     exchange(access, Method::PUT, &path, files_body(files)).await.map(drop)
@@ -78,7 +79,7 @@ pub async fn put_file(
 ) -> Result<Option<(Digest, berth_protocol::units::Bytes)>, DepotError> {
     let access = access.ok_or(DepotError::NoAccess)?;
     let wrong = |source| DepotError::File { path: path.display().to_string(), source };
-    let mut file = match tokio::fs::File::open(path).await {
+    let mut file = match File::open(path).await {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         file => file.map_err(wrong)?,
     };
@@ -96,7 +97,7 @@ pub async fn put_file(
     let digest = Digest::from_bytes(sha2::Digest::finalize(hash).into());
     file.rewind().await.map_err(wrong)?;
     let path = format!("/v1/blobs/{}", digest.hex());
-    exchange(access, Method::PUT, &path, files_body(vec![file])).await.map(drop)?;
+    exchange(access, Method::PUT, &path, files_body(vec![file.take(u64::MAX)])).await.map(drop)?;
     Ok(Some((digest, berth_protocol::units::Bytes(bytes))))
 }
 
@@ -121,7 +122,7 @@ pub async fn get_blob(access: &DepotAccess, digest: &Digest, to: &Path) -> Resul
     let wrong = |source| DepotError::File { path: to.display().to_string(), source };
     let path = format!("/v1/blobs/{}", digest.hex());
     let mut body = exchange(access, Method::GET, &path, files_body(Vec::new())).await?;
-    let mut file = tokio::fs::File::create(to).await.map_err(wrong)?;
+    let mut file = File::create(to).await.map_err(wrong)?;
     let mut hash = <sha2::Sha256 as sha2::Digest>::new();
     while let Some(frame) = timeout(STALL_MAX, body.frame()).await.map_err(|_| DepotError::Stalled)? {
         if let Ok(data) = frame?.into_data() {
@@ -138,7 +139,7 @@ pub async fn get_blob(access: &DepotAccess, digest: &Digest, to: &Path) -> Resul
 }
 
 /// The files as one body, a chunk at a time: a log is never held in memory whole.
-fn files_body(files: Vec<tokio::fs::File>) -> Body {
+fn files_body(files: Vec<Take<File>>) -> Body {
     let chunks = stream::unfold(VecDeque::from(files), |mut files| async move {
         loop {
             let mut buffer = BytesMut::with_capacity(CHUNK_BYTES);
@@ -159,7 +160,7 @@ async fn exchange(
     path: &str,
     body: Body,
 ) -> Result<Incoming, DepotError> {
-    let (authority, _) = http::split(&access.url).ok_or_else(|| DepotError::Url(access.url.clone()))?;
+    let authority = http::authority(access).ok_or_else(|| DepotError::Url(access.url.clone()))?;
     let moved = Arc::new(AtomicU64::new(0));
     let counted = moved.clone();
     let body = body.map_frame(move |frame| {
@@ -167,7 +168,8 @@ async fn exchange(
         frame
     });
     let work = async {
-        let mut sender = http::connect(authority).await.map_err(DepotError::Connect)?;
+        let mut sender =
+            http::connect_to(authority, access.tls.as_ref()).await.map_err(DepotError::Connect)?;
         let request = Request::builder()
             .method(method)
             .uri(path)
@@ -214,7 +216,7 @@ mod tests {
             write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", blob.len()).unwrap();
             stream.write_all(blob).unwrap();
         });
-        DepotAccess { url, token: "token".to_owned(), expires: Timestamp(0), peer: None }
+        DepotAccess { url, token: "token".to_owned(), expires: Timestamp(0), tls: None, peer: None }
     }
 
     #[tokio::test]

@@ -5,8 +5,12 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
 
+use berth_protocol::join::Membership;
 use berth_protocol::sign::{Key, PublicKey, SEED_BYTES};
+use berth_protocol::tls::Clients;
+use rustls::{ClientConfig, ServerConfig};
 
 use super::clock;
 use crate::shim::sys;
@@ -16,6 +20,8 @@ const DIR: &str = "identity";
 const KEY: &str = "key";
 /// The controller's public key, as JSON.
 const CONTROLLER: &str = "controller.json";
+/// What the controller said when this node joined.
+const MEMBERSHIP: &str = "membership.json";
 
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
@@ -64,6 +70,8 @@ pub fn key(data_dir: &Path) -> Result<Key, IdentityError> {
     let dir = data_dir.join(DIR);
     let path = dir.join(KEY);
     let failed = |source| IdentityError::File { path: path.clone(), source };
+    // What is above the data directory is for everybody to pass through: a controller may be there.
+    data_dir.parent().map_or(Ok(()), fs::create_dir_all).map_err(failed)?;
     fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(failed)?;
     let seed: [u8; SEED_BYTES] = match read(&path)? {
         Some(bytes) => bytes.try_into().map_err(|_| IdentityError::Damaged { path })?,
@@ -76,7 +84,63 @@ pub fn key(data_dir: &Path) -> Result<Key, IdentityError> {
     Ok(Key::from_seed(&seed))
 }
 
-/// Knows whose orders are obeyed. The first controller that is heard is the node's, and no other after it.
+/// What this node has from the cluster that it joined; none where it joined none.
+pub fn membership(data_dir: &Path) -> Result<Option<Membership>, IdentityError> {
+    let path = data_dir.join(DIR).join(MEMBERSHIP);
+    let read = read(&path)?.map(|bytes| serde_json::from_slice(&bytes)).transpose();
+    read.map_err(|_| IdentityError::Damaged { path })
+}
+
+/// Puts it where `membership` finds it.
+pub fn keep_membership(data_dir: &Path, membership: &Membership) -> Result<(), IdentityError> {
+    let dir = data_dir.join(DIR);
+    let failed = |source| IdentityError::File { path: dir.join(MEMBERSHIP), source };
+    let text = serde_json::to_vec_pretty(membership).map_err(|error| failed(error.into()))?;
+    sys::write_durably(&dir, MEMBERSHIP, &text).map_err(failed)
+}
+
+/// By what this node shows that it belongs, as long as a certificate is good.
+pub struct Shown(RwLock<(Arc<ClientConfig>, Arc<ServerConfig>)>);
+
+impl Shown {
+    pub fn new(membership: &Membership, key: &Key) -> Result<Self, BadCertificate> {
+        Ok(Self(RwLock::new(configs(membership, key)?)))
+    }
+
+    /// There is another certificate.
+    pub fn renew(&self, membership: &Membership, key: &Key) -> Result<(), BadCertificate> {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = configs(membership, key)?;
+        Ok(())
+    }
+
+    pub fn client(&self) -> Arc<ClientConfig> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+
+    /// Towards other nodes, which have a token.
+    pub fn server(&self) -> Arc<ServerConfig> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).1.clone()
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "this node's certificate is damaged, or not its key's ({0}): join the cluster again, with a token from `berth node token \
+     NODE` at the controller"
+)]
+pub struct BadCertificate(String);
+
+fn configs(
+    membership: &Membership,
+    key: &Key,
+) -> Result<(Arc<ClientConfig>, Arc<ServerConfig>), BadCertificate> {
+    let credentials = membership.credentials(key).map_err(|error| BadCertificate(error.to_string()))?;
+    let configs = credentials.client().and_then(|client| Ok((client, credentials.server(Clients::Any)?)));
+    configs.map_err(|error| BadCertificate(error.to_string()))
+}
+
+/// Knows whose orders are obeyed: the controller's of the cluster that this node joined; where it joined none, the first
+/// that is heard is the node's, and no other after it.
 pub struct Authority {
     dir: PathBuf,
     own: Option<PublicKey>,
@@ -86,6 +150,9 @@ impl Authority {
     pub fn open(data_dir: &Path) -> Result<Self, IdentityError> {
         let dir = data_dir.join(DIR);
         let path = dir.join(CONTROLLER);
+        if let Some(membership) = membership(data_dir)? {
+            return Ok(Self { dir, own: Some(membership.controller) });
+        }
         let own = read(&path)?.map(|bytes| serde_json::from_slice(&bytes)).transpose();
         Ok(Self { dir, own: own.map_err(|_| IdentityError::Damaged { path })? })
     }
@@ -120,8 +187,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let first = key(dir.path()).unwrap().public();
         assert_eq!(key(dir.path()).unwrap().public(), first);
-        let mode = fs::metadata(dir.path().join(DIR)).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o700);
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&dir.path().join(DIR)), 0o700);
+        let deep = dir.path().join("lib/berth/agent");
+        key(&deep).unwrap();
+        assert_eq!((mode(&deep), mode(deep.parent().unwrap()) & 0o055), (0o700, 0o055));
         fs::write(dir.path().join(DIR).join(KEY), "torn").unwrap();
         assert!(matches!(key(dir.path()), Err(IdentityError::Damaged { .. })));
     }

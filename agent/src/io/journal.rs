@@ -18,12 +18,14 @@ const COMPACT_BYTES_MIN: u64 = 256 * 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
-    #[error("cannot open the ledger {path}: {source}")]
+    #[error("cannot open the ledger {path}")]
     Open { path: PathBuf, source: io::Error },
     #[error("another agent uses the data directory {path}: end it, or give this one its own --data-dir")]
     Locked { path: PathBuf },
-    #[error("cannot write the ledger: {0}; is the disk full or read-only?")]
-    Write(#[source] io::Error),
+    #[error(
+        "cannot write the ledger {path} (make room on its disk; if that has failed, the kernel's log says how)"
+    )]
+    Write { path: PathBuf, source: io::Error },
 }
 
 pub struct Journal {
@@ -64,6 +66,10 @@ pub fn read(bytes: &[u8]) -> (Ledger, usize, usize) {
     (ledger, damaged, whole)
 }
 
+fn unwritten(dir: &Path, source: io::Error) -> JournalError {
+    JournalError::Write { path: dir.join(FILE), source }
+}
+
 fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
@@ -102,11 +108,15 @@ impl Journal {
             return Ok(());
         }
         let mut out = Vec::new();
-        records.iter().try_for_each(|record| line(record, &mut out)).map_err(JournalError::Write)?;
-        self.file.write_all(&out).map_err(JournalError::Write)?;
-        if !records.iter().all(Record::may_wait) {
-            self.file.sync_data().map_err(JournalError::Write)?;
-        }
+        let mut append = || -> io::Result<()> {
+            records.iter().try_for_each(|record| line(record, &mut out))?;
+            self.file.write_all(&out)?;
+            if !records.iter().all(Record::may_wait) {
+                self.file.sync_data()?;
+            }
+            Ok(())
+        };
+        append().map_err(|source| unwritten(&self.dir, source))?;
         self.bytes += out.len() as u64;
         Ok(())
     }
@@ -133,7 +143,7 @@ impl Journal {
             sync_dir(&self.dir)?;
             OpenOptions::new().append(true).open(self.dir.join(FILE))
         };
-        self.file = rewrite().map_err(JournalError::Write)?;
+        self.file = rewrite().map_err(|source| unwritten(&self.dir, source))?;
         self.bytes = out.len() as u64;
         self.snapshot_bytes = self.bytes;
         Ok(())

@@ -1,6 +1,7 @@
 //! Pods' logs on their way out: to whoever follows them, and to the depot once the pod has ended.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,11 +9,13 @@ use berth_protocol::ids::Epoch;
 use berth_protocol::limits::FOLLOW_MS;
 use berth_protocol::log::Record;
 use berth_protocol::topic::Topic;
+use tokio::fs::File;
+use tokio::io::{AsyncReadExt, Take};
 use tokio::time::Instant;
 
 use crate::core::ledger::PodKey;
 use crate::io::bus::Bus;
-use crate::shim::log::{OwnedRecord, Reader, read_from};
+use crate::shim::log::{self, OwnedRecord, Reader, read_from};
 use crate::task::file;
 
 /// One reader of a pod's log, however many clients listen.
@@ -95,11 +98,14 @@ impl Follower {
     }
 }
 
-/// The segments of a pod's log, oldest first.
-pub async fn segments(dir: &Path) -> Vec<tokio::fs::File> {
-    let mut files = Vec::new();
-    for path in crate::shim::log::segment_paths(&dir.join(file::LOG_DIR)) {
-        files.extend(tokio::fs::File::open(path).await);
-    }
-    files
+/// The segments of a pod's log, oldest first: whole records, and on disk for good.
+pub async fn segments(dir: &Path) -> io::Result<Vec<Take<File>>> {
+    let dir = dir.join(file::LOG_DIR);
+    let whole = tokio::task::spawn_blocking(move || {
+        let whole = log::whole(&dir)?;
+        log::sync(&dir)?;
+        Ok(whole)
+    });
+    let whole = whole.await.unwrap_or_else(|failed| Err(io::Error::other(failed)))?;
+    Ok(whole.into_iter().map(|(file, bytes)| File::from_std(file).take(bytes)).collect())
 }

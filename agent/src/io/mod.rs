@@ -9,6 +9,7 @@ pub mod doctor;
 mod http;
 pub mod identity;
 pub mod image;
+pub mod join;
 pub mod journal;
 pub mod logs;
 pub mod network;

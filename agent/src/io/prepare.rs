@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use berth_protocol::chunk::{GrantFor, GrantRequest};
@@ -28,6 +29,7 @@ use super::shims;
 use crate::config::Config;
 use crate::core::ledger::PodKey;
 use crate::core::{Event, Prepared, Unready};
+use crate::io::identity::Shown;
 use crate::task::{ImageProcess, Root, file};
 
 /// Images not used by any pod go, oldest first, while more of the disk than this is taken.
@@ -203,8 +205,12 @@ impl Preparer {
     ///
     /// # Errors
     /// The address is not this machine's, or taken.
-    pub async fn serve_chunks(&self, address: SocketAddr) -> std::io::Result<ChunkServer> {
-        checkpoint::listen(address, self.data_dir.join(CHECKPOINTS_KEPT_DIR)).await
+    pub async fn serve_chunks(
+        &self,
+        address: SocketAddr,
+        shown: Option<Arc<Shown>>,
+    ) -> std::io::Result<ChunkServer> {
+        checkpoint::listen(address, self.data_dir.join(CHECKPOINTS_KEPT_DIR), shown).await
     }
 
     /// The digests of a template's images, where they have one and are here.

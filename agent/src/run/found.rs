@@ -1,4 +1,4 @@
-//! What is there before the agent knows anything: pods of this node that are alive, by their control groups.
+//! What is there before the agent knows anything: pods of this node that are alive, by their control groups; a CRIU.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -7,6 +7,7 @@ use berth_protocol::message::node::HeldPod;
 
 use crate::config::Config;
 use crate::core::ledger::PodKey;
+use crate::io::probe::criu::{self, Criu};
 use crate::shim;
 use crate::shim::cgroup::Cgroup;
 use crate::task::{Task, file};
@@ -40,4 +41,17 @@ pub(super) fn found_alive(config: &Config) -> Vec<HeldPod> {
         }
     }
     found
+}
+
+/// A CRIU that works; looked for beside everything else, since its own check takes a while.
+pub(super) async fn find_criu(configured: Option<PathBuf>) -> Option<Criu> {
+    let program = std::env::current_exe().ok();
+    let path = std::env::var("PATH").unwrap_or_default();
+    match criu::find(&criu::candidates(configured.as_deref(), program.as_deref(), &path)).await {
+        Ok(criu) => Some(criu),
+        Err(error) => {
+            tracing::info!("no transparent checkpoints on this node: {error}");
+            None
+        }
+    }
 }

@@ -43,12 +43,9 @@ async fn put_log(
 ) -> Result<(), DepotError> {
     let _turn = turn.lock().await;
     let access = access.ok_or(DepotError::NoAccess)?;
-    let segments = logs::segments(dir).await;
     // The next one sent takes the place of this one: it must hold all of it, even after a power cut.
-    for segment in &segments {
-        let wrong = |source| DepotError::File { path: dir.join(file::LOG_DIR).display().to_string(), source };
-        segment.sync_data().await.map_err(wrong)?;
-    }
+    let wrong = |source| DepotError::File { path: dir.join(file::LOG_DIR).display().to_string(), source };
+    let segments = logs::segments(dir).await.map_err(wrong)?;
     depot::put_log(access, &key.pod, key.epoch, segments).await
 }
 

@@ -151,8 +151,26 @@ pub fn sync(dir: &Path) -> io::Result<()> {
     })
 }
 
-/// The files of a log, oldest first; none where there is no log.
-pub fn segment_paths(dir: &Path) -> Vec<PathBuf> {
+/// The files of a log, oldest first, each with the length of its whole records: behind them is one on its way in, or what
+/// an end of the machine has left there.
+pub fn whole(dir: &Path) -> io::Result<Vec<(File, u64)>> {
+    let mut all = Vec::new();
+    for path in segment_paths(dir) {
+        match Segment::open(&path) {
+            Ok(mut segment) => {
+                while segment.next(|_| ())?.is_some() {}
+                segment.file.rewind()?;
+                all.push((segment.file, segment.offset));
+            }
+            // Dropped in this moment.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(all)
+}
+
+fn segment_paths(dir: &Path) -> Vec<PathBuf> {
     segments(dir).unwrap_or_default().into_iter().map(|(_, path)| path).collect()
 }
 
@@ -375,6 +393,31 @@ mod tests {
             [(1, "one\n"), (2, "two\n"), (3, "three\n")].map(|(n, t)| (n, t.to_owned())).into();
         assert_eq!(all(dir.path(), 0), expect);
         assert_eq!(all(dir.path(), 3), expect[2..]);
+    }
+
+    /// ext4 knows a file's new length before it has written what is in it.
+    #[test]
+    fn of_what_a_power_cut_has_left_records_alone_are_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = Writer::open(dir.path(), Bytes(SEGMENTS * SEGMENT_BYTES_MIN)).unwrap();
+        let text = "x".repeat(1000);
+        (1..=100).for_each(|_| put(&mut writer, &text));
+        let (_, last) = segments(dir.path()).unwrap().pop().unwrap();
+        let bytes = fs::metadata(&last).unwrap().len();
+        let file = OpenOptions::new().append(true).open(&last).unwrap();
+        for torn in [0, 1, 300, 4096] {
+            file.set_len(bytes + torn).unwrap();
+            let mut taken = Vec::new();
+            for (file, whole) in super::whole(dir.path()).unwrap() {
+                file.take(whole).read_to_end(&mut taken).unwrap();
+            }
+            let mut records = 0;
+            let mut rest = taken.as_slice();
+            while let Ok((_, length)) = read_record(rest) {
+                (records, rest) = (records + 1, &rest[length..]);
+            }
+            assert_eq!((records, rest), (100, &[][..]), "{torn} bytes more");
+        }
     }
 
     #[test]

@@ -233,7 +233,7 @@ pub async fn export(settings: &Settings, args: Export) -> anyhow::Result<u8> {
     let found = find(&mut session, settings, &args.checkpoint).await?;
     session.close().await;
     let access = found.depot.clone().context("the controller gives no access to its depot")?;
-    let (depot, id) = (Depot::new(access), found.row.id);
+    let (depot, id) = (Depot::new(access, settings)?, found.row.id);
     if args.file == Path::new("-") {
         write(BufWriter::new(io::stdout().lock()), &depot, &id, &found)?;
         return Ok(0);

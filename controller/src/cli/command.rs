@@ -9,6 +9,8 @@ use berth_protocol::units::Millis;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
+pub use super::job_words::{Run, Submit};
+pub use super::member_words::{InviteNode, InviteUser, NodeVerb, UserVerb};
 pub use super::saved_words::{
     Checkpoint, CheckpointVerb, Defrag, Drain, Fork, Migrate, NodeNames, Restore, Take, copies_for_fork,
 };
@@ -63,6 +65,10 @@ pub struct Global {
     /// How long to try to reach the broker, and the controller behind it [default: 30s]
     #[arg(long, global = true, env = "BERTH_REQUEST_TIMEOUT", hide_env_values = true, value_name = "DURATION", value_parser = duration)]
     pub request_timeout: Option<Duration>,
+    /// Where your key and certificate are, as `berth login` left them [default: ~/.config/berth/identity, for root else
+    /// /etc/berth/admin]
+    #[arg(long, global = true, env = "BERTH_IDENTITY", hide_env_values = true, value_name = "DIR")]
+    pub identity: Option<PathBuf>,
     /// The configuration file [default: ~/.config/berth/config.toml]
     #[arg(long, global = true, env = "BERTH_CONFIG", hide_env_values = true, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -208,6 +214,31 @@ node takes no new pods until `berth uncordon`.")]
     /// Let nodes take pods again; ends a drain
     #[command(after_help = "Examples:\n  berth uncordon n1")]
     Uncordon(NodeNames),
+    /// Let machines into the cluster, and take them out of it
+    #[command(after_help = "Examples:
+  berth node token                     a line to run on a new machine, good once
+  berth node token gpu-7               for that node alone: also to come back after weeks away
+  berth node remove gpu-7")]
+    Node {
+        #[command(subcommand)]
+        verb: NodeVerb,
+    },
+    /// Let people into the cluster, and take them out of it
+    #[command(after_help = "Examples:
+  berth user token alice               a line for her to run, good once
+  berth user token bob --admin         one who may let others in
+  berth user list")]
+    User {
+        #[command(subcommand)]
+        verb: UserVerb,
+    },
+    /// Show a token that an admin made, and belong to the cluster
+    #[command(after_help = "Examples:
+  berth login b1c0ffee…@ctl.example.org:7420
+
+The key is made here and stays here; the certificate is renewed by any later
+command, in its last ten days.")]
+    Login { token: String },
     /// Move running pods, with all their work, so that the fleet is packed better
     #[command(after_help = "Examples:
   berth defrag --dry-run               who would go where, and what it gains
@@ -251,71 +282,6 @@ line, one for each seed, and the means last.")]
         /// The directory, made where it is missing
         dir: PathBuf,
     },
-}
-
-#[derive(Debug, Args)]
-pub struct Submit {
-    /// Job files, YAML or JSON; `-` is standard input
-    #[arg(required = true, value_name = "FILE")]
-    pub files: Vec<PathBuf>,
-    /// Wait for the jobs' ends; the exit code is that of the first that failed
-    #[arg(long)]
-    pub wait: bool,
-}
-
-#[derive(Debug, Args)]
-pub struct Run {
-    /// The job's name [default: made up]
-    #[arg(long, value_name = "NAME")]
-    pub name: Option<JobName>,
-    /// The image, or `host`: the node's own file system
-    #[arg(long, default_value = "host")]
-    pub image: String,
-    /// Cores, such as 2, 0.5 or 500m: reserved, and the most that it gets [default: 100m]
-    #[arg(long)]
-    pub cpu: Option<String>,
-    /// Memory, such as 500Mi or 4Gi: reserved; beyond it the program is killed [default: 128Mi]
-    #[arg(long)]
-    pub memory: Option<String>,
-    /// Devices, such as 1, or a share of one, such as 0.25
-    #[arg(long)]
-    pub gpu: Option<String>,
-    /// An environment variable; without a value: the one set here
-    #[arg(short, long = "env", value_name = "NAME[=VALUE]")]
-    pub env: Vec<String>,
-    /// A directory of the node's, or a named volume
-    #[arg(short, long = "volume", value_name = "SOURCE:MOUNT[:ro]")]
-    pub volumes: Vec<String>,
-    /// A path to keep in the depot when the job ends, for `berth cp`
-    #[arg(long = "output", value_name = "PATH")]
-    pub outputs: Vec<String>,
-    /// The pod's network
-    #[arg(long, value_parser = ["bridge", "host", "none"], value_name = "bridge|host|none")]
-    pub network: Option<String>,
-    /// Where the command runs [default: this directory, or the image's own]
-    #[arg(long, value_name = "PATH")]
-    pub workdir: Option<String>,
-    /// Which nodes may run it: a CEL expression over `node`
-    #[arg(long, value_name = "CEL")]
-    pub affinity: Option<String>,
-    /// From -1000 to 1000
-    #[arg(long, allow_hyphen_values = true)]
-    pub priority: Option<i32>,
-    /// Start again after a failure, this many times
-    #[arg(long, value_name = "N")]
-    pub retries: Option<u32>,
-    /// Print the job's name and leave it to itself
-    #[arg(short, long)]
-    pub detach: bool,
-    /// Take this directory along in any case
-    #[arg(long, conflicts_with = "no_workspace")]
-    pub workspace: bool,
-    /// Never take this directory along
-    #[arg(long)]
-    pub no_workspace: bool,
-    /// The command and its arguments
-    #[arg(required = true, last = true, value_name = "CMD")]
-    pub command: Vec<String>,
 }
 
 #[derive(Debug, Args)]

@@ -1,15 +1,18 @@
 //! What every verb goes by: command line, environment and configuration file brought together.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use berth_protocol::broker::BrokerUrl;
 use berth_protocol::ids::{ClusterName, Namespace};
+use rustls::ClientConfig;
 use serde::Deserialize;
 
 use super::Usage;
 use super::command::{Format, Global, duration};
+use super::identity::{ADMIN, Identity};
 
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// A larger configuration file is not one.
@@ -24,6 +27,10 @@ pub struct Settings {
     pub namespace_given: bool,
     pub format: Format,
     pub request_timeout: Duration,
+    /// Who the user is, where there are certificates.
+    pub identity: Option<Identity>,
+    /// Where `berth login` keeps that.
+    pub own_identity: Option<PathBuf>,
 }
 
 /// `config.toml`.
@@ -46,11 +53,36 @@ impl Settings {
                 None => File::default(),
             },
         };
-        Self::merge(global, file)
+        let own_identity =
+            global.identity.clone().or_else(|| Some(default_path()?.with_file_name("identity")));
+        let identity = match &own_identity {
+            Some(dir) => Identity::load(dir)?,
+            None => None,
+        };
+        let identity = match identity {
+            // Root's own. Nobody else can read it.
+            None if global.identity.is_none() => Identity::load(Path::new(ADMIN)).ok().flatten(),
+            identity => identity,
+        };
+        Ok(Self { own_identity, ..Self::merge(global, file, identity)? })
     }
 
-    fn merge(global: &Global, file: File) -> anyhow::Result<Self> {
-        let broker = match (&global.broker, file.broker) {
+    /// What to show to a server that asks for a certificate.
+    pub fn tls(&self) -> anyhow::Result<Arc<ClientConfig>> {
+        let identity = self.identity.as_ref().with_context(|| {
+            format!(
+                "the broker {} asks for a certificate, and you have none here: `berth login TOKEN`, with a token from an \
+                 admin's `berth user token NAME`",
+                self.broker
+            )
+        })?;
+        identity.tls()
+    }
+
+    fn merge(global: &Global, file: File, identity: Option<Identity>) -> anyhow::Result<Self> {
+        let membership = identity.as_ref().map(|identity| &identity.membership);
+        let member_of = membership.map(|membership| membership.broker.clone());
+        let broker = match (&global.broker, file.broker.or(member_of)) {
             (Some(url), _) => url.clone(),
             (None, Some(text)) => BrokerUrl::parse(&text).map_err(|error| Usage::new(error.to_string()))?,
             (None, None) => BrokerUrl::default(),
@@ -60,10 +92,11 @@ impl Settings {
             (None, Some(text)) => duration(&text).map_err(Usage::new)?,
             (None, None) => REQUEST_TIMEOUT,
         };
-        let cluster = match global.cluster.clone().or(file.cluster) {
-            Some(cluster) => cluster,
-            None => ClusterName::parse("default")?,
-        };
+        let cluster =
+            match global.cluster.clone().or(file.cluster).or_else(|| Some(membership?.cluster.clone())) {
+                Some(cluster) => cluster,
+                None => ClusterName::parse("default")?,
+            };
         Ok(Self {
             broker,
             cluster,
@@ -75,6 +108,8 @@ impl Settings {
                 .unwrap_or_else(Namespace::default_namespace),
             format: global.format.or(file.format).unwrap_or(Format::Table),
             request_timeout,
+            identity,
+            own_identity: None,
         })
     }
 }
@@ -109,7 +144,7 @@ mod tests {
             || toml::from_str::<File>("broker = 'mqtt://h:7'\nnamespace = 'team'\nformat = 'json'").unwrap();
         let settings = |args: &[&str]| {
             let args = ["berth"].iter().chain(args).chain(&["schema"]);
-            Settings::merge(&Cli::parse_from(args).global, file()).unwrap()
+            Settings::merge(&Cli::parse_from(args).global, file(), None).unwrap()
         };
         let from_file = settings(&[]);
         assert_eq!(from_file.broker.to_string(), "mqtt://h:7");

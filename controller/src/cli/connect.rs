@@ -16,7 +16,7 @@ use berth_protocol::topic::{Topic, filter};
 use berth_protocol::units::Millis;
 use rumqttc::{
     AsyncClient, ConnectReturnCode, ConnectionError, Event, EventLoop, MqttOptions, NetworkOptions, Outgoing,
-    Packet, QoS, SubscribeFilter, SubscribeReasonCode,
+    Packet, QoS, SubscribeFilter, SubscribeReasonCode, TlsConfiguration, Transport,
 };
 use serde_json::Value;
 use tokio::sync::mpsc;
@@ -101,12 +101,16 @@ impl Session {
         let id = ClientId::parse(&format!("cli-{:016x}", random()?))?;
         filters.push(filter::replies(&settings.cluster, &id));
         let (url, name) = (settings.broker.clone(), id.clone());
+        let tls = url.is_tls().then(|| settings.tls()).transpose()?;
         let at = move |attempt| {
             let (host, port) = url.host(attempt);
             let mut options = MqttOptions::new(name.as_str(), host, *port);
             options.set_keep_alive(KEEP_ALIVE).set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX);
             if let Some((user, password)) = url.login() {
                 options.set_credentials(user, password);
+            }
+            if let Some(tls) = tls.clone() {
+                options.set_transport(Transport::tls_with_config(TlsConfiguration::Rustls(tls)));
             }
             options
         };
@@ -408,7 +412,7 @@ fn connection_error(error: &ConnectionError) -> String {
     }
 }
 
-fn millis(span: Duration) -> Millis {
+pub fn millis(span: Duration) -> Millis {
     Millis(u64::try_from(span.as_millis()).unwrap_or(u64::MAX))
 }
 

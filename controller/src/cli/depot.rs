@@ -1,6 +1,7 @@
 //! The depot over HTTP: blobs by digest, stored logs, outputs.
 
 use std::io::{BufReader, Read};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -10,7 +11,9 @@ use berth_protocol::log::{RecordError, read_record};
 use berth_protocol::message::node::DepotAccess;
 use berth_protocol::message::query::{LogSource, Query};
 use tokio::sync::mpsc;
+use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
+use super::config::Settings;
 use super::connect::Session;
 use super::order::Line;
 
@@ -25,7 +28,23 @@ pub struct Depot {
 }
 
 impl Depot {
-    pub fn new(access: DepotAccess) -> Self {
+    /// # Errors
+    /// It is known by a certificate, and the user by none.
+    pub fn new(access: DepotAccess, settings: &Settings) -> anyhow::Result<Self> {
+        let mut tls = TlsConfig::builder();
+        if access.url.starts_with("https://") {
+            // Not what the answer says: that came through the broker.
+            let ca = &settings
+                .identity
+                .as_ref()
+                .context("the depot asks for TLS: `berth login TOKEN`")?
+                .membership
+                .ca;
+            let ca = Certificate::from_pem(ca.as_bytes())?;
+            let provider = Arc::new(rustls::crypto::ring::default_provider());
+            tls =
+                tls.root_certs(RootCerts::new_with_certs(&[ca])).unversioned_rustls_crypto_provider(provider);
+        }
         let config = ureq::Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
@@ -33,14 +52,16 @@ impl Depot {
             .timeout_connect(Some(CONNECT_TIMEOUT))
             .timeout_per_read(Some(SILENCE_MAX))
             .timeout_per_write(Some(SILENCE_MAX))
+            .tls_config(tls.build())
             .build();
-        Self { agent: config.new_agent(), access }
+        Ok(Self { agent: config.new_agent(), access })
     }
 
     /// Asks the controller for access to a namespace's part.
     pub async fn of(session: &mut Session, namespace: &Namespace) -> anyhow::Result<Self> {
         let value = session.query(Query::Depot { namespace: namespace.clone() }).await?;
-        Ok(Self::new(serde_json::from_value(value).context("the controller's reply cannot be read")?))
+        let access = serde_json::from_value(value).context("the controller's reply cannot be read")?;
+        Self::new(access, &session.settings)
     }
 
     fn url(&self, path: &str) -> String {

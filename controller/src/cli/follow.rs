@@ -374,7 +374,7 @@ impl<'a> Follow<'a> {
             self.order.list(pod, &epochs);
         }
         self.show()?;
-        let depot = Depot::new(depot);
+        let depot = Depot::new(depot, &self.session.settings)?;
         for source in &sources {
             let Some(path) = source.stored.as_ref().filter(|_| self.order.is_open(&source.pod, source.epoch))
             else {

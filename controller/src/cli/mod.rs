@@ -18,9 +18,14 @@ mod follow;
 mod get;
 #[cfg(test)]
 mod golden;
+mod https;
+pub(crate) mod identity;
 mod interrupts;
+mod job_words;
 mod jobfile;
 mod logs;
+mod member;
+mod member_words;
 mod node;
 mod order;
 mod render;
@@ -71,10 +76,14 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Verb::Schema => return jobfile::print_schema(),
         _ => {}
     }
-    let settings = Settings::load(&cli.global)?;
+    let mut settings = Settings::load(&cli.global)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
+        member::renew(&mut settings).await;
         match cli.verb {
+            Verb::Login { token } => member::login(&settings, &token).await,
+            Verb::Node { verb } => member::node(&settings, verb).await,
+            Verb::User { verb } => member::user(&settings, verb).await,
             Verb::Submit(args) => submit::submit(&settings, args).await,
             Verb::Run(args) => run::run(&settings, *args).await,
             Verb::Get(args) => get::get(&settings, args).await,

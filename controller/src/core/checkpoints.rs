@@ -9,9 +9,10 @@ use berth_protocol::checkpoint::CheckpointInfo;
 use berth_protocol::chunk::{GrantFor, GrantRequest};
 use berth_protocol::ids::{Digest, Epoch, JobUid, NodeId, PodId};
 use berth_protocol::job::{Checkpoint as Policy, CheckpointMode, JobSpec};
-use berth_protocol::message::node::ChunkServer;
+use berth_protocol::message::node::{ChunkServer, ServerIdentity};
 use berth_protocol::message::user::{CheckpointFailure, CheckpointStatus};
 use berth_protocol::pod::{Goal, PodPhase, RESTORE_FAILED};
+use berth_protocol::tls::Party;
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::{Deserialize, Serialize};
 
@@ -131,10 +132,11 @@ pub(super) enum Leaving {
 /// What a node is told that may save or load.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Granted {
-    /// The depot's address.
+    /// The depot's address, and by what it is known.
     pub url: String,
-    /// Another node that has the chunks too.
-    pub holder: Option<ChunkServer>,
+    pub tls: Option<ServerIdentity>,
+    /// Likewise another node that has the chunks too.
+    pub holder: Option<(ChunkServer, Option<ServerIdentity>)>,
 }
 
 impl Job {
@@ -336,7 +338,12 @@ impl Controller {
                 GrantFor::Load { checkpoint } => self.holder(&checkpoint).filter(|(id, _)| *id != node),
                 GrantFor::Save => None,
             };
-            Granted { url: self.config.depot_url.clone(), holder: holder.map(|(_, server)| server.clone()) }
+            Granted {
+                url: self.config.depot_url.clone(),
+                tls: self.identity_of(Party::Controller),
+                holder: holder
+                    .map(|(id, server)| (server.clone(), self.identity_of(Party::Node(id.clone())))),
+            }
         })
     }
 

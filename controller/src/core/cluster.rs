@@ -7,17 +7,20 @@ use berth_protocol::ids::{
     RequestId, SessionNonce, Term,
 };
 use berth_protocol::job::JobSpec;
+use berth_protocol::join::InvitationId;
 use berth_protocol::message::node::ChunkServer;
 use berth_protocol::message::user::{CheckpointStatus, JobPhase, NodeState};
 use berth_protocol::pod::PodPhase;
 use berth_protocol::resources::{Inventory, Usage};
 use berth_protocol::sign::PublicKey;
+use berth_protocol::tls::Party;
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use super::checkpoints::{Checkpoint, Saved};
 use super::drain::Drain;
 pub(super) use super::epoch::{Assignment, Charge, Ending, EpochLog, Output};
+use super::members::{Invitation, Member};
 use super::restored::Restored;
 use super::schedule::place::ClassId;
 
@@ -39,6 +42,8 @@ pub(super) struct Cluster {
     pub requests_by_age: BTreeSet<(Timestamp, RequestId)>,
     /// Where the store is one that was restored.
     pub restored: Option<Restored>,
+    pub members: BTreeMap<Party, Member>,
+    pub invitations: BTreeMap<InvitationId, Invitation>,
     /// Statuses `Rejected` out there, and until when.
     pub rejected: BTreeMap<(Namespace, JobName), Timestamp>,
 }

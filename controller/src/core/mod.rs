@@ -13,6 +13,7 @@ mod fit;
 mod inventory;
 pub mod lead;
 mod lifecycle;
+pub mod members;
 mod moves;
 mod nodes;
 mod notes;
@@ -45,6 +46,7 @@ use serde::de::DeserializeOwned;
 
 pub use self::checkpoints::{Granted, Imported};
 use self::cluster::Cluster;
+use self::members::{MemberChange, STRANGER};
 pub use self::notes::Note;
 pub use self::records::SetAside;
 use self::relocations::Relocation;
@@ -80,6 +82,7 @@ pub enum Event {
     Priced(Box<Prices>),
     /// The depot has a checkpoint from elsewhere.
     Imported(Box<Imported>),
+    Members(MemberChange),
     /// `next_wake` has come.
     Tick,
 }
@@ -131,6 +134,8 @@ pub struct Config {
     pub moves_max: usize,
     /// Signs the depot's tokens.
     pub secret: [u8; 32],
+    /// Certificate of the cluster's CA, PEM, where only members are heard.
+    pub ca: Option<String>,
     /// Of the generator of uids; another one at each start.
     pub seed: u64,
 }
@@ -315,6 +320,7 @@ impl Controller {
                 Event::DepotListed(manifests) => self.depot_listed(now, manifests),
                 Event::Priced(prices) => self.priced(*prices),
                 Event::Imported(imported) => self.imported(now, *imported),
+                Event::Members(change) => self.change_members(now, change),
                 Event::Tick => {}
             }
         }
@@ -360,6 +366,10 @@ impl Controller {
                 self.count("query");
                 let read = self.read(&topic, payload).map(|request| self.query(now, client, request));
                 read.inspect_err(|error| self.query_unread(client, payload, error))
+            }
+            Topic::Node { node, .. } if !self.speaks_for(node, by) => {
+                self.refuse(STRANGER);
+                Ok(())
             }
             Topic::Node { node, kind: NodeTopic::Hello } => {
                 self.count("hello");
@@ -479,6 +489,7 @@ impl Controller {
     fn sweep(&mut self, now: Now) {
         self.timers.arm(Timer::Sweep, now.boot.plus(SWEEP));
         self.let_imported_go(now);
+        self.forget_invitations(now);
         self.other_versions.clear();
         self.effect(Effect::TidyDepot);
         while let Some((at, id)) = self.cluster.requests_by_age.first().cloned() {

@@ -10,6 +10,7 @@ use berth_protocol::message::query::{
     QueryError, QueryReply, QueryRequest,
 };
 use berth_protocol::message::user::NodeStatus;
+use berth_protocol::tls::Party;
 use berth_protocol::token::{self, Scope};
 use berth_protocol::topic::Topic;
 use berth_protocol::units::Millis;
@@ -165,7 +166,13 @@ impl Controller {
     pub(super) fn depot(&self, now: Now, namespace: Namespace) -> DepotAccess {
         let expires = now.wall.plus(TOKEN_LIFE);
         let token = token::mint(&self.config.secret, &Scope::Namespace(namespace), expires);
-        DepotAccess { url: self.config.depot_url.clone(), token, expires, peer: None }
+        DepotAccess {
+            url: self.config.depot_url.clone(),
+            token,
+            expires,
+            tls: self.identity_of(Party::Controller),
+            peer: None,
+        }
     }
 
     /// Jobs behind `after`, which is `namespace/job`.

@@ -2,13 +2,15 @@
 //!
 //! `job/{uid}` the file accepted, `run/{uid}` how it fares, `pod/{uid}/{index}` a pod placed at least once,
 //! `checkpoint/{digest's digits}` one that the depot holds and a pod names, or that was imported,
-//! `node/{node}`, `outbox/{node}`, `request/{id}` when a command took effect, `rejected/{ns}/{job}` until when its
+//! `node/{node}`, `outbox/{node}`, `member/{party}`, `invitation/{id}`, `request/{id}` when a command took effect, `rejected/{ns}/{job}` until when its
 //! status says so. Keys sort so that a job comes before what belongs to it.
 
 use std::collections::BTreeSet;
 
 use berth_protocol::ids::{Digest, JobName, JobUid, Namespace, NodeId, RequestId};
 use berth_protocol::job::PodTemplate;
+use berth_protocol::join::InvitationId;
+use berth_protocol::tls::Party;
 use berth_protocol::units::Timestamp;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -44,6 +46,14 @@ pub(super) fn outbox(node: &NodeId) -> String {
 
 pub(super) fn request(id: &RequestId) -> String {
     format!("request/{id}")
+}
+
+pub(super) fn member(party: &Party) -> String {
+    format!("member/{party}")
+}
+
+pub(super) fn invitation(id: &InvitationId) -> String {
+    format!("invitation/{id}")
 }
 
 pub(super) fn rejected(namespace: &Namespace, job: &JobName) -> String {
@@ -136,6 +146,14 @@ pub(super) fn load(
                     cluster.named_checkpoints.add(id);
                 }
                 cluster.checkpoints.insert(id, found);
+            }
+            ("member", party) => {
+                let party: Party = party.parse().map_err(|_| unknown())?;
+                cluster.members.insert(party, read(&key, &value)?);
+            }
+            ("invitation", id) => {
+                let id: InvitationId = id.parse().map_err(|_| unknown())?;
+                cluster.invitations.insert(id, read(&key, &value)?);
             }
             ("restored", "store") => cluster.restored = Some(read(&key, &value)?),
             ("request", id) => {

@@ -11,6 +11,7 @@ use berth_protocol::message::node::{
     held_digest,
 };
 use berth_protocol::pod::{Goal, PodPhase};
+use berth_protocol::tls::Party;
 use berth_protocol::token::{self, Scope};
 use berth_protocol::topic::{NodeTopic, Topic};
 use berth_protocol::units::Millis;
@@ -172,7 +173,7 @@ impl Controller {
 
     /// Answers the session's last heartbeat, and acknowledges its events.
     pub(super) fn send_lease(&mut self, now: Now, id: &NodeId) {
-        let config = &self.config;
+        let (config, tls) = (&self.config, self.identity_of(Party::Controller));
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
         let (Some(session), Some(outbox)) = (&mut node.session, &node.outbox) else { return };
         node.ack = None;
@@ -205,7 +206,7 @@ impl Controller {
             let expires = now.wall.plus(TOKEN_LIFE);
             session.depot = Some((expires, session.seq));
             let token = token::mint(&config.secret, &Scope::Node(id.clone()), expires);
-            DepotAccess { url: config.depot_url.clone(), token, expires, peer: None }
+            DepotAccess { url: config.depot_url.clone(), token, expires, tls: tls.clone(), peer: None }
         });
         let lease = Lease {
             store: config.store.clone(),

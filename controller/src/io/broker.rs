@@ -1,9 +1,8 @@
 //! The embedded MQTT broker: rmqtt as a library on a thread of its own, and the rules of who may say and hear what.
 //! Everything not allowed is denied and counted. Nothing but this module names rmqtt.
 //!
-//! Who a client is, its MQTT client id tells: the controller's own (with a password made at each start), a node's
-//! (`{node}.{nonce}`), else a user's. That is as much identity as `--dev` has; certificates will say it instead, in
-//! `Rules::admit`, and the rules below stay.
+//! Who a client is, its certificate says, which the `front` has seen. With `--dev` its MQTT client id tells: a node's
+//! (`{node}.{nonce}`), else a user's. The controller's own connection has a password, made at each start.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU16;
@@ -14,6 +13,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use berth_protocol::ids::{ClusterName, NodeId};
 use berth_protocol::limits::{NAME_BYTES_MAX, PACKET_BYTES_MAX, TOKEN_BYTES_MAX, TOPIC_SLASHES_MAX};
+use berth_protocol::tls::Party;
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic, filter};
 use rmqtt::codec::v5::SubscribeAckReason;
 use rmqtt::context::ServerContext;
@@ -26,8 +26,10 @@ use rmqtt::types::{
     AuthResult, ConnectInfo, FitterType, Id, LastWill, ListenerConfig, PublishAclResult, Reason, Retain,
     SubscribeAclResult, TopicFilter, TopicName,
 };
-use tokio::sync::oneshot;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, oneshot};
 
+use super::front::{Front, Guests, Tls};
 use super::metrics::Refusals;
 use crate::config::Cidr;
 
@@ -70,11 +72,15 @@ pub struct BrokerOptions {
     pub network: Option<Cidr>,
     /// Of the controller's own connection.
     pub password: String,
+    /// None: everybody on loopback and in `network` is let in.
+    pub tls: Option<Tls>,
 }
 
 /// A running broker. It ends when dropped.
 pub struct Broker {
+    /// Where clients connect, and where the controller's own does.
     address: SocketAddr,
+    own: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -88,8 +94,8 @@ impl Broker {
             .spawn(move || serve(options, refusals, &ready, stopped))
             .map_err(BrokerError::Thread)?;
         let gone = || Err(BrokerError::Thread(std::io::Error::other("its thread ended")));
-        let address = started.recv().unwrap_or_else(|_| gone())?;
-        Ok(Self { address, stop: Some(stop), thread: Some(thread) })
+        let (address, own) = started.recv().unwrap_or_else(|_| gone())?;
+        Ok(Self { address, own, stop: Some(stop), thread: Some(thread) })
     }
 
     /// Where it listens.
@@ -97,14 +103,14 @@ impl Broker {
         self.address
     }
 
-    /// Where this machine reaches it: on loopback where it listens everywhere.
-    pub fn reachable_address(&self) -> SocketAddr {
-        let ip = match self.address.ip() {
+    /// Where the controller reaches it, in plain: on loopback where it listens everywhere.
+    pub fn own_address(&self) -> SocketAddr {
+        let ip = match self.own.ip() {
             IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
             IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
             ip => ip,
         };
-        SocketAddr::new(ip, self.address.port())
+        SocketAddr::new(ip, self.own.port())
     }
 }
 
@@ -120,7 +126,7 @@ impl Drop for Broker {
 fn serve(
     options: BrokerOptions,
     refusals: Arc<Refusals>,
-    ready: &mpsc::Sender<Result<SocketAddr, BrokerError>>,
+    ready: &mpsc::Sender<Result<(SocketAddr, SocketAddr), BrokerError>>,
     stopped: oneshot::Receiver<()>,
 ) {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -128,26 +134,56 @@ fn serve(
         Err(source) => return drop(ready.send(Err(BrokerError::Thread(source)))),
     };
     runtime.block_on(async {
-        let server = match server(options, refusals).await {
-            Ok((server, address)) => {
-                let _ = ready.send(Ok(address));
-                server
-            }
+        let guests = options.tls.is_some().then(Guests::default);
+        let (server, own) = match server(&options, guests.clone(), refusals.clone()).await {
+            Ok(started) => started,
             Err(error) => return drop(ready.send(Err(error))),
+        };
+        let front = match options.tls.zip(guests) {
+            Some((tls, guests)) => match front(options.listen, tls, own, guests, refusals).await {
+                Ok(front) => Some(front),
+                Err(error) => return drop(ready.send(Err(error))),
+            },
+            None => None,
+        };
+        let address = front.as_ref().map_or(own, |(_, address)| *address);
+        let _ = ready.send(Ok((address, own)));
+        let served = async {
+            match front {
+                Some((front, _)) => front.run().await,
+                None => std::future::pending().await,
+            }
         };
         tokio::select! {
             _ = server.run() => {}
+            () = served => {}
             _ = stopped => {}
         }
     });
     runtime.shutdown_background();
 }
 
+async fn front(
+    address: SocketAddr,
+    tls: Tls,
+    broker: SocketAddr,
+    guests: Guests,
+    refusals: Arc<Refusals>,
+) -> Result<(Front, SocketAddr), BrokerError> {
+    let listen = |source| BrokerError::Listen { address, source };
+    let listener = TcpListener::bind(address).await.map_err(listen)?;
+    let address = listener.local_addr().map_err(listen)?;
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    Ok((Front { listener, tls, broker, guests, refusals, places }, address))
+}
+
+/// The broker itself, behind a front on some port of loopback.
 async fn server(
-    options: BrokerOptions,
+    options: &BrokerOptions,
+    guests: Option<Guests>,
     refusals: Arc<Refusals>,
 ) -> Result<(MqttServer, SocketAddr), BrokerError> {
-    let address = options.listen;
+    let address = if guests.is_some() { SocketAddr::from((Ipv4Addr::LOCALHOST, 0)) } else { options.listen };
     let listen = |error: rmqtt::Error| BrokerError::Listen {
         address,
         source: error.downcast().unwrap_or_else(std::io::Error::other),
@@ -165,7 +201,8 @@ async fn server(
     let retained = Retained { inner: DefaultRetainStorage::new(), cluster: options.cluster.clone() };
     *context.extends.retain_mut().await = Box::new(retained);
     *context.extends.fitter_mgr_mut().await = Box::new(Queues);
-    let rules = Rules { cluster: options.cluster, network: options.network, password: options.password };
+    let (cluster, password) = (options.cluster.clone(), options.password.clone());
+    let rules = Rules { cluster, network: options.network, password, guests };
     let gate = Gate { rules: Arc::new(rules), refusals };
     let register = context.extends.hook_mgr().register();
     for hook in [
@@ -212,6 +249,7 @@ enum Client {
 }
 
 impl Client {
+    /// As it says itself.
     fn of(client_id: &str) -> Self {
         if client_id == CONTROLLER_CLIENT_ID {
             return Client::Controller;
@@ -226,16 +264,39 @@ struct Rules {
     cluster: ClusterName,
     network: Option<Cidr>,
     password: String,
+    /// None with `--dev`.
+    guests: Option<Guests>,
 }
 
 impl Rules {
+    /// Who it is that has been let in.
+    fn client(&self, client_id: &str, from: Option<SocketAddr>) -> Option<Client> {
+        let said = Client::of(client_id);
+        let Some(guests) = self.guests.as_ref().filter(|_| said != Client::Controller) else {
+            return Some(said);
+        };
+        match guests.at(from?)? {
+            Party::Node(node) => Some(Client::Node(node)),
+            Party::User(_) => Some(Client::User),
+            Party::Controller => None,
+        }
+    }
+
     /// Whether a client may connect, and as whom.
-    fn admit(&self, client_id: &str, from: Option<IpAddr>, password: Option<&[u8]>) -> Option<Client> {
-        let client = Client::of(client_id);
+    fn admit(&self, client_id: &str, from: Option<SocketAddr>, password: Option<&[u8]>) -> Option<Client> {
+        let client = self.client(client_id, from)?;
         if client == Client::Controller {
             return (password == Some(self.password.as_bytes())).then_some(client);
         }
-        let from = from?;
+        if self.guests.is_some() {
+            // By a node's client id nobody else connects, who would end the node's connection by it.
+            let fits = match &client {
+                Client::Node(_) => Client::of(client_id) == client,
+                _ => true,
+            };
+            return fits.then_some(client);
+        }
+        let from = from?.ip();
         let near = from.is_loopback() || self.network.as_ref().is_some_and(|network| network.contains(from));
         near.then_some(client)
     }
@@ -249,7 +310,8 @@ impl Rules {
                 *own == node && matches!(kind, Hello | Heartbeat | Event | Bye)
             }
             (Client::Node(_), Topic::Logs { .. }) => true,
-            // A user's too, for users' clients have dots in their ids as well.
+            // With --dev a user's too, for users' clients have dots in their ids as well.
+            (Client::Node(_), _) if self.guests.is_some() => false,
             (_, Topic::Job { kind, .. }) => matches!(kind, JobTopic::Submit | JobTopic::Command),
             (_, Topic::QueryRequest { .. }) => true,
             _ => false,
@@ -262,6 +324,9 @@ impl Rules {
             Client::Node(own) => filter::agent(&self.cluster, own).iter().any(|allowed| allowed == filter),
             Client::User => false,
         };
+        if self.guests.is_some() && matches!(client, Client::Node(_)) {
+            return own;
+        }
         let prefix = format!("berth/v1/{}/", self.cluster);
         let below = |branch| filter.strip_prefix(&prefix).is_some_and(|rest| rest.starts_with(branch));
         // Replies are for those who know the client's name: no wildcards.
@@ -280,9 +345,9 @@ struct Gate {
 impl Gate {
     fn admit(&self, connect: &ConnectInfo) -> AuthResult {
         let id: &str = connect.client_id();
-        let from = connect.ipaddress().map(|address| address.ip());
+        let from = connect.ipaddress();
         let Some(client) = self.rules.admit(id, from, connect.password().map(AsRef::as_ref)) else {
-            let from = from.map_or_else(|| "nowhere".to_owned(), |from| from.to_string());
+            let from = from.map_or_else(|| "nowhere".to_owned(), |from| from.ip().to_string());
             self.refusals.refuse("connect", format_args!("the client `{id}` from {from}"));
             return AuthResult::NotAuthorized;
         };
@@ -322,7 +387,9 @@ impl Handler for Gate {
             Parameter::ClientAuthenticate(connect) => HookResult::AuthResult(self.admit(connect)),
             Parameter::MessagePublishCheckAcl(session, publish) => {
                 let id: &str = &session.id.client_id;
-                HookResult::PublishAclResult(if self.rules.may_publish(&Client::of(id), &publish.topic) {
+                let client = self.rules.client(id, session.id.remote_addr);
+                let allowed = client.is_some_and(|client| self.rules.may_publish(&client, &publish.topic));
+                HookResult::PublishAclResult(if allowed {
                     PublishAclResult::allow()
                 } else {
                     let topic = &publish.topic;
@@ -333,7 +400,9 @@ impl Handler for Gate {
             Parameter::ClientSubscribeCheckAcl(session, subscribe) => {
                 let id: &str = &session.id.client_id;
                 let filter = &subscribe.topic_filter;
-                HookResult::SubscribeAclResult(if self.rules.may_subscribe(&Client::of(id), filter) {
+                let client = self.rules.client(id, session.id.remote_addr);
+                let allowed = client.is_some_and(|client| self.rules.may_subscribe(&client, filter));
+                HookResult::SubscribeAclResult(if allowed {
                     SubscribeAclResult::new_success(subscribe.opts.qos(), None)
                 } else {
                     self.refusals
@@ -416,14 +485,16 @@ mod tests {
 
     fn rules() -> Rules {
         let cluster = ClusterName::parse("lab").unwrap();
-        Rules { cluster, network: Some(Cidr::parse("10.1.0.0/16").unwrap()), password: "secret".to_owned() }
+        let network = Some(Cidr::parse("10.1.0.0/16").unwrap());
+        Rules { cluster, network, password: "secret".to_owned(), guests: None }
     }
 
     #[test]
     fn who_may_connect() {
         let rules = rules();
         let admit = |id, from: &str, password: Option<&str>| {
-            rules.admit(id, from.parse().ok(), password.map(str::as_bytes))
+            let from = from.parse().ok().map(|ip: IpAddr| SocketAddr::new(ip, 1));
+            rules.admit(id, from, password.map(str::as_bytes))
         };
         let node = || Some(Client::Node(NodeId::parse("a1").unwrap()));
         assert_eq!(admit("mosq-xyz", "127.0.0.1", None), Some(Client::User));

@@ -16,8 +16,9 @@ use berth_protocol::sign::PublicKey;
 use berth_protocol::topic::Topic;
 use rumqttc::{
     AsyncClient, ConnectionError, EventLoop, Incoming, MqttOptions, NetworkOptions, Outgoing, Publish, QoS,
-    Request, StateError, Subscribe, SubscribeFilter, SubscribeReasonCode,
+    Request, StateError, Subscribe, SubscribeFilter, SubscribeReasonCode, TlsConfiguration, Transport,
 };
+use rustls::ClientConfig;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -67,6 +68,8 @@ pub struct BusOptions {
     pub filters: Vec<String>,
     /// Whether retained messages are wanted; otherwise they are dropped.
     pub retained: bool,
+    /// What to show where the URL asks for TLS.
+    pub tls: Option<Arc<ClientConfig>>,
 }
 
 impl BusOptions {
@@ -79,6 +82,9 @@ impl BusOptions {
             .set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX);
         if let Some((name, password)) = self.credentials.as_ref().or(self.url.login()) {
             mqtt.set_credentials(name, password);
+        }
+        if let Some(tls) = self.tls.clone().filter(|_| self.url.is_tls()) {
+            mqtt.set_transport(Transport::tls_with_config(TlsConfiguration::Rustls(tls)));
         }
         mqtt
     }

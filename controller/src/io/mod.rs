@@ -2,9 +2,12 @@
 
 pub mod broker;
 pub mod bus;
+pub mod ca;
 pub mod clock;
 pub mod depot;
+pub mod front;
 pub mod http;
+pub mod members;
 pub mod memory;
 pub mod metrics;
 pub mod random;

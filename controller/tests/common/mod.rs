@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use berth_controller::config::{BrokerChoice, Config};
+use berth_controller::config::{Admission, BrokerChoice, Config};
 use berth_controller::io::broker::{Broker, BrokerOptions, CONTROLLER_CLIENT_ID};
 use berth_controller::io::bus::{Bus, BusEvent, BusEvents, BusOptions};
 use berth_controller::io::metrics::Refusals;
@@ -84,7 +84,8 @@ impl Drop for Mosquitto {
 
 pub fn embedded(port: u16, refusals: &Arc<Refusals>) -> Broker {
     let listen = SocketAddr::from(([127, 0, 0, 1], port));
-    let options = BrokerOptions { listen, cluster: cluster(), network: None, password: PASSWORD.to_owned() };
+    let options =
+        BrokerOptions { listen, cluster: cluster(), network: None, password: PASSWORD.to_owned(), tls: None };
     Broker::start(options, refusals.clone()).unwrap()
 }
 
@@ -100,6 +101,7 @@ pub async fn client(url: BrokerUrl, id: &str, filters: &[&str]) -> (Bus, BusEven
         credentials,
         filters,
         retained: true,
+        tls: None,
     };
     let (bus, mut events) = Bus::connect(options, refusals.clone());
     assert_eq!(next(&mut events).await, BusEvent::Up);
@@ -142,7 +144,7 @@ impl TestDaemon {
             checkpoint_quota: None,
             namespaces: std::collections::BTreeMap::new(),
             moves: 8,
-            network: None,
+            admission: Admission::Dev(None),
         };
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let (ready, started) = std::sync::mpsc::channel();

@@ -15,6 +15,7 @@ use crate::ids::{
 use crate::pod::{Goal, Outcome};
 use crate::resources::{GpuShare, Inventory, Usage};
 use crate::rule::{Rule, kept};
+use crate::tls::Party;
 use crate::units::{BootMs, Bytes, Millis, Timestamp, is_zero};
 
 /// `hello`: the agent's first word in a session, repeated until a lease answers one of its heartbeats.
@@ -200,9 +201,22 @@ pub struct DepotAccess {
     pub url: String,
     pub token: String,
     pub expires: Timestamp,
+    /// By what whoever answers there is known, where it speaks TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<ServerIdentity>,
     /// A node that has the chunks too: it is asked first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer: Option<Box<DepotAccess>>,
+}
+
+/// Whom a server must show that it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServerIdentity {
+    /// Certificate of the CA, PEM.
+    pub ca: String,
+    /// What its own certificate says.
+    pub party: Party,
 }
 
 /// `event`: from the agent's outbox, in order.

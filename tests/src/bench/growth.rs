@@ -155,6 +155,7 @@ fn pass(jobs: usize) -> Result<f64> {
         namespaces: BTreeMap::new(),
         moves_max: 8,
         secret: [7; 32],
+        ca: None,
         seed: 1,
     };
     let mut controller = Controller::load(config, Vec::new(), now(0)).context("an empty store")?;

@@ -141,6 +141,7 @@ fn begin(entries: impl IntoIterator<Item = (String, Option<Vec<u8>>)>) -> Option
         namespaces: BTreeMap::new(),
         moves_max: 8,
         secret: [7; 32],
+        ca: None,
         seed: 1,
     };
     Controller::load(config, entries, at(0)).ok()

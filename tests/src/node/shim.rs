@@ -241,6 +241,13 @@ impl Shim {
         self.left > Millis::ZERO
     }
 
+    /// It hangs no longer, and looks at once at what it missed.
+    pub(super) fn go_on(&mut self) {
+        if std::mem::take(&mut self.hangs) {
+            self.confirm_by = Some(self.since);
+        }
+    }
+
     pub(super) fn next_change(&self) -> Option<BootMs> {
         if self.hangs {
             return None;

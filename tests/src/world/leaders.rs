@@ -330,6 +330,7 @@ impl World {
             namespaces: std::collections::BTreeMap::new(),
             moves_max: 8,
             secret: [7; 32],
+            ca: None,
             seed: self.rng.u64(..),
         };
         let entries: Vec<_> =

@@ -178,12 +178,19 @@ impl World {
         {
             self.links[n].answered = Some(lease.nonce.clone());
         }
-        if let (AgentEvent::Lease(lease), Some((nonce, from))) = (&event, &self.nodes[n].clock_broke) {
-            let names = !matches!(&lease.covers, Covers::Pairs(pairs) if pairs.is_empty());
-            let fenced = self.nodes[n].fenced_by(self.now_ms);
-            if lease.nonce == *nonce && lease.seq >= *from && names && !fenced {
-                return Err(format!("{} was granted time by a clock that stood still", self.nodes[n].id));
+        if let AgentEvent::Lease(lease) = &event
+            && !matches!(&lease.covers, Covers::Pairs(pairs) if pairs.is_empty())
+        {
+            let (node, now_ms) = (&mut self.nodes[n], self.now_ms);
+            let broke = node.clock_broke.as_ref();
+            if broke.is_some_and(|(nonce, from)| lease.nonce == *nonce && lease.seq >= *from) {
+                if !node.is_fenced(now_ms) {
+                    return Err(format!("{} was granted time by a clock that stood still", node.id));
+                }
+                // What its clock says now is as good as any.
+                node.clock_broke = None;
             }
+            node.granted(now_ms);
         }
         for delay in arrivals {
             let mut payload = payload.to_vec();

@@ -78,6 +78,8 @@ pub struct Cluster {
     /// Where another broker listens that everybody may go to.
     pub spare: Option<u16>,
     pub agents: Vec<Daemon>,
+    /// Its members have certificates; the first admin's is there.
+    pub admin: Option<PathBuf>,
 }
 
 impl Cluster {
@@ -106,7 +108,29 @@ impl Cluster {
             mosquitto: None,
             spare: None,
             agents: Vec::new(),
+            admin: None,
         }
+    }
+
+    /// A controller that lets in members alone, set up as its operator would.
+    pub fn of_members() -> Self {
+        let mut cluster = Self::empty();
+        cluster.admin = Some(cluster.dir.path().join("admin"));
+        let made = cluster.init();
+        assert!(made.status.success(), "{}", text(&made));
+        cluster.start_controller();
+        until("the controller answers", 30, || cluster.json(&["get", "nodes"]));
+        cluster
+    }
+
+    pub fn init(&self) -> Output {
+        let dir = self.dir.path();
+        let mut command = Command::new(program("berth-controller"));
+        command.args(["init", "--host", "127.0.0.1", "--config"]).arg(dir.join("controller.toml"));
+        command.arg("--data-dir").arg(dir.join("controller")).arg("--admin-dir").arg(dir.join("admin"));
+        command.args(["--listen-mqtt", &format!("127.0.0.1:{}", self.port)]);
+        command.args(["--listen-http", &format!("127.0.0.1:{}", self.http)]);
+        command.output().expect("berth-controller starts")
     }
 
     pub fn start_mosquitto(&mut self) {
@@ -149,6 +173,11 @@ impl Cluster {
 
     /// One with a data directory of its own, beside those that are there.
     pub fn another_controller(&self, name: &str, http: u16) -> Daemon {
+        if self.admin.is_some() {
+            let mut command = Command::new(program("berth-controller"));
+            command.arg("--config").arg(self.dir.path().join("controller.toml"));
+            return Daemon::start(name, &mut command, &self.log_path(name));
+        }
         let broker = if self.mosquitto.is_some() { self.url() } else { "embedded".into() };
         let mut command = Command::new(program("berth-controller"));
         command.args(["--dev", "--cluster", "default", "--broker", &broker, "--data-dir"]);
@@ -176,6 +205,9 @@ impl Cluster {
 
     /// Likewise, whether or not a controller is there.
     pub fn agent_alone(&mut self, node: &str, flags: &[&str], env: &[(&str, &str)]) -> usize {
+        if self.admin.is_some() {
+            return self.member_alone(node, flags, env);
+        }
         let mut command = Command::new(program("berth-agent"));
         command.args([
             "--dev",
@@ -192,9 +224,32 @@ impl Cluster {
         self.agents.len() - 1
     }
 
+    /// Joins, where it has not yet, by the line that the admin was given.
+    fn member_alone(&mut self, node: &str, flags: &[&str], env: &[(&str, &str)]) -> usize {
+        let data = self.dir.path().join(node);
+        if !data.join("identity/membership.json").exists() {
+            let line = self.run(&["node", "token", node]);
+            let line = String::from_utf8_lossy(&line.stdout).into_owned();
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let ["berth-agent", rest @ ..] = &words[..] else { panic!("no line: {line}") };
+            let joined =
+                Command::new(program("berth-agent")).args(rest).arg("--data-dir").arg(&data).output();
+            let joined = joined.expect("berth-agent starts");
+            assert!(joined.status.success(), "{}", text(&joined));
+        }
+        let mut command = Command::new(program("berth-agent"));
+        command.arg("--data-dir").arg(&data).args(flags).envs(env.iter().copied());
+        self.agents.push(Daemon::start(node, &mut command, &self.log_path(node)));
+        self.agents.len() - 1
+    }
+
     pub fn berth(&self, args: &[&str]) -> Command {
         let mut command = Command::new(program("berth"));
-        command.env("BERTH_BROKER", self.url()).args(args).stdin(Stdio::null());
+        match &self.admin {
+            Some(admin) => command.env("BERTH_IDENTITY", admin),
+            None => command.env("BERTH_BROKER", self.url()),
+        };
+        command.args(args).stdin(Stdio::null());
         command
     }
 
@@ -213,6 +268,14 @@ impl Cluster {
         std::fs::write(&path, format!("name: {name}\n{file}")).expect("the job file is written");
         let output = self.run(&["submit", path.to_str().expect("a plain path")]);
         assert!(output.status.success(), "submit {name}: {}", text(&output));
+    }
+
+    /// Submits one that will be accepted once the controller can do so.
+    pub fn submit_in_time(&self, name: &str, file: &str) -> Child {
+        let path = self.dir.path().join(format!("{name}.yaml"));
+        std::fs::write(&path, format!("name: {name}\n{file}")).expect("the job file is written");
+        let mut berth = self.berth(&["submit", path.to_str().expect("a plain path")]);
+        berth.stderr(Stdio::piped()).spawn().expect("berth starts")
     }
 
     pub fn job(&self, name: &str) -> Value {

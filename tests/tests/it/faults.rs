@@ -3,10 +3,13 @@
 use serde_json::json;
 
 use crate::cluster::{Cluster, until};
+use crate::disk::Disk;
 
 /// Prints numbers for a while; its log tells whether anything was lost or begun anew.
 const COUNTER: &str = "image: host\ncommand: [sh, -c, \"i=0; while [ $i -lt 150 ]; do echo $i; i=$((i+1)); sleep 0.05; done\"]\n\
                        resources: {cpu: 100m, memory: 32Mi}\n";
+
+const READ_ONLY: &str = "Read-only file system (os error 30)";
 
 fn whole(log: &str) {
     let got: Vec<u32> = log.lines().filter_map(|line| line.parse().ok()).collect();
@@ -103,38 +106,6 @@ fn a_dead_shim_is_an_eviction_and_the_pod_runs_again() {
     assert_eq!(job["pods"][0]["epoch"], 2);
 }
 
-/// A small disk of its own at a directory of the cluster's, gone with its handle.
-struct Disk(std::path::PathBuf);
-
-impl Disk {
-    fn at(cluster: &Cluster, name: &str) -> Self {
-        let at = cluster.dir.path().join(name);
-        std::fs::create_dir(&at).expect("a directory");
-        let mounted = std::process::Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=64m", "none"])
-            .arg(&at)
-            .status();
-        assert!(mounted.is_ok_and(|status| status.success()));
-        Self(at)
-    }
-
-    fn fill(&self) {
-        let mut file = std::fs::File::create(self.0.join("fill")).expect("a file");
-        let full = std::io::copy(&mut std::io::repeat(0), &mut file).expect_err("a disk has an end");
-        assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
-    }
-
-    fn empty(&self) {
-        std::fs::remove_file(self.0.join("fill")).expect("it is there");
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
 #[test]
 fn a_nodes_full_disk_costs_output_alone_and_the_log_says_so() {
     let mut cluster = Cluster::new();
@@ -181,16 +152,84 @@ fn a_controllers_full_disk_loses_nothing_that_was_accepted() {
     cluster.until_phase("counter", "Running", 30);
     disk.fill();
     // What cannot be made durable is not answered: the controller ends, as its service manager would start it again.
-    let path = cluster.dir.path().join("late.yaml");
-    std::fs::write(&path, "name: late\nimage: host\ncommand: [\"true\"]\n").expect("the job file is written");
-    let path = path.to_str().expect("a plain path").to_owned();
-    let late =
-        cluster.berth(&["submit", &path]).stderr(std::process::Stdio::piped()).spawn().expect("berth starts");
+    let late = cluster.submit_in_time("late", "image: host\ncommand: [\"true\"]\n");
     let controller = cluster.controller.as_mut().expect("it runs");
     let ended = until("the controller ends", 30, || controller.child.try_wait().ok().flatten());
     assert!(!ended.success());
     assert!(cluster.log("controller").contains("database or disk is full"), "{}", cluster.log("controller"));
     disk.empty();
+    cluster.start_controller();
+    let late = late.wait_with_output().expect("it ends");
+    assert!(late.status.success(), "sent again until it is answered: {}", crate::cluster::text(&late));
+    cluster.until_phase("late", "Succeeded", 60);
+    let job = cluster.until_phase("counter", "Succeeded", 90);
+    assert_eq!((&job["evictions"], &job["failures"]), (&0.into(), &0.into()), "{job:#}");
+    whole(&cluster.logs("counter"));
+    drop(cluster);
+}
+
+#[test]
+fn a_node_whose_disk_has_failed_tells_nothing_more_and_its_pods_go_on() {
+    let mut cluster = Cluster::new();
+    let disk = Disk::that_can_fail(&cluster, "a1");
+    let marks = cluster.dir.path().join("marks");
+    std::fs::create_dir(&marks).expect("a directory");
+    let dir = marks.to_str().expect("a plain path").to_owned();
+    let agent = cluster.agent("a1", &["--allow-host-path", &dir]);
+    let job = COUNTER.replace("echo $i;", "echo $i; echo $i > /marks/at;");
+    cluster.submit("counter", &format!("{job}volumes: [{{mount: /marks, host: {dir}}}]\n"));
+    let at = || std::fs::read_to_string(marks.join("at")).ok()?.trim().parse::<u32>().ok();
+    let begun = until("it counts", 30, at);
+    disk.fail();
+    // What cannot be written down is not begun: the agent ends, as its service manager would start it again.
+    cluster.submit("late", "image: host\ncommand: [\"true\"]\nresources: {cpu: 100m, memory: 32Mi}\n");
+    let child = &mut cluster.agents[agent].child;
+    let ended = until("the agent ends", 30, || child.try_wait().ok().flatten());
+    assert!(!ended.success());
+    assert!(cluster.log("a1").contains("cannot write the ledger "), "{}", cluster.log("a1"));
+    until("its pod goes on, to its end", 30, || at().filter(|at| *at > begun && *at == 149));
+    let again = cluster.agent_alone("a1", &["--allow-host-path", &dir], &[]);
+    let child = &mut cluster.agents[again].child;
+    assert!(!until("nor does it start", 30, || child.try_wait().ok().flatten()).success());
+    let log = cluster.log("a1");
+    assert!(log.contains("cannot open the ledger ") && log.contains(READ_ONLY), "{log}");
+    assert_ne!(cluster.phase("counter"), "Succeeded", "its end is nowhere written down");
+
+    // As the machine's restart does.
+    cluster.kill_shims("a1");
+    disk.repair();
+    cluster.agent("a1", &["--allow-host-path", &dir]);
+    let job = cluster.until_phase("counter", "Succeeded", 90);
+    assert_eq!((&job["evictions"], &job["failures"]), (&1.into(), &0.into()), "{job:#}");
+    let log = cluster.logs("counter");
+    let anew = log.rfind("0\n1\n2\n").expect("it began anew");
+    whole(&log[anew..]);
+    cluster.until_phase("late", "Succeeded", 60);
+    drop(cluster);
+}
+
+#[test]
+fn a_controller_whose_disk_has_failed_answers_nothing_more() {
+    let mut cluster = Cluster::empty();
+    let disk = Disk::that_can_fail(&cluster, "controller");
+    cluster.start_controller();
+    cluster.agent("a1", &[]);
+    cluster.submit("counter", COUNTER);
+    cluster.until_phase("counter", "Running", 30);
+    disk.fail();
+    let late = cluster.submit_in_time("late", "image: host\ncommand: [\"true\"]\n");
+    for once_more in [true, false] {
+        let controller = cluster.controller.as_mut().expect("it is started");
+        let ended = until("the controller ends", 30, || controller.child.try_wait().ok().flatten());
+        assert!(!ended.success());
+        if once_more {
+            cluster.start_controller();
+        }
+    }
+    let log = cluster.log("controller");
+    assert!(log.contains("store.sqlite (its disk has failed: the kernel's log says how)"), "{log}");
+    assert!(log.contains("cannot use the data directory") && log.contains(READ_ONLY), "{log}");
+    disk.repair();
     cluster.start_controller();
     let late = late.wait_with_output().expect("it ends");
     assert!(late.status.success(), "sent again until it is answered: {}", crate::cluster::text(&late));

@@ -2,10 +2,12 @@
 
 mod checkpoints;
 mod cluster;
+mod disk;
 mod drain;
 mod faults;
 mod jobs;
 mod kills;
+mod members;
 mod offline;
 mod several;
 mod staging;

@@ -57,8 +57,7 @@ impl<'a> Client<'a> {
     }
 
     fn authority(&self) -> Result<&'a str, HttpError> {
-        let url = &self.access.url;
-        Ok(http::split(url).ok_or_else(|| HttpError::Url(url.clone()))?.0)
+        http::authority(self.access).ok_or_else(|| HttpError::Url(self.access.url.clone()))
     }
 
     /// Sends one request; status and body come back whatever the status, the body up to `bytes_max`.
@@ -91,7 +90,9 @@ impl<'a> Client<'a> {
         let authority = self.authority()?;
         let mut sender = match self.connection.take().filter(|sender| !sender.is_closed()) {
             Some(sender) => sender,
-            None => http::connect(authority).await.map_err(HttpError::Connect)?,
+            None => {
+                http::connect_to(authority, self.access.tls.as_ref()).await.map_err(HttpError::Connect)?
+            }
         };
         sender.ready().await?;
         let request = Request::builder()

@@ -171,7 +171,10 @@ fn named(dir: &Path) -> Option<PodId> {
 /// It stays where it is.
 pub fn keep(dir: &Path, id: &Digest, pod: &PodId, cache: &Path) -> io::Result<()> {
     fs::create_dir_all(cache)?;
-    name(dir, pod)?;
+    // What is there already may be on disk for good.
+    if named(dir).as_ref() != Some(pod) {
+        name(dir, pod)?;
+    }
     let kept = cache.join(id.hex());
     if kept.exists() {
         fs::remove_dir_all(&kept)?;

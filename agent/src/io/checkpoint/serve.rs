@@ -25,11 +25,14 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc};
+use tokio_rustls::TlsAcceptor;
 
 use super::fetch::{Kept, Place, held};
 use crate::io::clock;
+use crate::io::identity::Shown;
 
 /// More wait for their turn.
 const CONNECTIONS_MAX: usize = 4;
@@ -44,20 +47,34 @@ type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
 ///
 /// # Errors
 /// The address is not this machine's, or taken.
-pub async fn listen(address: SocketAddr, cache: PathBuf) -> io::Result<ChunkServer> {
+pub async fn listen(
+    address: SocketAddr,
+    cache: PathBuf,
+    shown: Option<Arc<Shown>>,
+) -> io::Result<ChunkServer> {
     let listener = TcpListener::bind(address).await?;
-    let server =
-        ChunkServer { url: format!("http://{}", listener.local_addr()?), secret: clock::random_bytes()? };
-    tokio::spawn(accept(listener, Arc::new((server.secret, cache))));
+    let scheme = if shown.is_some() { "https" } else { "http" };
+    let url = format!("{scheme}://{}", listener.local_addr()?);
+    let server = ChunkServer { url, secret: clock::random_bytes()? };
+    tokio::spawn(accept(listener, Arc::new((server.secret, cache)), shown));
     Ok(server)
 }
 
-async fn accept(listener: TcpListener, shelf: Arc<([u8; 32], PathBuf)>) {
+async fn accept(listener: TcpListener, shelf: Arc<([u8; 32], PathBuf)>, shown: Option<Arc<Shown>>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     while let Ok(place) = places.clone().acquire_owned().await {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let served = serve(stream, shelf.clone());
+                let (shelf, tls) = (shelf.clone(), shown.as_ref().map(|shown| shown.server()));
+                let served = async {
+                    match tls {
+                        None => serve(stream, shelf).await,
+                        Some(tls) => match TlsAcceptor::from(tls).accept(stream).await {
+                            Ok(stream) => serve(stream, shelf).await,
+                            Err(error) => tracing::debug!("a node that wants chunks broke off: {error}"),
+                        },
+                    }
+                };
                 tokio::spawn(async move {
                     let _ = tokio::time::timeout(CONNECTION_LIFE, served).await;
                     drop(place);
@@ -71,7 +88,7 @@ async fn accept(listener: TcpListener, shelf: Arc<([u8; 32], PathBuf)>) {
     }
 }
 
-async fn serve(stream: TcpStream, shelf: Arc<([u8; 32], PathBuf)>) {
+async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, shelf: Arc<([u8; 32], PathBuf)>) {
     let service = service_fn(move |request| {
         let shelf = shelf.clone();
         async move {

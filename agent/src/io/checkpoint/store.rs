@@ -3,13 +3,13 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::os::fd::AsRawFd;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use berth_protocol::checkpoint::CheckpointInfo;
 use berth_protocol::chunk::{ChunkId, read_ids, write_ids};
 use berth_protocol::ids::Digest;
-use berth_protocol::job::VolumeSource;
+use berth_protocol::job::{DisconnectAction, VolumeSource};
 use berth_protocol::limits::{CHUNK_BYTES_MAX, CHUNKS_ASKED_MAX, PACK_BYTES_MAX};
 use berth_protocol::manifest::{MANIFEST_VERSION, Manifest, Piece, SavedContainer, SavedFile, SavedVolume};
 use berth_protocol::message::node::DepotAccess;
@@ -57,6 +57,12 @@ pub async fn store(order: &Store, access: &DepotAccess) -> Result<CheckpointInfo
             (status, _) if status.is_success() => {
                 fs::write(order.dir.join(MANIFEST), &bytes)
                     .map_err(TransferError::io("cannot keep the manifest"))?;
+                // It may have to serve when the machine has ended and the depot is out of reach.
+                if order.template.on_disconnect.action == DisconnectAction::Continue {
+                    super::name(&order.dir, &order.pod)
+                        .and_then(|()| sync(&order.dir))
+                        .map_err(unsynced(order))?;
+                }
                 let saved = &order.saved;
                 return Ok(CheckpointInfo {
                     id,
@@ -90,14 +96,18 @@ pub fn seal(order: &Store) -> Result<(), TransferError> {
     }
     let (manifest, _) = describe(order)?;
     let (_, bytes) = manifest.render().map_err(|e| TransferError::Unfit(e.to_string()))?;
-    let wrong = || TransferError::io(format!("cannot write {} to its disk", order.dir.display()));
-    let dir = File::open(&order.dir).map_err(wrong())?;
-    // SAFETY: the descriptor is open.
-    if unsafe { libc::syncfs(dir.as_raw_fd()) } != 0 {
-        return Err(wrong()(std::io::Error::last_os_error()));
-    }
+    sync(&order.dir).map_err(unsynced(order))?;
     // Last: where it is, all the rest is.
-    sys::write_durably(&order.dir, MANIFEST, &bytes).map_err(wrong())
+    sys::write_durably(&order.dir, MANIFEST, &bytes).map_err(unsynced(order))
+}
+
+fn unsynced(order: &Store) -> impl FnOnce(io::Error) -> TransferError {
+    TransferError::io(format!("cannot write {} to its disk", order.dir.display()))
+}
+
+/// All that was written to the file system of `dir` is on disk when this returns.
+fn sync(dir: &Path) -> io::Result<()> {
+    Ok(nix::unistd::syncfs(File::open(dir)?)?)
 }
 
 /// What was said of the checkpoint when it was sealed: what it needs is of the machine as it was then.

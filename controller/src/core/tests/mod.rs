@@ -6,6 +6,7 @@ mod clocks;
 mod damage;
 mod images;
 mod keys;
+mod members;
 mod packing;
 mod restored;
 mod scenarios;

@@ -139,7 +139,7 @@ fn a_node_that_keeps_the_checkpoint_is_named_to_who_may_load_it() {
     let request = |what| GrantRequest { pod: asked.pod.clone(), epoch: asked.epoch, what };
     let load = request(GrantFor::Load { checkpoint });
     let granted = world.controller.grant(&to, &load).unwrap();
-    assert_eq!(granted.holder, Some(server));
+    assert_eq!(granted.holder, Some((server, None)));
     assert_eq!(world.controller.grant(&from, &request(GrantFor::Save)).unwrap().holder, None);
     // One that has fallen silent is not asked.
     agent(&mut world, &from).cut = true;

@@ -337,7 +337,7 @@ pub struct World {
 
 const WALL: u64 = 1_700_000_000_000;
 
-fn config(term: u64) -> Config {
+pub fn config(term: u64) -> Config {
     Config {
         cluster: ClusterName::parse("lab").unwrap(),
         store: StoreId::parse("store-1").unwrap(),
@@ -346,6 +346,7 @@ fn config(term: u64) -> Config {
         namespaces: BTreeMap::new(),
         moves_max: 8,
         secret: [7; 32],
+        ca: None,
         seed: 42 + term,
     }
 }

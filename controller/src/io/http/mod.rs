@@ -1,6 +1,7 @@
 //! The controller's HTTP: `/healthz`, `/metrics`, and the depot behind its tokens. It moves bytes and checks tokens;
 //! how the controller is, it asks the loop.
 
+mod members;
 mod saved;
 
 use std::convert::Infallible;
@@ -13,7 +14,9 @@ use std::time::Duration;
 
 use berth_protocol::chunk::GrantRequest;
 use berth_protocol::ids::{Digest, Epoch, JobUid, NodeId};
+use berth_protocol::join::{InvitationId, InvitationStatus, JoinRequest};
 use berth_protocol::limits::{OUTPUT_BYTES_MAX, WORKSPACE_BYTES_MAX};
+use berth_protocol::tls::{Party, Peer};
 use berth_protocol::token::{self, Scope};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, combinators::UnsyncBoxBody};
@@ -25,10 +28,13 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, Sleep};
+use tokio_rustls::TlsAcceptor;
 
 use super::clock;
 use super::depot::{Depot, DepotError, Item};
+use super::front::{self, Tls};
 use super::metrics::{self, Refusals};
+use crate::core::members::{Invitation, MemberChange, NotJoined};
 use crate::core::{Counters, Granted, Imported};
 
 const CONNECTIONS_MAX: usize = 256;
@@ -48,6 +54,8 @@ pub struct HttpError {
     address: SocketAddr,
     source: io::Error,
 }
+
+pub use self::members::{About, Hall};
 
 /// How the controller is, as its loop says.
 #[derive(Debug)]
@@ -74,6 +82,23 @@ pub enum Inquiry {
         imported: Box<Imported>,
         reply: oneshot::Sender<()>,
     },
+    /// Answered once it is recorded; false: there are too many.
+    Invite {
+        id: InvitationId,
+        invitation: Invitation,
+        reply: oneshot::Sender<bool>,
+    },
+    Invitations(oneshot::Sender<Vec<InvitationStatus>>),
+    /// Answered once it is recorded that it belongs, as whom, or why it does not.
+    Join {
+        request: Box<JoinRequest>,
+        reply: oneshot::Sender<Result<Party, NotJoined>>,
+    },
+    /// Answered once it is recorded.
+    Members {
+        change: MemberChange,
+        reply: oneshot::Sender<()>,
+    },
 }
 
 /// Who serves.
@@ -87,6 +112,8 @@ struct Service {
     secret: [u8; 32],
     refusals: Arc<Refusals>,
     inquiries: mpsc::Sender<Inquiry>,
+    /// Where it is not everybody that is let in.
+    hall: Option<Hall>,
     /// Packs that may be in memory at once.
     packs: Semaphore,
 }
@@ -98,6 +125,7 @@ impl Server {
         secret: [u8; 32],
         refusals: Arc<Refusals>,
         inquiries: mpsc::Sender<Inquiry>,
+        hall: Option<Hall>,
     ) -> Result<Self, HttpError> {
         let listener = TcpListener::bind(address).await.map_err(|source| HttpError { address, source })?;
         Ok(Self {
@@ -107,6 +135,7 @@ impl Server {
                 secret,
                 refusals,
                 inquiries,
+                hall,
                 packs: Semaphore::new(PACKS_MAX),
             }),
         })
@@ -162,6 +191,7 @@ enum Route {
     Metrics,
     Item(Item),
     Saved(saved::Route),
+    Members(members::Route),
 }
 
 impl Route {
@@ -175,7 +205,10 @@ impl Route {
                 let pod = JobUid::parse(uid).ok()?.pod(number(index)?);
                 Route::Item(Item::Log { pod, epoch: Epoch(number(epoch)?) })
             }
-            _ => Route::Saved(saved::Route::parse(&levels)?),
+            _ => match saved::Route::parse(&levels) {
+                Some(route) => Route::Saved(route),
+                None => Route::Members(members::Route::parse(&levels)?),
+            },
         })
     }
 }
@@ -208,10 +241,26 @@ fn may_get(scope: &Scope, item: &Item) -> bool {
 impl Service {
     async fn serve(self: Arc<Self>, stream: TcpStream) {
         let _ = stream.set_nodelay(true);
+        let Some(Tls { config, .. }) = self.hall.as_ref().map(|hall| &hall.tls) else {
+            return self.converse(stream, None).await;
+        };
+        let accepted = TlsAcceptor::from(config.clone()).accept(stream);
+        // One that knows another CA says so itself.
+        if let Ok(Ok(stream)) = tokio::time::timeout(HEADER_TIMEOUT, accepted).await {
+            let peer = front::peer(&stream);
+            self.converse(stream, peer).await;
+        }
+    }
+
+    async fn converse(
+        self: Arc<Self>,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        peer: Option<Peer>,
+    ) {
         let io = TokioIo::new(Moving::new(stream));
         let service = hyper::service::service_fn(move |request| {
-            let service = self.clone();
-            async move { Ok::<_, Infallible>(service.answer(request).await) }
+            let (service, peer) = (self.clone(), peer.clone());
+            async move { Ok::<_, Infallible>(service.answer(request, peer).await) }
         });
         // A peer that breaks off is no news.
         let _ = hyper::server::conn::http1::Builder::new()
@@ -222,18 +271,27 @@ impl Service {
             .await;
     }
 
-    async fn answer(self: &Arc<Self>, request: Request<Incoming>) -> Answer {
+    async fn answer(self: &Arc<Self>, request: Request<Incoming>, peer: Option<Peer>) -> Answer {
         let Some(route) = Route::parse(request.uri().path()) else {
             return text(StatusCode::NOT_FOUND, "there is nothing here");
         };
         let reading = matches!(*request.method(), Method::GET | Method::HEAD);
         match route {
             Route::Health if reading => self.health().await,
+            Route::Metrics if reading && self.is_strange(peer.as_ref()) => {
+                text(StatusCode::UNAUTHORIZED, "this takes the certificate of a member of the cluster")
+            }
             Route::Metrics if reading => self.metrics().await,
             Route::Item(item) => self.item(item, request).await,
             Route::Saved(route) => self.saved(route, request).await,
+            Route::Members(route) => self.members(route, request, peer).await,
             _ => text(StatusCode::METHOD_NOT_ALLOWED, "this can only be read"),
         }
+    }
+
+    /// One that does not belong, where that counts.
+    fn is_strange(&self, peer: Option<&Peer>) -> bool {
+        self.hall.as_ref().is_some_and(|hall| !peer.is_some_and(|peer| hall.tls.members.knows(peer)))
     }
 
     async fn report(&self) -> Option<Report> {

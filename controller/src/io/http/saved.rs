@@ -59,7 +59,7 @@ impl Route {
     }
 }
 
-fn bytes(status: StatusCode, bytes: impl Into<Bytes>) -> Answer {
+pub(super) fn bytes(status: StatusCode, bytes: impl Into<Bytes>) -> Answer {
     let body = Full::new(bytes.into()).map_err(|never: Infallible| match never {});
     let mut answer = Response::new(body.boxed_unsync());
     *answer.status_mut() = status;
@@ -104,7 +104,7 @@ impl Service {
         }
     }
 
-    async fn whole(&self, request: Request<Incoming>, max: usize) -> Result<Bytes, Answer> {
+    pub(super) async fn whole(&self, request: Request<Incoming>, max: usize) -> Result<Bytes, Answer> {
         match Limited::new(request.into_body(), max).collect().await {
             Ok(whole) => Ok(whole.to_bytes()),
             Err(error) if error.is::<http_body_util::LengthLimitError>() => {
@@ -140,16 +140,18 @@ impl Service {
             answer.await.ok()
         };
         match tokio::time::timeout(INQUIRY_TIMEOUT, inquired).await.ok().flatten() {
-            Some(Some(Granted { url, holder })) => {
+            Some(Some(Granted { url, tls, holder })) => {
                 let expires = clock::now().wall.plus(GRANT_LIFE);
-                let access = |url, secret: &[u8; 32], peer| DepotAccess {
+                let access = |url, secret: &[u8; 32], tls, peer| DepotAccess {
                     url,
                     token: token::mint(secret, &scope, expires),
                     expires,
+                    tls,
                     peer,
                 };
-                let peer = holder.map(|server| Box::new(access(server.url, &server.secret, None)));
-                let access = access(url, &self.secret, peer);
+                let peer =
+                    holder.map(|(server, tls)| Box::new(access(server.url, &server.secret, tls, None)));
+                let access = access(url, &self.secret, tls, peer);
                 // Plain data, which serde writes without fail.
                 self::bytes(StatusCode::OK, serde_json::to_vec(&access).unwrap_or_default())
             }

@@ -74,6 +74,8 @@ pub enum StoreError {
     Locked { dir: PathBuf },
     #[error("there is no store {path}: which is its --data-dir?")]
     Missing { path: PathBuf },
+    #[error("cannot {action} the store {path} (its disk has failed: the kernel's log says how)")]
+    Disk { action: &'static str, path: PathBuf, source: Arc<rusqlite::Error> },
     #[error("cannot {action} the store {path}")]
     Sqlite { action: &'static str, path: PathBuf, source: Arc<rusqlite::Error> },
     #[error(

@@ -4,7 +4,7 @@
 //! nothing when idle. WAL with synchronous=FULL: what `txn` has answered survives a crash of the machine.
 
 use std::fs::{DirBuilder, File, TryLockError};
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::JoinHandle;
@@ -201,8 +201,10 @@ pub fn structure(path: &Path) -> Result<Vec<String>, StoreError> {
 
 /// Locks the data directory, which is made where missing.
 pub fn lock(dir: &Path) -> Result<File, StoreError> {
-    // The store holds the depot's secret, and both hold what jobs were told and said.
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|source| unusable(dir, source))?;
+    // The store holds the keys, and both hold what jobs were told and said. What is above is for everybody to pass through.
+    let above = dir.parent().map_or(Ok(()), std::fs::create_dir_all);
+    let made = above.and_then(|()| DirBuilder::new().recursive(true).mode(0o700).create(dir));
+    made.map_err(|source| unusable(dir, source))?;
     let lock = File::create(dir.join(LOCK)).map_err(|source| unusable(dir, source))?;
     lock.try_lock().map_err(|error| match error {
         TryLockError::WouldBlock => StoreError::Locked { dir: dir.to_owned() },
@@ -220,6 +222,9 @@ pub fn replace(dir: &Path, contents: &Contents) -> Result<Option<PathBuf>, Store
         std::fs::remove_file(&new).map_err(io)?;
     }
     write(&new, contents)?;
+    // Whoever restores may be root, and the controller another user.
+    let owner = std::fs::metadata(dir).map_err(io)?;
+    std::os::unix::fs::chown(&new, Some(owner.uid()), Some(owner.gid())).map_err(io)?;
     let seconds =
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
     let kept = format!("{FILE}.before-{seconds}");
@@ -241,9 +246,10 @@ fn unusable(dir: &Path, source: std::io::Error) -> StoreError {
 }
 
 fn sqlite(action: &'static str, path: &Path, source: rusqlite::Error) -> StoreError {
-    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase, SystemIoFailure};
     match source.sqlite_error_code() {
         Some(DatabaseCorrupt | NotADatabase) => damaged(path, &source.to_string()),
+        Some(SystemIoFailure) => StoreError::Disk { action, path: path.to_owned(), source: Arc::new(source) },
         _ => StoreError::Sqlite { action, path: path.to_owned(), source: Arc::new(source) },
     }
 }

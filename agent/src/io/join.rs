@@ -1,0 +1,173 @@
+//! How this machine comes to belong to a cluster, and stays: `berth-agent join TOKEN`, and the renewal of its certificate.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use berth_protocol::ids::NodeId;
+use berth_protocol::join::{JoinRequest, JoinToken, Membership};
+use berth_protocol::sign::Key;
+use berth_protocol::tls::{Party, joining};
+use berth_protocol::units::Millis;
+use bytes::Bytes;
+use clap::Parser;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{Method, Request};
+use rustls::ClientConfig;
+
+use super::clock;
+use super::http;
+use super::identity::{self, Shown};
+use crate::config::{DATA_DIR, host_name};
+
+const WITHIN: Duration = Duration::from_secs(20);
+const ANSWER_BYTES_MAX: usize = 64 * 1024;
+/// A certificate is renewed this long before its end, of the 30 days that it is good.
+const RENEWED_BEFORE: Millis = Millis(10 * 86_400_000);
+/// How often that is looked at, and tried again.
+const LOOK: Duration = Duration::from_secs(3600);
+const UNIT: &str = "berth-agent.service";
+
+/// Show a controller's token, once, and belong to its cluster.
+#[derive(Parser, Debug)]
+#[command(
+    name = "berth-agent join",
+    after_help = "Examples:
+  berth-agent join b1c0ffee…@ctl.example.org:7420
+  berth-agent join --node gpu-7 b1c0ffee…@ctl.example.org:7420
+
+`berth node token` at the controller prints the line. The machine's key is made here and never leaves it. Where the
+package's unit is there it is enabled and started. A machine that was away for so long that its certificate has ended
+joins again, with a token from `berth node token NODE`; its pods and their records stay."
+)]
+struct Args {
+    /// What `berth node token` printed
+    token: JoinToken,
+    /// This node's name [default: the token's, else the host's]
+    #[arg(long, env = "BERTH_NODE", value_name = "NAME")]
+    node: Option<NodeId>,
+    /// Where the agent keeps its identity, ledger, pods and images [default: /var/lib/berth/agent]
+    #[arg(long, env = "BERTH_DATA_DIR", value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+}
+
+pub fn main() -> ExitCode {
+    let args = Args::parse_from(std::env::args_os().skip(1));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let joined = runtime.context("cannot start").and_then(|runtime| runtime.block_on(join(args)));
+    match joined {
+        Ok(told) => {
+            println!("{told}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("berth-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn join(args: Args) -> Result<String> {
+    let Args { token, node, data_dir } = args;
+    let data_dir = data_dir.unwrap_or_else(|| DATA_DIR.into());
+    let key = identity::key(&data_dir)?;
+    let host = NodeId::parse(&host_name()).ok();
+    let request = JoinRequest::new(&token, node.map(Party::Node), host, &key);
+    let membership =
+        ask(joining(token.ca)?, &token.controller, "/v1/join", serde_json::to_vec(&request)?).await?;
+    let Party::Node(node) = &membership.party else {
+        bail!("the token is for a user: `berth login TOKEN`");
+    };
+    identity::keep_membership(&data_dir, &membership)?;
+    let told = format!("this machine is {node} of the cluster {}", membership.cluster);
+    Ok(match start_unit(&data_dir) {
+        Some(Ok(())) => format!("{told}; {UNIT} is enabled and runs"),
+        Some(Err(why)) => format!("{told}; {UNIT} does not start: {why}"),
+        None => format!("{told}; start it: berth-agent --data-dir {}", data_dir.display()),
+    })
+}
+
+/// Enables and starts the service, where there is one for this directory.
+fn start_unit(data_dir: &Path) -> Option<Result<(), String>> {
+    if data_dir != Path::new(DATA_DIR) || !Path::new("/run/systemd/system").exists() {
+        return None;
+    }
+    let systemctl = |args: &[&str]| Command::new("systemctl").args(args).output();
+    systemctl(&["cat", UNIT]).ok().filter(|shown| shown.status.success())?;
+    // A restart, for one that runs shows its last certificate.
+    for args in [&["enable", "--quiet", UNIT][..], &["restart", UNIT]] {
+        match systemctl(args) {
+            Ok(done) if done.status.success() => {}
+            Ok(done) => return Some(Err(String::from_utf8_lossy(&done.stderr).trim().to_owned())),
+            Err(error) => return Some(Err(error.to_string())),
+        }
+    }
+    Some(Ok(()))
+}
+
+/// Renews the certificate of a running agent whenever that is due.
+pub async fn renew(data_dir: PathBuf, mut membership: Membership, shown: Arc<Shown>) {
+    let mut told = false;
+    loop {
+        if clock::now().wall.plus(RENEWED_BEFORE) >= membership.expires {
+            match renewed(&data_dir, &membership, &shown).await {
+                Ok(new) => {
+                    tracing::info!("this node's certificate is renewed until {}", new.expires);
+                    (membership, told) = (new, false);
+                }
+                Err(error) if !told => {
+                    let until = membership.expires;
+                    tracing::warn!(
+                        "this node's certificate, good until {until}, cannot be renewed: {error:#}; trying again. Once it has \
+                         ended, `berth node token {}` at the controller makes the line that lets this machine back in",
+                        membership.party
+                    );
+                    told = true;
+                }
+                Err(_) => {}
+            }
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+async fn renewed(data_dir: &Path, membership: &Membership, shown: &Shown) -> Result<Membership> {
+    let authority = membership.url.strip_prefix("https://").context("its controller has no address")?;
+    let new = ask(shown.client(), authority, "/v1/renew", b"{}".to_vec()).await?;
+    let key: Key = identity::key(data_dir)?;
+    shown.renew(&new, &key)?;
+    identity::keep_membership(data_dir, &new)?;
+    Ok(new)
+}
+
+/// Asks the controller at `HOST:PORT`; a refusal is an error in its words.
+async fn ask(tls: Arc<ClientConfig>, authority: &str, path: &str, body: Vec<u8>) -> Result<Membership> {
+    let exchange = async {
+        let (host, _) =
+            authority.rsplit_once(':').with_context(|| format!("`{authority}` is not HOST:PORT"))?;
+        let unreachable = || format!("cannot reach the controller at {authority}");
+        let mut sender = http::connect_as(authority, host.trim_matches(['[', ']']), tls)
+            .await
+            .with_context(unreachable)?;
+        let request = Request::builder()
+            .method(Method::POST)
+            .uri(path)
+            .header("host", authority)
+            .body(Full::new(Bytes::from(body)))?;
+        let response = sender.send_request(request).await.with_context(unreachable)?;
+        let status = response.status();
+        let answer = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
+        let answer =
+            answer.map_err(|error| anyhow::anyhow!("the controller's answer broke off: {error}"))?.to_bytes();
+        if !status.is_success() {
+            bail!("the controller refuses: {}", String::from_utf8_lossy(&answer).trim());
+        }
+        serde_json::from_slice(&answer)
+            .context("the controller's answer cannot be read: is it of another version?")
+    };
+    tokio::time::timeout(WITHIN, exchange)
+        .await
+        .with_context(|| format!("the controller at {authority} does not answer"))?
+}

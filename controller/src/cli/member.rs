@@ -1,0 +1,203 @@
+//! Verbs about who belongs to the cluster: `login`, `node …`, `user …`.
+
+use std::io::Write as _;
+
+use anyhow::Context as _;
+use berth_protocol::join::{InvitationId, InvitationStatus, Invited, JoinRequest, JoinToken, Membership};
+use berth_protocol::sign::{Key, SEED_BYTES};
+use berth_protocol::tls::{Party, joining};
+use berth_protocol::units::{Millis, Timestamp};
+use hyper::Method;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::command::{Format, InviteNode, InviteUser, NodeVerb, UserVerb};
+use super::config::Settings;
+use super::identity::Identity;
+use super::table::Table;
+use super::{Usage, https, print_value};
+
+/// A third of the way before a certificate's end it is renewed.
+const RENEWED_BEFORE: Millis = Millis(10 * 86_400_000);
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Invitation {
+    token: String,
+    id: InvitationId,
+    expires: Timestamp,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct MemberRow {
+    party: Party,
+    since: Timestamp,
+    admin: bool,
+}
+
+/// `berth login TOKEN`
+pub async fn login(settings: &Settings, token: &str) -> anyhow::Result<u8> {
+    let token: JoinToken = token.parse().map_err(|error| Usage::new(format!("{error}")))?;
+    let dir = settings
+        .own_identity
+        .as_deref()
+        .context("there is no home directory to keep the key in: name one with --identity DIR")?;
+    let seed: [u8; SEED_BYTES] = crate::io::random::bytes().context("no randomness")?;
+    let key = Key::from_seed(&seed);
+    let request = JoinRequest::new(&token, None, None, &key);
+    let membership: Membership =
+        https::ask(joining(token.ca)?, &token.controller, Method::POST, "/v1/join", &request).await?;
+    let (party, cluster) = (membership.party.clone(), membership.cluster.clone());
+    Identity::new(dir, membership, key).save(&seed)?;
+    writeln!(std::io::stdout(), "you are {party} of the cluster {cluster}; the key is in {}", dir.display())?;
+    Ok(0)
+}
+
+/// Renews the certificate where that is due. What stands in the way is said and is no error: it is good for some days yet.
+pub async fn renew(settings: &mut Settings) {
+    let Some(identity) = &mut settings.identity else { return };
+    let now = crate::io::clock::now().wall;
+    if now.plus(RENEWED_BEFORE) < identity.membership.expires {
+        return;
+    }
+    let renewed = async {
+        let authority = authority(identity)?;
+        let membership =
+            https::ask(identity.tls()?, &authority, Method::POST, "/v1/renew", &json!({})).await?;
+        identity.membership = membership;
+        identity.save_membership()
+    };
+    if let Err(error) = renewed.await {
+        let expires = settings.identity.as_ref().map(|identity| identity.membership.expires);
+        eprintln!(
+            "berth: your certificate ends at {}, and it could not be renewed: {error:#}",
+            expires.map(|at| at.to_string()).unwrap_or_default()
+        );
+    }
+}
+
+fn authority(identity: &Identity) -> anyhow::Result<String> {
+    let url = &identity.membership.url;
+    Ok(url
+        .strip_prefix("https://")
+        .with_context(|| format!("`{url}` is no controller's address"))?
+        .to_owned())
+}
+
+async fn ask<T: serde::de::DeserializeOwned>(
+    settings: &Settings,
+    method: Method,
+    path: &str,
+    body: &impl Serialize,
+) -> anyhow::Result<T> {
+    let identity = settings.identity.as_ref().context(
+        "you belong to no cluster here: `berth login TOKEN`, with a token from an admin's `berth user token NAME`; with --dev \
+         nobody needs one",
+    )?;
+    https::ask(identity.tls()?, &authority(identity)?, method, path, body).await
+}
+
+pub async fn node(settings: &Settings, verb: NodeVerb) -> anyhow::Result<u8> {
+    match verb {
+        NodeVerb::Token(InviteNode { node, life }) => {
+            let who = match node {
+                Some(node) => Invited::Named { party: Party::Node(node), admin: false },
+                None => Invited::Node,
+            };
+            invite(settings, who, life.map(super::connect::millis), "berth-agent join").await
+        }
+        NodeVerb::Tokens => tokens(settings).await,
+        NodeVerb::Revoke { id } => revoke(settings, id).await,
+        NodeVerb::Remove { node } => {
+            let _: Value = ask(settings, Method::DELETE, &format!("/v1/nodes/{node}"), &json!({})).await?;
+            writeln!(
+                std::io::stdout(),
+                "node {node} does not belong to the cluster any more: it gets no grants, and its pods go elsewhere once their \
+                 leases are over"
+            )?;
+            Ok(0)
+        }
+    }
+}
+
+pub async fn user(settings: &Settings, verb: UserVerb) -> anyhow::Result<u8> {
+    match verb {
+        UserVerb::Token(InviteUser { user, admin, life }) => {
+            let who = Invited::Named { party: Party::User(user), admin };
+            invite(settings, who, life.map(super::connect::millis), "berth login").await
+        }
+        UserVerb::List => {
+            let all: Vec<MemberRow> = ask(settings, Method::GET, "/v1/members", &json!({})).await?;
+            let users: Vec<MemberRow> =
+                all.into_iter().filter(|member| matches!(member.party, Party::User(_))).collect();
+            if !matches!(settings.format, Format::Table | Format::Wide | Format::Name) {
+                print_value(settings.format, &serde_json::to_value(&users)?)?;
+                return Ok(0);
+            }
+            let mut table = Table::new(vec!["USER", "SINCE", "ROLE"]);
+            for MemberRow { party, since, admin } in users {
+                let name = party.to_string().trim_start_matches("user:").to_owned();
+                table.push(vec![
+                    name.into(),
+                    since.to_string().into(),
+                    if admin { "admin" } else { "member" }.into(),
+                ]);
+            }
+            print(&table)
+        }
+        UserVerb::Remove { user } => {
+            let _: Value = ask(settings, Method::DELETE, &format!("/v1/users/{user}"), &json!({})).await?;
+            writeln!(std::io::stdout(), "user {user} does not belong to the cluster any more; jobs go on")?;
+            Ok(0)
+        }
+    }
+}
+
+async fn invite(
+    settings: &Settings,
+    who: Invited,
+    life: Option<Millis>,
+    command: &str,
+) -> anyhow::Result<u8> {
+    let body = json!({"who": who, "life": life});
+    let made: Invitation = ask(settings, Method::POST, "/v1/invitations", &body).await?;
+    match settings.format {
+        Format::Table | Format::Wide => {
+            writeln!(std::io::stdout(), "{command} {}", made.token)?;
+            eprintln!("good once, until {}; `berth node revoke {}` takes it back", made.expires, made.id);
+        }
+        Format::Name => writeln!(std::io::stdout(), "{}", made.token)?,
+        format => print_value(format, &serde_json::to_value(&made)?)?,
+    }
+    Ok(0)
+}
+
+async fn tokens(settings: &Settings) -> anyhow::Result<u8> {
+    let open: Vec<InvitationStatus> = ask(settings, Method::GET, "/v1/invitations", &json!({})).await?;
+    if !matches!(settings.format, Format::Table | Format::Wide | Format::Name) {
+        print_value(settings.format, &serde_json::to_value(&open)?)?;
+        return Ok(0);
+    }
+    let mut table = Table::new(vec!["ID", "FOR", "EXPIRES"]);
+    for InvitationStatus { id, who, expires } in open {
+        let who = match who {
+            Invited::Node => "any node".to_owned(),
+            Invited::Named { party: Party::Node(node), .. } => format!("node {node}"),
+            Invited::Named { party, .. } => party.to_string().replace(':', " "),
+        };
+        table.push(vec![id.to_string().into(), who.into(), expires.to_string().into()]);
+    }
+    print(&table)
+}
+
+fn print(table: &Table) -> anyhow::Result<u8> {
+    write!(std::io::stdout(), "{}", table.render(true, false, &mut Vec::new()))?;
+    Ok(0)
+}
+
+async fn revoke(settings: &Settings, id: InvitationId) -> anyhow::Result<u8> {
+    let _: Value = ask(settings, Method::DELETE, &format!("/v1/invitations/{id}"), &json!({})).await?;
+    writeln!(std::io::stdout(), "token {id} is good for nothing any more")?;
+    Ok(0)
+}

@@ -1,0 +1,152 @@
+//! Who belongs, and by what invitation.
+
+use berth_protocol::ids::NodeId;
+use berth_protocol::join::{InvitationId, Invited, JoinRequest, JoinToken, Secret};
+use berth_protocol::message::node::Bye;
+use berth_protocol::sign::Key;
+use berth_protocol::tls::Party;
+use berth_protocol::topic::{NodeTopic, Topic};
+use berth_protocol::units::Millis;
+
+use super::super::members::{Invitation, MemberChange, NotJoined, are_in, first_admin};
+use super::super::{Config, Controller, Event};
+use super::world::{at, config};
+
+const LIFE: Millis = Millis(60_000);
+
+struct Closed {
+    controller: Controller,
+    store: std::collections::BTreeMap<String, Vec<u8>>,
+}
+
+impl Closed {
+    fn new() -> Self {
+        let mut closed = Self { controller: load(Vec::new()), store: Default::default() };
+        let admin = first_admin(&party("user:root"), key(1).public(), at(0));
+        closed.store.insert(admin.key, admin.value.unwrap());
+        closed.restart();
+        closed
+    }
+
+    fn change(&mut self, now: u64, change: MemberChange) {
+        self.step(now, Event::Members(change));
+    }
+
+    fn step(&mut self, now: u64, event: Event) {
+        for write in self.controller.step(at(now), event).writes {
+            match write.value {
+                Some(value) => drop(self.store.insert(write.key, value)),
+                None => drop(self.store.remove(&write.key)),
+            }
+        }
+    }
+
+    fn restart(&mut self) {
+        self.controller =
+            load(self.store.iter().map(|(key, value)| (key.clone(), Some(value.clone()))).collect());
+    }
+
+    fn invite(&mut self, n: u8, who: Invited) -> JoinToken {
+        let (id, secret) = (InvitationId::from_bytes([n; 4]), Secret::from_bytes([n; 16]));
+        let invitation = Invitation::new(secret.digest(), who, at(0), LIFE);
+        self.change(0, MemberChange::Invited(id, invitation));
+        JoinToken { ca: key(9).public(), id, secret, controller: "ctl:1".to_owned() }
+    }
+
+    /// As `io` does it.
+    fn join(&mut self, now: u64, request: &JoinRequest) -> Result<Party, NotJoined> {
+        let party = self.controller.may_join(at(now), request)?;
+        let joined = MemberChange::Joined { id: request.id, party: party.clone(), key: request.key };
+        self.change(now, joined);
+        Ok(party)
+    }
+
+    /// Whether what this key says as the node is looked at.
+    fn hears(&mut self, node: &str, by: &Key) -> bool {
+        let before = self.refused();
+        let topic = Topic::node(&NodeId::parse(node).unwrap(), NodeTopic::Bye);
+        let nonce = berth_protocol::ids::SessionNonce::parse("s1").unwrap();
+        let payload = berth_protocol::codec::encode(&topic, &Bye { nonce }).unwrap();
+        self.step(0, Event::Message { topic, payload, by: Some(by.public()) });
+        self.refused() == before
+    }
+
+    fn refused(&self) -> u64 {
+        self.controller.counters().refused.get("not-a-member").copied().unwrap_or(0)
+    }
+}
+
+fn load(entries: Vec<(String, Option<Vec<u8>>)>) -> Controller {
+    Controller::load(Config { ca: Some("pem".to_owned()), ..config(1) }, entries, at(0)).unwrap()
+}
+
+fn party(name: &str) -> Party {
+    name.parse().unwrap()
+}
+
+fn key(n: u8) -> Key {
+    Key::from_seed(&[n; 32])
+}
+
+fn request(token: &JoinToken, name: Option<&str>, n: u8) -> JoinRequest {
+    JoinRequest::new(token, name.map(party), NodeId::parse("host").ok(), &key(n))
+}
+
+#[test]
+fn an_invitation_is_taken_once_in_time_and_outlasts_a_restart() {
+    let mut closed = Closed::new();
+    let token = closed.invite(1, Invited::Node);
+    closed.restart();
+    assert_eq!(closed.controller.invitations(at(0)).len(), 1);
+    let late = request(&token, Some("a1"), 2);
+    assert_eq!(closed.controller.may_join(at(LIFE.0), &late), Err(NotJoined::NotInvited));
+    let guess = JoinToken { secret: Secret::from_bytes([7; 16]), ..token.clone() };
+    assert_eq!(closed.join(1, &request(&guess, Some("a1"), 2)), Err(NotJoined::NotInvited));
+    assert_eq!(closed.join(1, &request(&token, Some("a1"), 2)), Ok(party("a1")));
+    assert_eq!(closed.join(2, &request(&token, Some("a2"), 3)), Err(NotJoined::NotInvited));
+    closed.restart();
+    assert!(closed.hears("a1", &key(2)) && !closed.hears("a1", &key(3)) && !closed.hears("a2", &key(3)));
+    closed.change(3, MemberChange::Removed(party("a1")));
+    assert!(!closed.hears("a1", &key(2)));
+    closed.restart();
+    assert!(!closed.hears("a1", &key(2)));
+
+    let token = closed.invite(2, Invited::Node);
+    closed.change(4, MemberChange::Uninvited(token.id));
+    assert_eq!(closed.join(4, &request(&token, None, 4)), Err(NotJoined::NotInvited));
+    // What nobody took is not kept for ever.
+    closed.invite(3, Invited::Node);
+    closed.step(3_600_000, Event::Tick);
+    assert!(!closed.store.keys().any(|key| key.starts_with("invitation/")), "{:?}", closed.store.keys());
+}
+
+#[test]
+fn a_name_is_one_keys_until_an_admin_gives_it_away() {
+    let mut closed = Closed::new();
+    let entries: Vec<_> =
+        closed.store.iter().map(|(key, value)| (key.clone(), Some(value.clone()))).collect();
+    assert!(are_in(&entries) && !are_in(&[]));
+    let token = closed.invite(1, Invited::Node);
+    assert_eq!(closed.join(1, &request(&token, None, 2)), Ok(party("host")));
+    let token = closed.invite(2, Invited::Node);
+    let taken = NotJoined::Taken(NodeId::parse("host").unwrap());
+    assert_eq!(closed.join(1, &request(&token, None, 3)), Err(taken));
+    assert_eq!(
+        closed.join(1, &request(&token, Some("user:eve"), 3)),
+        Err(NotJoined::NoNode(party("user:eve")))
+    );
+    // The answer to its own first request was lost.
+    assert_eq!(closed.join(1, &request(&token, None, 2)), Ok(party("host")));
+
+    let named = Invited::Named { party: party("host"), admin: false };
+    let token = closed.invite(3, named);
+    assert_eq!(closed.join(1, &request(&token, Some("a2"), 4)), Err(NotJoined::Other(party("host"))));
+    assert_eq!(closed.join(1, &request(&token, None, 4)), Ok(party("host")));
+    assert!(closed.hears("host", &key(4)) && !closed.hears("host", &key(2)));
+
+    let admin = closed.invite(4, Invited::Named { party: party("user:bob"), admin: true });
+    assert_eq!(closed.join(1, &request(&admin, None, 5)), Ok(party("user:bob")));
+    let member = &closed.controller.members()[&party("user:bob")];
+    assert!(member.admin && member.key == key(5).public());
+    assert!(!closed.controller.members()[&party("host")].admin);
+}

@@ -1,0 +1,232 @@
+//! How machines and people come to belong to the cluster, and how they leave, over HTTPS: invitations, certificates. Who
+//! may do what, the client's certificate says, or the token of an invitation.
+
+use berth_protocol::ids::{ClusterName, NodeId, UserName};
+use berth_protocol::join::{InvitationId, Invited, JoinRequest, JoinToken, Membership, Secret};
+use berth_protocol::limits::INVITATION_MS;
+use berth_protocol::sign::PublicKey;
+use berth_protocol::tls::{Party, Peer};
+use berth_protocol::units::Millis;
+use hyper::body::Incoming;
+use hyper::{Method, Request, StatusCode};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tokio::sync::oneshot;
+
+use super::{Answer, INQUIRY_TIMEOUT, Inquiry, Service, clock, saved, text};
+use crate::core::members::{Invitation, MemberChange, NotJoined};
+use crate::io::ca::{self, Ca, CaError};
+use crate::io::front::Tls;
+use crate::io::random;
+
+const REQUEST_BYTES_MAX: usize = 4096;
+const INVITATION_MS_MAX: u64 = 24 * 60 * 60 * 1_000;
+
+/// Where members are let in.
+pub struct Hall {
+    pub tls: Tls,
+    pub ca: Ca,
+    pub about: About,
+}
+
+/// What the controller says of itself to those that join.
+#[derive(Debug, Clone)]
+pub struct About {
+    pub cluster: ClusterName,
+    /// Of its orders' signatures.
+    pub controller: PublicKey,
+    /// `mqtts://HOST:PORT`
+    pub broker: String,
+    /// `https://HOST:PORT`
+    pub url: String,
+}
+
+impl About {
+    /// What one has that belongs.
+    pub fn membership(&self, ca: &Ca, party: &Party, key: &PublicKey) -> Result<Membership, CaError> {
+        let life = Millis(u64::try_from(ca::MEMBERS.as_millis()).unwrap_or(u64::MAX));
+        let Self { cluster, controller, broker, url } = self.clone();
+        Ok(Membership {
+            cluster,
+            party: party.clone(),
+            ca: ca.pem(),
+            certificate: ca.member(party, key)?,
+            expires: clock::now().wall.plus(life),
+            controller,
+            broker,
+            url,
+        })
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Route {
+    Join,
+    Renew,
+    Invitations,
+    Invitation(InvitationId),
+    Members,
+    Member(Party),
+}
+
+impl Route {
+    pub fn parse(levels: &[&str]) -> Option<Self> {
+        Some(match levels {
+            ["v1", "join"] => Self::Join,
+            ["v1", "renew"] => Self::Renew,
+            ["v1", "invitations"] => Self::Invitations,
+            ["v1", "invitations", id] => Self::Invitation(id.parse().ok()?),
+            ["v1", "members"] => Self::Members,
+            ["v1", "nodes", node] => Self::Member(Party::Node(NodeId::parse(node).ok()?)),
+            ["v1", "users", user] => Self::Member(Party::User(UserName::parse(user).ok()?)),
+            _ => return None,
+        })
+    }
+}
+
+/// What an admin asks for: a token for a machine, or for one certain machine or person.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Invite {
+    who: Invited,
+    #[serde(default)]
+    life: Option<Millis>,
+}
+
+fn json_answer<T: Serialize>(status: StatusCode, value: &T) -> Answer {
+    saved::bytes(status, serde_json::to_vec(value).unwrap_or_default())
+}
+
+impl Service {
+    pub(super) async fn members(
+        &self,
+        route: Route,
+        request: Request<Incoming>,
+        peer: Option<Peer>,
+    ) -> Answer {
+        let Some(hall) = &self.hall else {
+            return text(
+                StatusCode::NOT_FOUND,
+                "this controller runs with --dev: everybody belongs, and nobody needs a token",
+            );
+        };
+        let member = peer.filter(|peer| hall.tls.members.knows(peer));
+        let method = request.method().clone();
+        match (&route, &method, member) {
+            (Route::Join, &Method::POST, _) => self.join(hall, request).await,
+            (_, _, None) => self.no_member(),
+            (Route::Renew, &Method::POST, Some(peer)) => self.certificate(hall, &peer.party, &peer.key),
+            (_, _, Some(peer)) if !hall.tls.members.is_admin(&peer) => {
+                self.refusals.refuse("role", format_args!("{} what admins may", peer.party));
+                text(StatusCode::FORBIDDEN, format!("{} is no admin of this cluster", peer.party))
+            }
+            (Route::Invitations, &Method::POST, Some(_)) => self.invite(hall, request).await,
+            (Route::Invitations, &Method::GET, Some(_)) => match self.ask(Inquiry::Invitations).await {
+                Some(open) => json_answer(StatusCode::OK, &open),
+                None => busy(),
+            },
+            (Route::Members, &Method::GET, Some(_)) => json_answer(StatusCode::OK, &hall.tls.members.list()),
+            (Route::Invitation(id), &Method::DELETE, Some(_)) => {
+                self.change(MemberChange::Uninvited(*id)).await
+            }
+            (Route::Member(party), &Method::DELETE, Some(_)) => {
+                self.change(MemberChange::Removed(party.clone())).await
+            }
+            _ => text(StatusCode::METHOD_NOT_ALLOWED, "this is not done that way"),
+        }
+    }
+
+    fn no_member(&self) -> Answer {
+        self.refusals.refuse("stranger", format_args!("a request without a member's certificate"));
+        text(StatusCode::UNAUTHORIZED, "this takes the certificate of a member of the cluster")
+    }
+
+    async fn change(&self, change: MemberChange) -> Answer {
+        match self.ask(|reply| Inquiry::Members { change, reply }).await {
+            Some(()) => json_answer(StatusCode::OK, &json!({})),
+            None => busy(),
+        }
+    }
+
+    async fn invite(&self, hall: &Hall, request: Request<Incoming>) -> Answer {
+        let asked: Invite = match self.whole_json(request).await {
+            Ok(asked) => asked,
+            Err(answer) => return answer,
+        };
+        let life = asked.life.unwrap_or(Millis(INVITATION_MS)).min(Millis(INVITATION_MS_MAX));
+        let (Ok(id), Ok(secret)) = (random::bytes(), random::bytes()) else {
+            return text(StatusCode::INTERNAL_SERVER_ERROR, "the system gives no random numbers");
+        };
+        let (id, secret) = (InvitationId::from_bytes(id), Secret::from_bytes(secret));
+        let invitation = Invitation::new(secret.digest(), asked.who, clock::now(), life);
+        let expires = invitation.expires;
+        match self.ask(|reply| Inquiry::Invite { id, invitation, reply }).await {
+            Some(true) => {
+                let controller = hall.about.url.trim_start_matches("https://").to_owned();
+                let token = JoinToken { ca: hall.ca.key(), id, secret, controller };
+                json_answer(
+                    StatusCode::CREATED,
+                    &json!({"token": token.to_string(), "id": id, "expires": expires}),
+                )
+            }
+            Some(false) => text(
+                StatusCode::TOO_MANY_REQUESTS,
+                "there are too many open tokens already: let them expire, or revoke some",
+            ),
+            None => busy(),
+        }
+    }
+
+    async fn join(&self, hall: &Hall, request: Request<Incoming>) -> Answer {
+        let request: JoinRequest = match self.whole_json(request).await {
+            Ok(request) => request,
+            Err(answer) => return answer,
+        };
+        let key = request.key;
+        match self.ask(|reply| Inquiry::Join { request: Box::new(request), reply }).await {
+            Some(Ok(party)) => self.certificate(hall, &party, &key),
+            Some(Err(why)) => {
+                self.refusals.refuse("join", format_args!("one to join: {why}"));
+                let status = match why {
+                    NotJoined::NotInvited | NotJoined::Unproven => StatusCode::UNAUTHORIZED,
+                    NotJoined::Full => StatusCode::INSUFFICIENT_STORAGE,
+                    NotJoined::Nobody => StatusCode::BAD_REQUEST,
+                    NotJoined::Other(_) | NotJoined::NoNode(_) | NotJoined::Taken(_) => StatusCode::CONFLICT,
+                };
+                text(status, why.to_string())
+            }
+            None => busy(),
+        }
+    }
+
+    fn certificate(&self, hall: &Hall, party: &Party, key: &PublicKey) -> Answer {
+        match hall.about.membership(&hall.ca, party, key) {
+            Ok(membership) => json_answer(StatusCode::OK, &membership),
+            Err(error) => {
+                tracing::error!("no certificate for {party}: {error}");
+                text(StatusCode::INTERNAL_SERVER_ERROR, "the controller cannot make a certificate")
+            }
+        }
+    }
+
+    async fn ask<T>(&self, inquiry: impl FnOnce(oneshot::Sender<T>) -> Inquiry) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        let asked = async {
+            self.inquiries.send(inquiry(reply)).await.ok()?;
+            answer.await.ok()
+        };
+        tokio::time::timeout(INQUIRY_TIMEOUT, asked).await.ok().flatten()
+    }
+
+    async fn whole_json<T: serde::de::DeserializeOwned>(
+        &self,
+        request: Request<Incoming>,
+    ) -> Result<T, Answer> {
+        let bytes = self.whole(request, REQUEST_BYTES_MAX).await?;
+        serde_json::from_slice(&bytes).map_err(|error| text(StatusCode::BAD_REQUEST, error.to_string()))
+    }
+}
+
+fn busy() -> Answer {
+    text(StatusCode::SERVICE_UNAVAILABLE, "the controller is too busy to answer")
+}

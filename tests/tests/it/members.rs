@@ -1,0 +1,237 @@
+//! A cluster without `--dev`: who belongs to it works as anybody would, and nobody else gets anywhere.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_protocol::join::{JoinToken, Membership};
+use berth_protocol::sign::{Key, SEED_BYTES};
+use berth_protocol::tls::joining;
+use rumqttc::{Client, Event, MqttOptions, Packet, QoS, SubscribeReasonCode, TlsConfiguration, Transport};
+
+use crate::cluster::{Cluster, program, text, until};
+
+/// A host job's output shows that the whole way works: orders, images, log, depot.
+const JOB: &str = "image: host\nnetwork: none\ncommand: [sh, -c, \"echo told; mkdir -p /out; echo kept > /out/file\"]\noutputs: [/out]\nresources: {cpu: 100m, memory: 32Mi}\n";
+
+fn token_of(cluster: &Cluster, args: &[&str]) -> JoinToken {
+    let output = cluster.run(&[args, &["-o", "name"]].concat());
+    assert!(output.status.success(), "{args:?}: {}", text(&output));
+    String::from_utf8_lossy(&output.stdout).parse().expect("a token")
+}
+
+fn join(cluster: &Cluster, node: &str, token: &JoinToken) -> Output {
+    let mut command = Command::new(program("berth-agent"));
+    command.args(["join", "--node", node, "--data-dir"]).arg(cluster.dir.path().join(node));
+    command.arg(token.to_string()).output().expect("berth-agent starts")
+}
+
+/// Logs a user in, with a directory of the user's own.
+fn login(cluster: &Cluster, user: &str, args: &[&str]) -> std::path::PathBuf {
+    let dir = cluster.dir.path().join(format!("user-{user}"));
+    let token = token_of(cluster, &[&["user", "token", user], args].concat());
+    let output = Command::new(program("berth"))
+        .env("BERTH_IDENTITY", &dir)
+        .args(["login", &token.to_string()])
+        .output()
+        .expect("berth starts");
+    assert!(output.status.success(), "{}", text(&output));
+    dir
+}
+
+fn berth_as(identity: &Path, args: &[&str]) -> Output {
+    let mut command = Command::new(program("berth"));
+    command.env("BERTH_IDENTITY", identity).env("BERTH_REQUEST_TIMEOUT", "3s").args(args);
+    command.output().expect("berth starts")
+}
+
+/// The identity in an agent's data directory, or a user's.
+fn membership(dir: &Path) -> (Membership, Key) {
+    let text = std::fs::read(dir.join("membership.json")).expect("it has joined");
+    let seed: [u8; SEED_BYTES] =
+        std::fs::read(dir.join("key")).expect("it has a key").try_into().expect("32 bytes");
+    (serde_json::from_slice(&text).expect("a membership"), Key::from_seed(&seed))
+}
+
+/// An MQTT client that shows the certificate of `dir`.
+fn client(cluster: &Cluster, id: &str, dir: &Path) -> (Client, rumqttc::Connection) {
+    let (membership, key) = membership(dir);
+    let tls = membership.credentials(&key).expect("certificates").client().expect("its key's");
+    let mut options = MqttOptions::new(id, "127.0.0.1", cluster.port);
+    options.set_transport(Transport::tls_with_config(TlsConfiguration::Rustls(tls)));
+    Client::new(options, 16)
+}
+
+/// Whether the broker lets it in.
+fn connects(cluster: &Cluster, id: &str, dir: &Path) -> bool {
+    let (_client, mut connection) = client(cluster, id, dir);
+    connection.iter().find_map(|event| match event {
+        Ok(Event::Incoming(Packet::ConnAck(_))) => Some(true),
+        Err(_) => Some(false),
+        Ok(_) => None,
+    }) == Some(true)
+}
+
+#[test]
+fn a_job_runs_on_a_machine_that_joined_by_one_line() {
+    let mut cluster = Cluster::of_members();
+    cluster.agent("a1", &["--allow-host-image"]);
+    cluster.submit("first", JOB);
+    cluster.until_phase("first", "Succeeded", 60);
+    assert_eq!(cluster.logs("first"), "told\n");
+    let to = cluster.dir.path().join("results");
+    until("its output is in the depot", 30, || {
+        cluster.run(&["cp", "first", to.to_str().expect("a plain path")]).status.success().then_some(())
+    });
+    assert_eq!(std::fs::read_to_string(to.join("out/file")).expect("the output"), "kept\n");
+
+    // A user that was let in submits as well, and lets nobody in.
+    let alice = login(&cluster, "alice", &[]);
+    let ran = berth_as(&alice, &["run", "--network", "none", "--no-workspace", "--", "echo", "hers"]);
+    assert_eq!(String::from_utf8_lossy(&ran.stdout), "hers\n", "{}", text(&ran));
+    let refused = berth_as(&alice, &["node", "token"]);
+    assert!(
+        !refused.status.success() && text(&refused).contains("user:alice is no admin"),
+        "{}",
+        text(&refused)
+    );
+    let users = cluster.run(&["user", "list"]);
+    let users = String::from_utf8_lossy(&users.stdout).into_owned();
+    assert!(users.contains("admin") && users.contains("alice"), "{users}");
+
+    // One that was taken out is at once nobody.
+    assert!(cluster.run(&["user", "remove", "alice"]).status.success());
+    let gone = berth_as(&alice, &["get", "jobs"]);
+    assert!(!gone.status.success(), "{}", text(&gone));
+    assert!(cluster.run(&["node", "remove", "a1"]).status.success());
+    until("the node is not heard any more", 60, || {
+        let nodes = cluster.json(&["get", "nodes"])?;
+        (nodes[0]["state"] != "online").then_some(())
+    });
+    let (dir, id) = (cluster.dir.path().join("a1/identity"), "a1.other");
+    assert!(!connects(&cluster, id, &dir));
+    // The way back in: a token for this very node.
+    let back = join(&cluster, "a1", &token_of(&cluster, &["node", "token", "a1"]));
+    assert!(back.status.success(), "{}", text(&back));
+    assert!(connects(&cluster, id, &dir));
+}
+
+#[test]
+fn a_token_is_good_once_for_whom_it_is() {
+    let cluster = Cluster::of_members();
+    let token = token_of(&cluster, &["node", "token"]);
+    let wrong = {
+        let text = token.to_string();
+        let (front, at) = text.split_once('@').expect("a token");
+        let last = if front.ends_with('0') { "1" } else { "0" };
+        format!("{}{last}@{at}", &front[..front.len() - 1]).parse().expect("a token")
+    };
+    assert!(text(&join(&cluster, "a1", &wrong)).contains("unknown, used or expired"));
+    // Another CA answers, in the controller's place.
+    let foreign = JoinToken { ca: Key::from_seed(&[9; SEED_BYTES]).public(), ..token.clone() };
+    let refused = join(&cluster, "a1", &foreign);
+    assert!(!refused.status.success() && text(&refused).contains("UnknownIssuer"), "{}", text(&refused));
+
+    let joined = join(&cluster, "a1", &token);
+    assert!(text(&joined).starts_with("this machine is a1 of the cluster default"), "{}", text(&joined));
+    assert!(text(&join(&cluster, "a2", &token)).contains("unknown, used or expired"));
+
+    let listed =
+        |cluster: &Cluster| String::from_utf8_lossy(&cluster.run(&["node", "tokens"]).stdout).into_owned();
+    let second = token_of(&cluster, &["node", "token"]);
+    assert!(listed(&cluster).contains(&format!("{}  any node", second.id)), "{}", listed(&cluster));
+    let taken = join(&cluster, "a1-copy", &second);
+    assert!(taken.status.success(), "{}", text(&taken));
+    let third = token_of(&cluster, &["node", "token"]);
+    assert!(cluster.run(&["node", "revoke", &third.id.to_string()]).status.success());
+    assert!(text(&join(&cluster, "a3", &third)).contains("unknown, used or expired"));
+    // A name is one machine's.
+    let other = Command::new(program("berth-agent"))
+        .args(["join", "--node", "a1", "--data-dir"])
+        .arg(cluster.dir.path().join("elsewhere"))
+        .arg(token_of(&cluster, &["node", "token"]).to_string())
+        .output()
+        .expect("berth-agent starts");
+    assert!(text(&other).contains("belongs to the cluster already"), "{}", text(&other));
+    let named = token_of(&cluster, &["node", "token", "a7"]);
+    assert!(text(&join(&cluster, "a8", &named)).contains("the token is for a7 alone"));
+    // What init made it does not make again.
+    let again = cluster.init();
+    assert!(!again.status.success() && text(&again).contains("is there already"), "{}", text(&again));
+}
+
+#[test]
+fn strangers_hear_and_say_nothing() {
+    let cluster = Cluster::of_members();
+    let joined = join(&cluster, "a1", &token_of(&cluster, &["node", "token"]));
+    assert!(joined.status.success(), "{}", text(&joined));
+    let node = cluster.dir.path().join("a1/identity");
+
+    // In plain; with no certificate; with one of another cluster's.
+    let mut plain = TcpStream::connect(("127.0.0.1", cluster.port)).expect("it listens");
+    plain.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+    plain.write_all(b"\x10\x10\x00\x04MQTT\x04\x02\x00\x3c\x00\x04evil").expect("it may try");
+    let mut answer = Vec::new();
+    let _ = plain.read_to_end(&mut answer);
+    // At most a TLS alert.
+    assert!(!answer.starts_with(&[0x20]), "{answer:?}");
+    let (membership, _) = membership(&node);
+    let ca = token_of(&cluster, &["node", "token"]).ca;
+    let mut options = MqttOptions::new("evil", "127.0.0.1", cluster.port);
+    let nobody: Arc<_> = joining(ca).expect("a configuration");
+    options.set_transport(Transport::tls_with_config(TlsConfiguration::Rustls(nobody)));
+    let (_client, mut connection) = Client::new(options, 1);
+    let first = connection.iter().find(|event| !matches!(event, Ok(Event::Outgoing(_))));
+    assert!(matches!(first, Some(Err(_))), "without a certificate: {first:?}");
+    let other = Cluster::of_members();
+    let theirs = join(&other, "a1", &token_of(&other, &["node", "token"]));
+    assert!(theirs.status.success(), "{}", text(&theirs));
+    let forged = cluster.dir.path().join("forged");
+    std::fs::create_dir(&forged).expect("a directory");
+    let mut mixed = membership.clone();
+    mixed.certificate = self::membership(&other.dir.path().join("a1/identity")).0.certificate;
+    std::fs::write(forged.join("membership.json"), serde_json::to_vec(&mixed).expect("JSON"))
+        .expect("written");
+    std::fs::copy(other.dir.path().join("a1/identity/key"), forged.join("key")).expect("copied");
+    assert!(!connects(&cluster, "a1.x", &forged), "a certificate of another cluster's is taken");
+
+    // A node's certificate is that node's alone.
+    assert!(connects(&cluster, "a1.x", &node));
+    assert!(!connects(&cluster, "a2.x", &node), "by another node's client id");
+    assert!(!connects(&cluster, "berth-controller", &node), "as the controller");
+    let (client, mut connection) = client(&cluster, "a1.y", &node);
+    for filter in [
+        "#",
+        "berth/v1/default/nodes/+/desired",
+        "berth/v1/default/nodes/a2/desired",
+        "berth/v1/default/jobs/#",
+    ] {
+        client.subscribe(filter, QoS::AtLeastOnce).expect("it may ask");
+    }
+    let refused = connection.iter().filter_map(|event| match event {
+        Ok(Event::Incoming(Packet::SubAck(ack))) => Some(ack.return_codes),
+        Ok(_) => None,
+        Err(error) => panic!("it was let in: {error}"),
+    });
+    let refused: Vec<_> = refused.take(4).flatten().collect();
+    assert!(refused.iter().all(|code| *code == SubscribeReasonCode::Failure), "{refused:?}");
+    let submit = JOB.replace("image:", "name: x\nimage:");
+    client
+        .publish("berth/v1/default/jobs/default/x/submit", QoS::AtLeastOnce, false, submit)
+        .expect("it may try");
+    client.publish("berth/v1/default/nodes/a2/hello", QoS::AtLeastOnce, false, "{}").expect("it may try");
+    // Both have been looked at once they are acknowledged.
+    let acknowledged =
+        connection.iter().filter(|event| matches!(event, Ok(Event::Incoming(Packet::PubAck(_)))));
+    assert_eq!(acknowledged.take(2).count(), 2);
+    let log = cluster.log("controller");
+    assert!(
+        log.contains("refused what the client `a1.y` said on `berth/v1/default/jobs/default/x/submit`"),
+        "{log}"
+    );
+    assert!(!log.contains("reason=\"malformed\""), "what it said as another node was looked at: {log}");
+    assert!(cluster.job("x").is_null());
+}
