@@ -23,6 +23,7 @@ pub(super) use super::epoch::{Assignment, Charge, Ending, EpochLog, Output};
 use super::members::{Invitation, Member};
 use super::restored::Restored;
 use super::schedule::place::ClassId;
+pub(super) use super::session::Liveness;
 
 #[derive(Default)]
 pub(super) struct Cluster {
@@ -457,15 +458,6 @@ pub(super) struct Node {
     pub published: Option<BootMs>,
     /// As what the counters have it.
     pub counted: Option<NodeState>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Liveness {
-    Online,
-    /// Takes no new pods.
-    Silent,
-    /// Its pods are replaced as their leases end.
-    Lost,
 }
 
 /// One run of the node's agent.

@@ -7,7 +7,7 @@ use berth_protocol::rule::{Rule, kept};
 use berth_protocol::sign::PublicKey;
 use berth_protocol::units::Millis;
 
-use super::cluster::{Liveness, Node, NodeRecord, Session};
+use super::cluster::{Node, NodeRecord, Session};
 use super::notes::Note;
 use super::{Controller, Now};
 
@@ -23,6 +23,15 @@ pub(super) const OTHER_KEY: &str = "other-key";
 /// It has the key too, and another ledger.
 const OTHER_LEDGER: &str = "other-ledger";
 const OTHER_HARDWARE: &str = "other-hardware";
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Liveness {
+    Online,
+    /// Takes no new pods.
+    Silent,
+    /// Its pods are replaced as their leases end.
+    Lost,
+}
 
 /// Is this the recorded session, or the next one of the same agent (fencing, rule 15)? It names the last one in which it
 /// heard from the controller: the recorded one, or the one before as long as that has not heard anything.
