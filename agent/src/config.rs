@@ -330,7 +330,6 @@ impl Config {
         };
         let data_dir = pick!(data_dir).unwrap_or_else(|| DATA_DIR.into());
         let membership = identity::membership(&data_dir)?;
-        let joined = |membership: &Membership| (membership.cluster.to_string(), membership.party.to_string());
         let (cluster, node) = (pick!(cluster), pick!(node));
         let (broker, cluster, node) = match (&dev, &membership) {
             (Some(_), Some(membership)) => bail!(
@@ -348,7 +347,7 @@ impl Config {
                  (`berth-agent join …`); for one person's machine pass --dev, which trusts whoever reaches the broker"
             ),
             (None, Some(membership)) => {
-                let (joined, own) = joined(membership);
+                let (joined, own) = (membership.cluster.to_string(), membership.party.to_string());
                 for (flag, said, is) in [("--cluster", &cluster, &joined), ("--node", &node, &own)] {
                     if let Some(said) = said.as_ref().filter(|said| *said != is) {
                         bail!("{flag} {said}: this machine has joined as {own} of the cluster {joined}");

@@ -237,7 +237,7 @@ impl Daemon {
             Inquiry::Invite { id, invitation, reply } => {
                 let room = self.controller.may_invite();
                 if room {
-                    self.step([Event::Members(MemberChange::Invited(id, invitation))]).await?;
+                    self.change_members(MemberChange::Invited(id, invitation)).await?;
                 }
                 let _ = reply.send(room);
             }
@@ -252,9 +252,19 @@ impl Daemon {
                 }
                 let _ = reply.send(joined);
             }
-            Inquiry::Members { change, reply } => {
-                self.change_members(change).await?;
-                let _ = reply.send(());
+            Inquiry::Uninvite { id, reply } => {
+                let known = self.controller.is_invited(&id);
+                if known {
+                    self.change_members(MemberChange::Uninvited(id)).await?;
+                }
+                let _ = reply.send(known);
+            }
+            Inquiry::Remove { party, reply } => {
+                let removed = self.controller.may_remove(&party);
+                if removed.is_ok() {
+                    self.change_members(MemberChange::Removed(party)).await?;
+                }
+                let _ = reply.send(removed);
             }
             Inquiry::Import { imported, reply } => {
                 self.step([Event::Imported(imported)]).await?;

@@ -12,7 +12,7 @@ use rustls::pki_types::pem::{self, PemObject as _};
 use serde::{Deserialize, Serialize};
 
 use crate::hex;
-use crate::ids::{ClusterName, Digest, NodeId};
+use crate::ids::{ClusterName, Digest, NodeId, UserName};
 use crate::sign::{Key, PublicKey, Signature};
 use crate::tls::{Credentials, Party};
 use crate::units::Timestamp;
@@ -204,10 +204,10 @@ pub struct InvitationStatus {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Invited {
-    /// A machine, by whatever name that is free.
-    Node,
+    /// A machine: of that name, where it belongs already in its place; else by whatever name that is free.
+    Node(Option<NodeId>),
     /// This one alone; where it belongs already, in its place.
-    Named { party: Party, admin: bool },
+    User { user: UserName, admin: bool },
 }
 
 #[cfg(test)]

@@ -9,13 +9,15 @@ use anyhow::{Context, Result, bail};
 use berth_protocol::ids::NodeId;
 use berth_protocol::join::{JoinRequest, JoinToken, Membership};
 use berth_protocol::sign::Key;
-use berth_protocol::tls::{Party, joining};
+use berth_protocol::tls::{Party, is_of_ca, joining};
 use berth_protocol::units::Millis;
 use bytes::Bytes;
 use clap::Parser;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Method, Request};
 use rustls::ClientConfig;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
 
 use super::clock;
 use super::http;
@@ -72,6 +74,16 @@ pub fn main() -> ExitCode {
 async fn join(args: Args) -> Result<String> {
     let Args { token, node, data_dir } = args;
     let data_dir = data_dir.unwrap_or_else(|| DATA_DIR.into());
+    if let Some(before) = identity::membership(&data_dir)? {
+        let ca = CertificateDer::from_pem_slice(before.ca.as_bytes());
+        // Its pods, and what it was ordered, are the other's.
+        if !ca.is_ok_and(|ca| is_of_ca(&ca, &token.ca)) {
+            let (cluster, dir) = (before.cluster, data_dir.display());
+            bail!(
+                "this machine belongs to another cluster, {cluster}: stop the agent and move {dir} away first"
+            );
+        }
+    }
     let key = identity::key(&data_dir)?;
     let host = NodeId::parse(&host_name()).ok();
     let request = JoinRequest::new(&token, node.map(Party::Node), host, &key);

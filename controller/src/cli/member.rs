@@ -101,11 +101,7 @@ async fn ask<T: serde::de::DeserializeOwned>(
 pub async fn node(settings: &Settings, verb: NodeVerb) -> anyhow::Result<u8> {
     match verb {
         NodeVerb::Token(InviteNode { node, life }) => {
-            let who = match node {
-                Some(node) => Invited::Named { party: Party::Node(node), admin: false },
-                None => Invited::Node,
-            };
-            invite(settings, who, life.map(super::connect::millis), "berth-agent join").await
+            invite(settings, Invited::Node(node), life.map(super::connect::millis), "berth-agent join").await
         }
         NodeVerb::Tokens => tokens(settings).await,
         NodeVerb::Revoke { id } => revoke(settings, id).await,
@@ -124,8 +120,8 @@ pub async fn node(settings: &Settings, verb: NodeVerb) -> anyhow::Result<u8> {
 pub async fn user(settings: &Settings, verb: UserVerb) -> anyhow::Result<u8> {
     match verb {
         UserVerb::Token(InviteUser { user, admin, life }) => {
-            let who = Invited::Named { party: Party::User(user), admin };
-            invite(settings, who, life.map(super::connect::millis), "berth login").await
+            invite(settings, Invited::User { user, admin }, life.map(super::connect::millis), "berth login")
+                .await
         }
         UserVerb::List => {
             let all: Vec<MemberRow> = ask(settings, Method::GET, "/v1/members", &json!({})).await?;
@@ -182,9 +178,10 @@ async fn tokens(settings: &Settings) -> anyhow::Result<u8> {
     let mut table = Table::new(vec!["ID", "FOR", "EXPIRES"]);
     for InvitationStatus { id, who, expires } in open {
         let who = match who {
-            Invited::Node => "any node".to_owned(),
-            Invited::Named { party: Party::Node(node), .. } => format!("node {node}"),
-            Invited::Named { party, .. } => party.to_string().replace(':', " "),
+            Invited::Node(None) => "any node".to_owned(),
+            Invited::Node(Some(node)) => format!("node {node}"),
+            Invited::User { user, admin: false } => format!("user {user}"),
+            Invited::User { user, admin: true } => format!("admin {user}"),
         };
         table.push(vec![id.to_string().into(), who.into(), expires.to_string().into()]);
     }

@@ -66,6 +66,17 @@ pub enum NotJoined {
     Full,
 }
 
+/// Why a member stays one, for whoever wants it removed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NotRemoved {
+    #[error("there is no {0} in the cluster")]
+    Unknown(Party),
+    #[error(
+        "{0} is the last admin, and nobody could let anybody in any more: let another in first, `berth user token NAME --admin`"
+    )]
+    LastAdmin(Party),
+}
+
 /// A change of who belongs, which an admin asked for or one that joins.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MemberChange {
@@ -107,6 +118,21 @@ impl Controller {
         good.map(status).collect()
     }
 
+    pub fn is_invited(&self, id: &InvitationId) -> bool {
+        self.cluster.invitations.contains_key(id)
+    }
+
+    /// # Errors
+    /// It stays, and why.
+    pub fn may_remove(&self, party: &Party) -> Result<(), NotRemoved> {
+        let members = &self.cluster.members;
+        let member = members.get(party).ok_or_else(|| NotRemoved::Unknown(party.clone()))?;
+        if member.admin && members.values().filter(|member| member.admin).count() == 1 {
+            return Err(NotRemoved::LastAdmin(party.clone()));
+        }
+        Ok(())
+    }
+
     pub fn may_invite(&self) -> bool {
         self.cluster.invitations.len() < INVITATIONS_MAX
     }
@@ -125,19 +151,20 @@ impl Controller {
             return Err(NotJoined::Unproven);
         }
         let members = &self.cluster.members;
-        let party = match (&invitation.who, &request.party) {
-            (Invited::Named { party, .. }, Some(asked)) if party != asked => {
-                return Err(NotJoined::Other(party.clone()));
-            }
-            (Invited::Named { party, .. }, _) => party.clone(),
-            (Invited::Node, asked) => {
+        let party = match &invitation.who {
+            Invited::Node(None) => {
                 let host = || request.host.clone().map(Party::Node);
-                match asked.clone().or_else(host).ok_or(NotJoined::Nobody)? {
+                match request.party.clone().or_else(host).ok_or(NotJoined::Nobody)? {
                     Party::Node(node) => Party::Node(self.free_name(node, request)?),
                     other => return Err(NotJoined::NoNode(other)),
                 }
             }
+            Invited::Node(Some(node)) => Party::Node(node.clone()),
+            Invited::User { user, .. } => Party::User(user.clone()),
         };
+        if request.party.as_ref().is_some_and(|asked| *asked != party) {
+            return Err(NotJoined::Other(party));
+        }
         if !members.contains_key(&party) && members.len() >= MEMBERS_MAX {
             return Err(NotJoined::Full);
         }
@@ -167,7 +194,7 @@ impl Controller {
             MemberChange::Joined { id, party, key } => {
                 let invitation = cluster.invitations.remove(&id);
                 let admin =
-                    matches!(invitation, Some(Invitation { who: Invited::Named { admin: true, .. }, .. }));
+                    matches!(invitation, Some(Invitation { who: Invited::User { admin: true, .. }, .. }));
                 let member = Member { key, since: now.wall, admin };
                 let write = records::write(records::member(&party), &member);
                 cluster.members.insert(party, member);

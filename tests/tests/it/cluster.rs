@@ -171,6 +171,13 @@ impl Cluster {
         self.controller = Some(self.another_controller("controller", self.http));
     }
 
+    /// Until it has ended, and not well.
+    pub fn controller_fails(&mut self) {
+        let controller = self.controller.as_mut().expect("it is started");
+        let ended = until("the controller ends", 30, || controller.child.try_wait().ok().flatten());
+        assert!(!ended.success());
+    }
+
     /// One with a data directory of its own, beside those that are there.
     pub fn another_controller(&self, name: &str, http: u16) -> Daemon {
         if self.admin.is_some() {

@@ -153,9 +153,7 @@ fn a_controllers_full_disk_loses_nothing_that_was_accepted() {
     disk.fill();
     // What cannot be made durable is not answered: the controller ends, as its service manager would start it again.
     let late = cluster.submit_in_time("late", "image: host\ncommand: [\"true\"]\n");
-    let controller = cluster.controller.as_mut().expect("it runs");
-    let ended = until("the controller ends", 30, || controller.child.try_wait().ok().flatten());
-    assert!(!ended.success());
+    cluster.controller_fails();
     assert!(cluster.log("controller").contains("database or disk is full"), "{}", cluster.log("controller"));
     disk.empty();
     cluster.start_controller();
@@ -219,9 +217,7 @@ fn a_controller_whose_disk_has_failed_answers_nothing_more() {
     disk.fail();
     let late = cluster.submit_in_time("late", "image: host\ncommand: [\"true\"]\n");
     for once_more in [true, false] {
-        let controller = cluster.controller.as_mut().expect("it is started");
-        let ended = until("the controller ends", 30, || controller.child.try_wait().ok().flatten());
-        assert!(!ended.success());
+        cluster.controller_fails();
         if once_more {
             cluster.start_controller();
         }

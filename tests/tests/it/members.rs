@@ -158,6 +158,18 @@ fn a_token_is_good_once_for_whom_it_is() {
     assert!(text(&other).contains("belongs to the cluster already"), "{}", text(&other));
     let named = token_of(&cluster, &["node", "token", "a7"]);
     assert!(text(&join(&cluster, "a8", &named)).contains("the token is for a7 alone"));
+    // A machine is of one cluster.
+    let other = Cluster::of_members();
+    let elsewhere = Command::new(program("berth-agent"))
+        .args(["join", "--data-dir"])
+        .arg(cluster.dir.path().join("a1"))
+        .arg(token_of(&other, &["node", "token"]).to_string())
+        .output()
+        .expect("berth-agent starts");
+    assert!(text(&elsewhere).contains("belongs to another cluster"), "{}", text(&elsewhere));
+    // And somebody is left who may let others in.
+    let last = cluster.run(&["user", "remove", "admin"]);
+    assert!(!last.status.success() && text(&last).contains("the last admin"), "{}", text(&last));
     // What init made it does not make again.
     let again = cluster.init();
     assert!(!again.status.success() && text(&again).contains("is there already"), "{}", text(&again));

@@ -1,6 +1,6 @@
 //! Who belongs, and by what invitation.
 
-use berth_protocol::ids::NodeId;
+use berth_protocol::ids::{NodeId, UserName};
 use berth_protocol::join::{InvitationId, Invited, JoinRequest, JoinToken, Secret};
 use berth_protocol::message::node::Bye;
 use berth_protocol::sign::Key;
@@ -8,7 +8,7 @@ use berth_protocol::tls::Party;
 use berth_protocol::topic::{NodeTopic, Topic};
 use berth_protocol::units::Millis;
 
-use super::super::members::{Invitation, MemberChange, NotJoined, are_in, first_admin};
+use super::super::members::{Invitation, MemberChange, NotJoined, NotRemoved, are_in, first_admin};
 use super::super::{Config, Controller, Event};
 use super::world::{at, config};
 
@@ -95,7 +95,7 @@ fn request(token: &JoinToken, name: Option<&str>, n: u8) -> JoinRequest {
 #[test]
 fn an_invitation_is_taken_once_in_time_and_outlasts_a_restart() {
     let mut closed = Closed::new();
-    let token = closed.invite(1, Invited::Node);
+    let token = closed.invite(1, Invited::Node(None));
     closed.restart();
     assert_eq!(closed.controller.invitations(at(0)).len(), 1);
     let late = request(&token, Some("a1"), 2);
@@ -111,11 +111,11 @@ fn an_invitation_is_taken_once_in_time_and_outlasts_a_restart() {
     closed.restart();
     assert!(!closed.hears("a1", &key(2)));
 
-    let token = closed.invite(2, Invited::Node);
+    let token = closed.invite(2, Invited::Node(None));
     closed.change(4, MemberChange::Uninvited(token.id));
     assert_eq!(closed.join(4, &request(&token, None, 4)), Err(NotJoined::NotInvited));
     // What nobody took is not kept for ever.
-    closed.invite(3, Invited::Node);
+    closed.invite(3, Invited::Node(None));
     closed.step(3_600_000, Event::Tick);
     assert!(!closed.store.keys().any(|key| key.starts_with("invitation/")), "{:?}", closed.store.keys());
 }
@@ -126,9 +126,9 @@ fn a_name_is_one_keys_until_an_admin_gives_it_away() {
     let entries: Vec<_> =
         closed.store.iter().map(|(key, value)| (key.clone(), Some(value.clone()))).collect();
     assert!(are_in(&entries) && !are_in(&[]));
-    let token = closed.invite(1, Invited::Node);
+    let token = closed.invite(1, Invited::Node(None));
     assert_eq!(closed.join(1, &request(&token, None, 2)), Ok(party("host")));
-    let token = closed.invite(2, Invited::Node);
+    let token = closed.invite(2, Invited::Node(None));
     let taken = NotJoined::Taken(NodeId::parse("host").unwrap());
     assert_eq!(closed.join(1, &request(&token, None, 3)), Err(taken));
     assert_eq!(
@@ -138,15 +138,22 @@ fn a_name_is_one_keys_until_an_admin_gives_it_away() {
     // The answer to its own first request was lost.
     assert_eq!(closed.join(1, &request(&token, None, 2)), Ok(party("host")));
 
-    let named = Invited::Named { party: party("host"), admin: false };
+    let named = Invited::Node(NodeId::parse("host").ok());
     let token = closed.invite(3, named);
     assert_eq!(closed.join(1, &request(&token, Some("a2"), 4)), Err(NotJoined::Other(party("host"))));
     assert_eq!(closed.join(1, &request(&token, None, 4)), Ok(party("host")));
     assert!(closed.hears("host", &key(4)) && !closed.hears("host", &key(2)));
 
-    let admin = closed.invite(4, Invited::Named { party: party("user:bob"), admin: true });
+    let admin = closed.invite(4, Invited::User { user: UserName::parse("bob").unwrap(), admin: true });
     assert_eq!(closed.join(1, &request(&admin, None, 5)), Ok(party("user:bob")));
     let member = &closed.controller.members()[&party("user:bob")];
     assert!(member.admin && member.key == key(5).public());
     assert!(!closed.controller.members()[&party("host")].admin);
+    // Somebody is left who may let others in.
+    let bob = party("user:bob");
+    assert_eq!(closed.controller.may_remove(&party("user:root")), Ok(()));
+    closed.change(2, MemberChange::Removed(party("user:root")));
+    assert_eq!(closed.controller.may_remove(&bob), Err(NotRemoved::LastAdmin(bob.clone())));
+    assert_eq!(closed.controller.may_remove(&party("a9")), Err(NotRemoved::Unknown(party("a9"))));
+    assert_eq!(closed.controller.may_remove(&party("host")), Ok(()));
 }

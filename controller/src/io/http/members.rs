@@ -14,7 +14,7 @@ use serde_json::json;
 use tokio::sync::oneshot;
 
 use super::{Answer, INQUIRY_TIMEOUT, Inquiry, Service, clock, saved, text};
-use crate::core::members::{Invitation, MemberChange, NotJoined};
+use crate::core::members::{Invitation, NotJoined, NotRemoved};
 use crate::io::ca::{self, Ca, CaError};
 use crate::io::front::Tls;
 use crate::io::random;
@@ -126,12 +126,8 @@ impl Service {
                 None => busy(),
             },
             (Route::Members, &Method::GET, Some(_)) => json_answer(StatusCode::OK, &hall.tls.members.list()),
-            (Route::Invitation(id), &Method::DELETE, Some(_)) => {
-                self.change(MemberChange::Uninvited(*id)).await
-            }
-            (Route::Member(party), &Method::DELETE, Some(_)) => {
-                self.change(MemberChange::Removed(party.clone())).await
-            }
+            (Route::Invitation(id), &Method::DELETE, Some(_)) => self.uninvite(*id).await,
+            (Route::Member(party), &Method::DELETE, Some(_)) => self.remove(party.clone()).await,
             _ => text(StatusCode::METHOD_NOT_ALLOWED, "this is not done that way"),
         }
     }
@@ -141,9 +137,21 @@ impl Service {
         text(StatusCode::UNAUTHORIZED, "this takes the certificate of a member of the cluster")
     }
 
-    async fn change(&self, change: MemberChange) -> Answer {
-        match self.ask(|reply| Inquiry::Members { change, reply }).await {
-            Some(()) => json_answer(StatusCode::OK, &json!({})),
+    async fn uninvite(&self, id: InvitationId) -> Answer {
+        match self.ask(|reply| Inquiry::Uninvite { id, reply }).await {
+            Some(true) => json_answer(StatusCode::OK, &json!({})),
+            Some(false) => {
+                text(StatusCode::NOT_FOUND, format!("there is no token {id}: it may be used or expired"))
+            }
+            None => busy(),
+        }
+    }
+
+    async fn remove(&self, party: Party) -> Answer {
+        match self.ask(|reply| Inquiry::Remove { party, reply }).await {
+            Some(Ok(())) => json_answer(StatusCode::OK, &json!({})),
+            Some(Err(why @ NotRemoved::Unknown(_))) => text(StatusCode::NOT_FOUND, why.to_string()),
+            Some(Err(why @ NotRemoved::LastAdmin(_))) => text(StatusCode::CONFLICT, why.to_string()),
             None => busy(),
         }
     }

@@ -34,7 +34,7 @@ use super::clock;
 use super::depot::{Depot, DepotError, Item};
 use super::front::{self, Tls};
 use super::metrics::{self, Refusals};
-use crate::core::members::{Invitation, MemberChange, NotJoined};
+use crate::core::members::{Invitation, NotJoined, NotRemoved};
 use crate::core::{Counters, Granted, Imported};
 
 const CONNECTIONS_MAX: usize = 256;
@@ -94,10 +94,15 @@ pub enum Inquiry {
         request: Box<JoinRequest>,
         reply: oneshot::Sender<Result<Party, NotJoined>>,
     },
-    /// Answered once it is recorded.
-    Members {
-        change: MemberChange,
-        reply: oneshot::Sender<()>,
+    /// Answered once it is recorded; false: there is none such.
+    Uninvite {
+        id: InvitationId,
+        reply: oneshot::Sender<bool>,
+    },
+    /// Answered once it is recorded, or why it stays.
+    Remove {
+        party: Party,
+        reply: oneshot::Sender<Result<(), NotRemoved>>,
     },
 }
 
