@@ -12,6 +12,7 @@ use berth_protocol::codec;
 use berth_protocol::ids::Term;
 use berth_protocol::join::JoinRequest;
 use berth_protocol::sign::Signer;
+use berth_protocol::tls::Party;
 use berth_protocol::topic::Topic;
 use berth_protocol::units::Timestamp;
 use tokio::sync::mpsc;
@@ -21,13 +22,13 @@ use self::doors::{Belonging, belonging, connect};
 pub use self::doors::{about, signer};
 use crate::config::Config;
 use crate::core::members::MemberChange;
-use crate::core::{self, Controller, Effect, Event, SetAside, Write};
+use crate::core::{self, Actor, Controller, Effect, Event, SetAside, Write};
 use crate::io::broker::{Broker, BrokerError};
 use crate::io::bus::{Bus, BusEvent, BusEvents};
 use crate::io::ca::CaError;
 use crate::io::clock;
 use crate::io::depot::{Bucket, Depot, DepotError, GRACE, Item};
-use crate::io::http::{HttpError, Inquiry, Report, Server};
+use crate::io::http::{HttpError, Inquiry, NotInvited, Report, Server};
 use crate::io::members::Members;
 use crate::io::memory;
 use crate::io::metrics::Refusals;
@@ -37,6 +38,8 @@ use crate::io::systemd::Notifier;
 
 /// Events that one transaction takes together.
 const BATCH_EVENTS_MAX: usize = 256;
+/// Entries of the audit log that are read for one page.
+const AUDIT_ROWS: usize = 100;
 /// Inquiries that may wait for the loop.
 const INQUIRIES_MAX: usize = 16;
 /// Results of work beside the loop that may wait for it.
@@ -234,37 +237,54 @@ impl Daemon {
             Inquiry::Grant { node, asked, reply } => {
                 let _ = reply.send(self.controller.grant(&node, &asked));
             }
-            Inquiry::Invite { id, invitation, reply } => {
-                let room = self.controller.may_invite();
-                if room {
-                    self.change_members(MemberChange::Invited(id, invitation)).await?;
+            Inquiry::Invite { by, id, invitation, reply } => {
+                let party = by.party.clone().unwrap_or(Party::Controller);
+                let invited = match self.controller.may_invite(&party, &invitation.who) {
+                    Err(why) => Err(why.into()),
+                    Ok(()) if !self.controller.has_room_for_invitation() => Err(NotInvited::TooMany),
+                    Ok(()) => Ok(()),
+                };
+                if invited.is_ok() {
+                    self.change_members(by, MemberChange::Invited(id, invitation)).await?;
                 }
-                let _ = reply.send(room);
+                let _ = reply.send(invited);
             }
             Inquiry::Invitations(reply) => {
                 let _ = reply.send(self.controller.invitations(clock::now()));
             }
-            Inquiry::Join { request, reply } => {
+            Inquiry::Join { from, request, reply } => {
                 let joined = self.controller.may_join(clock::now(), &request);
                 if let Ok(party) = joined.clone() {
                     let JoinRequest { id, key, .. } = *request;
-                    self.change_members(MemberChange::Joined { id, party, key }).await?;
+                    let by = Actor { party: Some(party.clone()), from };
+                    self.change_members(by, MemberChange::Joined { id, party, key }).await?;
                 }
                 let _ = reply.send(joined);
             }
-            Inquiry::Uninvite { id, reply } => {
+            Inquiry::Uninvite { by, id, reply } => {
                 let known = self.controller.is_invited(&id);
                 if known {
-                    self.change_members(MemberChange::Uninvited(id)).await?;
+                    self.change_members(by, MemberChange::Uninvited(id)).await?;
                 }
                 let _ = reply.send(known);
             }
-            Inquiry::Remove { party, reply } => {
+            Inquiry::Remove { by, party, reply } => {
                 let removed = self.controller.may_remove(&party);
                 if removed.is_ok() {
-                    self.change_members(MemberChange::Removed(party)).await?;
+                    self.change_members(by, MemberChange::Removed(party)).await?;
                 }
                 let _ = reply.send(removed);
+            }
+            Inquiry::Set { by, user, change, reply } => {
+                let party = by.party.clone().unwrap_or(Party::Controller);
+                let set = self.controller.may_set(&party, &user, &change);
+                if set.is_ok() {
+                    self.change_members(by, MemberChange::Set(user, change)).await?;
+                }
+                let _ = reply.send(set);
+            }
+            Inquiry::Refused { by: actor, what, on, why } => {
+                self.step([Event::Refused { actor, what, on, why }]).await?;
             }
             Inquiry::Import { imported, reply } => {
                 self.step([Event::Imported(imported)]).await?;
@@ -275,18 +295,22 @@ impl Daemon {
     }
 
     /// Recorded first; then the doors know.
-    async fn change_members(&mut self, change: MemberChange) -> Result<(), RunError> {
+    async fn change_members(&mut self, by: Actor, change: MemberChange) -> Result<(), RunError> {
         let party = match &change {
             MemberChange::Joined { party, .. } | MemberChange::Removed(party) => Some(party.clone()),
+            MemberChange::Set(user, _) => Some(Party::User(user.clone())),
             MemberChange::Invited(..) | MemberChange::Uninvited(_) => None,
         };
-        self.step([Event::Members(change)]).await?;
+        let joins = matches!(change, MemberChange::Joined { .. });
+        self.step([Event::Members(by, change)]).await?;
         if let (Some(party), Some(members)) = (party, &self.members) {
             let member = self.controller.members().get(&party).cloned();
-            tracing::info!(
-                "{party} {}",
-                if member.is_some() { "has joined the cluster" } else { "was removed from the cluster" }
-            );
+            let what = match &member {
+                None => "was removed from the cluster",
+                Some(_) if joins => "has joined the cluster",
+                Some(_) => "has other roles now",
+            };
+            tracing::info!("{party} {what}");
             members.set(party, member);
         }
         Ok(())
@@ -337,6 +361,20 @@ impl Daemon {
 
     async fn release(&self, effect: Effect) {
         match effect {
+            Effect::ReadAudit(question) => {
+                match self.store.audit(question.before.as_deref(), AUDIT_ROWS).await {
+                    Ok(entries) => {
+                        let whole = entries.len() < AUDIT_ROWS;
+                        Box::pin(self.release(question.reply(entries, whole))).await;
+                    }
+                    Err(error) => tracing::error!("the audit log cannot be read: {error}"),
+                }
+            }
+            Effect::TrimAudit { before } => {
+                if let Err(error) = self.store.trim_audit(&before).await {
+                    tracing::warn!("the audit log keeps what is old: {error}");
+                }
+            }
             Effect::Publish { topic, payload, retain } => {
                 let payload = match topic {
                     Topic::Node { .. } => codec::sign(&self.signer, &topic, &payload),

@@ -254,6 +254,7 @@ async fn retained_messages_are_dropped_where_they_are_not_wanted() {
         filters: vec![filter("jobs/+/+/submit"), filter("nonsense/#")],
         retained: false,
         tls: None,
+        voucher: None,
     };
     let refusals = Arc::new(Refusals::default());
     let (_bus, mut heard) = berth_controller::io::bus::Bus::connect(options, refusals.clone());

@@ -1,6 +1,7 @@
 //! Bytes of a payload to a message and back, with the bounds of `limits`. Nothing else serialises for the wire.
 //!
-//! What users exchange with the controller is plain JSON. What the controller and agents exchange travels in an
+//! What users exchange with the controller is plain JSON, in what they say with a signature around it where they have a key
+//! (`request`). What the controller and agents exchange travels in an
 //! envelope, `{"v":1,"body":…}`, whose further fields, `key` and `sig`, say whose the body is. The cores read
 //! bodies; signing and verifying is what is done last on the way out and first on the way in.
 //!
@@ -33,6 +34,8 @@ pub enum CodecError {
     Unsigned,
     #[error("the message's signature is not of this message on this topic")]
     Forged,
+    #[error("the message is not text (UTF-8)")]
+    NotText,
     #[error("the message cannot be written as JSON: {0}")]
     Unwritable(serde_json::Error),
 }
@@ -46,6 +49,7 @@ impl CodecError {
             CodecError::Version(_) => "version",
             CodecError::Unsigned => "unsigned",
             CodecError::Forged => "forged",
+            CodecError::NotText => "malformed",
             CodecError::Unwritable(_) => "unwritable",
         }
     }
@@ -63,14 +67,14 @@ struct Envelope<'a> {
 }
 
 /// The largest body that may travel on `topic`.
-fn bytes_max(topic: &Topic) -> usize {
+pub(crate) fn bytes_max(topic: &Topic) -> usize {
     match topic {
         Topic::Node { kind: NodeTopic::Spec, .. } => SPEC_BYTES_MAX + ENVELOPE_BYTES_MAX,
         _ => MESSAGE_BYTES_MAX,
     }
 }
 
-fn bounded(bytes: usize, max: usize) -> Result<(), CodecError> {
+pub(crate) fn bounded(bytes: usize, max: usize) -> Result<(), CodecError> {
     if bytes > max { Err(CodecError::TooLarge { bytes, max }) } else { Ok(()) }
 }
 

@@ -3,16 +3,16 @@
 //! The line is `b1{CA's key}.{id}.{secret}@{host}:{port}`: by the first whoever joins knows the controller, by the last two
 //! the controller knows whoever joins. What it is for, the controller remembers.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-use ring::signature::{ED25519, UnparsedPublicKey};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::{self, PemObject as _};
 use serde::{Deserialize, Serialize};
 
 use crate::hex;
-use crate::ids::{ClusterName, Digest, NodeId, UserName};
+use crate::ids::{ClusterName, Digest, Namespace, NodeId, UserName};
 use crate::sign::{Key, PublicKey, Signature};
 use crate::tls::{Credentials, Party};
 use crate::units::Timestamp;
@@ -157,7 +157,7 @@ impl JoinRequest {
     /// Whoever made it has the secret half of the key in it.
     pub fn is_proven(&self) -> bool {
         let text = proven(self.id, self.party.as_ref());
-        UnparsedPublicKey::new(&ED25519, self.key.bytes()).verify(&text, &self.proof.0).is_ok()
+        self.key.has_signed_text(&text, &self.proof)
     }
 }
 
@@ -207,7 +207,66 @@ pub enum Invited {
     /// A machine: of that name, where it belongs already in its place; else by whatever name that is free.
     Node(Option<NodeId>),
     /// This one alone; where it belongs already, in its place.
-    User { user: UserName, admin: bool },
+    User {
+        user: UserName,
+        admin: bool,
+        #[serde(default = "first_roles")]
+        roles: Roles,
+    },
+}
+
+/// What a user may do in a namespace; each holds what stands before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Role {
+    /// See its jobs, their logs and what they left.
+    View,
+    /// Submit jobs and direct them.
+    Submit,
+    /// Say who has which role there.
+    Admin,
+}
+
+/// A user's, one a namespace, at most `ROLES_MAX`.
+pub type Roles = BTreeMap<Namespace, Role>;
+
+/// Of whom nobody said which: those who share one namespace need not know of any.
+pub fn first_roles() -> Roles {
+    Roles::from([(Namespace::default_namespace(), Role::Submit)])
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Role::View => "view",
+            Role::Submit => "submit",
+            Role::Admin => "admin",
+        })
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no role: write view, submit or admin")]
+pub struct RoleError(String);
+
+impl FromStr for Role {
+    type Err = RoleError;
+
+    fn from_str(text: &str) -> Result<Self, RoleError> {
+        let all = [Role::View, Role::Submit, Role::Admin];
+        all.into_iter().find(|role| role.to_string() == text).ok_or_else(|| RoleError(text.to_owned()))
+    }
+}
+
+/// A user as it is to be: what is not said stays. By `POST /v1/users/{user}`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct UserChange {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub admin: Option<bool>,
+    /// None: from now on none there.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub roles: BTreeMap<Namespace, Option<Role>>,
 }
 
 #[cfg(test)]

@@ -139,6 +139,10 @@ const _: () = assert!(DISCONNECT_AFTER_MS_MIN <= DISCONNECT_AFTER_MS);
 
 /// Nodes and users that belong to one cluster.
 pub const MEMBERS_MAX: usize = 50_000;
+/// Namespaces in which one user has a role.
+pub const ROLES_MAX: usize = 64;
+/// How far the time of a signed request may be from the controller's.
+pub const REQUEST_AGE_MS_MAX: u64 = 10 * 60 * 1_000;
 /// Invitations that may be open at once.
 pub const INVITATIONS_MAX: usize = 1_000;
 /// How long one may be taken, where nothing else is said.

@@ -33,6 +33,15 @@ impl PublicKey {
         Self(bytes)
     }
 
+    /// As 64 hexadecimal digits.
+    pub fn hex(&self) -> String {
+        hex::encode(&self.0)
+    }
+
+    pub fn from_hex(text: &str) -> Option<Self> {
+        hex::decode(text).map(Self)
+    }
+
     /// So much of it as tells it from others, for people.
     pub fn short(&self) -> String {
         hex::encode(&self.0[..8])
@@ -62,8 +71,11 @@ impl PublicKey {
         body: &str,
         signature: &Signature,
     ) -> bool {
-        let text = signed_text(cluster, topic, body);
-        UnparsedPublicKey::new(&ED25519, &self.0).verify(&text, &signature.0).is_ok()
+        self.has_signed_text(&signed_text(cluster, topic, body), signature)
+    }
+
+    pub(crate) fn has_signed_text(&self, text: &[u8], signature: &Signature) -> bool {
+        UnparsedPublicKey::new(&ED25519, &self.0).verify(text, &signature.0).is_ok()
     }
 }
 
@@ -125,10 +137,12 @@ impl fmt::Debug for Key {
     }
 }
 
-/// Bytes that no other parts give: each behind its length.
 fn signed_text(cluster: &ClusterName, topic: &Topic, body: &str) -> Vec<u8> {
-    let topic = topic.render(cluster);
-    let parts = [MESSAGE, topic.as_bytes(), body.as_bytes()];
+    framed(&[MESSAGE, topic.render(cluster).as_bytes(), body.as_bytes()])
+}
+
+/// Bytes that no other parts give: each behind its length.
+pub(crate) fn framed(parts: &[&[u8]]) -> Vec<u8> {
     let mut text = Vec::with_capacity(parts.iter().map(|part| 8 + part.len()).sum());
     for part in parts {
         text.extend_from_slice(&(part.len() as u64).to_le_bytes());

@@ -2,7 +2,7 @@
 //! secret. The depot's is the controller's own; a node draws its own and tells the controller, which makes tokens with
 //! it for other nodes. Only this module makes and reads them.
 //!
-//! A token is `{scope}~{expires}~{mac}`: scope as `node.NAME`, `ns.NAME`, `save.POD.EPOCH` or `load.DIGITS`, expiry in milliseconds since 1970, and
+//! A token is `{scope}~{expires}~{mac}`: scope as `node.NAME`, `ns.NAME`, `view.NAME`, `save.POD.EPOCH` or `load.DIGITS`, expiry in milliseconds since 1970, and
 //! HMAC-SHA-256 (RFC 2104) over the two in hexadecimal. It is fit for an HTTP header.
 
 use crate::hex;
@@ -17,6 +17,8 @@ pub enum Scope {
     Node(NodeId),
     /// A user: brings workspaces, fetches logs and outputs, brings and fetches checkpoints.
     Namespace(Namespace),
+    /// A user: fetches what `Namespace` may.
+    View(Namespace),
     /// Whoever transfers one pod's checkpoint: chunks, and manifests of this epoch.
     Save { pod: PodId, epoch: Epoch },
     /// Whoever fetches one checkpoint.
@@ -55,6 +57,7 @@ pub fn mint(secret: &[u8; 32], scope: &Scope, expires: Timestamp) -> String {
     let claim = match scope {
         Scope::Node(node) => format!("node.{node}~{}", expires.0),
         Scope::Namespace(namespace) => format!("ns.{namespace}~{}", expires.0),
+        Scope::View(namespace) => format!("view.{namespace}~{}", expires.0),
         Scope::Save { pod, epoch } => format!("save.{pod}.{epoch}~{}", expires.0),
         Scope::Load { checkpoint } => format!("load.{}~{}", checkpoint.hex(), expires.0),
     };
@@ -71,6 +74,7 @@ pub fn verify(secret: &[u8; 32], token: &str, now: Timestamp) -> Result<Scope, T
     let scope = match kind {
         "node" => NodeId::parse(name).map(Scope::Node),
         "ns" => Namespace::parse(name).map(Scope::Namespace),
+        "view" => Namespace::parse(name).map(Scope::View),
         "load" => Digest::parse(&format!("sha256:{name}")).map(|checkpoint| Scope::Load { checkpoint }),
         "save" => {
             let (pod, epoch) = name.split_once('.').ok_or(TokenError::Malformed)?;

@@ -323,7 +323,11 @@ impl World {
                 }
                 Effect::DeleteCheckpoint(id) => drop(self.depot.borrow_mut().remove(&id)),
                 Effect::Note(note) => self.note(|| format!("note: {note}")),
-                Effect::DeleteLog { .. } | Effect::DeleteBlob(_) | Effect::TidyDepot => {}
+                Effect::DeleteLog { .. }
+                | Effect::DeleteBlob(_)
+                | Effect::TidyDepot
+                | Effect::ReadAudit(_)
+                | Effect::TrimAudit { .. } => {}
             }
         }
         Ok(())

@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
 pub use super::job_words::{Run, Submit};
-pub use super::member_words::{InviteNode, InviteUser, NodeVerb, UserVerb};
+pub use super::member_words::{InviteNode, InviteUser, NodeVerb, SetUser, UserVerb};
 pub use super::saved_words::{
     Checkpoint, CheckpointVerb, Defrag, Drain, Fork, Migrate, NodeNames, Restore, Take, copies_for_fork,
 };
@@ -227,11 +227,22 @@ node takes no new pods until `berth uncordon`.")]
     #[command(after_help = "Examples:
   berth user token alice               a line for her to run, good once
   berth user token bob --admin         one who may let others in
+  berth user token carol --role team-a=submit --role team-b=view
+  berth user set carol team-a=admin team-b=none
   berth user list")]
     User {
         #[command(subcommand)]
         verb: UserVerb,
     },
+    /// Show who has asked the controller for what, and what came of it
+    #[command(after_help = "Examples:
+  berth audit                          the last fifty entries
+  berth audit --last 1000 -o json
+  berth audit -n team-a                what was asked of one namespace's jobs
+
+Whole it is for admins; a namespace's is for that namespace's admins too. Entries
+are kept for 90 days.")]
+    Audit(Audit),
     /// Show a token that an admin made, and belong to the cluster
     #[command(after_help = "Examples:
   berth login b1c0ffee…@ctl.example.org:7420
@@ -431,6 +442,13 @@ pub struct JobNames {
 #[derive(Debug, Args)]
 pub struct JobArg {
     pub job: JobName,
+}
+
+#[derive(Debug, Args)]
+pub struct Audit {
+    /// So many entries, the latest
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    pub last: usize,
 }
 
 #[derive(Debug, Args)]

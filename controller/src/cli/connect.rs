@@ -12,6 +12,7 @@ use berth_protocol::codec;
 use berth_protocol::ids::{ClientId, ClusterName, RequestId};
 use berth_protocol::limits::PACKET_BYTES_MAX;
 use berth_protocol::message::query::{Page, Query, QueryReply, QueryRequest};
+use berth_protocol::request;
 use berth_protocol::topic::{Topic, filter};
 use berth_protocol::units::Millis;
 use rumqttc::{
@@ -150,9 +151,14 @@ impl Session {
             match wire {
                 Wire::Up => self.subscribe()?,
                 Wire::Subscribed { refused: false } => return Ok(()),
-                Wire::Subscribed { refused: true } if alone => {
-                    bail!("the broker at {url} does not let this client subscribe to its topics")
-                }
+                Wire::Subscribed { refused: true } if alone => match &self.settings.identity {
+                    Some(_) => bail!(
+                        "the broker at {url} does not let you hear of this: have you a role in namespace {}? \
+                             `berth user list` says which you have, an admin gives you one",
+                        self.settings.namespace
+                    ),
+                    None => bail!("the broker at {url} does not let this client subscribe to its topics"),
+                },
                 Wire::Subscribed { refused: true } => {}
                 Wire::Down(ConnectionError::ConnectionRefused(
                     code @ (ConnectReturnCode::BadUserNamePassword | ConnectReturnCode::NotAuthorized),
@@ -251,8 +257,14 @@ impl Session {
         self.down
     }
 
-    /// Publishes `payload` as it is, at least once where the connection holds.
+    /// Publishes `payload`, signed where there is a key for it, at least once where the connection holds.
     pub fn publish(&self, topic: &Topic, payload: Vec<u8>) -> anyhow::Result<()> {
+        let payload = match &self.settings.identity {
+            Some(identity) if request::is_request(topic) => {
+                identity.sign(topic, crate::io::clock::now().wall, &payload)?
+            }
+            _ => payload,
+        };
         let topic = topic.render(&self.settings.cluster);
         self.client.try_publish(topic, QoS::AtLeastOnce, false, payload).context("cannot publish")
     }

@@ -8,7 +8,10 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use berth_protocol::join::Membership;
+use berth_protocol::request;
 use berth_protocol::sign::{Key, SEED_BYTES};
+use berth_protocol::topic::Topic;
+use berth_protocol::units::Timestamp;
 use rustls::ClientConfig;
 
 const KEY: &str = "key";
@@ -54,6 +57,11 @@ impl Identity {
         let text = serde_json::to_vec_pretty(&self.membership)?;
         write(&self.dir.join(MEMBERSHIP), &text)
             .with_context(|| format!("cannot write {}", self.dir.display()))
+    }
+
+    /// What is said on `topic`, with this user's signature.
+    pub fn sign(&self, topic: &Topic, at: Timestamp, body: &[u8]) -> anyhow::Result<Vec<u8>> {
+        Ok(request::sign(&self.key, &self.membership.cluster, topic, at, body)?)
     }
 
     pub fn tls(&self) -> anyhow::Result<Arc<ClientConfig>> {

@@ -3,7 +3,10 @@
 use std::io::Write as _;
 
 use anyhow::Context as _;
-use berth_protocol::join::{InvitationId, InvitationStatus, Invited, JoinRequest, JoinToken, Membership};
+use berth_protocol::join::{
+    InvitationId, InvitationStatus, Invited, JoinRequest, JoinToken, Membership, Roles, UserChange,
+    first_roles,
+};
 use berth_protocol::sign::{Key, SEED_BYTES};
 use berth_protocol::tls::{Party, joining};
 use berth_protocol::units::{Millis, Timestamp};
@@ -11,7 +14,7 @@ use hyper::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::command::{Format, InviteNode, InviteUser, NodeVerb, UserVerb};
+use super::command::{Format, InviteNode, InviteUser, NodeVerb, SetUser, UserVerb};
 use super::config::Settings;
 use super::identity::Identity;
 use super::table::Table;
@@ -34,6 +37,15 @@ struct MemberRow {
     party: Party,
     since: Timestamp,
     admin: bool,
+    #[serde(default)]
+    roles: Roles,
+}
+
+/// What a user may do, in a cell.
+fn told(admin: bool, roles: &Roles) -> String {
+    let roles = roles.iter().map(|(namespace, role)| format!("{namespace}={role}"));
+    let all: Vec<String> = admin.then(|| "admin".to_owned()).into_iter().chain(roles).collect();
+    if all.is_empty() { "-".to_owned() } else { all.join(" ") }
 }
 
 /// `berth login TOKEN`
@@ -119,9 +131,25 @@ pub async fn node(settings: &Settings, verb: NodeVerb) -> anyhow::Result<u8> {
 
 pub async fn user(settings: &Settings, verb: UserVerb) -> anyhow::Result<u8> {
     match verb {
-        UserVerb::Token(InviteUser { user, admin, life }) => {
-            invite(settings, Invited::User { user, admin }, life.map(super::connect::millis), "berth login")
-                .await
+        UserVerb::Token(InviteUser { user, admin, roles, life }) => {
+            // An admin has every role without being told so.
+            let roles = if roles.is_empty() && !admin { first_roles() } else { roles.into_iter().collect() };
+            let who = Invited::User { user, admin, roles };
+            invite(settings, who, life.map(super::connect::millis), "berth login").await
+        }
+        UserVerb::Set(SetUser { user, roles, admin, no_admin }) => {
+            let change = UserChange {
+                admin: (admin || no_admin).then_some(admin),
+                roles: roles.into_iter().collect(),
+            };
+            if change == UserChange::default() {
+                return Err(
+                    Usage::new("what is to change? write NAMESPACE=ROLE, --admin or --no-admin").into()
+                );
+            }
+            let _: Value = ask(settings, Method::POST, &format!("/v1/users/{user}"), &change).await?;
+            writeln!(std::io::stdout(), "user {user} is set; what {user} has open is connected anew")?;
+            Ok(0)
         }
         UserVerb::List => {
             let all: Vec<MemberRow> = ask(settings, Method::GET, "/v1/members", &json!({})).await?;
@@ -131,14 +159,10 @@ pub async fn user(settings: &Settings, verb: UserVerb) -> anyhow::Result<u8> {
                 print_value(settings.format, &serde_json::to_value(&users)?)?;
                 return Ok(0);
             }
-            let mut table = Table::new(vec!["USER", "SINCE", "ROLE"]);
-            for MemberRow { party, since, admin } in users {
+            let mut table = Table::new(vec!["USER", "SINCE", "ROLES"]);
+            for MemberRow { party, since, admin, roles } in users {
                 let name = party.to_string().trim_start_matches("user:").to_owned();
-                table.push(vec![
-                    name.into(),
-                    since.to_string().into(),
-                    if admin { "admin" } else { "member" }.into(),
-                ]);
+                table.push(vec![name.into(), since.to_string().into(), told(admin, &roles).into()]);
             }
             print(&table)
         }
@@ -180,8 +204,7 @@ async fn tokens(settings: &Settings) -> anyhow::Result<u8> {
         let who = match who {
             Invited::Node(None) => "any node".to_owned(),
             Invited::Node(Some(node)) => format!("node {node}"),
-            Invited::User { user, admin: false } => format!("user {user}"),
-            Invited::User { user, admin: true } => format!("admin {user}"),
+            Invited::User { user, admin, roles } => format!("user {user} ({})", told(admin, &roles)),
         };
         table.push(vec![id.to_string().into(), who.into(), expires.to_string().into()]);
     }

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use berth_protocol::ids::{NodeId, UserName};
-use berth_protocol::join::InvitationId;
+use berth_protocol::ids::{Namespace, NodeId, UserName};
+use berth_protocol::join::{InvitationId, Role, RoleError};
 use clap::{Args, Subcommand};
 
 use super::command::duration;
@@ -33,18 +33,57 @@ pub struct InviteNode {
 pub enum UserVerb {
     /// Make a token, good once: the line that the user runs
     Token(InviteUser),
-    /// List users
+    /// Change what a user may do
+    Set(SetUser),
+    /// List users and what they may do; who is no admin sees what concerns them
     List,
     /// Take a user out of the cluster; jobs go on
     Remove { user: UserName },
 }
 
 #[derive(Debug, Args)]
+pub struct SetUser {
+    pub user: UserName,
+    /// As `team-a=submit`; `team-a=none` takes the role there away
+    #[arg(value_name = "NAMESPACE=ROLE", value_parser = role_or_none)]
+    pub roles: Vec<(Namespace, Option<Role>)>,
+    /// An admin of the cluster from now on
+    #[arg(long, conflicts_with = "no_admin")]
+    pub admin: bool,
+    /// No admin of the cluster any more
+    #[arg(long)]
+    pub no_admin: bool,
+}
+
+fn role(text: &str) -> Result<(Namespace, Role), String> {
+    match role_or_none(text)? {
+        (namespace, Some(role)) => Ok((namespace, role)),
+        (namespace, None) => Err(format!("leave {namespace} out where there is to be no role")),
+    }
+}
+
+fn role_or_none(text: &str) -> Result<(Namespace, Option<Role>), String> {
+    let (namespace, role) =
+        text.split_once('=').ok_or_else(|| format!("write {text}=view, {text}=submit or {text}=admin"))?;
+    let namespace = Namespace::parse(namespace).map_err(|error| error.to_string())?;
+    match role {
+        "none" => Ok((namespace, None)),
+        role => {
+            role.parse().map(|role| (namespace, Some(role))).map_err(|error: RoleError| error.to_string())
+        }
+    }
+}
+
+#[derive(Debug, Args)]
 pub struct InviteUser {
     pub user: UserName,
-    /// One who may let others in, and take them out
+    /// One who may let others in and take them out, directs nodes, and has every role everywhere
     #[arg(long)]
     pub admin: bool,
+    /// What the user may do in a namespace: view, submit or admin, each with what stands before it; may be repeated
+    /// [default: default=submit]
+    #[arg(long = "role", value_name = "NAMESPACE=ROLE", value_parser = role)]
+    pub roles: Vec<(Namespace, Role)>,
     /// How long it is good [default: 15m, at most 24h]
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub life: Option<Duration>,

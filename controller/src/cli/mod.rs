@@ -5,6 +5,7 @@
 
 mod act;
 mod archive;
+mod audit;
 mod checkpoint;
 mod command;
 mod config;
@@ -84,6 +85,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
             Verb::Login { token } => member::login(&settings, &token).await,
             Verb::Node { verb } => member::node(&settings, verb).await,
             Verb::User { verb } => member::user(&settings, verb).await,
+            Verb::Audit(args) => audit::audit(&settings, args).await,
             Verb::Submit(args) => submit::submit(&settings, args).await,
             Verb::Run(args) => run::run(&settings, *args).await,
             Verb::Get(args) => get::get(&settings, args).await,

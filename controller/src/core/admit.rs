@@ -2,20 +2,20 @@
 
 use berth_protocol::ids::{Digest, Generation, JobName, JobUid, Namespace, RequestId};
 use berth_protocol::job::{self, JobSpec};
+use berth_protocol::join::Role;
 use berth_protocol::limits::{JOB_FILE_BYTES_MAX, REJECTED_STATUS_MS, SPEC_BYTES_MAX};
 use berth_protocol::message::user::{
     Answer, Command, FieldError, JobCommand, JobPhase, JobStatus, Rejection, Verdict,
 };
 use berth_protocol::rule::{Rule, kept};
 use berth_protocol::topic::{JobTopic, Topic};
-use berth_protocol::units::{Millis, Timestamp};
+use berth_protocol::units::Millis;
 
+use super::callers::{Author, Caller, Denied};
 use super::cluster::{Job, JobFile, JobRun};
 use super::schedule::rulebook;
 use super::{Controller, Effect, Now, records};
 
-/// Ids remembered; beyond, the oldest are forgotten before their time.
-const REQUESTS_MAX: usize = 8 * 1024;
 /// Rejected statuses out at once; beyond, a rejection is only answered.
 const REJECTED_MAX: usize = 1024;
 
@@ -32,26 +32,65 @@ fn invalid(errors: Vec<FieldError>) -> Rejection {
     Rejection { code: "InvalidJob".to_owned(), message, errors }
 }
 
+/// The id of a request that says none.
+fn signature(by: Option<&Author>) -> Option<RequestId> {
+    Some(by?.signed.as_ref()?.id.clone())
+}
+
 impl Controller {
-    pub(super) fn submit(&mut self, now: Now, namespace: &Namespace, name: &JobName, payload: &[u8]) {
-        let verdict = match self.admit(now, namespace, name, payload) {
-            Ok(generation) => Verdict::accepted(generation),
-            Err(rejected) => {
-                self.refuse("job-rejected");
-                self.publish_rejected(now, namespace, name, &rejected);
-                Verdict::Rejected { rejected }
-            }
+    pub(super) fn submit(
+        &mut self,
+        now: Now,
+        by: Option<&Author>,
+        (namespace, name): (&Namespace, &JobName),
+        payload: &[u8],
+    ) {
+        let on = format!("job {namespace}/{name}");
+        let verdict = match self.director(now, by, namespace) {
+            Err(denied) => self.deny(now, by, ("submit", on), &denied),
+            Ok(caller) => match self.admit(now, by, (namespace, name), payload) {
+                Ok((generation, news)) => {
+                    if news {
+                        self.audit(now, &caller.actor, "submit", on);
+                    }
+                    Verdict::accepted(generation)
+                }
+                Err(rejected) => {
+                    self.refuse("job-rejected");
+                    self.publish_rejected(now, namespace, name, &rejected);
+                    self.audit_refused(now, &caller.actor, "submit", on, rejected.message.clone());
+                    Verdict::Rejected { rejected }
+                }
+            },
         };
         self.answer(namespace, name, None, payload, verdict);
     }
 
+    /// Who it is, where they may say what becomes of the namespace's jobs.
+    fn director(&self, now: Now, by: Option<&Author>, namespace: &Namespace) -> Result<Caller, Denied> {
+        let caller = self.caller(now, by)?;
+        caller.may(namespace, Role::Submit).map(|()| caller)
+    }
+
+    fn deny(
+        &mut self,
+        now: Now,
+        by: Option<&Author>,
+        (what, on): (&str, String),
+        denied: &Denied,
+    ) -> Verdict {
+        self.denied(now, by, what, on, denied);
+        Verdict::Rejected { rejected: rejection(denied.code(), denied.to_string()) }
+    }
+
+    /// At which generation the job is then; true: by this very file.
     fn admit(
         &mut self,
         now: Now,
-        namespace: &Namespace,
-        name: &JobName,
+        by: Option<&Author>,
+        (namespace, name): (&Namespace, &JobName),
         payload: &[u8],
-    ) -> Result<Generation, Rejection> {
+    ) -> Result<(Generation, bool), Rejection> {
         if payload.len() > JOB_FILE_BYTES_MAX {
             let text = format!(
                 "the job file is {} bytes long, at most {JOB_FILE_BYTES_MAX} are allowed",
@@ -64,12 +103,12 @@ impl Controller {
         let job = known.as_ref().and_then(|uid| self.cluster.jobs.get(uid)).filter(|job| !job.run.expired);
         let (now_at, same) = job
             .map_or((Generation(0), false), |job| (job.file.generation, job.file.written == parsed.written));
-        let seen = |id: &&RequestId| self.cluster.requests.contains_key(*id);
-        let seen = parsed.id.as_ref().filter(seen);
+        let id = parsed.id.or_else(|| signature(by));
+        let seen = id.as_ref().filter(|id| self.cluster.requests.contains(id));
         if same {
-            let new = parsed.id.clone().filter(|_| seen.is_none());
-            new.into_iter().for_each(|id| self.remember_request(now, id));
-            return Ok(now_at);
+            let new = id.filter(|id| !self.cluster.requests.contains(id));
+            new.into_iter().for_each(|id| self.remember_request(now, id, by));
+            return Ok((now_at, false));
         }
         // A file that was overtaken comes like one that is meant to bring the old one back: what tells them apart is
         // what the sender says of it.
@@ -105,12 +144,13 @@ impl Controller {
             return Err(rejection("TooLarge", text));
         }
         self.forget_rejection(namespace, name, false);
-        parsed.id.into_iter().for_each(|id| self.remember_request(now, id));
+        id.into_iter().for_each(|id| self.remember_request(now, id, by));
         let digest = Digest::of(&template);
-        match known {
-            Some(uid) => Ok(self.replace_job(now, &uid, parsed.spec, parsed.written, digest)),
-            None => Ok(self.create_job(now, parsed.spec, parsed.written, digest)),
-        }
+        let generation = match known {
+            Some(uid) => self.replace_job(now, &uid, parsed.spec, parsed.written, digest),
+            None => self.create_job(now, parsed.spec, parsed.written, digest),
+        };
+        Ok((generation, true))
     }
 
     fn create_job(&mut self, now: Now, spec: JobSpec, written: Digest, template: Digest) -> Generation {
@@ -149,37 +189,64 @@ impl Controller {
         }
     }
 
-    pub(super) fn command(&mut self, now: Now, namespace: &Namespace, name: &JobName, payload: &[u8]) {
+    pub(super) fn command(
+        &mut self,
+        now: Now,
+        by: Option<&Author>,
+        (namespace, name): (&Namespace, &JobName),
+        payload: &[u8],
+    ) {
         let topic = Topic::job(namespace, name, JobTopic::Command);
         let (id, verdict) = match self.read::<JobCommand>(&topic, payload) {
-            Ok(command) => {
-                let id = command.id.clone();
-                (id, self.obey(now, namespace, name, command))
-            }
+            Ok(command) => (command.id.clone(), self.command_by(now, by, (namespace, name), command)),
             Err(error) => {
                 self.refuse(error.kind());
-                (None, Err(rejection("InvalidCommand", error.to_string())))
+                (None, Verdict::Rejected { rejected: rejection("InvalidCommand", error.to_string()) })
             }
         };
-        let verdict = match verdict {
-            Ok(generation) => Verdict::accepted(generation),
-            Err(rejected) => Verdict::Rejected { rejected },
-        };
         self.answer(namespace, name, id, payload, verdict);
+    }
+
+    fn command_by(
+        &mut self,
+        now: Now,
+        by: Option<&Author>,
+        (namespace, name): (&Namespace, &JobName),
+        command: JobCommand,
+    ) -> Verdict {
+        let (what, on) = (command.command.verb(), format!("job {namespace}/{name}"));
+        let caller = match self.director(now, by, namespace) {
+            Ok(caller) => caller,
+            Err(denied) => return self.deny(now, by, (what, on), &denied),
+        };
+        let command = JobCommand { id: command.id.or_else(|| signature(by)), ..command };
+        let seen = command.id.as_ref().is_some_and(|id| self.cluster.requests.contains(id));
+        match self.obey(now, by, (namespace, name), command) {
+            Ok(generation) => {
+                if !seen {
+                    self.audit(now, &caller.actor, what, on);
+                }
+                Verdict::accepted(generation)
+            }
+            Err(rejected) => {
+                self.audit_refused(now, &caller.actor, what, on, rejected.message.clone());
+                Verdict::Rejected { rejected }
+            }
+        }
     }
 
     fn obey(
         &mut self,
         now: Now,
-        namespace: &Namespace,
-        name: &JobName,
+        by: Option<&Author>,
+        (namespace, name): (&Namespace, &JobName),
         command: JobCommand,
     ) -> Result<Generation, Rejection> {
         let uid = self.cluster.names.get(&(namespace.clone(), name.clone())).cloned();
         let job = uid.as_ref().and_then(|uid| self.cluster.jobs.get(uid)).filter(|job| !job.run.expired);
         if command.command == Command::Restore {
             let known = uid.clone().filter(|_| job.is_some());
-            let seen = command.id.as_ref().is_some_and(|id| self.cluster.requests.contains_key(id));
+            let seen = command.id.as_ref().is_some_and(|id| self.cluster.requests.contains(id));
             let restored = match known.clone().filter(|_| seen) {
                 Some(uid) => uid,
                 None => {
@@ -187,14 +254,14 @@ impl Controller {
                 }
             };
             if let Some(id) = command.id.filter(|_| !seen) {
-                self.remember_request(now, id);
+                self.remember_request(now, id, by);
             }
             return Ok(self.cluster.jobs.get(&restored).map_or(Generation(0), |job| job.file.generation));
         }
         let (Some(uid), Some(job)) = (uid.clone(), job) else {
             return Err(rejection("NoSuchJob", format!("there is no job {name} in namespace {namespace}")));
         };
-        let seen = command.id.as_ref().is_some_and(|id| self.cluster.requests.contains_key(id));
+        let seen = command.id.as_ref().is_some_and(|id| self.cluster.requests.contains(id));
         if seen && kept(Rule::CommandsOnce) {
             return Ok(job.file.generation);
         }
@@ -216,26 +283,9 @@ impl Controller {
             Command::Restore => {}
         }
         if let Some(id) = command.id {
-            self.remember_request(now, id);
+            self.remember_request(now, id, by);
         }
         Ok(self.cluster.jobs.get(&uid).map_or(Generation(0), |job| job.file.generation))
-    }
-
-    fn remember_request(&mut self, now: Now, id: RequestId) {
-        if self.cluster.requests.len() >= REQUESTS_MAX
-            && let Some((at, oldest)) = self.cluster.requests_by_age.first().cloned()
-        {
-            self.forget_request(at, oldest);
-        }
-        self.dirty.step.writes.push(records::write(records::request(&id), &now.wall));
-        self.cluster.requests_by_age.insert((now.wall, id.clone()));
-        self.cluster.requests.insert(id, now.wall);
-    }
-
-    pub(super) fn forget_request(&mut self, at: Timestamp, id: RequestId) {
-        self.dirty.step.writes.push(super::Write { key: records::request(&id), value: None });
-        self.cluster.requests.remove(&id);
-        self.cluster.requests_by_age.remove(&(at, id));
     }
 
     fn answer(

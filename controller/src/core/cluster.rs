@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use berth_protocol::ids::{
     BootId, Digest, Epoch, Generation, HardwareId, JobName, JobUid, LedgerId, Namespace, NodeId, PodId,
-    RequestId, SessionNonce, Term,
+    SessionNonce, Term,
 };
 use berth_protocol::job::JobSpec;
 use berth_protocol::join::InvitationId;
@@ -13,14 +13,14 @@ use berth_protocol::message::user::{CheckpointStatus, JobPhase, NodeState};
 use berth_protocol::pod::PodPhase;
 use berth_protocol::resources::{Inventory, Usage};
 use berth_protocol::sign::PublicKey;
-use berth_protocol::tls::Party;
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use super::checkpoints::{Checkpoint, Saved};
 use super::drain::Drain;
 pub(super) use super::epoch::{Assignment, Charge, Ending, EpochLog, Output};
-use super::members::{Invitation, Member};
+use super::members::{Invitation, Members};
+use super::requests::Requests;
 use super::restored::Restored;
 use super::schedule::place::ClassId;
 pub(super) use super::session::Liveness;
@@ -37,13 +37,10 @@ pub(super) struct Cluster {
     pub named_checkpoints: Names,
     /// Blobs that pods name as their outputs, jobs as their workspace.
     pub named_blobs: Names,
-    /// Ids of commands that took effect, and when.
-    pub requests: BTreeMap<RequestId, Timestamp>,
-    /// The same, oldest first.
-    pub requests_by_age: BTreeSet<(Timestamp, RequestId)>,
+    pub requests: Requests,
     /// Where the store is one that was restored.
     pub restored: Option<Restored>,
-    pub members: BTreeMap<Party, Member>,
+    pub members: Members,
     pub invitations: BTreeMap<InvitationId, Invitation>,
     /// Statuses `Rejected` out there, and until when.
     pub rejected: BTreeMap<(Namespace, JobName), Timestamp>,

@@ -2,15 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use berth_protocol::ids::{Digest, NodeId};
-use berth_protocol::join::{InvitationId, InvitationStatus, Invited, JoinRequest};
-use berth_protocol::limits::{INVITATIONS_MAX, MEMBERS_MAX};
+use berth_protocol::ids::{Digest, Namespace, NodeId, UserName};
+use berth_protocol::join::{
+    InvitationId, InvitationStatus, Invited, JoinRequest, Role, Roles, UserChange, first_roles,
+};
+use berth_protocol::limits::{INVITATIONS_MAX, MEMBERS_MAX, ROLES_MAX};
 use berth_protocol::message::node::ServerIdentity;
 use berth_protocol::sign::PublicKey;
 use berth_protocol::tls::Party;
 use berth_protocol::units::{Millis, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use super::callers::Actor;
 use super::{Controller, Now, Write, records};
 
 /// Its sender is not the cluster's.
@@ -22,9 +25,49 @@ pub(super) const STRANGER: &str = "not-a-member";
 pub struct Member {
     pub key: PublicKey,
     pub since: Timestamp,
-    /// May invite and remove.
+    /// Of all: may invite and remove, direct nodes, and has every role everywhere.
     #[serde(default)]
     pub admin: bool,
+    /// A user's.
+    #[serde(default = "first_roles")]
+    pub roles: Roles,
+}
+
+impl Member {
+    pub fn role(&self, namespace: &Namespace) -> Option<Role> {
+        if self.admin { Some(Role::Admin) } else { self.roles.get(namespace).copied() }
+    }
+}
+
+/// Everybody that belongs.
+#[derive(Default)]
+pub(super) struct Members {
+    known: BTreeMap<Party, Member>,
+    /// Users by their keys.
+    users: BTreeMap<PublicKey, Party>,
+}
+
+impl Members {
+    pub fn get(&self, party: &Party) -> Option<&Member> {
+        self.known.get(party)
+    }
+
+    /// Whose key it is.
+    pub fn user(&self, key: &PublicKey) -> Option<&Party> {
+        self.users.get(key)
+    }
+
+    /// None: it does not belong any more.
+    pub fn set(&mut self, party: Party, member: Option<Member>) {
+        if let Some(before) = self.known.remove(&party) {
+            self.users.remove(&before.key);
+        }
+        let Some(member) = member else { return };
+        if let Party::User(_) = party {
+            self.users.insert(member.key, party.clone());
+        }
+        self.known.insert(party, member);
+    }
 }
 
 /// Stored; the secret that it takes is not.
@@ -77,6 +120,23 @@ pub enum NotRemoved {
     LastAdmin(Party),
 }
 
+/// Why somebody may not say who may what.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NotGranted {
+    #[error("{0} is no admin of this cluster, which this takes")]
+    NoAdmin(Party),
+    #[error("{0} is no admin of namespace {1}, nor of this cluster")]
+    NoAdminOf(Party, Namespace),
+    #[error("there is no user {0} in the cluster")]
+    Unknown(UserName),
+    #[error("a user has a role in at most {ROLES_MAX} namespaces")]
+    TooMany,
+    #[error(
+        "{0} is the last admin, and nobody could let anybody in any more: make another one first, `berth user set NAME --admin`"
+    )]
+    LastAdmin(UserName),
+}
+
 /// A change of who belongs, which an admin asked for or one that joins.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MemberChange {
@@ -89,6 +149,8 @@ pub enum MemberChange {
         key: PublicKey,
     },
     Removed(Party),
+    /// As `may_set` has allowed.
+    Set(UserName, UserChange),
 }
 
 /// Do these records say who belongs to a cluster?
@@ -98,13 +160,65 @@ pub fn are_in(entries: &[(String, Option<Vec<u8>>)]) -> bool {
 
 /// Who lets the others in.
 pub fn first_admin(party: &Party, key: PublicKey, now: Now) -> Write {
-    records::write(records::member(party), &Member { key, since: now.wall, admin: true })
+    let member = Member { key, since: now.wall, admin: true, roles: Roles::new() };
+    records::write(records::member(party), &member)
+}
+
+fn changed(mut member: Member, change: &UserChange) -> Member {
+    member.admin = change.admin.unwrap_or(member.admin);
+    for (namespace, role) in &change.roles {
+        match role {
+            Some(role) => drop(member.roles.insert(namespace.clone(), *role)),
+            None => drop(member.roles.remove(namespace)),
+        }
+    }
+    member
+}
+
+/// As the audit log says it.
+fn about(change: &MemberChange) -> (&'static str, String) {
+    match change {
+        MemberChange::Invited(id, invitation) => ("invite", invited(&invitation.who, id)),
+        MemberChange::Uninvited(id) => ("revoke", format!("token {id}")),
+        MemberChange::Joined { id, party, .. } => ("join", format!("{} by token {id}", named(party))),
+        MemberChange::Removed(party) => ("remove", named(party)),
+        MemberChange::Set(user, change) => ("set", format!("user {user} {}", granted(change))),
+    }
+}
+
+fn named(party: &Party) -> String {
+    match party {
+        Party::Controller => "controller".to_owned(),
+        Party::Node(node) => format!("node {node}"),
+        Party::User(user) => format!("user {user}"),
+    }
+}
+
+fn invited(who: &Invited, id: &InvitationId) -> String {
+    match who {
+        Invited::Node(None) => format!("a node by token {id}"),
+        Invited::Node(Some(node)) => format!("node {node} by token {id}"),
+        Invited::User { user, admin, roles } => {
+            let roles = roles.iter().map(|(namespace, role)| (namespace.clone(), Some(*role))).collect();
+            let change = UserChange { admin: admin.then_some(true), roles };
+            format!("user {user} {} by token {id}", granted(&change))
+        }
+    }
+}
+
+fn granted(change: &UserChange) -> String {
+    let admin = change.admin.map(|admin| if admin { "admin".to_owned() } else { "no admin".to_owned() });
+    let roles = change.roles.iter().map(|(namespace, role)| match role {
+        Some(role) => format!("{namespace}={role}"),
+        None => format!("{namespace}=none"),
+    });
+    admin.into_iter().chain(roles).collect::<Vec<_>>().join(" ")
 }
 
 impl Controller {
     /// Everybody that belongs.
     pub fn members(&self) -> &BTreeMap<Party, Member> {
-        &self.cluster.members
+        &self.cluster.members.known
     }
 
     /// Those that may still be taken.
@@ -125,7 +239,7 @@ impl Controller {
     /// # Errors
     /// It stays, and why.
     pub fn may_remove(&self, party: &Party) -> Result<(), NotRemoved> {
-        let members = &self.cluster.members;
+        let members = self.members();
         let member = members.get(party).ok_or_else(|| NotRemoved::Unknown(party.clone()))?;
         if member.admin && members.values().filter(|member| member.admin).count() == 1 {
             return Err(NotRemoved::LastAdmin(party.clone()));
@@ -133,8 +247,61 @@ impl Controller {
         Ok(())
     }
 
-    pub fn may_invite(&self) -> bool {
+    pub fn has_room_for_invitation(&self) -> bool {
         self.cluster.invitations.len() < INVITATIONS_MAX
+    }
+
+    /// May one member let in whom an invitation is for? Admins of a namespace bring users into it, and into nobody's
+    /// place.
+    ///
+    /// # Errors
+    /// Not so, and why.
+    pub fn may_invite(&self, by: &Party, who: &Invited) -> Result<(), NotGranted> {
+        match who {
+            Invited::User { user, admin, roles }
+                if !self.members().contains_key(&Party::User(user.clone())) =>
+            {
+                let roles = roles.iter().map(|(namespace, role)| (namespace.clone(), Some(*role))).collect();
+                self.may_grant(by, &UserChange { admin: admin.then_some(true), roles })
+            }
+            _ => self.may_grant(by, &UserChange { admin: Some(true), roles: BTreeMap::new() }),
+        }
+    }
+
+    fn may_grant(&self, by: &Party, change: &UserChange) -> Result<(), NotGranted> {
+        let grantor = self.members().get(by);
+        if change.roles.len() > ROLES_MAX {
+            return Err(NotGranted::TooMany);
+        }
+        if grantor.is_some_and(|grantor| grantor.admin) {
+            return Ok(());
+        }
+        if change.admin.is_some() || change.roles.is_empty() {
+            return Err(NotGranted::NoAdmin(by.clone()));
+        }
+        let lacks =
+            |namespace: &&Namespace| grantor.and_then(|grantor| grantor.role(namespace)) < Some(Role::Admin);
+        match change.roles.keys().find(lacks) {
+            Some(namespace) => Err(NotGranted::NoAdminOf(by.clone(), namespace.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// May one member have a user's roles changed so?
+    ///
+    /// # Errors
+    /// Not so, and why.
+    pub fn may_set(&self, by: &Party, user: &UserName, change: &UserChange) -> Result<(), NotGranted> {
+        self.may_grant(by, change)?;
+        let party = Party::User(user.clone());
+        let member = self.members().get(&party).ok_or_else(|| NotGranted::Unknown(user.clone()))?;
+        if change.admin == Some(false) && matches!(self.may_remove(&party), Err(NotRemoved::LastAdmin(_))) {
+            return Err(NotGranted::LastAdmin(user.clone()));
+        }
+        if changed(member.clone(), change).roles.len() > ROLES_MAX {
+            return Err(NotGranted::TooMany);
+        }
+        Ok(())
     }
 
     /// As whom one that shows an invitation would belong.
@@ -150,7 +317,7 @@ impl Controller {
         if !request.is_proven() {
             return Err(NotJoined::Unproven);
         }
-        let members = &self.cluster.members;
+        let members = self.members();
         let party = match &invitation.who {
             Invited::Node(None) => {
                 let host = || request.host.clone().map(Party::Node);
@@ -173,13 +340,15 @@ impl Controller {
 
     fn free_name(&self, node: NodeId, request: &JoinRequest) -> Result<NodeId, NotJoined> {
         // Its own key again: the answer to its first request was lost.
-        match self.cluster.members.get(&Party::Node(node.clone())) {
+        match self.members().get(&Party::Node(node.clone())) {
             Some(member) if member.key != request.key => Err(NotJoined::Taken(node)),
             _ => Ok(node),
         }
     }
 
-    pub(super) fn change_members(&mut self, now: Now, change: MemberChange) {
+    pub(super) fn change_members(&mut self, now: Now, actor: &Actor, change: MemberChange) {
+        let (what, on) = about(&change);
+        self.audit(now, actor, what, on);
         let cluster = &mut self.cluster;
         let written = match change {
             MemberChange::Invited(id, invitation) => {
@@ -192,17 +361,26 @@ impl Controller {
                 vec![Write { key: records::invitation(&id), value: None }]
             }
             MemberChange::Joined { id, party, key } => {
-                let invitation = cluster.invitations.remove(&id);
-                let admin =
-                    matches!(invitation, Some(Invitation { who: Invited::User { admin: true, .. }, .. }));
-                let member = Member { key, since: now.wall, admin };
+                let (admin, roles) = match cluster.invitations.remove(&id).map(|invitation| invitation.who) {
+                    Some(Invited::User { admin, roles, .. }) => (admin, roles),
+                    Some(Invited::Node(_)) | None => (false, Roles::new()),
+                };
+                let member = Member { key, since: now.wall, admin, roles };
                 let write = records::write(records::member(&party), &member);
-                cluster.members.insert(party, member);
+                cluster.members.set(party, Some(member));
                 vec![Write { key: records::invitation(&id), value: None }, write]
             }
             MemberChange::Removed(party) => {
-                cluster.members.remove(&party);
-                vec![Write { key: records::member(&party), value: None }]
+                let write = Write { key: records::member(&party), value: None };
+                cluster.members.set(party, None);
+                vec![write]
+            }
+            MemberChange::Set(user, change) => {
+                let party = Party::User(user);
+                let member = cluster.members.get(&party).cloned().map(|member| changed(member, &change));
+                let write = member.as_ref().map(|member| records::write(records::member(&party), member));
+                cluster.members.set(party, member);
+                write.into_iter().collect()
             }
         };
         self.dirty.step.writes.extend(written);
@@ -222,6 +400,9 @@ impl Controller {
     pub(super) fn forget_invitations(&mut self, now: Now) {
         let over = self.cluster.invitations.iter().filter(|(_, invitation)| invitation.expires <= now.wall);
         let over: Vec<InvitationId> = over.map(|(id, _)| *id).collect();
-        over.into_iter().for_each(|id| self.change_members(now, MemberChange::Uninvited(id)));
+        for id in over {
+            self.cluster.invitations.remove(&id);
+            self.dirty.step.writes.push(Write { key: records::invitation(&id), value: None });
+        }
     }
 }

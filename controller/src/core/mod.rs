@@ -2,7 +2,9 @@
 //! draws no randomness: `io` hands it events and carries out what it answers.
 
 mod admit;
+mod audit;
 mod blindness;
+mod callers;
 mod checkpoints;
 mod cluster;
 mod drain;
@@ -20,6 +22,7 @@ mod notes;
 mod query;
 mod records;
 mod relocations;
+mod requests;
 pub mod restored;
 mod retry;
 mod saved;
@@ -37,18 +40,19 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use berth_protocol::codec::{self, CodecError};
 use berth_protocol::ids::{ClusterName, Digest, Epoch, JobUid, Namespace, NodeId, PodId, StoreId, Term};
-use berth_protocol::limits::REQUEST_ID_KEPT_MS;
-use berth_protocol::sign::PublicKey;
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use self::audit::Audit;
+pub use self::callers::{Actor, Author, Signing};
 pub use self::checkpoints::{Granted, Imported};
 use self::cluster::Cluster;
 use self::members::{MemberChange, STRANGER};
 pub use self::notes::Note;
-pub use self::records::SetAside;
+use self::query::AuditQuestion;
+pub use self::records::{AUDIT, SetAside};
 use self::relocations::Relocation;
 use self::restored::Hold;
 use self::schedule::Scheduler;
@@ -71,8 +75,8 @@ pub enum Event {
     Message {
         topic: Topic,
         payload: Vec<u8>,
-        /// Whose signature it bears, verified by `io`: every agent's message has one.
-        by: Option<PublicKey>,
+        /// Every agent's message has one.
+        by: Option<Author>,
     },
     BusUp,
     BusDown,
@@ -82,7 +86,15 @@ pub enum Event {
     Priced(Box<Prices>),
     /// The depot has a checkpoint from elsewhere.
     Imported(Box<Imported>),
-    Members(MemberChange),
+    /// Somebody has changed who belongs.
+    Members(Actor, MemberChange),
+    /// Somebody has asked for what they may not, or what cannot be.
+    Refused {
+        actor: Actor,
+        what: &'static str,
+        on: String,
+        why: String,
+    },
     /// `next_wake` has come.
     Tick,
 }
@@ -104,6 +116,10 @@ pub enum Effect {
     Price(Quote),
     /// For the operator's log.
     Note(Note),
+    /// Published as the reply to a question: entries that this sight covers, before a key.
+    ReadAudit(Box<AuditQuestion>),
+    /// Of the store: entries before a key may go.
+    TrimAudit { before: String },
 }
 
 /// A change of the store: `None` deletes.
@@ -204,6 +220,7 @@ pub struct Controller {
     /// Of a restored store.
     hold: Option<Hold>,
     set_aside: SetAside,
+    audit: Audit,
     dirty: Dirty,
 }
 
@@ -235,6 +252,7 @@ const REPUBLISH_JOBS: usize = 64;
 const REPUBLISH_PAUSE: Millis = Millis(50);
 /// Expired request ids and rejections are looked for this often.
 const SWEEP: Millis = Millis(600_000);
+const AUDIT_KEPT: Millis = Millis(90 * 24 * 3_600_000);
 
 impl Controller {
     /// Rebuilds the state from the store's entries (`records` says which).
@@ -266,6 +284,7 @@ impl Controller {
             relocations: Vec::new(),
             hold,
             set_aside,
+            audit: Audit::default(),
             dirty: Dirty::default(),
         };
         controller.resume(now);
@@ -320,7 +339,8 @@ impl Controller {
                 Event::DepotListed(manifests) => self.depot_listed(now, manifests),
                 Event::Priced(prices) => self.priced(*prices),
                 Event::Imported(imported) => self.imported(now, *imported),
-                Event::Members(change) => self.change_members(now, change),
+                Event::Members(actor, change) => self.change_members(now, &actor, change),
+                Event::Refused { actor, what, on, why } => self.audit_refused(now, &actor, what, on, why),
                 Event::Tick => {}
             }
         }
@@ -350,34 +370,36 @@ impl Controller {
         &self.set_aside
     }
 
-    fn message(&mut self, now: Now, topic: Topic, payload: &[u8], by: Option<PublicKey>) {
+    fn message(&mut self, now: Now, topic: Topic, payload: &[u8], by: Option<Author>) {
+        let key = by.as_ref().map(|by| by.key);
         let result = match &topic {
             Topic::Job { namespace, job, kind: JobTopic::Submit } => {
                 self.count("submit");
-                self.submit(now, namespace, job, payload);
+                self.submit(now, by.as_ref(), (namespace, job), payload);
                 Ok(())
             }
             Topic::Job { namespace, job, kind: JobTopic::Command } => {
                 self.count("command");
-                self.command(now, namespace, job, payload);
+                self.command(now, by.as_ref(), (namespace, job), payload);
                 Ok(())
             }
             Topic::QueryRequest { client } => {
                 self.count("query");
-                let read = self.read(&topic, payload).map(|request| self.query(now, client, request));
+                let read = self.read(&topic, payload);
+                let read = read.map(|request| self.query(now, by.as_ref(), client, request));
                 read.inspect_err(|error| self.query_unread(client, payload, error))
             }
-            Topic::Node { node, .. } if !self.speaks_for(node, by) => {
+            Topic::Node { node, .. } if !self.speaks_for(node, key) => {
                 self.refuse(STRANGER);
                 Ok(())
             }
             Topic::Node { node, kind: NodeTopic::Hello } => {
                 self.count("hello");
-                self.read(&topic, payload).map(|hello| self.hello(now, node, hello, by))
+                self.read(&topic, payload).map(|hello| self.hello(now, node, hello, key))
             }
             // Its name, and not its key.
             Topic::Node { node, .. }
-                if self.cluster.nodes.get(node).is_some_and(|node| node.record.has_other_key(by)) =>
+                if self.cluster.nodes.get(node).is_some_and(|node| node.record.has_other_key(key)) =>
             {
                 self.refuse(OTHER_KEY);
                 Ok(())
@@ -492,12 +514,9 @@ impl Controller {
         self.forget_invitations(now);
         self.other_versions.clear();
         self.effect(Effect::TidyDepot);
-        while let Some((at, id)) = self.cluster.requests_by_age.first().cloned() {
-            if now.wall.since(at).0 < REQUEST_ID_KEPT_MS {
-                break;
-            }
-            self.forget_request(at, id);
-        }
+        let since = Timestamp(now.wall.0.saturating_sub(AUDIT_KEPT.0));
+        self.effect(Effect::TrimAudit { before: records::audit_since(since) });
+        self.forget_requests(now);
         let over: Vec<_> = self
             .cluster
             .rejected

@@ -3,11 +3,12 @@
 use berth_protocol::codec::CodecError;
 use berth_protocol::ids::{ClientId, Epoch, JobName, JobUid, Namespace, NodeId, PodName, RequestId};
 use berth_protocol::job;
+use berth_protocol::join::Role;
 use berth_protocol::limits::{FOLLOW_MS, MESSAGE_BYTES_MAX, QUERY_PAGE_ROWS_MAX};
 use berth_protocol::message::node::DepotAccess;
 use berth_protocol::message::query::{
-    ControllerVersion, JobDetail, LogPosition, LogSource, LogSources, OutputRow, Page, PodRow, Query,
-    QueryError, QueryReply, QueryRequest,
+    AuditRow, ControllerVersion, JobDetail, LogPosition, LogSource, LogSources, OutputRow, Page, PodRow,
+    Query, QueryError, QueryReply, QueryRequest,
 };
 use berth_protocol::message::user::NodeStatus;
 use berth_protocol::tls::Party;
@@ -17,8 +18,9 @@ use berth_protocol::units::Millis;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::callers::{Author, Caller, Denied, Sight};
 use super::cluster::{Job, PodState};
-use super::{Controller, Now, fit};
+use super::{Controller, Effect, Now, fit};
 
 /// A client's depot token.
 const TOKEN_LIFE: Millis = Millis(600_000);
@@ -57,13 +59,141 @@ pub(super) fn page<T: Serialize>(rows: impl Iterator<Item = (String, T)>) -> Ans
     value(&Page { rows: kept, next })
 }
 
-impl Controller {
-    pub(super) fn query(&mut self, now: Now, client: &ClientId, request: QueryRequest) {
-        let (result, error) = match self.ask_query(now, request.query) {
+/// What an answer to the question may tell, where it may be asked at all.
+fn sight(caller: &Caller, query: &Query) -> Result<Sight, Denied> {
+    match query {
+        Query::Jobs { namespace, .. }
+        | Query::Pods { namespace, .. }
+        | Query::Checkpoints { namespace, .. }
+        | Query::Checkpoint { namespace, .. } => caller.sight(namespace.as_ref()),
+        Query::Job { namespace, .. }
+        | Query::Explain { namespace, .. }
+        | Query::Logs { namespace, .. }
+        | Query::Outputs { namespace, .. }
+        | Query::Depot { namespace } => caller.sight(Some(namespace)),
+        Query::Audit { namespace: Some(namespace), .. } => {
+            caller.may(namespace, Role::Admin)?;
+            caller.sight(Some(namespace))
+        }
+        Query::Audit { namespace: None, .. }
+        | Query::Cordon { .. }
+        | Query::Uncordon { .. }
+        | Query::Drain { .. }
+        | Query::Defrag { .. } => caller.may_all().map(|()| Sight::All),
+        Query::Nodes { .. } | Query::Node { .. } | Query::Version => Ok(Sight::All),
+    }
+}
+
+/// Does it more than tell?
+fn acts(query: &Query) -> bool {
+    matches!(
+        query,
+        Query::Cordon { .. }
+            | Query::Uncordon { .. }
+            | Query::Drain { .. }
+            | Query::Defrag { execute: true, .. }
+    )
+}
+
+/// As the audit log says it.
+fn about(query: &Query) -> (&'static str, String) {
+    let of = |namespace: &Option<Namespace>| match namespace {
+        Some(namespace) => format!("namespace {namespace}"),
+        None => "all namespaces".to_owned(),
+    };
+    match query {
+        Query::Jobs { namespace, .. }
+        | Query::Pods { namespace, .. }
+        | Query::Checkpoints { namespace, .. }
+        | Query::Checkpoint { namespace, .. } => ("view", of(namespace)),
+        Query::Audit { namespace, .. } => ("audit", of(namespace)),
+        Query::Depot { namespace } => ("view", of(&Some(namespace.clone()))),
+        Query::Job { namespace, job }
+        | Query::Explain { namespace, job }
+        | Query::Logs { namespace, job, .. }
+        | Query::Outputs { namespace, job, .. } => ("view", format!("job {namespace}/{job}")),
+        Query::Cordon { node } => ("cordon", format!("node {node}")),
+        Query::Uncordon { node } => ("uncordon", format!("node {node}")),
+        Query::Drain { node, .. } => ("drain", format!("node {node}")),
+        Query::Node { node } => ("view", format!("node {node}")),
+        Query::Defrag { .. } => ("defrag", "all nodes".to_owned()),
+        Query::Nodes { .. } | Query::Version => ("view", "the cluster".to_owned()),
+    }
+}
+
+/// What of the audit log somebody wants to read, and may.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuditQuestion {
+    topic: Topic,
+    id: RequestId,
+    sight: Sight,
+    /// The key that the last page ended with.
+    pub before: Option<String>,
+}
+
+impl AuditQuestion {
+    /// The reply, of entries in the order of their keys from the latest on; `whole`: there are no more.
+    pub fn reply(self, entries: Vec<(String, Vec<u8>)>, whole: bool) -> Effect {
+        let last = entries.last().map(|(key, _)| key.clone()).filter(|_| !whole);
+        let read = |(key, value): (String, Vec<u8>)| Some((key, serde_json::from_slice(&value).ok()?));
+        let rows = entries.into_iter().filter_map(read).filter(|(_, row)| self.tells(row));
+        let answer = page(rows).map(|mut page| {
+            if let (Some(last), Value::Object(page)) = (last, &mut page) {
+                page.entry("next").or_insert(Value::String(last));
+            }
+            page
+        });
+        let (result, error) = match answer {
             Ok(result) => (Some(result), None),
             Err(error) => (None, Some(error)),
         };
+        let reply = QueryReply { id: self.id, result, error };
+        let payload = serde_json::to_vec(&reply).unwrap_or_default();
+        Effect::Publish { topic: self.topic, payload, retain: false }
+    }
+
+    fn tells(&self, row: &AuditRow) -> bool {
+        let of = |rest: &str| Namespace::parse(rest.split('/').next().unwrap_or(rest)).ok();
+        let namespace =
+            row.on.strip_prefix("job ").or_else(|| row.on.strip_prefix("namespace ")).and_then(of);
+        self.sight == Sight::All || namespace.is_some_and(|namespace| self.sight.covers(&namespace))
+    }
+}
+
+impl Controller {
+    pub(super) fn query(&mut self, now: Now, by: Option<&Author>, client: &ClientId, request: QueryRequest) {
         let topic = Topic::QueryReply { client: client.clone() };
+        let (what, on) = about(&request.query);
+        let allowed = self.caller(now, by).and_then(|caller| {
+            let sight = sight(&caller, &request.query)?;
+            Ok((caller, sight))
+        });
+        let answer = match allowed {
+            Err(denied) => {
+                self.denied(now, by, what, on, &denied);
+                Err(QueryError { code: denied.code().to_owned(), message: denied.to_string() })
+            }
+            Ok((caller, sight)) => {
+                if let Query::Audit { after, .. } = request.query {
+                    let question = AuditQuestion { topic, id: request.id, sight, before: after };
+                    return self.effect(Effect::ReadAudit(Box::new(question)));
+                }
+                let acts = acts(&request.query);
+                let answer = self.ask_query(now, &caller, &sight, request.query);
+                match &answer {
+                    Ok(_) if acts => self.audit(now, &caller.actor, what, on),
+                    Err(error) if acts => {
+                        self.audit_refused(now, &caller.actor, what, on, error.message.clone());
+                    }
+                    _ => {}
+                }
+                answer
+            }
+        };
+        let (result, error) = match answer {
+            Ok(result) => (Some(result), None),
+            Err(error) => (None, Some(error)),
+        };
         let reply = QueryReply { id: request.id, result, error };
         if reply.result.as_ref().is_some_and(|result| result.to_string().len() > ROWS_BYTES_MAX) {
             let message = "the answer is longer than a message may be: ask for it in pages".to_owned();
@@ -106,9 +236,9 @@ impl Controller {
         job.map(|job| (uid.clone(), job)).ok_or_else(|| not_found(format!("there is no job {name}")))
     }
 
-    fn ask_query(&mut self, now: Now, query: Query) -> Answer {
+    fn ask_query(&mut self, now: Now, caller: &Caller, sight: &Sight, query: Query) -> Answer {
         match query {
-            Query::Jobs { namespace, after } => self.jobs_page(namespace.as_ref(), after.as_deref()),
+            Query::Jobs { after, .. } => self.jobs_page(sight, after.as_deref()),
             Query::Job { namespace, job } => {
                 let uid = self.find(&namespace, &job)?;
                 let mut status =
@@ -119,9 +249,7 @@ impl Controller {
                 fit::status(&mut status, ROWS_BYTES_MAX.saturating_sub(rest));
                 value(&JobDetail { status, spec })
             }
-            Query::Pods { namespace, job, after } => {
-                self.pods_page(namespace.as_ref(), job.as_ref(), after.as_deref())
-            }
+            Query::Pods { job, after, .. } => self.pods_page(sight, job.as_ref(), after.as_deref()),
             Query::Nodes { after } => {
                 let nodes =
                     self.cluster.nodes.keys().filter(|id| after.as_deref().is_none_or(|a| id.as_str() > a));
@@ -133,16 +261,19 @@ impl Controller {
                 let status = status.map(|(status, images)| NodeStatus { images, ..status });
                 value(&status.ok_or_else(|| not_found(format!("there is no node {node}")))?)
             }
-            Query::Explain { namespace, job } => self.explain(namespace, job),
+            Query::Explain { namespace, job } => self.explain(caller, &namespace, &job),
             Query::Logs { namespace, job, follow, from, after } => {
-                self.logs(now, &namespace, &job, follow, &from, after.as_deref())
+                let depot = self.depot(now, caller, namespace.clone());
+                self.logs(now, depot, (&namespace, &job), follow, &from, after.as_deref())
             }
             Query::Outputs { namespace, job, after } => self.outputs_page(&namespace, &job, after.as_deref()),
-            Query::Depot { namespace } => value(&self.depot(now, namespace)),
-            Query::Checkpoints { namespace, job, after } => {
-                self.checkpoints_page(namespace.as_ref(), job.as_ref(), after.as_deref())
+            Query::Depot { namespace } => value(&self.depot(now, caller, namespace)),
+            Query::Checkpoints { job, after, .. } => {
+                self.checkpoints_page(sight, job.as_ref(), after.as_deref())
             }
-            Query::Checkpoint { namespace, id } => self.checkpoint_detail(now, namespace.as_ref(), &id),
+            Query::Checkpoint { id, .. } => self.checkpoint_detail(now, caller, sight, &id),
+            // Read where it is kept.
+            Query::Audit { .. } => value(&()),
             Query::Cordon { node } => {
                 let there = self.cordon(now, &node, true);
                 self.node_after(there, &node)
@@ -163,9 +294,13 @@ impl Controller {
         }
     }
 
-    pub(super) fn depot(&self, now: Now, namespace: Namespace) -> DepotAccess {
+    pub(super) fn depot(&self, now: Now, caller: &Caller, namespace: Namespace) -> DepotAccess {
         let expires = now.wall.plus(TOKEN_LIFE);
-        let token = token::mint(&self.config.secret, &Scope::Namespace(namespace), expires);
+        let scope = match caller.may(&namespace, Role::Submit) {
+            Ok(()) => Scope::Namespace(namespace),
+            Err(_) => Scope::View(namespace),
+        };
+        let token = token::mint(&self.config.secret, &scope, expires);
         DepotAccess {
             url: self.config.depot_url.clone(),
             token,
@@ -176,20 +311,19 @@ impl Controller {
     }
 
     /// Jobs behind `after`, which is `namespace/job`.
-    fn names_after(&self, namespace: Option<&Namespace>, after: Option<&str>) -> Vec<(String, JobUid)> {
+    fn names_after(&self, sight: &Sight, after: Option<&str>) -> Vec<(String, JobUid)> {
         let after = after.and_then(|text| text.split_once('/')).and_then(|(namespace, job)| {
             Some((Namespace::parse(namespace).ok()?, JobName::parse(job).ok()?))
         });
-        let wanted = |name: &(Namespace, JobName)| {
-            namespace.is_none_or(|namespace| name.0 == *namespace) && after.as_ref().is_none_or(|a| name > a)
-        };
+        let wanted =
+            |name: &(Namespace, JobName)| sight.covers(&name.0) && after.as_ref().is_none_or(|a| name > a);
         let live = |uid: &JobUid| self.cluster.jobs.get(uid).is_some_and(|job| !job.run.expired);
         let names = self.cluster.names.iter().filter(|(name, uid)| wanted(name) && live(uid));
         names.map(|((namespace, job), uid)| (format!("{namespace}/{job}"), uid.clone())).collect()
     }
 
-    fn jobs_page(&mut self, namespace: Option<&Namespace>, after: Option<&str>) -> Answer {
-        let names = self.names_after(namespace, after);
+    fn jobs_page(&mut self, sight: &Sight, after: Option<&str>) -> Answer {
+        let names = self.names_after(sight, after);
         page(names.into_iter().filter_map(|(key, uid)| {
             let mut status = self.job_status(&uid)?;
             fit::status(&mut status, ROWS_BYTES_MAX);
@@ -198,17 +332,14 @@ impl Controller {
     }
 
     /// Pods in the order of their jobs' names; `after` is `namespace/job/index`.
-    fn pods_page(
-        &self,
-        namespace: Option<&Namespace>,
-        name: Option<&JobName>,
-        after: Option<&str>,
-    ) -> Answer {
+    fn pods_page(&self, sight: &Sight, name: Option<&JobName>, after: Option<&str>) -> Answer {
         let after = after.and_then(|text| text.rsplit_once('/'));
         let after = after.and_then(|(job, index)| Some((job, index.parse::<u32>().ok()?)));
-        let rows = self.cluster.names.iter().filter(|(key, _)| {
-            namespace.is_none_or(|namespace| key.0 == *namespace) && name.is_none_or(|name| key.1 == *name)
-        });
+        let rows = self
+            .cluster
+            .names
+            .iter()
+            .filter(|(key, _)| sight.covers(&key.0) && name.is_none_or(|name| key.1 == *name));
         let from = after.and_then(|(job, index)| {
             let (namespace, job) = job.split_once('/')?;
             Some((Namespace::parse(namespace).ok()?, JobName::parse(job).ok()?, index))
@@ -246,10 +377,19 @@ impl Controller {
         }))
     }
 
-    fn explain(&mut self, namespace: Namespace, name: JobName) -> Answer {
-        let uid = self.find(&namespace, &name)?;
+    fn explain(&mut self, caller: &Caller, namespace: &Namespace, name: &JobName) -> Answer {
+        let uid = self.find(namespace, name)?;
         let explained = self.explanation(&uid);
         let mut explained = explained.ok_or_else(|| not_found(format!("there is no job {name}")))?;
+        if let Some(freeing) = &mut explained.freeing {
+            // What others run is not told by name.
+            let theirs = |pod: &String| {
+                let namespace =
+                    pod.split_once('/').and_then(|(namespace, _)| Namespace::parse(namespace).ok());
+                namespace.is_some_and(|namespace| caller.may(&namespace, Role::View).is_ok())
+            };
+            freeing.pods.retain(theirs);
+        }
         // The reply is one message: on a large fleet the first nodes stand for the rest.
         while serde_json::to_vec(&explained).is_ok_and(|bytes| bytes.len() > ROWS_BYTES_MAX)
             && (!explained.nodes.is_empty() || !explained.seats.is_empty())
@@ -263,15 +403,14 @@ impl Controller {
     fn logs(
         &mut self,
         now: Now,
-        namespace: &Namespace,
-        name: &JobName,
+        depot: DepotAccess,
+        (namespace, name): (&Namespace, &JobName),
         follow: bool,
         from: &[LogPosition],
         after: Option<&str>,
     ) -> Answer {
         let after = after.and_then(|text| text.split_once('/'));
         let after = after.and_then(|(index, epoch)| Some((index.parse().ok()?, Epoch(epoch.parse().ok()?))));
-        let depot = self.depot(now, namespace.clone());
         let uid = self.find(namespace, name)?;
         let Some(job) = self.cluster.jobs.get_mut(&uid) else {
             return Err(not_found(format!("there is no job {name}")));

@@ -3,11 +3,11 @@
 //! `job/{uid}` the file accepted, `run/{uid}` how it fares, `pod/{uid}/{index}` a pod placed at least once,
 //! `checkpoint/{digest's digits}` one that the depot holds and a pod names, or that was imported,
 //! `node/{node}`, `outbox/{node}`, `member/{party}`, `invitation/{id}`, `request/{id}` when a command took effect, `rejected/{ns}/{job}` until when its
-//! status says so. Keys sort so that a job comes before what belongs to it.
+//! status says so, `audit/…` what was asked for, which is not loaded. Keys sort so that a job comes before what belongs to it.
 
 use std::collections::BTreeSet;
 
-use berth_protocol::ids::{Digest, JobName, JobUid, Namespace, NodeId, RequestId};
+use berth_protocol::ids::{Digest, JobName, JobUid, Namespace, NodeId, RequestId, Term};
 use berth_protocol::job::PodTemplate;
 use berth_protocol::join::InvitationId;
 use berth_protocol::tls::Party;
@@ -58,6 +58,18 @@ pub(super) fn invitation(id: &InvitationId) -> String {
 
 pub(super) fn rejected(namespace: &Namespace, job: &JobName) -> String {
     format!("rejected/{namespace}/{job}")
+}
+
+/// Where entries about who asked for what begin; their keys sort by time.
+pub const AUDIT: &str = "audit/";
+
+/// Where those since then begin.
+pub(super) fn audit_since(at: Timestamp) -> String {
+    format!("{AUDIT}{:013}", at.0)
+}
+
+pub(super) fn audit(at: Timestamp, term: Term, n: u64) -> String {
+    format!("{AUDIT}{:013}-{}-{n:08}", at.0, term.0)
 }
 
 /// JSON of a record. Records are plain data, which serde writes without fail.
@@ -149,17 +161,18 @@ pub(super) fn load(
             }
             ("member", party) => {
                 let party: Party = party.parse().map_err(|_| unknown())?;
-                cluster.members.insert(party, read(&key, &value)?);
+                cluster.members.set(party, Some(read(&key, &value)?));
             }
             ("invitation", id) => {
                 let id: InvitationId = id.parse().map_err(|_| unknown())?;
                 cluster.invitations.insert(id, read(&key, &value)?);
             }
+            // Of a backup, or of one that was looked into whole.
+            ("audit", _) => {}
             ("restored", "store") => cluster.restored = Some(read(&key, &value)?),
             ("request", id) => {
                 let id = RequestId::parse(id).map_err(|_| unknown())?;
                 let at: Timestamp = read(&key, &value)?;
-                cluster.requests_by_age.insert((at, id.clone()));
                 cluster.requests.insert(id, at);
             }
             ("rejected", name) => {

@@ -1,10 +1,11 @@
 //! What users see of checkpoints: rows, and one whole. Changes nothing.
 
-use berth_protocol::ids::{Digest, JobName, Namespace};
+use berth_protocol::ids::{Digest, JobName};
 use berth_protocol::job;
 use berth_protocol::limits::QUERY_PAGE_ROWS_MAX;
 use berth_protocol::message::query::{CheckpointDetail, CheckpointRow, NodeVerdict, QueryError};
 
+use super::callers::{Caller, Sight};
 use super::checkpoints::Checkpoint;
 use super::query::{Answer, not_found, page, value};
 use super::{Controller, Now};
@@ -12,7 +13,7 @@ use super::{Controller, Now};
 impl Controller {
     pub(super) fn checkpoints_page(
         &self,
-        namespace: Option<&Namespace>,
+        sight: &Sight,
         job: Option<&JobName>,
         after: Option<&str>,
     ) -> Answer {
@@ -20,7 +21,7 @@ impl Controller {
             .cluster
             .checkpoints
             .iter()
-            .filter(|(_, found)| namespace.is_none_or(|namespace| found.spec.namespace == *namespace))
+            .filter(|(_, found)| sight.covers(&found.spec.namespace))
             .filter(|(_, found)| job.is_none_or(|job| found.spec.name == *job))
             .map(|(id, found)| {
                 // The newest of a pod first.
@@ -62,10 +63,9 @@ impl Controller {
     }
 
     /// One by its digest, or by a beginning of its digits that names only one.
-    pub(super) fn checkpoint_detail(&self, now: Now, namespace: Option<&Namespace>, id: &str) -> Answer {
+    pub(super) fn checkpoint_detail(&self, now: Now, caller: &Caller, sight: &Sight, id: &str) -> Answer {
         let digits = id.strip_prefix("sha256:").unwrap_or(id);
-        let theirs =
-            |found: &Checkpoint| namespace.is_none_or(|namespace| found.spec.namespace == *namespace);
+        let theirs = |found: &Checkpoint| sight.covers(&found.spec.namespace);
         let mut all = self
             .cluster
             .checkpoints
@@ -88,7 +88,7 @@ impl Controller {
             info: found.info.clone(),
             spec: job::render(&found.spec),
             nodes: nodes.collect(),
-            depot: Some(self.depot(now, found.spec.namespace.clone())),
+            depot: Some(self.depot(now, caller, found.spec.namespace.clone())),
         })
     }
 }

@@ -4,6 +4,8 @@
 //! Who a client is, its certificate says, which the `front` has seen. With `--dev` its MQTT client id tells: a node's
 //! (`{node}.{nonce}`), else a user's. The controller's own connection has a password, made at each start.
 
+mod rules;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU16;
 use std::sync::{Arc, mpsc};
@@ -11,10 +13,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use berth_protocol::ids::{ClusterName, NodeId};
+use berth_protocol::ids::ClusterName;
 use berth_protocol::limits::{NAME_BYTES_MAX, PACKET_BYTES_MAX, TOKEN_BYTES_MAX, TOPIC_SLASHES_MAX};
-use berth_protocol::tls::Party;
-use berth_protocol::topic::{JobTopic, NodeTopic, Topic, filter};
+use berth_protocol::request;
+use berth_protocol::topic::{JobTopic, Topic};
 use rmqtt::codec::v5::SubscribeAckReason;
 use rmqtt::context::ServerContext;
 use rmqtt::fitter::{DefaultFitter, FitterManager};
@@ -23,12 +25,13 @@ use rmqtt::net::Builder;
 use rmqtt::retain::{DefaultRetainStorage, RetainStorage};
 use rmqtt::server::MqttServer;
 use rmqtt::types::{
-    AuthResult, ConnectInfo, FitterType, Id, LastWill, ListenerConfig, PublishAclResult, Reason, Retain,
-    SubscribeAclResult, TopicFilter, TopicName,
+    AuthResult, ConnectInfo, FitterType, Id, LastWill, ListenerConfig, Publish, PublishAclResult, Reason,
+    Retain, SubscribeAclResult, TopicFilter, TopicName,
 };
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, oneshot};
 
+use self::rules::{Client, Rules};
 use super::front::{Front, Guests, Tls};
 use super::metrics::Refusals;
 use crate::config::Cidr;
@@ -134,7 +137,7 @@ fn serve(
         Err(source) => return drop(ready.send(Err(BrokerError::Thread(source)))),
     };
     runtime.block_on(async {
-        let guests = options.tls.is_some().then(Guests::default);
+        let guests = options.tls.as_ref().map(Guests::new);
         let (server, own) = match server(&options, guests.clone(), refusals.clone()).await {
             Ok(started) => started,
             Err(error) => return drop(ready.send(Err(error))),
@@ -208,6 +211,7 @@ async fn server(
     for hook in [
         Type::ClientAuthenticate,
         Type::MessagePublishCheckAcl,
+        Type::MessagePublish,
         Type::ClientSubscribeCheckAcl,
         Type::ClientDisconnected,
         Type::MessageDropped,
@@ -240,101 +244,6 @@ fn listener(address: SocketAddr) -> Builder {
         .session_expiry_interval(Duration::from_secs(60))
 }
 
-/// Who is on the other end.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Client {
-    Controller,
-    Node(NodeId),
-    User,
-}
-
-impl Client {
-    /// As it says itself.
-    fn of(client_id: &str) -> Self {
-        if client_id == CONTROLLER_CLIENT_ID {
-            return Client::Controller;
-        }
-        let node = client_id.split_once('.').and_then(|(node, _)| NodeId::parse(node).ok());
-        node.map_or(Client::User, Client::Node)
-    }
-}
-
-/// What may be said and heard.
-struct Rules {
-    cluster: ClusterName,
-    network: Option<Cidr>,
-    password: String,
-    /// None with `--dev`.
-    guests: Option<Guests>,
-}
-
-impl Rules {
-    /// Who it is that has been let in.
-    fn client(&self, client_id: &str, from: Option<SocketAddr>) -> Option<Client> {
-        let said = Client::of(client_id);
-        let Some(guests) = self.guests.as_ref().filter(|_| said != Client::Controller) else {
-            return Some(said);
-        };
-        match guests.at(from?)? {
-            Party::Node(node) => Some(Client::Node(node)),
-            Party::User(_) => Some(Client::User),
-            Party::Controller => None,
-        }
-    }
-
-    /// Whether a client may connect, and as whom.
-    fn admit(&self, client_id: &str, from: Option<SocketAddr>, password: Option<&[u8]>) -> Option<Client> {
-        let client = self.client(client_id, from)?;
-        if client == Client::Controller {
-            return (password == Some(self.password.as_bytes())).then_some(client);
-        }
-        if self.guests.is_some() {
-            // By a node's client id nobody else connects, who would end the node's connection by it.
-            let fits = match &client {
-                Client::Node(_) => Client::of(client_id) == client,
-                _ => true,
-            };
-            return fits.then_some(client);
-        }
-        let from = from?.ip();
-        let near = from.is_loopback() || self.network.as_ref().is_some_and(|network| network.contains(from));
-        near.then_some(client)
-    }
-
-    fn may_publish(&self, client: &Client, topic: &str) -> bool {
-        let Some(topic) = Topic::parse(&self.cluster, topic) else { return false };
-        match (client, topic) {
-            (Client::Controller, _) => true,
-            (Client::Node(own), Topic::Node { node, kind }) => {
-                use NodeTopic::{Bye, Event, Heartbeat, Hello};
-                *own == node && matches!(kind, Hello | Heartbeat | Event | Bye)
-            }
-            (Client::Node(_), Topic::Logs { .. }) => true,
-            // With --dev a user's too, for users' clients have dots in their ids as well.
-            (Client::Node(_), _) if self.guests.is_some() => false,
-            (_, Topic::Job { kind, .. }) => matches!(kind, JobTopic::Submit | JobTopic::Command),
-            (_, Topic::QueryRequest { .. }) => true,
-            _ => false,
-        }
-    }
-
-    fn may_subscribe(&self, client: &Client, filter: &str) -> bool {
-        let own = match client {
-            Client::Controller => return true,
-            Client::Node(own) => filter::agent(&self.cluster, own).iter().any(|allowed| allowed == filter),
-            Client::User => false,
-        };
-        if self.guests.is_some() && matches!(client, Client::Node(_)) {
-            return own;
-        }
-        let prefix = format!("berth/v1/{}/", self.cluster);
-        let below = |branch| filter.strip_prefix(&prefix).is_some_and(|rest| rest.starts_with(branch));
-        // Replies are for those who know the client's name: no wildcards.
-        let reply = matches!(Topic::parse(&self.cluster, filter), Some(Topic::QueryReply { .. }));
-        own || reply || below("jobs/") || below("logs/") || below("state/")
-    }
-}
-
 /// The rules as rmqtt's hooks.
 #[derive(Clone)]
 struct Gate {
@@ -361,6 +270,17 @@ impl Gate {
             return AuthResult::NotAuthorized;
         }
         AuthResult::Allow(client == Client::Controller, None)
+    }
+
+    /// A request with word of who makes it, where clients are known.
+    fn vouched(&self, from: Option<SocketAddr>, publish: &Publish) -> Option<Publish> {
+        Topic::parse(&self.rules.cluster, &publish.topic).filter(request::is_request)?;
+        let guests = self.rules.guests.as_ref()?;
+        let (peer, from) = guests.at(from?)?;
+        let payload = guests.voucher().vouch(&peer.key, from, &publish.payload);
+        let mut publish = publish.clone();
+        publish.inner.payload = payload.into();
+        Some(publish)
     }
 
     /// rmqtt ends the connection of whoever sends what it cannot read.
@@ -397,6 +317,12 @@ impl Handler for Gate {
                     PublishAclResult::rejected(false, None)
                 })
             }
+            Parameter::MessagePublish(Some(session), _, publish) => {
+                let Some(publish) = self.vouched(session.id.remote_addr, publish) else {
+                    return (true, before);
+                };
+                HookResult::Publish(publish)
+            }
             Parameter::ClientSubscribeCheckAcl(session, subscribe) => {
                 let id: &str = &session.id.client_id;
                 let filter = &subscribe.topic_filter;
@@ -432,7 +358,7 @@ impl FitterManager for Queues {
     fn create(&self, connect: Arc<ConnectInfo>, id: Id, config: ListenerConfig) -> FitterType {
         let config = match Client::of(connect.client_id()) {
             Client::Controller => Arc::new(Builder::clone(&config).max_mqueue_len(QUEUE_OF_CONTROLLER_MAX)),
-            Client::Node(_) | Client::User => config,
+            Client::Node(_) | Client::User(_) => config,
         };
         Arc::new(DefaultFitter::new(connect, id, config))
     }
@@ -476,77 +402,5 @@ impl RetainStorage for Retained {
 
     async fn max(&self) -> isize {
         self.inner.max().await
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn rules() -> Rules {
-        let cluster = ClusterName::parse("lab").unwrap();
-        let network = Some(Cidr::parse("10.1.0.0/16").unwrap());
-        Rules { cluster, network, password: "secret".to_owned(), guests: None }
-    }
-
-    #[test]
-    fn who_may_connect() {
-        let rules = rules();
-        let admit = |id, from: &str, password: Option<&str>| {
-            let from = from.parse().ok().map(|ip: IpAddr| SocketAddr::new(ip, 1));
-            rules.admit(id, from, password.map(str::as_bytes))
-        };
-        let node = || Some(Client::Node(NodeId::parse("a1").unwrap()));
-        assert_eq!(admit("mosq-xyz", "127.0.0.1", None), Some(Client::User));
-        assert_eq!(admit("a1.n0nce", "10.1.2.3", None), node());
-        assert_eq!(admit("a1.n0nce", "10.2.0.1", None), None);
-        assert_eq!(admit(CONTROLLER_CLIENT_ID, "127.0.0.1", None), None);
-        assert_eq!(admit(CONTROLLER_CLIENT_ID, "127.0.0.1", Some("guess")), None);
-        assert_eq!(admit(CONTROLLER_CLIENT_ID, "127.0.0.1", Some("secret")), Some(Client::Controller));
-    }
-
-    #[test]
-    fn who_may_say_and_hear_what() {
-        // client, topic below the cluster, may publish, may subscribe
-        let table = [
-            ("user", "jobs/default/j/submit", true, true),
-            ("user", "jobs/default/j/command", true, true),
-            ("user", "jobs/default/j/answer", false, true),
-            ("user", "jobs/default/j/status", false, true),
-            ("user", "jobs/+/+/status", false, true),
-            ("user", "query/c1/request", true, false),
-            ("user", "query/c1/reply", false, true),
-            ("user", "query/+/reply", false, false),
-            ("user", "query/#", false, false),
-            ("user", "logs/default/j/j-0", false, true),
-            ("user", "logs/default/j/+", false, true),
-            ("user", "state/nodes/+", false, true),
-            ("user", "state/nodes/a1", false, true),
-            ("user", "nodes/a1/desired", false, false),
-            ("user", "nodes/a1/hello", false, false),
-            ("user", "nodes/#", false, false),
-            ("user", "#", false, false),
-            ("user", "jobs/default/j/nonsense", false, true),
-            ("a1.x", "nodes/a1/hello", true, false),
-            ("a1.x", "nodes/a1/bye", true, false),
-            ("a1.x", "nodes/a1/desired", false, true),
-            ("a1.x", "nodes/a1/lease", false, true),
-            ("a1.x", "nodes/a2/hello", false, false),
-            ("a1.x", "nodes/a2/desired", false, false),
-            ("a1.x", "nodes/+/desired", false, false),
-            ("a1.x", "logs/default/j/j-0", true, true),
-            ("a1.x", "jobs/default/j/submit", true, true),
-            ("a1.x", "jobs/default/j/status", false, true),
-            (CONTROLLER_CLIENT_ID, "nodes/a1/desired", true, true),
-        ];
-        let rules = rules();
-        for (id, topic, publish, subscribe) in table {
-            let (client, topic) = (Client::of(id), format!("berth/v1/lab/{topic}"));
-            assert_eq!(rules.may_publish(&client, &topic), publish, "{id} says {topic}");
-            assert_eq!(rules.may_subscribe(&client, &topic), subscribe, "{id} hears {topic}");
-        }
-        assert!(!rules.may_publish(&Client::User, "berth/v1/other/jobs/default/j/submit"));
-        assert!(!rules.may_subscribe(&Client::User, "berth/v1/other/jobs/#"));
-        assert!(!rules.may_subscribe(&Client::User, "#"));
     }
 }

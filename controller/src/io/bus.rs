@@ -12,7 +12,7 @@ use berth_protocol::broker::BrokerUrl;
 use berth_protocol::codec::{self, CodecError};
 use berth_protocol::ids::ClusterName;
 use berth_protocol::limits::PACKET_BYTES_MAX;
-use berth_protocol::sign::PublicKey;
+use berth_protocol::request::{self, Signed};
 use berth_protocol::topic::Topic;
 use rumqttc::{
     AsyncClient, ConnectionError, EventLoop, Incoming, MqttOptions, NetworkOptions, Outgoing, Publish, QoS,
@@ -24,6 +24,8 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::metrics::Refusals;
+use super::vouch::Voucher;
+use crate::core::{Author, Signing};
 
 /// Messages that may wait for the program, by number and by bytes.
 const INCOMING_MESSAGES_MAX: usize = 64 * 1024;
@@ -51,8 +53,8 @@ pub enum BusEvent {
     Message {
         topic: Topic,
         payload: Vec<u8>,
-        /// Whose signature it bears, where such a message needs one.
-        by: Option<PublicKey>,
+        /// As far as it is known.
+        by: Option<Author>,
     },
 }
 
@@ -70,6 +72,8 @@ pub struct BusOptions {
     pub retained: bool,
     /// What to show where the URL asks for TLS.
     pub tls: Option<Arc<ClientConfig>>,
+    /// Who has vouched for requests that come this way, where everyone's way in is known.
+    pub voucher: Option<Voucher>,
 }
 
 impl BusOptions {
@@ -282,14 +286,15 @@ impl Connection {
             self.shared.refusals.refuse("topic", format_args!("a message on `{}`", shorten(&publish.topic)));
             return;
         };
-        let by = match self.author(&topic, &publish.payload) {
-            Ok(by) => by,
+        let (by, payload) = match self.author(&topic, &publish.payload) {
+            Ok((by, Some(payload))) => (by, payload),
+            Ok((by, None)) => (by, publish.payload.into()),
             Err(error) => {
                 self.shared.refusals.refuse(error.kind(), format_args!("a message on `{topic}`: {error}"));
                 return;
             }
         };
-        let bytes = publish.payload.len();
+        let bytes = payload.len();
         let queued = self.shared.queued_bytes.load(Ordering::Relaxed) + bytes;
         if queued > INCOMING_BYTES_MAX || self.to.capacity() <= INCOMING_RESERVE {
             // Whoever sent it sends it again.
@@ -297,17 +302,38 @@ impl Connection {
             return;
         }
         self.shared.queued_bytes.fetch_add(bytes, Ordering::Relaxed);
-        let _ = self.to.try_send(BusEvent::Message { topic, payload: publish.payload.into(), by });
+        let _ = self.to.try_send(BusEvent::Message { topic, payload, by });
     }
 
-    /// Whose message it is. That it is a node's own, only the core can tell.
-    fn author(&self, topic: &Topic, payload: &[u8]) -> Result<Option<PublicKey>, CodecError> {
-        let Topic::Node { .. } = topic else { return Ok(None) };
+    /// Whose message it is, and what it says where that is not all of the payload. That it is a node's own, or a user's
+    /// of the cluster, only the core can tell.
+    fn author(&self, topic: &Topic, payload: &[u8]) -> Result<(Option<Author>, Option<Vec<u8>>), CodecError> {
+        if request::is_request(topic) {
+            return self.asker(topic, payload);
+        }
+        let Topic::Node { .. } = topic else { return Ok((None, None)) };
         match codec::verify(&self.options.cluster, topic, payload) {
-            Ok(key) => Ok(Some(key)),
+            Ok(key) => Ok((Some(key.into()), None)),
             // Its signature may be of another kind. The core says what becomes of the node.
-            Err(CodecError::Version(_)) => Ok(None),
+            Err(CodecError::Version(_)) => Ok((None, None)),
             Err(error) => Err(error),
+        }
+    }
+
+    fn asker(&self, topic: &Topic, payload: &[u8]) -> Result<(Option<Author>, Option<Vec<u8>>), CodecError> {
+        let (vouched, plain) = match &self.options.voucher {
+            None => (None, payload),
+            Some(voucher) => {
+                let (key, from, plain) = voucher.read(payload).ok_or(CodecError::Unsigned)?;
+                (Some(Author { key, signed: None, from: Some(from) }), plain)
+            }
+        };
+        let from = vouched.as_ref().and_then(|author| author.from);
+        match request::open(&self.options.cluster, topic, plain)? {
+            Some(Signed { by, at, id, body }) => {
+                Ok((Some(Author { key: by, signed: Some(Signing { at, id }), from }), Some(body)))
+            }
+            None => Ok((vouched, self.options.voucher.is_some().then(|| plain.to_vec()))),
         }
     }
 

@@ -4,11 +4,13 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use berth_protocol::tls::{Party, Peer};
+use berth_protocol::ids::Namespace;
+use berth_protocol::join::Role;
+use berth_protocol::tls::Peer;
 use rustls::ServerConfig;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
@@ -18,6 +20,7 @@ use tokio_rustls::server::TlsStream;
 
 use super::members::Members;
 use super::metrics::Refusals;
+use super::vouch::Voucher;
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Handshakes under way at once; with one more the oldest ends. Who does not go on keeps nobody out.
@@ -30,19 +33,42 @@ const BUFFER_BYTES: usize = 2 * 1024;
 pub struct Tls {
     pub config: Arc<ServerConfig>,
     pub members: Arc<Members>,
+    /// Of what they ask for.
+    pub voucher: Voucher,
 }
 
 /// Who is behind each connection to the broker, by its address on loopback.
-#[derive(Clone, Default)]
-pub struct Guests(Arc<Mutex<BTreeMap<SocketAddr, Party>>>);
+#[derive(Clone)]
+pub struct Guests {
+    at: Arc<Mutex<BTreeMap<SocketAddr, (Peer, IpAddr)>>>,
+    members: Arc<Members>,
+    voucher: Voucher,
+}
 
 impl Guests {
-    pub fn at(&self, address: SocketAddr) -> Option<Party> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&address).cloned()
+    pub fn new(tls: &Tls) -> Self {
+        Self { at: Arc::default(), members: tls.members.clone(), voucher: tls.voucher.clone() }
     }
 
-    fn enter(&self, address: SocketAddr, party: Party) -> Guest {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(address, party);
+    pub fn voucher(&self) -> &Voucher {
+        &self.voucher
+    }
+
+    /// Who it is, and from where.
+    pub fn at(&self, address: SocketAddr) -> Option<(Peer, IpAddr)> {
+        self.at.lock().unwrap_or_else(PoisonError::into_inner).get(&address).cloned()
+    }
+
+    pub fn is_admin(&self, peer: &Peer) -> bool {
+        self.members.is_admin(peer)
+    }
+
+    pub fn role(&self, peer: &Peer, namespace: &Namespace) -> Option<Role> {
+        self.members.role(peer, namespace)
+    }
+
+    fn enter(&self, address: SocketAddr, peer: Peer, from: IpAddr) -> Guest {
+        self.at.lock().unwrap_or_else(PoisonError::into_inner).insert(address, (peer, from));
         Guest { guests: self.clone(), address }
     }
 }
@@ -55,7 +81,7 @@ struct Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        self.guests.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.address);
+        self.guests.at.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.address);
     }
 }
 
@@ -127,22 +153,22 @@ impl Front {
         };
         tokio::spawn(async move {
             // One that breaks off is no news: the broker says what it was told.
-            let _ = self.relay(stream, &peer).await;
+            let _ = self.relay(stream, &peer, from.ip()).await;
             drop(place);
         });
     }
 
-    async fn relay(&self, mut stream: TlsStream<TcpStream>, peer: &Peer) -> io::Result<()> {
+    async fn relay(&self, mut stream: TlsStream<TcpStream>, peer: &Peer, from: IpAddr) -> io::Result<()> {
         let socket = TcpSocket::new_v4()?;
         socket.bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
-        let _guest = self.guests.enter(socket.local_addr()?, peer.party.clone());
+        let _guest = self.guests.enter(socket.local_addr()?, peer.clone(), from);
         let mut broker = socket.connect(self.broker).await?;
         broker.set_nodelay(true)?;
         let copied =
             tokio::io::copy_bidirectional_with_sizes(&mut stream, &mut broker, BUFFER_BYTES, BUFFER_BYTES);
         tokio::select! {
             copied = copied => copied.map(drop),
-            () = self.tls.members.until_gone(peer) => Ok(()),
+            () = self.tls.members.until_changed(peer) => Ok(()),
         }
     }
 }

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock};
 
+use berth_protocol::ids::Namespace;
+use berth_protocol::join::{Role, Roles};
 use berth_protocol::tls::{Party, Peer};
 use tokio::sync::watch;
 
@@ -11,7 +13,7 @@ use crate::core::members::Member;
 #[derive(Default)]
 pub struct Members {
     known: RwLock<BTreeMap<Party, Member>>,
-    /// Counts those that have gone, or have another key now: their connections end.
+    /// Counts those that have gone, or are somewhat else now: their connections end.
     gone: watch::Sender<u64>,
 }
 
@@ -30,11 +32,26 @@ impl Members {
         known.get(&peer.party).is_some_and(|member| member.key == peer.key && is(member))
     }
 
-    /// Everybody, as those who may know are told.
-    pub fn list(&self) -> Vec<serde_json::Value> {
+    pub fn role(&self, peer: &Peer, namespace: &Namespace) -> Option<Role> {
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-        let row = |(party, member): (&Party, &Member)| serde_json::json!({"party": party, "since": member.since, "admin": member.admin});
-        known.iter().map(row).collect()
+        known.get(&peer.party).filter(|member| member.key == peer.key)?.role(namespace)
+    }
+
+    /// Everybody, to admins; to others themselves, and what is said of users in namespaces that they are admins of.
+    pub fn told_to(&self, peer: &Peer) -> Vec<serde_json::Value> {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(asks) = known.get(&peer.party) else { return Vec::new() };
+        let row = |(party, member): (&Party, &Member)| {
+            let own = *party == peer.party;
+            let told = |namespace: &Namespace| own || asks.role(namespace) == Some(Role::Admin);
+            let user = matches!(party, Party::User(_));
+            let roles = member.roles.iter().filter(|(namespace, _)| user && told(namespace));
+            let roles: Roles = roles.map(|(namespace, role)| (namespace.clone(), *role)).collect();
+            (asks.admin || own || !roles.is_empty()).then(
+                || serde_json::json!({"party": party, "since": member.since, "admin": member.admin, "roles": roles}),
+            )
+        };
+        known.iter().filter_map(row).collect()
     }
 
     /// None: it does not belong any more.
@@ -50,9 +67,15 @@ impl Members {
         }
     }
 
-    /// Ends once the peer is known no more.
-    pub async fn until_gone(&self, peer: &Peer) {
+    /// Ends once the peer is known no more, or may do more or less than now: what it was let hear is to be asked for anew.
+    pub async fn until_changed(&self, peer: &Peer) {
         let mut gone = self.gone.subscribe();
-        while self.knows(peer) && gone.changed().await.is_ok() {}
+        let now = self.get(peer);
+        while now.is_some() && self.get(peer) == now && gone.changed().await.is_ok() {}
+    }
+
+    fn get(&self, peer: &Peer) -> Option<Member> {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        known.get(&peer.party).filter(|member| member.key == peer.key).cloned()
     }
 }

@@ -13,3 +13,4 @@ pub mod metrics;
 pub mod random;
 pub mod store;
 pub mod systemd;
+pub mod vouch;

@@ -20,6 +20,7 @@ use crate::io::members::Members;
 use crate::io::metrics::Refusals;
 use crate::io::random;
 use crate::io::store::Store;
+use crate::io::vouch::Voucher;
 
 /// What the key is for that is drawn from the store's secret.
 const SIGNING: &str = "berth controller signing 1";
@@ -51,8 +52,9 @@ pub(super) fn belonging(
     let hosts: Vec<String> = hosts.iter().cloned().chain(here).collect();
     let own = ca.own(&hosts)?;
     let members = Arc::new(Members::default());
-    let gate = Tls { config: own.server(Clients::Known)?, members: members.clone() };
-    let tls = Tls { config: own.server(Clients::Any)?, members };
+    let voucher = Voucher::new(random::hex::<16>()?);
+    let gate = Tls { config: own.server(Clients::Known)?, members, voucher };
+    let tls = Tls { config: own.server(Clients::Any)?, ..gate.clone() };
     Ok(Some(Belonging { own: own.client()?, hall: Hall { tls, ca, about }, gate }))
 }
 
@@ -70,6 +72,8 @@ pub(super) fn connect(
     gate: Option<Tls>,
     own: Option<Arc<ClientConfig>>,
 ) -> Result<(Option<Broker>, BusOptions), RunError> {
+    let embedded = config.broker == BrokerChoice::Embedded;
+    let voucher = gate.as_ref().filter(|_| embedded).map(|gate| gate.voucher.clone());
     let (broker, url, client_id, credentials) = match &config.broker {
         BrokerChoice::Embedded => {
             let password = random::hex::<16>()?;
@@ -94,5 +98,6 @@ pub(super) fn connect(
     };
     let filters = filter::controller(&config.cluster);
     let cluster = config.cluster.clone();
-    Ok((broker, BusOptions { url, cluster, client_id, credentials, filters, retained: false, tls: own }))
+    let (retained, tls) = (false, own);
+    Ok((broker, BusOptions { url, cluster, client_id, credentials, filters, retained, tls, voucher }))
 }

@@ -102,6 +102,7 @@ pub async fn client(url: BrokerUrl, id: &str, filters: &[&str]) -> (Bus, BusEven
         filters,
         retained: true,
         tls: None,
+        voucher: None,
     };
     let (bus, mut events) = Bus::connect(options, refusals.clone());
     assert_eq!(next(&mut events).await, BusEvent::Up);

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -68,8 +69,38 @@ pub enum Query {
     Defrag { moves: u8, execute: bool },
     /// `DepotAccess`: to bring a workspace, or fetch logs and outputs, of a namespace.
     Depot { namespace: Namespace },
+    /// `Page<AuditRow>`, the latest first; without a namespace: of everything, for admins alone.
+    Audit { namespace: Option<Namespace>, after: Option<String> },
     /// `ControllerVersion`
     Version,
+}
+
+/// Somebody has asked for something.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AuditRow {
+    #[serde(with = "rfc3339")]
+    pub at: Timestamp,
+    /// `user:NAME`, or a node's name; none where everybody is let in, or nobody said who.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub who: Option<String>,
+    /// From which address, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<IpAddr>,
+    /// A verb: `submit`, `cancel`, `drain`, `invite`, …
+    pub what: String,
+    /// `job NAMESPACE/NAME`, `node NAME`, `user NAME`, …
+    pub on: String,
+    pub outcome: Outcome,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Outcome {
+    Accepted,
+    Refused,
 }
 
 /// Moves in the order in which they are made.

@@ -39,6 +39,21 @@ pub enum Command {
     Restore,
 }
 
+impl Command {
+    /// As it is written.
+    pub fn verb(self) -> &'static str {
+        match self {
+            Command::Cancel => "cancel",
+            Command::Suspend => "suspend",
+            Command::Resume => "resume",
+            Command::Checkpoint => "checkpoint",
+            Command::Restart => "restart",
+            Command::Migrate => "migrate",
+            Command::Restore => "restore",
+        }
+    }
+}
+
 /// `jobs/{ns}/{job}/answer`: exactly one of `accepted` and `rejected` is there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

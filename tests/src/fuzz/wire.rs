@@ -13,6 +13,7 @@ use berth_protocol::message::node::{
 };
 use berth_protocol::message::query::{QueryReply, QueryRequest};
 use berth_protocol::message::user::{Answer, JobCommand, JobStatus, NodeStatus};
+use berth_protocol::request;
 use berth_protocol::token;
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
 use berth_protocol::units::Timestamp;
@@ -52,6 +53,10 @@ fn messages(bytes: &[u8]) {
     assert!(
         ClusterName::parse("lab").is_ok_and(|lab| verify(&lab, &of_node(NodeTopic::Lease), bytes).is_err())
     );
+    if let Ok(lab) = ClusterName::parse("lab") {
+        let opened = request::open(&lab, &of_job(JobTopic::Submit), bytes);
+        assert!(!matches!(opened, Ok(Some(_))), "signed by nobody");
+    }
     there_and_back::<Hello>(&of_node(NodeTopic::Hello), bytes);
     there_and_back::<Heartbeat>(&of_node(NodeTopic::Heartbeat), bytes);
     there_and_back::<Events>(&of_node(NodeTopic::Event), bytes);

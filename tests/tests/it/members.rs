@@ -8,14 +8,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use berth_protocol::join::{JoinToken, Membership};
+use berth_protocol::request;
 use berth_protocol::sign::{Key, SEED_BYTES};
 use berth_protocol::tls::joining;
+use berth_protocol::topic::{JobTopic, Topic};
+use berth_protocol::units::Timestamp;
 use rumqttc::{Client, Event, MqttOptions, Packet, QoS, SubscribeReasonCode, TlsConfiguration, Transport};
 
 use crate::cluster::{Cluster, program, text, until};
 
 /// A host job's output shows that the whole way works: orders, images, log, depot.
 const JOB: &str = "image: host\nnetwork: none\ncommand: [sh, -c, \"echo told; mkdir -p /out; echo kept > /out/file\"]\noutputs: [/out]\nresources: {cpu: 100m, memory: 32Mi}\n";
+
+fn millis_now() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("later than 1970");
+    u64::try_from(now.as_millis()).expect("before the year 500,000,000")
+}
 
 fn token_of(cluster: &Cluster, args: &[&str]) -> JoinToken {
     let output = cluster.run(&[args, &["-o", "name"]].concat());
@@ -173,6 +181,134 @@ fn a_token_is_good_once_for_whom_it_is() {
     // What init made it does not make again.
     let again = cluster.init();
     assert!(!again.status.success() && text(&again).contains("is there already"), "{}", text(&again));
+}
+
+/// What the broker says to each subscription.
+fn hears(cluster: &Cluster, id: &str, dir: &Path, filters: &[&str]) -> Vec<bool> {
+    let (client, mut connection) = client(cluster, id, dir);
+    for filter in filters {
+        client.subscribe(format!("berth/v1/default/{filter}"), QoS::AtLeastOnce).expect("it may ask");
+    }
+    let answers = connection.iter().filter_map(|event| match event {
+        Ok(Event::Incoming(Packet::SubAck(ack))) => Some(ack.return_codes),
+        Ok(_) => None,
+        Err(error) => panic!("it was let in: {error}"),
+    });
+    let answers: Vec<_> = answers.take(filters.len()).flatten().collect();
+    answers.into_iter().map(|code| code != SubscribeReasonCode::Failure).collect()
+}
+
+/// Publishes as any MQTT client may, and returns once the broker has it.
+fn publish(cluster: &Cluster, id: &str, dir: &Path, topic: &str, payload: &str) {
+    let (client, mut connection) = client(cluster, id, dir);
+    client
+        .publish(format!("berth/v1/default/{topic}"), QoS::AtLeastOnce, false, payload)
+        .expect("it may try");
+    let acknowledged =
+        connection.iter().find(|event| matches!(event, Ok(Event::Incoming(Packet::PubAck(_)))));
+    assert!(acknowledged.is_some());
+}
+
+#[test]
+fn a_user_is_heard_in_the_namespaces_of_its_roles() {
+    let mut cluster = Cluster::of_members();
+    cluster.agent("a1", &["--allow-host-image"]);
+    let carol = login(&cluster, "carol", &["--role", "team-a=submit", "--role", "team-b=view"]);
+    let dave = login(&cluster, "dave", &["--role", "team-b=admin"]);
+    let run = |who: &Path, space: &str, name: &str| {
+        let words = ["run", "--network", "none", "--no-workspace", "--name", name, "-n", space];
+        berth_as(who, &[&words[..], &["--", "echo", name]].concat())
+    };
+    let ran = run(&carol, "team-a", "hers");
+    assert_eq!(String::from_utf8_lossy(&ran.stdout), "hers\n", "{}", text(&ran));
+    let ran = run(&dave, "team-b", "his");
+    assert_eq!(String::from_utf8_lossy(&ran.stdout), "his\n", "{}", text(&ran));
+    let told = |output: Output| (output.status.code(), text(&output));
+    // To see is not to direct; and where one has no role nothing is told.
+    let (code, why) = told(run(&carol, "team-b", "x"));
+    assert!(code == Some(125) && why.contains("which takes `submit` and not `view`"), "{why}");
+    let (code, why) = told(run(&carol, "default", "x"));
+    assert!(code == Some(125) && why.contains("have you a role in namespace default?"), "{why}");
+    assert_eq!(String::from_utf8_lossy(&berth_as(&carol, &["logs", "his", "-n", "team-b"]).stdout), "his\n");
+    let (code, why) = told(berth_as(&dave, &["get", "jobs", "-n", "team-a"]));
+    assert!(code == Some(125) && why.contains("dave has no role in namespace team-a"), "{why}");
+    let (code, why) = told(berth_as(&carol, &["drain", "a1"]));
+    assert!(code == Some(125) && why.contains("carol is no admin"), "{why}");
+    let all = berth_as(&carol, &["get", "jobs", "-A", "-o", "name"]);
+    assert_eq!(String::from_utf8_lossy(&all.stdout), "team-a/hers\nteam-b/his\n", "{}", text(&all));
+
+    // With any other client: by the certificate of the connection, and no further.
+    let heard = hears(
+        &cluster,
+        "carol-1",
+        &carol,
+        &[
+            "jobs/team-a/+/status",
+            "jobs/team-b/his/status",
+            "logs/team-a/hers/+",
+            "state/nodes/+",
+            "query/c7/reply",
+            "jobs/default/+/status",
+            "jobs/+/+/status",
+            "jobs/team-a/hers/submit",
+            "jobs/team-a/#",
+            "logs/default/x/+",
+            "query/+/reply",
+            "query/c7/request",
+            "nodes/a1/desired",
+            "#",
+        ],
+    );
+    assert_eq!(heard, [[true; 5].as_slice(), &[false; 9]].concat());
+    let file = JOB.replace("outputs: [/out]\n", "");
+    for (space, runs) in [("team-a", true), ("team-b", false), ("default", false)] {
+        publish(&cluster, "carol-2", &carol, &format!("jobs/{space}/plain/submit"), &file);
+        let row = format!("submit {:>9} job {space}/plain", "");
+        let row = row.split_whitespace().collect::<Vec<_>>().join(" ");
+        let outcome = until("it is in the audit log", 30, || {
+            let audit = text(&cluster.run(&["audit"]));
+            let lines = audit.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "));
+            let line = lines.rev().find(|line| line.contains(&format!("carol 127.0.0.1 {row}")))?;
+            Some(line.ends_with("accepted"))
+        });
+        assert_eq!(outcome, runs, "{space}");
+        let status = berth_as(&dave, &["describe", "job", "plain", "-n", space]);
+        assert!(!status.status.success() || space == "team-b", "{}", text(&status));
+    }
+    // What a broker, or whoever else has it, keeps and says again.
+    let (membership, key) = membership(&carol);
+    let (space, job) = ("team-a".parse().expect("a name"), "again".parse().expect("a name"));
+    let topic = Topic::job(&space, &job, JobTopic::Submit);
+    let hour_ago = Timestamp(millis_now() - 3_600_000);
+    let old = request::sign(&key, &membership.cluster, &topic, hour_ago, file.as_bytes()).expect("signed");
+    publish(&cluster, "dave-1", &dave, "jobs/team-a/again/submit", &String::from_utf8_lossy(&old));
+    until("the old one is refused", 30, || {
+        let audit = text(&cluster.run(&["audit"]));
+        audit.contains("refused: the request was signed at").then_some(())
+    });
+    let fresh = request::sign(&key, &membership.cluster, &topic, Timestamp(millis_now()), file.as_bytes());
+    let fresh = String::from_utf8_lossy(&fresh.expect("signed")).into_owned();
+    let changed = fresh.replace("told", "tols");
+    publish(&cluster, "dave-2", &dave, "jobs/team-a/again/submit", &changed);
+    // Signed by her, whoever brings it.
+    publish(&cluster, "dave-3", &dave, "jobs/team-a/again/submit", &fresh);
+    let until_again = || berth_as(&carol, &["wait", "again", "-n", "team-a"]);
+    until("what she signed has run", 60, || until_again().status.success().then_some(()));
+    let log = cluster.log("controller");
+    assert!(log.contains("reason=\"forged\""), "{log}");
+
+    // Roles are given by those who have them, and count at once.
+    let set = |who: &Path, args: &[&str]| berth_as(who, &[&["user", "set"], args].concat());
+    assert!(text(&set(&dave, &["carol", "team-a=view"])).contains("dave is no admin of namespace team-a"));
+    assert!(text(&set(&carol, &["carol", "--admin"])).contains("carol is no admin"));
+    assert!(set(&dave, &["carol", "team-b=submit"]).status.success());
+    let ran = run(&carol, "team-b", "now");
+    assert_eq!(String::from_utf8_lossy(&ran.stdout), "now\n", "{}", text(&ran));
+    assert!(text(&berth_as(&dave, &["audit"])).contains("dave is no admin of this cluster"));
+    let own = text(&berth_as(&dave, &["audit", "-n", "team-b"]));
+    assert!(own.contains("team-b/now") && !own.contains("team-a"), "{own}");
+    let listed = String::from_utf8_lossy(&berth_as(&dave, &["user", "list"]).stdout).into_owned();
+    assert!(listed.contains("team-b=submit") && !listed.contains("team-a"), "{listed}");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Who belongs, and by what invitation.
 
 use berth_protocol::ids::{NodeId, UserName};
-use berth_protocol::join::{InvitationId, Invited, JoinRequest, JoinToken, Secret};
+use berth_protocol::join::{InvitationId, Invited, JoinRequest, JoinToken, Roles, Secret};
 use berth_protocol::message::node::Bye;
 use berth_protocol::sign::Key;
 use berth_protocol::tls::Party;
@@ -9,7 +9,7 @@ use berth_protocol::topic::{NodeTopic, Topic};
 use berth_protocol::units::Millis;
 
 use super::super::members::{Invitation, MemberChange, NotJoined, NotRemoved, are_in, first_admin};
-use super::super::{Config, Controller, Event};
+use super::super::{Actor, Config, Controller, Event};
 use super::world::{at, config};
 
 const LIFE: Millis = Millis(60_000);
@@ -29,7 +29,7 @@ impl Closed {
     }
 
     fn change(&mut self, now: u64, change: MemberChange) {
-        self.step(now, Event::Members(change));
+        self.step(now, Event::Members(Actor::default(), change));
     }
 
     fn step(&mut self, now: u64, event: Event) {
@@ -67,7 +67,7 @@ impl Closed {
         let topic = Topic::node(&NodeId::parse(node).unwrap(), NodeTopic::Bye);
         let nonce = berth_protocol::ids::SessionNonce::parse("s1").unwrap();
         let payload = berth_protocol::codec::encode(&topic, &Bye { nonce }).unwrap();
-        self.step(0, Event::Message { topic, payload, by: Some(by.public()) });
+        self.step(0, Event::Message { topic, payload, by: Some(by.public().into()) });
         self.refused() == before
     }
 
@@ -144,7 +144,8 @@ fn a_name_is_one_keys_until_an_admin_gives_it_away() {
     assert_eq!(closed.join(1, &request(&token, None, 4)), Ok(party("host")));
     assert!(closed.hears("host", &key(4)) && !closed.hears("host", &key(2)));
 
-    let admin = closed.invite(4, Invited::User { user: UserName::parse("bob").unwrap(), admin: true });
+    let admin = closed
+        .invite(4, Invited::User { user: UserName::parse("bob").unwrap(), admin: true, roles: Roles::new() });
     assert_eq!(closed.join(1, &request(&admin, None, 5)), Ok(party("user:bob")));
     let member = &closed.controller.members()[&party("user:bob")];
     assert!(member.admin && member.key == key(5).public());

@@ -1,5 +1,6 @@
 //! The core against a model of agents: a world with a store, a bus that may lose, double and reorder, and an oracle.
 
+mod callers;
 mod chaos;
 mod checkpoints;
 mod clocks;

@@ -579,7 +579,7 @@ fn no_payload_panics() {
             world.feed(super::super::Event::Message {
                 topic,
                 payload: payload.as_bytes().to_vec(),
-                by: Some(KEY),
+                by: Some(KEY.into()),
             });
         }
     }
@@ -625,7 +625,7 @@ fn an_event_counts_once_and_none_after_a_gap() {
         let events = vec![NumberedEvent { n, at: Timestamp(world.now), event }];
         let ledger = LedgerId::parse("ledger-n1").unwrap();
         let payload = codec::encode(&topic, &Events { nonce: nonce.clone(), ledger, events }).unwrap();
-        world.feed(Event::Message { topic: topic.clone(), payload, by: Some(KEY) });
+        world.feed(Event::Message { topic: topic.clone(), payload, by: Some(KEY.into()) });
         world.feed(Event::Tick);
         world.now += 200;
         world.feed(Event::Tick);
@@ -644,8 +644,10 @@ fn a_node_of_another_version_is_refused_and_named() {
     let mut hello = |node: &NodeId| {
         let payload = br#"{"v":2,"body":{}}"#.to_vec();
         let topic = Topic::node(node, NodeTopic::Hello);
-        let effects =
-            world.controller.step(at(world.now), Event::Message { topic, payload, by: Some(KEY) }).effects;
+        let effects = world
+            .controller
+            .step(at(world.now), Event::Message { topic, payload, by: Some(KEY.into()) })
+            .effects;
         let notes = effects.into_iter().filter_map(|effect| match effect {
             Effect::Note(note) => Some(note.to_string()),
             _ => None,
@@ -674,7 +676,7 @@ fn an_event_of_a_newer_agent_is_acknowledged() {
     let payload = String::from_utf8(payload).unwrap().replace("\"unknown\"", r#"{"weather":{}}"#);
     let step = world
         .controller
-        .step(at(world.now), Event::Message { topic, payload: payload.into_bytes(), by: Some(KEY) });
+        .step(at(world.now), Event::Message { topic, payload: payload.into_bytes(), by: Some(KEY.into()) });
     assert_eq!(world.controller.counters().refused["unknown-event"], 1);
     let acked = step.writes.iter().find(|write| write.key == "outbox/n1").expect("the outbox moves on");
     let acked: serde_json::Value = serde_json::from_slice(acked.value.as_deref().unwrap()).unwrap();

@@ -519,7 +519,7 @@ impl World {
     ) -> Vec<Lease> {
         let topic = Topic::node(node, kind);
         let payload = codec::encode(&topic, message).unwrap();
-        let step = self.controller.step(at(self.now), Event::Message { topic, payload, by: Some(by) });
+        let step = self.controller.step(at(self.now), Event::Message { topic, payload, by: Some(by.into()) });
         let lease = |effect: Effect| match effect {
             Effect::Publish {
                 topic: topic @ Topic::Node { kind: NodeTopic::Lease, .. }, payload, ..
@@ -583,7 +583,7 @@ impl World {
                 let node = node.clone();
                 match kind {
                     NodeTopic::Hello | NodeTopic::Heartbeat | NodeTopic::Event | NodeTopic::Bye => {
-                        self.feed(Event::Message { topic, payload, by: Some(KEY) });
+                        self.feed(Event::Message { topic, payload, by: Some(KEY.into()) });
                     }
                     NodeTopic::Desired => self.desired(&node, codec::decode(&topic, &payload).unwrap()),
                     NodeTopic::Lease => self.lease(&node, codec::decode(&topic, &payload).unwrap()),

@@ -1,11 +1,13 @@
 //! How machines and people come to belong to the cluster, and how they leave, over HTTPS: invitations, certificates. Who
 //! may do what, the client's certificate says, or the token of an invitation.
 
+use std::net::IpAddr;
+
 use berth_protocol::ids::{ClusterName, NodeId, UserName};
-use berth_protocol::join::{InvitationId, Invited, JoinRequest, JoinToken, Membership, Secret};
+use berth_protocol::join::{InvitationId, Invited, JoinRequest, JoinToken, Membership, Secret, UserChange};
 use berth_protocol::limits::INVITATION_MS;
 use berth_protocol::sign::PublicKey;
-use berth_protocol::tls::{Party, Peer};
+use berth_protocol::tls::Party;
 use berth_protocol::units::Millis;
 use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
@@ -13,8 +15,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::oneshot;
 
-use super::{Answer, INQUIRY_TIMEOUT, Inquiry, Service, clock, saved, text};
-use crate::core::members::{Invitation, NotJoined, NotRemoved};
+use super::{Answer, INQUIRY_TIMEOUT, Inquiry, NotInvited, Service, Visitor, clock, saved, text};
+use crate::core::Actor;
+use crate::core::members::{Invitation, NotGranted, NotJoined, NotRemoved};
 use crate::io::ca::{self, Ca, CaError};
 use crate::io::front::Tls;
 use crate::io::random;
@@ -66,7 +69,8 @@ pub(super) enum Route {
     Invitations,
     Invitation(InvitationId),
     Members,
-    Member(Party),
+    Node(NodeId),
+    User(UserName),
 }
 
 impl Route {
@@ -77,8 +81,8 @@ impl Route {
             ["v1", "invitations"] => Self::Invitations,
             ["v1", "invitations", id] => Self::Invitation(id.parse().ok()?),
             ["v1", "members"] => Self::Members,
-            ["v1", "nodes", node] => Self::Member(Party::Node(NodeId::parse(node).ok()?)),
-            ["v1", "users", user] => Self::Member(Party::User(UserName::parse(user).ok()?)),
+            ["v1", "nodes", node] => Self::Node(NodeId::parse(node).ok()?),
+            ["v1", "users", user] => Self::User(UserName::parse(user).ok()?),
             _ => return None,
         })
     }
@@ -98,47 +102,74 @@ fn json_answer<T: Serialize>(status: StatusCode, value: &T) -> Answer {
 }
 
 impl Service {
-    pub(super) async fn members(
-        &self,
-        route: Route,
-        request: Request<Incoming>,
-        peer: Option<Peer>,
-    ) -> Answer {
+    pub(super) async fn members(&self, route: Route, request: Request<Incoming>, visitor: Visitor) -> Answer {
         let Some(hall) = &self.hall else {
             return text(
                 StatusCode::NOT_FOUND,
                 "this controller runs with --dev: everybody belongs, and nobody needs a token",
             );
         };
-        let member = peer.filter(|peer| hall.tls.members.knows(peer));
         let method = request.method().clone();
-        match (&route, &method, member) {
-            (Route::Join, &Method::POST, _) => self.join(hall, request).await,
-            (_, _, None) => self.no_member(),
-            (Route::Renew, &Method::POST, Some(peer)) => self.certificate(hall, &peer.party, &peer.key),
-            (_, _, Some(peer)) if !hall.tls.members.is_admin(&peer) => {
-                self.refusals.refuse("role", format_args!("{} what admins may", peer.party));
-                text(StatusCode::FORBIDDEN, format!("{} is no admin of this cluster", peer.party))
+        if let (Route::Join, &Method::POST) = (&route, &method) {
+            return self.join(hall, request, visitor.from).await;
+        }
+        let Some(peer) = visitor.peer.filter(|peer| hall.tls.members.knows(peer)) else {
+            self.refusals.refuse("stranger", format_args!("a request without a member's certificate"));
+            return text(StatusCode::UNAUTHORIZED, "this takes the certificate of a member of the cluster");
+        };
+        let by = Actor { party: Some(peer.party.clone()), from: visitor.from };
+        match (&route, &method) {
+            (Route::Renew, &Method::POST) => return self.certificate(hall, &peer.party, &peer.key),
+            // Whom, and to what, the core knows who may.
+            (Route::Invitations, &Method::POST) => return self.invite(hall, by, request).await,
+            (Route::User(user), &Method::POST) => return self.set(by, user.clone(), request).await,
+            (Route::Members, &Method::GET) => {
+                return json_answer(StatusCode::OK, &hall.tls.members.told_to(&peer));
             }
-            (Route::Invitations, &Method::POST, Some(_)) => self.invite(hall, request).await,
-            (Route::Invitations, &Method::GET, Some(_)) => match self.ask(Inquiry::Invitations).await {
+            _ => {}
+        }
+        if !hall.tls.members.is_admin(&peer) {
+            let why = format!("{} is no admin of this cluster", peer.party);
+            return self.not_granted(by, "manage", "the cluster".to_owned(), &why).await;
+        }
+        match (&route, &method) {
+            (Route::Invitations, &Method::GET) => match self.ask(Inquiry::Invitations).await {
                 Some(open) => json_answer(StatusCode::OK, &open),
                 None => busy(),
             },
-            (Route::Members, &Method::GET, Some(_)) => json_answer(StatusCode::OK, &hall.tls.members.list()),
-            (Route::Invitation(id), &Method::DELETE, Some(_)) => self.uninvite(*id).await,
-            (Route::Member(party), &Method::DELETE, Some(_)) => self.remove(party.clone()).await,
+            (Route::Invitation(id), &Method::DELETE) => self.uninvite(by, *id).await,
+            (Route::Node(node), &Method::DELETE) => self.remove(by, Party::Node(node.clone())).await,
+            (Route::User(user), &Method::DELETE) => self.remove(by, Party::User(user.clone())).await,
             _ => text(StatusCode::METHOD_NOT_ALLOWED, "this is not done that way"),
         }
     }
 
-    fn no_member(&self) -> Answer {
-        self.refusals.refuse("stranger", format_args!("a request without a member's certificate"));
-        text(StatusCode::UNAUTHORIZED, "this takes the certificate of a member of the cluster")
+    async fn not_granted(&self, by: Actor, what: &'static str, on: String, why: &str) -> Answer {
+        self.refusals.refuse("role", format_args!("{}: {why}", what));
+        let refused = Inquiry::Refused { by, what, on, why: why.to_owned() };
+        let _ = tokio::time::timeout(INQUIRY_TIMEOUT, self.inquiries.send(refused)).await;
+        text(StatusCode::FORBIDDEN, why)
     }
 
-    async fn uninvite(&self, id: InvitationId) -> Answer {
-        match self.ask(|reply| Inquiry::Uninvite { id, reply }).await {
+    async fn set(&self, by: Actor, user: UserName, request: Request<Incoming>) -> Answer {
+        let change: UserChange = match self.whole_json(request).await {
+            Ok(change) => change,
+            Err(answer) => return answer,
+        };
+        let (actor, on) = (by.clone(), format!("user {user}"));
+        match self.ask(|reply| Inquiry::Set { by, user, change, reply }).await {
+            Some(Ok(())) => json_answer(StatusCode::OK, &json!({})),
+            Some(Err(why @ NotGranted::Unknown(_))) => text(StatusCode::NOT_FOUND, why.to_string()),
+            Some(Err(why @ (NotGranted::TooMany | NotGranted::LastAdmin(_)))) => {
+                text(StatusCode::CONFLICT, why.to_string())
+            }
+            Some(Err(why)) => self.not_granted(actor, "set", on, &why.to_string()).await,
+            None => busy(),
+        }
+    }
+
+    async fn uninvite(&self, by: Actor, id: InvitationId) -> Answer {
+        match self.ask(|reply| Inquiry::Uninvite { by, id, reply }).await {
             Some(true) => json_answer(StatusCode::OK, &json!({})),
             Some(false) => {
                 text(StatusCode::NOT_FOUND, format!("there is no token {id}: it may be used or expired"))
@@ -147,8 +178,8 @@ impl Service {
         }
     }
 
-    async fn remove(&self, party: Party) -> Answer {
-        match self.ask(|reply| Inquiry::Remove { party, reply }).await {
+    async fn remove(&self, by: Actor, party: Party) -> Answer {
+        match self.ask(|reply| Inquiry::Remove { by, party, reply }).await {
             Some(Ok(())) => json_answer(StatusCode::OK, &json!({})),
             Some(Err(why @ NotRemoved::Unknown(_))) => text(StatusCode::NOT_FOUND, why.to_string()),
             Some(Err(why @ NotRemoved::LastAdmin(_))) => text(StatusCode::CONFLICT, why.to_string()),
@@ -156,7 +187,7 @@ impl Service {
         }
     }
 
-    async fn invite(&self, hall: &Hall, request: Request<Incoming>) -> Answer {
+    async fn invite(&self, hall: &Hall, by: Actor, request: Request<Incoming>) -> Answer {
         let asked: Invite = match self.whole_json(request).await {
             Ok(asked) => asked,
             Err(answer) => return answer,
@@ -167,9 +198,9 @@ impl Service {
         };
         let (id, secret) = (InvitationId::from_bytes(id), Secret::from_bytes(secret));
         let invitation = Invitation::new(secret.digest(), asked.who, clock::now(), life);
-        let expires = invitation.expires;
-        match self.ask(|reply| Inquiry::Invite { id, invitation, reply }).await {
-            Some(true) => {
+        let (expires, actor) = (invitation.expires, by.clone());
+        match self.ask(|reply| Inquiry::Invite { by, id, invitation, reply }).await {
+            Some(Ok(())) => {
                 let controller = hall.about.url.trim_start_matches("https://").to_owned();
                 let token = JoinToken { ca: hall.ca.key(), id, secret, controller };
                 json_answer(
@@ -177,24 +208,30 @@ impl Service {
                     &json!({"token": token.to_string(), "id": id, "expires": expires}),
                 )
             }
-            Some(false) => text(
-                StatusCode::TOO_MANY_REQUESTS,
-                "there are too many open tokens already: let them expire, or revoke some",
-            ),
+            Some(Err(why @ NotInvited::TooMany)) => text(StatusCode::TOO_MANY_REQUESTS, why.to_string()),
+            Some(Err(NotInvited::NotGranted(why @ NotGranted::TooMany))) => {
+                text(StatusCode::CONFLICT, why.to_string())
+            }
+            Some(Err(why)) => {
+                self.not_granted(actor, "invite", "somebody".to_owned(), &why.to_string()).await
+            }
             None => busy(),
         }
     }
 
-    async fn join(&self, hall: &Hall, request: Request<Incoming>) -> Answer {
+    async fn join(&self, hall: &Hall, request: Request<Incoming>, from: Option<IpAddr>) -> Answer {
         let request: JoinRequest = match self.whole_json(request).await {
             Ok(request) => request,
             Err(answer) => return answer,
         };
-        let key = request.key;
-        match self.ask(|reply| Inquiry::Join { request: Box::new(request), reply }).await {
+        let (key, on) = (request.key, format!("token {}", request.id));
+        match self.ask(|reply| Inquiry::Join { from, request: Box::new(request), reply }).await {
             Some(Ok(party)) => self.certificate(hall, &party, &key),
             Some(Err(why)) => {
                 self.refusals.refuse("join", format_args!("one to join: {why}"));
+                let by = Actor { party: None, from };
+                let refused = Inquiry::Refused { by, what: "join", on, why: why.to_string() };
+                let _ = tokio::time::timeout(INQUIRY_TIMEOUT, self.inquiries.send(refused)).await;
                 let status = match why {
                     NotJoined::NotInvited | NotJoined::Unproven => StatusCode::UNAUTHORIZED,
                     NotJoined::Full => StatusCode::INSUFFICIENT_STORAGE,

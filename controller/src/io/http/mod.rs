@@ -1,22 +1,21 @@
 //! The controller's HTTP: `/healthz`, `/metrics`, and the depot behind its tokens. It moves bytes and checks tokens;
 //! how the controller is, it asks the loop.
 
+mod inquiry;
 mod members;
 mod saved;
 
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use berth_protocol::chunk::GrantRequest;
-use berth_protocol::ids::{Digest, Epoch, JobUid, NodeId};
-use berth_protocol::join::{InvitationId, InvitationStatus, JoinRequest};
+use berth_protocol::ids::{Digest, Epoch, JobUid};
 use berth_protocol::limits::{OUTPUT_BYTES_MAX, WORKSPACE_BYTES_MAX};
-use berth_protocol::tls::{Party, Peer};
+use berth_protocol::tls::Peer;
 use berth_protocol::token::{self, Scope};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, combinators::UnsyncBoxBody};
@@ -34,8 +33,6 @@ use super::clock;
 use super::depot::{Depot, DepotError, Item};
 use super::front::{self, Tls};
 use super::metrics::{self, Refusals};
-use crate::core::members::{Invitation, NotJoined, NotRemoved};
-use crate::core::{Counters, Granted, Imported};
 
 const CONNECTIONS_MAX: usize = 256;
 const PACKS_MAX: usize = 4;
@@ -55,55 +52,15 @@ pub struct HttpError {
     source: io::Error,
 }
 
+pub use self::inquiry::{Inquiry, NotInvited, Report};
 pub use self::members::{About, Hall};
 
-/// How the controller is, as its loop says.
-#[derive(Debug)]
-pub struct Report {
-    pub bus_up: bool,
-    pub counters: Counters,
-    /// Of all chunks of checkpoints, and how many checkpoints there are.
-    pub depot_bytes: u64,
-    pub depot_checkpoints: u64,
-}
-
-/// A question to the loop.
-#[derive(Debug)]
-pub enum Inquiry {
-    Report(oneshot::Sender<Report>),
-    /// May this node save or load this pod?
-    Grant {
-        node: NodeId,
-        asked: GrantRequest,
-        reply: oneshot::Sender<Option<Granted>>,
-    },
-    /// A checkpoint that came from elsewhere is in the depot; answered once it is recorded.
-    Import {
-        imported: Box<Imported>,
-        reply: oneshot::Sender<()>,
-    },
-    /// Answered once it is recorded; false: there are too many.
-    Invite {
-        id: InvitationId,
-        invitation: Invitation,
-        reply: oneshot::Sender<bool>,
-    },
-    Invitations(oneshot::Sender<Vec<InvitationStatus>>),
-    /// Answered once it is recorded that it belongs, as whom, or why it does not.
-    Join {
-        request: Box<JoinRequest>,
-        reply: oneshot::Sender<Result<Party, NotJoined>>,
-    },
-    /// Answered once it is recorded; false: there is none such.
-    Uninvite {
-        id: InvitationId,
-        reply: oneshot::Sender<bool>,
-    },
-    /// Answered once it is recorded, or why it stays.
-    Remove {
-        party: Party,
-        reply: oneshot::Sender<Result<(), NotRemoved>>,
-    },
+/// Who is at the other end of a connection.
+#[derive(Debug, Clone, Default)]
+struct Visitor {
+    /// As its certificate says, if it showed one.
+    peer: Option<Peer>,
+    from: Option<IpAddr>,
 }
 
 /// Who serves.
@@ -234,38 +191,40 @@ fn put_bytes_max(scope: &Scope, item: &Item) -> Option<u64> {
         (Scope::Node(_), Item::Blob(_)) => Some(OUTPUT_BYTES_MAX),
         (Scope::Node(_), Item::Log { .. }) => Some(LOG_BYTES_MAX),
         (Scope::Namespace(_), Item::Blob(_)) => Some(WORKSPACE_BYTES_MAX),
-        (Scope::Namespace(_), Item::Log { .. }) | (Scope::Save { .. } | Scope::Load { .. }, _) => None,
+        (Scope::Namespace(_), Item::Log { .. })
+        | (Scope::View(_) | Scope::Save { .. } | Scope::Load { .. }, _) => None,
     }
 }
 
 // Whose job a log is of, the depot does not know; ids of jobs are not to be guessed.
 fn may_get(scope: &Scope, item: &Item) -> bool {
-    matches!((scope, item), (Scope::Namespace(_), _) | (Scope::Node(_), Item::Blob(_)))
+    matches!((scope, item), (Scope::Namespace(_) | Scope::View(_), _) | (Scope::Node(_), Item::Blob(_)))
 }
 
 impl Service {
     async fn serve(self: Arc<Self>, stream: TcpStream) {
         let _ = stream.set_nodelay(true);
+        let from = stream.peer_addr().ok().map(|address| address.ip());
         let Some(Tls { config, .. }) = self.hall.as_ref().map(|hall| &hall.tls) else {
-            return self.converse(stream, None).await;
+            return self.converse(stream, Visitor { peer: None, from }).await;
         };
         let accepted = TlsAcceptor::from(config.clone()).accept(stream);
         // One that knows another CA says so itself.
         if let Ok(Ok(stream)) = tokio::time::timeout(HEADER_TIMEOUT, accepted).await {
             let peer = front::peer(&stream);
-            self.converse(stream, peer).await;
+            self.converse(stream, Visitor { peer, from }).await;
         }
     }
 
     async fn converse(
         self: Arc<Self>,
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-        peer: Option<Peer>,
+        visitor: Visitor,
     ) {
         let io = TokioIo::new(Moving::new(stream));
         let service = hyper::service::service_fn(move |request| {
-            let (service, peer) = (self.clone(), peer.clone());
-            async move { Ok::<_, Infallible>(service.answer(request, peer).await) }
+            let (service, visitor) = (self.clone(), visitor.clone());
+            async move { Ok::<_, Infallible>(service.answer(request, visitor).await) }
         });
         // A peer that breaks off is no news.
         let _ = hyper::server::conn::http1::Builder::new()
@@ -276,20 +235,20 @@ impl Service {
             .await;
     }
 
-    async fn answer(self: &Arc<Self>, request: Request<Incoming>, peer: Option<Peer>) -> Answer {
+    async fn answer(self: &Arc<Self>, request: Request<Incoming>, visitor: Visitor) -> Answer {
         let Some(route) = Route::parse(request.uri().path()) else {
             return text(StatusCode::NOT_FOUND, "there is nothing here");
         };
         let reading = matches!(*request.method(), Method::GET | Method::HEAD);
         match route {
             Route::Health if reading => self.health().await,
-            Route::Metrics if reading && self.is_strange(peer.as_ref()) => {
+            Route::Metrics if reading && self.is_strange(visitor.peer.as_ref()) => {
                 text(StatusCode::UNAUTHORIZED, "this takes the certificate of a member of the cluster")
             }
             Route::Metrics if reading => self.metrics().await,
             Route::Item(item) => self.item(item, request).await,
             Route::Saved(route) => self.saved(route, request).await,
-            Route::Members(route) => self.members(route, request, peer).await,
+            Route::Members(route) => self.members(route, request, visitor).await,
             _ => text(StatusCode::METHOD_NOT_ALLOWED, "this can only be read"),
         }
     }

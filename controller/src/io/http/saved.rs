@@ -97,7 +97,7 @@ impl Service {
     fn may_load(&self, scope: &Scope, id: &Digest) -> bool {
         match scope {
             Scope::Load { checkpoint } => checkpoint == id,
-            Scope::Namespace(namespace) => {
+            Scope::Namespace(namespace) | Scope::View(namespace) => {
                 self.depot.manifest_namespace(id).is_none_or(|whose| whose == *namespace)
             }
             _ => false,

@@ -4,7 +4,8 @@
 //! leads holds by a lease, `journal/…` a transaction larger than etcd takes at once. Every write is compared with the
 //! revision at which the leader's key was made: a deposed leader writes nothing.
 
-use std::collections::BTreeMap;
+mod reading;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use tokio::time::Instant;
 
 use super::journal::{self, chunks};
 use super::seal::{seal, unseal};
-use super::{Contents, Entries, Identity, Op, StoreError, may_replace};
+use super::{Contents, Identity, Op, StoreError, may_replace};
 use crate::core::lead::{self, Tenure};
 use crate::io::clock;
 
@@ -39,8 +40,6 @@ const OPS_PER_TXN_MAX: usize = 120;
 const BYTES_PER_TXN_MAX: usize = 1 << 20;
 /// Transactions under way at once, where their order does not matter.
 const TXNS_AT_ONCE: usize = 8;
-/// Records asked for at once; fewer where they are large.
-const PAGE_RECORDS: i64 = 1_000;
 /// etcd keeps every revision until told otherwise.
 const COMPACT: Duration = Duration::from_secs(300);
 /// gRPC's own numbers of what passes: cancelled, unknown, deadline exceeded, unavailable.
@@ -95,15 +94,6 @@ impl Etcd {
 
     pub fn identity(&self) -> &Identity {
         &self.identity
-    }
-
-    pub async fn list(&self) -> Result<Entries, StoreError> {
-        Ok(self.etcd.entries().await?.into_iter().collect())
-    }
-
-    pub async fn contents(&self) -> Result<Contents, StoreError> {
-        let term = self.etcd.term().await?.0;
-        Ok(Contents { identity: self.identity.clone(), term, entries: self.list().await? })
     }
 
     pub async fn txn(&self, term: Term, ops: Vec<Op>) -> Result<(), StoreError> {
@@ -426,60 +416,6 @@ impl Members {
             let next = Duration::from_millis(clock::boottime().since(sent).0);
             tokio::time::sleep(RENEW.saturating_sub(next)).await;
         }
-    }
-
-    /// All records, as of one revision.
-    async fn entries(&self) -> Result<BTreeMap<String, Option<Vec<u8>>>, StoreError> {
-        let prefix = self.key("entry/");
-        // Behind every key of the prefix: `0` comes after `/`.
-        let end = self.key("entry0");
-        let mut entries = BTreeMap::new();
-        let (mut from, mut revision, mut limit) = (prefix.clone(), 0, PAGE_RECORDS);
-        loop {
-            let options = GetOptions::new().with_range(end.clone()).with_limit(limit).with_revision(revision);
-            let call =
-                async |client: Client| client.kv_client().get(from.clone(), Some(options.clone())).await;
-            let mut page = match self.insist("read from", Some(PATIENCE), call).await {
-                Err(StoreError::Etcd { source, .. }) if too_large(&source) && limit > 1 => {
-                    limit /= 2;
-                    continue;
-                }
-                page => page?,
-            };
-            revision = page
-                .header()
-                .map_or(revision, |header| if revision == 0 { header.revision() } else { revision });
-            let more = page.more();
-            for record in page.take_kvs() {
-                let Ok(key) = std::str::from_utf8(record.key()) else { continue };
-                let name = key.strip_prefix(&prefix).unwrap_or(key);
-                entries.insert(name.to_owned(), unseal(name, record.value()));
-                from = format!("{key}\0");
-            }
-            if !more {
-                break;
-            }
-        }
-        for op in self.journal(revision).await? {
-            match op {
-                Op::Put { key, value } => drop(entries.insert(key.clone(), unseal(&key, &value))),
-                Op::Delete { key } => drop(entries.remove(&key)),
-            }
-        }
-        Ok(entries)
-    }
-
-    /// A transaction that was written down whole and may not be carried out yet, as of a revision (0: now).
-    async fn journal(&self, revision: i64) -> Result<Vec<Op>, StoreError> {
-        let at = || GetOptions::new().with_revision(revision);
-        let Some(end) = self.get("journal/end", at(), Some(PATIENCE)).await? else { return Ok(Vec::new()) };
-        let count: usize = end.value_str().ok().and_then(|count| count.parse().ok()).unwrap_or_default();
-        let mut bytes = Vec::new();
-        for n in 0..count {
-            let part = self.get(&format!("journal/{n:06}"), at(), Some(PATIENCE)).await?;
-            bytes.extend_from_slice(part.as_ref().map(KeyValue::value).unwrap_or_default());
-        }
-        journal::decode(&bytes).ok_or_else(|| self.damaged("its journal is unreadable"))
     }
 }
 

@@ -20,6 +20,7 @@ pub use self::etcd::Etcd;
 pub use self::sqlite::{Sqlite, lock, replace, write};
 
 use super::random;
+use crate::core::AUDIT;
 
 /// Where the records are.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -211,11 +212,33 @@ impl Store {
         }
     }
 
-    /// All records.
+    /// All records but the audit log.
     pub async fn list(&self) -> Result<Entries, StoreError> {
         match self {
             Self::Embedded(store) => store.list().await,
             Self::Etcd(store, _) => store.list().await,
+        }
+    }
+
+    /// Entries of the audit log before a key, from the latest on, at most so many. One that is damaged is empty.
+    pub async fn audit(
+        &self,
+        before: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        // `0` comes after `/`.
+        let before = before.filter(|key| key.starts_with(AUDIT)).unwrap_or("audit0");
+        match self {
+            Self::Embedded(store) => store.audit(before, limit).await,
+            Self::Etcd(store, _) => store.audit(before, limit).await,
+        }
+    }
+
+    /// Lets entries of the audit log before a key go, not necessarily all at once.
+    pub async fn trim_audit(&self, before: &str) -> Result<(), StoreError> {
+        match self {
+            Self::Embedded(store) => store.trim_audit(before).await,
+            Self::Etcd(store, _) => store.trim_audit(before).await,
         }
     }
 

@@ -3,8 +3,10 @@
 //! One thread owns the connection. It commits whatever has queued as one transaction (group commit) and waits for
 //! nothing when idle. WAL with synchronous=FULL: what `txn` has answered survives a crash of the machine.
 
+mod whole;
+
 use std::fs::{DirBuilder, File, TryLockError};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::JoinHandle;
@@ -13,8 +15,9 @@ use berth_protocol::ids::Term;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Transaction, params};
 use tokio::sync::oneshot;
 
+pub use self::whole::{fill, read, replace, salvage, structure, write};
 use super::seal::{seal, unseal};
-use super::{Contents, Entries, Identity, Op, StoreError, may_replace};
+use super::{AUDIT, Entries, Identity, Op, StoreError};
 
 /// Transactions that one commit takes together.
 const GROUP_TXNS_MAX: usize = 256;
@@ -26,6 +29,10 @@ const PAGE_CACHE_KIB: i64 = 512;
 const LAYOUT: i64 = 2;
 const FILE: &str = "store.sqlite";
 const LOCK: &str = "lock";
+/// What is not needed to lead: it is read in pages, by those who ask.
+const NOT_AUDIT: &str = "key < 'audit/' OR key >= 'audit0'";
+/// Old entries that go at a time.
+const TRIMMED_MAX: usize = 10_000;
 /// Keys of `meta`.
 const IDENTITY: &str = "identity";
 const TERM: &str = "term";
@@ -40,6 +47,8 @@ type Reply<T> = oneshot::Sender<Result<T, StoreError>>;
 enum Request {
     Txn { term: Term, ops: Vec<Op>, reply: Reply<()> },
     List { reply: Reply<Entries> },
+    Audit { before: String, limit: usize, reply: Reply<Vec<(String, Vec<u8>)>> },
+    TrimAudit { before: String, reply: Reply<()> },
     Campaign { reply: Reply<Term> },
     Retire { term: Term, to: String, reply: Reply<()> },
 }
@@ -82,6 +91,14 @@ impl Sqlite {
         self.ask(|reply| Request::List { reply }).await
     }
 
+    pub async fn audit(&self, before: &str, limit: usize) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        self.ask(|reply| Request::Audit { before: before.to_owned(), limit, reply }).await
+    }
+
+    pub async fn trim_audit(&self, before: &str) -> Result<(), StoreError> {
+        self.ask(|reply| Request::TrimAudit { before: before.to_owned(), reply }).await
+    }
+
     pub async fn txn(&self, term: Term, ops: Vec<Op>) -> Result<(), StoreError> {
         self.ask(|reply| Request::Txn { term, ops, reply }).await
     }
@@ -119,86 +136,6 @@ impl Drop for Sqlite {
     }
 }
 
-/// What a store's file holds, read beside whoever writes to it.
-pub fn read(path: &Path) -> Result<Contents, StoreError> {
-    let failed = |source| sqlite("read", path, source);
-    let mut connection = existing(path)?;
-    check_layout(&connection, path, |found| found == LAYOUT)?;
-    // One transaction: one moment.
-    let transaction = connection.transaction().map_err(failed)?;
-    if let Some(to) = moved(&transaction, path)? {
-        return Err(StoreError::Moved { place: path.display().to_string(), to });
-    }
-    let identity = identity(&transaction, path)?;
-    let term = term(&transaction).map_err(failed)?.ok_or_else(|| damaged(path, "its term is unreadable"))?;
-    Ok(Contents { identity, term, entries: list(&transaction).map_err(failed)? })
-}
-
-/// A new file with these contents. What is damaged in them is left out.
-pub fn write(path: &Path, contents: &Contents) -> Result<(), StoreError> {
-    let failed = |source| sqlite("write", path, source);
-    let mut connection = connect(path)?;
-    let transaction = connection.transaction().map_err(failed)?;
-    create(&transaction, &contents.identity, contents.term).map_err(failed)?;
-    for (key, value) in &contents.entries {
-        let Some(value) = value else { continue };
-        put(&transaction, "entry", key, value).map_err(failed)?;
-    }
-    transaction.commit().map_err(failed)?;
-    // Everything into the one file: what is copied or renamed next is whole.
-    connection.pragma_update(None, "journal_mode", "DELETE").map_err(failed)
-}
-
-/// Puts `contents` in the place of a store that `may_replace` them. The caller has the directory's lock.
-pub fn fill(dir: &Path, contents: &Contents) -> Result<(), StoreError> {
-    let path = file(dir);
-    if path.exists() {
-        let connection = open(&path)?;
-        let term =
-            term(&connection).map_err(|source| sqlite("read", &path, source))?.unwrap_or(Term(u64::MAX));
-        let moved = moved(&connection, &path)?.is_some();
-        if !may_replace(&identity(&connection, &path)?, term, moved, contents) {
-            return Err(StoreError::Used { place: path.display().to_string() });
-        }
-    }
-    replace(dir, contents).map(drop)
-}
-
-/// What can be read of a damaged file. The caller has the directory's lock.
-pub fn salvage(path: &Path) -> Result<Contents, StoreError> {
-    let failed = |source| sqlite("read", path, source);
-    let connection = existing(path)?;
-    check_layout(&connection, path, |found| found == LAYOUT)?;
-    let identity = identity(&connection, path)?;
-    let term = term(&connection).map_err(failed)?.ok_or_else(|| damaged(path, "its term is unreadable"))?;
-    // From both ends up to the first page that cannot be read.
-    let mut entries = std::collections::BTreeMap::new();
-    for order in ["ASC", "DESC"] {
-        let mut statement = connection
-            .prepare(&format!("SELECT key, value FROM entry ORDER BY key {order}"))
-            .map_err(failed)?;
-        let mut rows = statement.query([]).map_err(failed)?;
-        while let Ok(Some(row)) = rows.next() {
-            let (Ok(key), Ok(stored)) = (row.get::<_, String>(0), row.get_ref(1)) else { continue };
-            let value = stored.as_bytes().ok().and_then(|stored| unseal(&key, stored));
-            entries.insert(key, value);
-        }
-    }
-    Ok(Contents { identity, term, entries: entries.into_iter().collect() })
-}
-
-/// The findings of SQLite's own check of the file's structure; none where it is sound.
-pub fn structure(path: &Path) -> Result<Vec<String>, StoreError> {
-    let failed = |source| sqlite("check", path, source);
-    let connection = existing(path)?;
-    let mut statement = connection.prepare("PRAGMA integrity_check(20)").map_err(failed)?;
-    let found: Result<Vec<String>, _> = statement.query_map([], |row| row.get(0)).map_err(failed)?.collect();
-    match found {
-        Ok(findings) => Ok(findings.into_iter().filter(|finding| finding != "ok").collect()),
-        Err(source) => Ok(vec![source.to_string()]),
-    }
-}
-
 /// Locks the data directory, which is made where missing.
 pub fn lock(dir: &Path) -> Result<File, StoreError> {
     // The store holds the keys, and both hold what jobs were told and said. What is above is for everybody to pass through.
@@ -211,34 +148,6 @@ pub fn lock(dir: &Path) -> Result<File, StoreError> {
         TryLockError::Error(source) => unusable(dir, source),
     })?;
     Ok(lock)
-}
-
-/// A file with these contents takes the place of the one that is there, which is kept under the name returned. The
-/// caller has the directory's lock.
-pub fn replace(dir: &Path, contents: &Contents) -> Result<Option<PathBuf>, StoreError> {
-    let (path, new) = (file(dir), dir.join("store.sqlite.new"));
-    let io = |source| unusable(dir, source);
-    if new.exists() {
-        std::fs::remove_file(&new).map_err(io)?;
-    }
-    write(&new, contents)?;
-    // Whoever restores may be root, and the controller another user.
-    let owner = std::fs::metadata(dir).map_err(io)?;
-    std::os::unix::fs::chown(&new, Some(owner.uid()), Some(owner.gid())).map_err(io)?;
-    let seconds =
-        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
-    let kept = format!("{FILE}.before-{seconds}");
-    // With its journal, which would be taken for the new one's.
-    for suffix in ["-wal", "-shm", ""] {
-        let from = dir.join(format!("{FILE}{suffix}"));
-        if from.exists() {
-            std::fs::rename(from, dir.join(format!("{kept}{suffix}"))).map_err(io)?;
-        }
-    }
-    std::fs::rename(&new, &path).map_err(io)?;
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(io)?;
-    let kept = dir.join(kept);
-    Ok(kept.exists().then_some(kept))
 }
 
 fn unusable(dir: &Path, source: std::io::Error) -> StoreError {
@@ -435,7 +344,16 @@ fn carry_out(transaction: &Transaction<'_>, request: Request) -> rusqlite::Resul
             apply(transaction, ops)?;
             answer(reply, Ok(()))
         }
-        Request::List { reply } => answer(reply, Ok(list(transaction)?)),
+        Request::List { reply } => answer(reply, Ok(select(transaction, NOT_AUDIT)?)),
+        Request::Audit { before, limit, reply } => answer(reply, Ok(audit(transaction, &before, limit)?)),
+        Request::TrimAudit { before, reply } => {
+            let old =
+                format!("SELECT key FROM entry WHERE key >= '{AUDIT}' AND key < ?1 LIMIT {TRIMMED_MAX}");
+            transaction
+                .prepare_cached(&format!("DELETE FROM entry WHERE key IN ({old})"))?
+                .execute([before])?;
+            answer(reply, Ok(()))
+        }
         Request::Campaign { reply } => answer(reply, campaign(transaction)?),
         Request::Retire { to, reply, .. } => {
             put(transaction, "meta", MOVED, to.as_bytes())?;
@@ -456,8 +374,33 @@ fn apply(transaction: &Transaction<'_>, ops: Vec<Op>) -> rusqlite::Result<()> {
     Ok(())
 }
 
+/// Everything, in the order of the keys.
 fn list(transaction: &Transaction<'_>) -> rusqlite::Result<Entries> {
-    let mut statement = transaction.prepare_cached("SELECT key, value FROM entry ORDER BY key")?;
+    select(transaction, "TRUE")
+}
+
+/// From the latest on.
+fn audit(
+    transaction: &Transaction<'_>,
+    before: &str,
+    limit: usize,
+) -> rusqlite::Result<Vec<(String, Vec<u8>)>> {
+    let mut statement = transaction.prepare_cached(&format!(
+        "SELECT key, value FROM entry WHERE key >= '{AUDIT}' AND key < ?1 ORDER BY key DESC LIMIT ?2"
+    ))?;
+    let rows = statement.query_map(params![before, limit], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    let rows: Vec<(String, Vec<u8>)> = rows.collect::<Result<_, _>>()?;
+    // One that is damaged stands there as it is, and says nothing.
+    let unsealed = |(key, stored): (String, Vec<u8>)| {
+        let value = unseal(&key, &stored).unwrap_or_default();
+        (key, value)
+    };
+    Ok(rows.into_iter().map(unsealed).collect())
+}
+
+fn select(transaction: &Transaction<'_>, which: &str) -> rusqlite::Result<Entries> {
+    let mut statement =
+        transaction.prepare_cached(&format!("SELECT key, value FROM entry WHERE {which} ORDER BY key"))?;
     let mut rows = statement.query([])?;
     let mut entries = Vec::new();
     while let Some(row) = rows.next()? {
