@@ -1,6 +1,7 @@
 //! The agent's loop: event → core → records on disk → actions. Everything else in `io` only feeds or serves it.
 
 mod found;
+mod launching;
 mod messages;
 mod preparing;
 mod stores;
@@ -23,7 +24,7 @@ use tokio::sync::mpsc;
 use crate::config::Config;
 use crate::core::departure::Leaves;
 use crate::core::ledger::PodKey;
-use crate::core::{Action, Agent, Event, Identity, Launch, Now};
+use crate::core::{Action, Agent, Event, Identity, Now};
 use crate::io::bus::Bus;
 use crate::io::identity::{self, Authority, BadCertificate, IdentityError, Shown};
 use crate::io::journal::{Journal, JournalError};
@@ -36,7 +37,7 @@ use crate::io::shims::Shims;
 use crate::io::{checkpoint, clock, departure, join, notify};
 use crate::shim;
 use crate::shim::cgroup::{Cgroup, CgroupError};
-use crate::task::{Order, Report, Task};
+use crate::task::{Order, Report};
 
 /// Events taken together before the disk is synced for all of them.
 const BATCH: usize = 64;
@@ -126,7 +127,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let mut probe = Probe::new(probe_config(&config, bridge.is_some())).await;
     let random = || clock::random_token().map_err(RunError::Random);
     let nonce = SessionNonce::parse(&random()?[..16])?;
-    let preparer = Arc::new(Preparer::open(&config).map_err(RunError::Images)?);
+    let preparer = Arc::new(Preparer::open(&config, shown.clone()).map_err(RunError::Images)?);
     let chunks = match config.listen_chunks {
         Some(address) => Some(
             preparer
@@ -418,7 +419,10 @@ impl Agency {
                     self.store_checkpoint(key, run, spec, *saved);
                 }
                 Action::KeepCheckpoint { key, level, id } => self.keep_checkpoint(&key, level, &id),
-                Action::Drop { key } => self.shims.drop_pod(&key),
+                Action::Drop { key } => {
+                    self.preparer.secrets.forget(&key);
+                    self.shims.drop_pod(&key);
+                }
                 Action::Depot(access) => self.depot = Some(access),
                 Action::Warn(text) => tracing::warn!("{text}"),
             }
@@ -453,48 +457,5 @@ impl Agency {
 
     fn cgroup_parent(&self) -> PathBuf {
         found::cgroup_parent(&self.config)
-    }
-
-    fn launch(&mut self, launch: Launch) {
-        let (key, run) = (launch.key.clone(), launch.run);
-        if let Err(why) = self.try_launch(launch) {
-            tracing::warn!("pod {key} did not start: {why}");
-            self.shims.failed(key, run, why);
-        }
-    }
-
-    fn try_launch(&mut self, launch: Launch) -> Result<(), String> {
-        let Launch { key, run, template, prepared, gpus, slot, restarts, restore } = launch;
-        let network = match (&self.bridge, slot) {
-            (Some(bridge), Some(index)) => {
-                let index = u8::try_from(index).unwrap_or(u8::MAX);
-                let address = network::address(bridge.slot(), index, network::name_servers());
-                Some(address.ok_or("no address is free on the pods' bridge")?)
-            }
-            _ => None,
-        };
-        let task = Task {
-            node: self.config.node.clone(),
-            pod: key.pod.clone(),
-            epoch: key.epoch,
-            run,
-            roots: prepared.roots,
-            volumes: prepared.volumes,
-            workspace: prepared.workspace,
-            devices: self.probe.grants(&gpus).map_err(|error| error.to_string())?,
-            network,
-            cgroup_parent: self.cgroup_parent(),
-            log_bytes_max: self.config.log_bytes_max,
-            criu: self.criu.as_ref().map(|criu| criu.path.clone()),
-            restore,
-            restarts,
-            scratch_bytes_max: self.config.scratch_bytes_max,
-            template,
-        };
-        self.shims.launch(&key, task).map_err(|error| error.to_string())?;
-        if self.followers.wants(&key) {
-            self.shims.order(&key, Order::Follow { follow: true });
-        }
-        Ok(())
     }
 }

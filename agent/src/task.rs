@@ -296,6 +296,8 @@ pub mod file {
     pub const NETNS: &str = "run/netns";
     /// What containers see as `/run/berth`.
     pub const BERTH_DIR: &str = "run/berth";
+    /// Secrets, by name.
+    pub const SECRETS_DIR: &str = "run/secrets";
     /// In it: facts that may change, a word that the pod is to save itself, and the checkpoint directory.
     pub const POD: &str = "pod.json";
     pub const SAVE: &str = "save";

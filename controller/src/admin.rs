@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use berth_protocol::ids::{ClusterName, Term};
 use clap::{Args, Subcommand};
 
+use crate::broker_config::{BrokerConfig, BrokerConfigError};
 use crate::config::{ConfigError, Place};
 use crate::core::{LoadError, SetAside, restored};
 use crate::init::{Init, InitError};
@@ -16,6 +17,8 @@ use crate::io::store::{self, Contents, Op, Store, StoreChoice, StoreError};
 pub enum Admin {
     /// Set up a cluster whose members have certificates: keys, configuration, the first admin
     Init(Box<Init>),
+    /// Write what a broker that is not the controller's needs to let members in: configuration, access rules, certificate
+    BrokerConfig(Box<BrokerConfig>),
     /// Check every record of the store; it may be in use
     Fsck {
         #[command(flatten)]
@@ -54,6 +57,8 @@ pub enum AdminError {
     #[error(transparent)]
     Init(#[from] InitError),
     #[error(transparent)]
+    BrokerConfig(#[from] BrokerConfigError),
+    #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -84,6 +89,7 @@ impl Admin {
     pub async fn run(self) -> Result<(String, bool), AdminError> {
         match self {
             Self::Init(init) => Ok((init.run().await?, true)),
+            Self::BrokerConfig(config) => Ok((config.run().await?, true)),
             Self::Fsck { place, repair } => {
                 let (choice, dir, cluster) = place.resolve()?;
                 if repair { fix(&choice, &dir, &cluster).await } else { check(&choice, &dir, &cluster).await }

@@ -19,6 +19,7 @@ pub mod pod;
 pub mod request;
 pub mod resources;
 pub mod rule;
+pub mod secret;
 pub mod sign;
 pub mod tls;
 pub mod token;

@@ -143,6 +143,12 @@ pub const MEMBERS_MAX: usize = 50_000;
 pub const ROLES_MAX: usize = 64;
 /// How far the time of a signed request may be from the controller's.
 pub const REQUEST_AGE_MS_MAX: u64 = 10 * 60 * 1_000;
+/// A secret's value.
+pub const SECRET_BYTES_MAX: usize = 64 * 1024;
+/// Of all of a cluster's.
+pub const SECRETS_BYTES_MAX: usize = 32 * 1024 * 1024;
+/// Of all that one pod mounts: its supervisor keeps them in memory.
+pub const POD_SECRETS_BYTES_MAX: usize = 1024 * 1024;
 /// Invitations that may be open at once.
 pub const INVITATIONS_MAX: usize = 1_000;
 /// How long one may be taken, where nothing else is said.

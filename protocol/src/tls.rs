@@ -24,13 +24,16 @@ use crate::sign::{Key, PublicKey};
 /// `.internal` is nobody's in the public DNS, for good. Nothing resolves these names.
 const ZONE: &str = "berth.internal";
 const CONTROLLER: &str = "controller.berth.internal";
+const BROKER: &str = "broker.berth.internal";
 
 /// Who a certificate is for. As text, and as a certificate's common name, which brokers take for a user's name:
-/// `berth:controller`, a node's name alone, `user:NAME`.
+/// `berth:controller`, `berth:broker`, a node's name alone, `user:NAME`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Party {
     Controller,
+    /// One that is not the controller's own.
+    Broker,
     Node(NodeId),
     User(UserName),
 }
@@ -40,14 +43,17 @@ impl Party {
     pub fn dns_name(&self) -> String {
         match self {
             Self::Controller => CONTROLLER.to_owned(),
+            Self::Broker => BROKER.to_owned(),
             Self::Node(node) => format!("{node}.node.{ZONE}"),
             Self::User(user) => format!("{user}.user.{ZONE}"),
         }
     }
 
     fn from_dns_name(name: &str) -> Option<Self> {
-        if name == CONTROLLER {
-            return Some(Self::Controller);
+        match name {
+            CONTROLLER => return Some(Self::Controller),
+            BROKER => return Some(Self::Broker),
+            _ => {}
         }
         let (name, kind) = name.strip_suffix(ZONE)?.strip_suffix('.')?.split_once('.')?;
         match kind {
@@ -62,6 +68,7 @@ impl fmt::Display for Party {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Controller => f.write_str("berth:controller"),
+            Self::Broker => f.write_str("berth:broker"),
             Self::Node(node) => f.write_str(node.as_str()),
             Self::User(user) => write!(f, "user:{user}"),
         }
@@ -74,6 +81,7 @@ impl FromStr for Party {
     fn from_str(text: &str) -> Result<Self, IdError> {
         match text.strip_prefix("user:") {
             _ if text == "berth:controller" => Ok(Self::Controller),
+            _ if text == "berth:broker" => Ok(Self::Broker),
             Some(user) => UserName::parse(user).map(Self::User),
             None => NodeId::parse(text).map(Self::Node),
         }
@@ -260,6 +268,7 @@ mod tests {
     fn parties_have_one_name_each() {
         let all = [
             (Party::Controller, "berth:controller", "controller.berth.internal"),
+            (Party::Broker, "berth:broker", "broker.berth.internal"),
             (
                 Party::Node(NodeId::parse("controller").unwrap()),
                 "controller",

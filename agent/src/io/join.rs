@@ -6,10 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use berth_protocol::ids::NodeId;
+use berth_protocol::broker::BrokerUrl;
+use berth_protocol::codec;
+use berth_protocol::ids::{NodeId, SessionNonce};
 use berth_protocol::join::{JoinRequest, JoinToken, Membership};
-use berth_protocol::sign::Key;
+use berth_protocol::message::node::{Heartbeat, Lease};
+use berth_protocol::sign::{Key, Signer};
 use berth_protocol::tls::{Party, is_of_ca, joining};
+use berth_protocol::topic::{NodeTopic, Topic};
 use berth_protocol::units::Millis;
 use bytes::Bytes;
 use clap::Parser;
@@ -18,7 +22,9 @@ use hyper::{Method, Request};
 use rustls::ClientConfig;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
+use tokio::sync::mpsc;
 
+use super::bus::{Bus, BusEvent};
 use super::clock;
 use super::http;
 use super::identity::{self, Shown};
@@ -30,6 +36,10 @@ const ANSWER_BYTES_MAX: usize = 64 * 1024;
 const RENEWED_BEFORE: Millis = Millis(10 * 86_400_000);
 /// How often that is looked at, and tried again.
 const LOOK: Duration = Duration::from_secs(3600);
+/// How long the way through the broker is looked for, and how often it is tried again.
+const PROBED_WITHIN: Duration = Duration::from_secs(10);
+const PROBED_AGAIN: Duration = Duration::from_secs(2);
+const PROBE_EVENTS: usize = 16;
 const UNIT: &str = "berth-agent.service";
 
 /// Show a controller's token, once, and belong to its cluster.
@@ -93,12 +103,58 @@ async fn join(args: Args) -> Result<String> {
         bail!("the token is for a user: `berth login TOKEN`");
     };
     identity::keep_membership(&data_dir, &membership)?;
+    if let Err(why) = probe(&data_dir, &membership, node).await {
+        eprintln!("berth-agent: {why:#}");
+    }
     let told = format!("this machine is {node} of the cluster {}", membership.cluster);
     Ok(match start_unit(&data_dir) {
         Some(Ok(())) => format!("{told}; {UNIT} is enabled and runs"),
         Some(Err(why)) => format!("{told}; {UNIT} does not start: {why}"),
         None => format!("{told}; start it: berth-agent --data-dir {}", data_dir.display()),
     })
+}
+
+/// Says whether the controller hears this node through the broker, and is heard: brokers acknowledge what their rules then
+/// drop, and grant subscriptions that they never serve.
+async fn probe(data_dir: &Path, membership: &Membership, node: &NodeId) -> Result<()> {
+    let key = identity::key(data_dir)?;
+    let (broker, cluster) = (&membership.broker, &membership.cluster);
+    let shown = Arc::new(Shown::new(membership, &key)?);
+    let nonce = SessionNonce::parse(&format!("probe-{}-{}", std::process::id(), clock::now().boot.0))?;
+    let (events, mut heard) = mpsc::channel(PROBE_EVENTS);
+    let signer = Signer::new(cluster.clone(), key);
+    let bus = Bus::connect(&BrokerUrl::parse(broker)?, node, &nonce, signer, Some(shown), events);
+    let (beats, lease) = (Topic::node(node, NodeTopic::Heartbeat), Topic::node(node, NodeTopic::Lease));
+    // Of no session that the controller knows: it grants nothing, and asks this one to say hello.
+    let beat = Heartbeat::probe(nonce.clone(), clock::now().boot);
+    let until = tokio::time::Instant::now() + PROBED_WITHIN;
+    while tokio::time::Instant::now() < until {
+        bus.publish(&beats, &beat);
+        let again = until.min(tokio::time::Instant::now() + PROBED_AGAIN);
+        while let Ok(Some(event)) = tokio::time::timeout_at(again, heard.recv()).await {
+            match event {
+                BusEvent::Message { topic, payload } if topic == lease => {
+                    if codec::decode::<Lease>(&topic, &payload).is_ok_and(|lease| lease.nonce == nonce) {
+                        bus.disconnect();
+                        return Ok(());
+                    }
+                }
+                BusEvent::Up => break,
+                BusEvent::Message { .. } | BusEvent::Down => {}
+            }
+        }
+    }
+    let top = format!("berth/v1/{cluster}/nodes/{node}");
+    if bus.is_up() {
+        bail!(
+            "the controller does not hear {node} through the broker {broker}, or is not heard: do its rules let {node} say \
+             {top}/heartbeat and hear {top}/lease? (for Mosquitto `berth-controller broker-config mosquitto` writes them)"
+        );
+    }
+    bail!(
+        "the broker {broker} cannot be reached from here, or does not let {node} in, or not hear {top}/lease: is that its \
+         address, and are its rules those of the cluster? (for Mosquitto `berth-controller broker-config mosquitto` writes them)"
+    )
 }
 
 /// Enables and starts the service, where there is one for this directory.

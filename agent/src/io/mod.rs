@@ -17,5 +17,6 @@ pub mod notify;
 pub mod outputs;
 pub mod prepare;
 pub mod probe;
+pub mod secrets;
 pub mod shims;
 pub mod usage;

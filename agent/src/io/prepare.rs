@@ -25,6 +25,7 @@ use tokio::sync::watch;
 use super::checkpoint;
 use super::depot;
 use super::image::{ImageError, ImageRecord, ImageRef, ImageStore, RegistryConfig, StoreConfig};
+use super::secrets::Secrets;
 use super::shims;
 use crate::config::Config;
 use crate::core::ledger::PodKey;
@@ -45,6 +46,7 @@ const FREE_PAUSE: Duration = Duration::from_millis(10);
 const WORKSPACE_UNPACK_MAX: Duration = Duration::from_secs(300);
 
 pub struct Preparer {
+    pub secrets: Secrets,
     images: ImageStore,
     data_dir: PathBuf,
     host_image: bool,
@@ -72,7 +74,8 @@ impl From<ImageError> for Unready {
 }
 
 impl Preparer {
-    pub fn open(config: &Config) -> io::Result<Self> {
+    /// `shown`: by which the controller knows this node.
+    pub fn open(config: &Config, shown: Option<Arc<Shown>>) -> io::Result<Self> {
         let registry = RegistryConfig {
             mirrors: config.mirrors.clone(),
             insecure: config.insecure.clone(),
@@ -88,6 +91,7 @@ impl Preparer {
         };
         Ok(Self {
             images: ImageStore::open(&config.data_dir.join("images"), store)?,
+            secrets: Secrets::new(shown),
             data_dir: config.data_dir.clone(),
             fetching: <[Mutex<()>; 16]>::default(),
             host_image: config.host_image,
@@ -241,6 +245,7 @@ impl Preparer {
             Some(workspace) => Some(self.workspace(workspace, depot).await?),
             None => None,
         };
+        self.secrets.bring(key, template, depot).await?;
         Ok(Prepared { roots, volumes, workspace, restore: false })
     }
 
@@ -253,11 +258,6 @@ impl Preparer {
                     "this node grants no capability {name}; its agent would with --allow-capability {name}"
                 );
                 return Err(unready("CapabilityForbidden", message, false));
-            }
-            if let Some(secret) = container.secrets.first() {
-                let message =
-                    format!("secret {} cannot be mounted: this version delivers no secrets", secret.name);
-                return Err(Unready { elsewhere: false, ..unready("SecretsUnsupported", message, false) });
             }
         }
         Ok(())

@@ -10,6 +10,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use berth_protocol::ids::Run;
+use berth_protocol::secret::SecretValues;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
@@ -18,6 +19,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::secrets;
 use crate::core::ledger::PodKey;
 use crate::core::{Event, NoExit};
 use crate::shim::{self, sys};
@@ -97,11 +99,11 @@ impl Shims {
     }
 
     /// Starts the shim of a run, once that of the run before has ended.
-    pub fn launch(&mut self, key: &PodKey, task: Task) -> Result<(), ShimError> {
+    pub fn launch(&mut self, key: &PodKey, task: Task, secrets: SecretValues) -> Result<(), ShimError> {
         let dir = self.pod_dir(key);
         let before = self.links.remove(key).map(|link| link.served).filter(|served| !served.is_finished());
         let Some(mut before) = before else {
-            let child = start(&dir, &task)?;
+            let child = start(&dir, &task, &secrets)?;
             self.connect(key, |key, events, orders| serve(key, dir, task.run, Some(child), orders, events));
             return Ok(());
         };
@@ -111,7 +113,7 @@ impl Shims {
                 before.abort();
                 beside(&dir, clear_away).await;
             }
-            match start(&dir, &task) {
+            match start(&dir, &task, &secrets) {
                 Ok(child) => serve(key, dir, task.run, Some(child), orders, events).await,
                 Err(error) => {
                     let _ = events.send(gone(key, &dir, task.run, Some(error.to_string())));
@@ -196,7 +198,7 @@ impl Shims {
 
 /// The shim's process, for the run that the task describes. No fsync: after a crash of the machine there is nothing
 /// left that the task names.
-fn start(dir: &Path, task: &Task) -> Result<Child, ShimError> {
+fn start(dir: &Path, task: &Task, secrets: &SecretValues) -> Result<Child, ShimError> {
     let path = dir.join(file::TASK);
     let write = || -> io::Result<()> {
         fs::create_dir_all(dir)?;
@@ -204,6 +206,10 @@ fn start(dir: &Path, task: &Task) -> Result<Child, ShimError> {
         fs::write(&path, serde_json::to_vec(task)?)
     };
     write().map_err(|source| ShimError::Task { path: path.clone(), source })?;
+    let input = match secrets.is_empty() {
+        true => Stdio::null(),
+        false => secrets::input(secrets).map_err(ShimError::Spawn)?.into(),
+    };
     // What cannot be made the shim will say.
     let _ = shim::make_groups(task);
     open_groups();
@@ -211,7 +217,7 @@ fn start(dir: &Path, task: &Task) -> Result<Child, ShimError> {
         .arg0("berth-agent")
         .arg("shim")
         .arg(dir)
-        .stdin(Stdio::null())
+        .stdin(input)
         .stdout(Stdio::null())
         .spawn()
         .inspect_err(|_| drop(shim::clean_up(task, dir)))

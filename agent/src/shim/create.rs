@@ -21,6 +21,7 @@ use super::network;
 use super::process;
 use super::rootfs::{self, Home, Inside};
 use super::seccomp;
+use super::secrets;
 use super::spec::{self, Pod};
 use super::sys;
 use crate::task::{ImageProcess, Root, SavedDevices, Task, file};
@@ -44,6 +45,8 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
     let network = own_network.then(|| network::set_up(task, dir, &init)).transpose()?;
     network::write_files(task, dir).map_err(ShimError::io("write below", dir.join(file::ETC_DIR)))?;
     prepare_berth(task, dir).map_err(ShimError::io("prepare /run/berth in", dir))?;
+    secrets::lay_out(task, dir)
+        .map_err(ShimError::io("lay out secrets below", dir.join(file::SECRETS_DIR)))?;
     rootfs::prepare_volumes(task, dir)?;
     let saved = task.restore.then(|| restore::open(task, dir)).transpose()?;
     // What saved itself begins as any program does, with its files as they were.

@@ -23,6 +23,7 @@ mod pump;
 mod quota;
 pub mod rootfs;
 mod seccomp;
+mod secrets;
 mod spec;
 mod supervisor;
 pub mod sys;

@@ -186,6 +186,10 @@ fn mounts(pod: &Pod, container: &Container) -> Vec<Value> {
             .as_ref()
             .map(|workspace| bind(Home::new(pod.dir, &spec.name).workspace(), &workspace.path, &["nodev"])),
     );
+    all.extend(spec.secrets.iter().map(|secret| {
+        let from = pod.dir.join(file::SECRETS_DIR).join(secret.name.as_str());
+        bind(from, &secret.mount, &["ro", "nosuid", "nodev", "noexec"])
+    }));
     all
 }
 

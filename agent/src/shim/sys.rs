@@ -195,6 +195,12 @@ pub fn open_standard_streams() -> io::Result<()> {
     }
 }
 
+/// Whatever the standard input was, it gives nothing more.
+pub fn close_input() -> io::Result<()> {
+    let nothing = File::open("/dev/null")?;
+    Ok(nix::unistd::dup2_stdin(&nothing)?)
+}
+
 /// What deep calls have left below the stack's end is given back this far down.
 const STACK_TRIM_BYTES: usize = 1 << 20;
 /// Between the end of this function's frame and what is given back.

@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
 pub use super::job_words::{Run, Submit};
-pub use super::member_words::{InviteNode, InviteUser, NodeVerb, SetUser, UserVerb};
+pub use super::member_words::{InviteNode, InviteUser, NodeVerb, SecretVerb, SetUser, UserVerb};
 pub use super::saved_words::{
     Checkpoint, CheckpointVerb, Defrag, Drain, Fork, Migrate, NodeNames, Restore, Take, copies_for_fork,
 };
@@ -233,6 +233,20 @@ node takes no new pods until `berth uncordon`.")]
     User {
         #[command(subcommand)]
         verb: UserVerb,
+    },
+    /// Keep what jobs may mount and nobody may read: keys, passwords
+    #[command(after_help = "Examples:
+  berth secret set wandb key.txt
+  pass wandb | berth secret set wandb
+  berth secret list -n team-a
+  berth secret remove wandb
+
+A job of the namespace mounts it as a file, in memory: `secrets: [{name: wandb,
+mount: /run/secrets/wandb}]`. It goes from here to the controller and from there
+to the job's node over TLS, and is in no job file, environment or log.")]
+    Secret {
+        #[command(subcommand)]
+        verb: SecretVerb,
     },
     /// Show who has asked the controller for what, and what came of it
     #[command(after_help = "Examples:

@@ -111,6 +111,21 @@ impl Depot {
         self.whole(request.send(body), bytes_max)
     }
 
+    /// As `post`, by another method.
+    pub fn call(
+        &self,
+        method: ureq::http::Method,
+        path: &str,
+        body: Vec<u8>,
+        bytes_max: usize,
+    ) -> anyhow::Result<(u16, Vec<u8>)> {
+        let request = ureq::http::Request::builder().method(method).uri(self.url(path));
+        let request = request.header("authorization", self.authorization()).body(body)?;
+        // HTTP allows a body in these too, and an empty one is none.
+        let agent = self.agent.configure_request(request).allow_non_standard_methods(true).build();
+        self.whole(self.agent.run(agent), bytes_max)
+    }
+
     fn whole(
         &self,
         response: Result<ureq::http::Response<ureq::Body>, ureq::Error>,

@@ -26,11 +26,21 @@ pub async fn ask<T: DeserializeOwned>(
     path: &str,
     body: &impl Serialize,
 ) -> anyhow::Result<T> {
-    let asked =
-        tokio::time::timeout(WITHIN, exchange(tls, authority, method, path, serde_json::to_vec(body)?));
-    let answer = asked.await.with_context(|| format!("the controller at {authority} does not answer"))??;
+    let answer = send(tls, authority, method, path, serde_json::to_vec(body)?).await?;
     serde_json::from_slice(&answer)
         .context("the controller's answer cannot be read: is it of another version?")
+}
+
+/// Likewise, of any bytes.
+pub async fn send(
+    tls: Arc<ClientConfig>,
+    authority: &str,
+    method: Method,
+    path: &str,
+    body: Vec<u8>,
+) -> anyhow::Result<Bytes> {
+    let sent = tokio::time::timeout(WITHIN, exchange(tls, authority, method, path, body));
+    sent.await.with_context(|| format!("the controller at {authority} does not answer"))?
 }
 
 async fn exchange(

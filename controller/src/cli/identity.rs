@@ -14,8 +14,14 @@ use berth_protocol::topic::Topic;
 use berth_protocol::units::Timestamp;
 use rustls::ClientConfig;
 
+use crate::io::ca;
+
 const KEY: &str = "key";
 const MEMBERSHIP: &str = "membership.json";
+/// For other programs, such as mosquitto_pub and curl.
+const KEY_PEM: &str = "key.pem";
+const CA_PEM: &str = "ca.pem";
+const CERTIFICATE_PEM: &str = "certificate.pem";
 /// Root's, as `berth-controller init` leaves it.
 pub const ADMIN: &str = "/etc/berth/admin";
 
@@ -49,14 +55,22 @@ impl Identity {
         dir.parent().map_or(Ok(()), fs::create_dir_all).with_context(failed)?;
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).with_context(failed)?;
         write(&dir.join(KEY), seed).with_context(failed)?;
+        let pem = ca::key_pem(&self.key).context("the key cannot be written as PEM")?;
+        write(&dir.join(KEY_PEM), pem.as_bytes()).with_context(failed)?;
         self.save_membership()
     }
 
     /// Likewise, of the same key.
     pub fn save_membership(&self) -> anyhow::Result<()> {
         let text = serde_json::to_vec_pretty(&self.membership)?;
-        write(&self.dir.join(MEMBERSHIP), &text)
-            .with_context(|| format!("cannot write {}", self.dir.display()))
+        let Membership { ca, certificate, .. } = &self.membership;
+        for (name, bytes) in
+            [(CA_PEM, ca.as_bytes()), (CERTIFICATE_PEM, certificate.as_bytes()), (MEMBERSHIP, &text)]
+        {
+            write(&self.dir.join(name), bytes)
+                .with_context(|| format!("cannot write {}", self.dir.display()))?;
+        }
+        Ok(())
     }
 
     /// What is said on `topic`, with this user's signature.

@@ -89,7 +89,7 @@ pub async fn renew(settings: &mut Settings) {
     }
 }
 
-fn authority(identity: &Identity) -> anyhow::Result<String> {
+pub fn authority(identity: &Identity) -> anyhow::Result<String> {
     let url = &identity.membership.url;
     Ok(url
         .strip_prefix("https://")

@@ -1,8 +1,9 @@
 //! The flags of the verbs about who belongs to the cluster. Nothing here acts.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use berth_protocol::ids::{Namespace, NodeId, UserName};
+use berth_protocol::ids::{Namespace, NodeId, SecretName, UserName};
 use berth_protocol::join::{InvitationId, Role, RoleError};
 use clap::{Args, Subcommand};
 
@@ -18,6 +19,20 @@ pub enum NodeVerb {
     Revoke { id: InvitationId },
     /// Take a machine out of the cluster: nothing that it says is heard any more
     Remove { node: NodeId },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SecretVerb {
+    /// Set a secret, at most 64 KiB: of a file, or of what is piped in, byte for byte
+    Set {
+        name: SecretName,
+        #[arg(value_name = "FILE")]
+        file: Option<PathBuf>,
+    },
+    /// List a namespace's secrets; values are never shown
+    List,
+    /// Remove a secret; pods that have it keep it
+    Remove { name: SecretName },
 }
 
 #[derive(Debug, Args)]

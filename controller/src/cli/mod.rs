@@ -32,6 +32,7 @@ mod order;
 mod render;
 mod run;
 mod saved_words;
+mod secret;
 mod shell;
 mod simulate;
 mod submit;
@@ -85,6 +86,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
             Verb::Login { token } => member::login(&settings, &token).await,
             Verb::Node { verb } => member::node(&settings, verb).await,
             Verb::User { verb } => member::user(&settings, verb).await,
+            Verb::Secret { verb } => secret::secret(&settings, verb).await,
             Verb::Audit(args) => audit::audit(&settings, args).await,
             Verb::Submit(args) => submit::submit(&settings, args).await,
             Verb::Run(args) => run::run(&settings, *args).await,

@@ -1,7 +1,7 @@
 //! Who asks for something, and what they may: everything where `--dev` lets everybody in, else what their roles say.
 
+use core::net::IpAddr;
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 
 use berth_protocol::ids::{Namespace, RequestId, UserName};
 use berth_protocol::join::Role;

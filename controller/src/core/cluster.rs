@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use berth_protocol::ids::{
     BootId, Digest, Epoch, Generation, HardwareId, JobName, JobUid, LedgerId, Namespace, NodeId, PodId,
-    SessionNonce, Term,
+    SecretName, SessionNonce, Term,
 };
 use berth_protocol::job::JobSpec;
 use berth_protocol::join::InvitationId;
@@ -23,6 +23,7 @@ use super::members::{Invitation, Members};
 use super::requests::Requests;
 use super::restored::Restored;
 use super::schedule::place::ClassId;
+use super::secrets::Secret;
 pub(super) use super::session::Liveness;
 
 #[derive(Default)]
@@ -41,6 +42,7 @@ pub(super) struct Cluster {
     /// Where the store is one that was restored.
     pub restored: Option<Restored>,
     pub members: Members,
+    pub secrets: BTreeMap<(Namespace, SecretName), Secret>,
     pub invitations: BTreeMap<InvitationId, Invitation>,
     /// Statuses `Rejected` out there, and until when.
     pub rejected: BTreeMap<(Namespace, JobName), Timestamp>,

@@ -158,6 +158,20 @@ pub fn are_in(entries: &[(String, Option<Vec<u8>>)]) -> bool {
     entries.iter().any(|(key, _)| key.starts_with("member/"))
 }
 
+/// Who belongs, as these records say; one that is damaged does not.
+///
+/// # Errors
+/// A record of another version.
+pub fn in_entries(
+    entries: &[(String, Option<Vec<u8>>)],
+) -> Result<BTreeMap<Party, Member>, serde_json::Error> {
+    let members = entries.iter().filter_map(|(key, value)| {
+        let party: Party = key.strip_prefix("member/")?.parse().ok()?;
+        Some(serde_json::from_slice(value.as_deref()?).map(|member| (party, member)))
+    });
+    members.collect()
+}
+
 /// Who lets the others in.
 pub fn first_admin(party: &Party, key: PublicKey, now: Now) -> Write {
     let member = Member { key, since: now.wall, admin: true, roles: Roles::new() };
@@ -189,6 +203,7 @@ fn about(change: &MemberChange) -> (&'static str, String) {
 fn named(party: &Party) -> String {
     match party {
         Party::Controller => "controller".to_owned(),
+        Party::Broker => "broker".to_owned(),
         Party::Node(node) => format!("node {node}"),
         Party::User(user) => format!("user {user}"),
     }

@@ -27,6 +27,7 @@ pub mod restored;
 mod retry;
 mod saved;
 pub mod schedule;
+pub mod secrets;
 mod session;
 mod staging;
 mod status;
@@ -39,7 +40,9 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 
 use berth_protocol::codec::{self, CodecError};
-use berth_protocol::ids::{ClusterName, Digest, Epoch, JobUid, Namespace, NodeId, PodId, StoreId, Term};
+use berth_protocol::ids::{
+    ClusterName, Digest, Epoch, JobUid, Namespace, NodeId, PodId, SecretName, StoreId, Term,
+};
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::Serialize;
@@ -88,6 +91,8 @@ pub enum Event {
     Imported(Box<Imported>),
     /// Somebody has changed who belongs.
     Members(Actor, MemberChange),
+    /// Somebody has set a secret, or removed it; its value is sealed.
+    Secret(Actor, (Namespace, SecretName), Option<String>),
     /// Somebody has asked for what they may not, or what cannot be.
     Refused {
         actor: Actor,
@@ -340,6 +345,7 @@ impl Controller {
                 Event::Priced(prices) => self.priced(*prices),
                 Event::Imported(imported) => self.imported(now, *imported),
                 Event::Members(actor, change) => self.change_members(now, &actor, change),
+                Event::Secret(actor, secret, sealed) => self.set_secret(now, &actor, secret, sealed),
                 Event::Refused { actor, what, on, why } => self.audit_refused(now, &actor, what, on, why),
                 Event::Tick => {}
             }

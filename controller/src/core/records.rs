@@ -2,12 +2,12 @@
 //!
 //! `job/{uid}` the file accepted, `run/{uid}` how it fares, `pod/{uid}/{index}` a pod placed at least once,
 //! `checkpoint/{digest's digits}` one that the depot holds and a pod names, or that was imported,
-//! `node/{node}`, `outbox/{node}`, `member/{party}`, `invitation/{id}`, `request/{id}` when a command took effect, `rejected/{ns}/{job}` until when its
+//! `node/{node}`, `outbox/{node}`, `member/{party}`, `invitation/{id}`, `secret/{ns}/{name}`, `request/{id}` when a command took effect, `rejected/{ns}/{job}` until when its
 //! status says so, `audit/…` what was asked for, which is not loaded. Keys sort so that a job comes before what belongs to it.
 
 use std::collections::BTreeSet;
 
-use berth_protocol::ids::{Digest, JobName, JobUid, Namespace, NodeId, RequestId, Term};
+use berth_protocol::ids::{Digest, JobName, JobUid, Namespace, NodeId, RequestId, SecretName, Term};
 use berth_protocol::job::PodTemplate;
 use berth_protocol::join::InvitationId;
 use berth_protocol::tls::Party;
@@ -58,6 +58,10 @@ pub(super) fn invitation(id: &InvitationId) -> String {
 
 pub(super) fn rejected(namespace: &Namespace, job: &JobName) -> String {
     format!("rejected/{namespace}/{job}")
+}
+
+pub(super) fn secret(namespace: &Namespace, name: &SecretName) -> String {
+    format!("secret/{namespace}/{name}")
 }
 
 /// Where entries about who asked for what begin; their keys sort by time.
@@ -166,6 +170,12 @@ pub(super) fn load(
             ("invitation", id) => {
                 let id: InvitationId = id.parse().map_err(|_| unknown())?;
                 cluster.invitations.insert(id, read(&key, &value)?);
+            }
+            ("secret", name) => {
+                let (namespace, secret) = name.split_once('/').ok_or_else(unknown)?;
+                let namespace = Namespace::parse(namespace).map_err(|_| unknown())?;
+                let secret = SecretName::parse(secret).map_err(|_| unknown())?;
+                cluster.secrets.insert((namespace, secret), read(&key, &value)?);
             }
             // Of a backup, or of one that was looked into whole.
             ("audit", _) => {}

@@ -191,7 +191,7 @@ impl Controller {
         let ledger = &self.scheduler.ledger;
         let first = self.scheduler.queue.heads(PLANNED_FOR_MAX, |namespace| ledger.share(namespace));
         for uid in first {
-            if !self.within_quota(&uid) || !self.could_fit(&uid) || !self.may_be_moved_for(&uid) {
+            if !self.may_start(&uid) || !self.could_fit(&uid) || !self.may_be_moved_for(&uid) {
                 continue;
             }
             let Some((plan, pods)) = self.plan_for(now, &uid, moves.min(MOVES_MAX)) else { continue };

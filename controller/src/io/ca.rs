@@ -22,7 +22,7 @@ const CA: &str = "berth cluster ca 1";
 const TLS: &str = "berth controller tls 1";
 /// Clocks of machines differ.
 const SLACK: Duration = Duration::from_secs(60 * 60);
-/// Of the controller's own, made anew at each start.
+/// Of the controller's own, made anew at each start, and of another broker's.
 const OWN: Duration = Duration::from_secs(10 * 365 * 86_400);
 /// Of members', who renew it at two thirds.
 pub const MEMBERS: Duration = Duration::from_secs(30 * 86_400);
@@ -98,6 +98,11 @@ impl Ca {
         Ok(Credentials::new(self.certificate.der().clone(), certificate.der().clone(), &self.own))
     }
 
+    /// For a broker that members reach by one of these names, PEM.
+    pub fn broker(&self, key: &PublicKey, hosts: &[String]) -> Result<String, CaError> {
+        Ok(self.certify(&Party::Broker, key, hosts, OWN)?.pem())
+    }
+
     /// For one of the cluster's, PEM.
     pub fn member(&self, party: &Party, key: &PublicKey) -> Result<String, CaError> {
         Ok(self.certify(party, key, &[], MEMBERS)?.pem())
@@ -125,6 +130,7 @@ impl Ca {
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = match party {
             Party::User(_) => vec![ExtendedKeyUsagePurpose::ClientAuth],
+            Party::Broker => vec![ExtendedKeyUsagePurpose::ServerAuth],
             // Nodes serve each other chunks.
             Party::Node(_) | Party::Controller => {
                 vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth]

@@ -13,4 +13,5 @@ pub mod metrics;
 pub mod random;
 pub mod store;
 pub mod systemd;
+pub mod vault;
 pub mod vouch;

@@ -106,6 +106,27 @@ pub struct Heartbeat {
     pub leaving: Option<Departure>,
 }
 
+impl Heartbeat {
+    /// Of a session that never said hello, by which a node sees whether it is heard.
+    pub fn probe(nonce: SessionNonce, boot_ms: BootMs) -> Self {
+        Self {
+            nonce,
+            seq: 1,
+            boot_ms,
+            last_grant: None,
+            term: Term(0),
+            generation: Generation(0),
+            held: held_digest([]),
+            usage: Usage::default(),
+            pulls: Vec::new(),
+            saves: Vec::new(),
+            restores: Vec::new(),
+            staged: Vec::new(),
+            leaving: None,
+        }
+    }
+}
+
 /// How far that is which is brought ahead of a pod.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::checkpoint::{CheckpointInfo, CheckpointKind};
-use crate::ids::{Digest, Epoch, JobName, Namespace, NodeId, PodName, RequestId};
+use crate::ids::{Digest, Epoch, JobName, Namespace, NodeId, PodName, RequestId, SecretName};
 use crate::message::node::DepotAccess;
 use crate::message::user::{JobStatus, PodStatus};
 use crate::units::{Bytes, MilliCpu, Millis, Timestamp, rfc3339};
@@ -73,6 +73,20 @@ pub enum Query {
     Audit { namespace: Option<Namespace>, after: Option<String> },
     /// `ControllerVersion`
     Version,
+}
+
+/// A secret, as those who may see its namespace do: never its value. `GET /v1/secrets/{namespace}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SecretRow {
+    pub name: SecretName,
+    /// From 1; each time it is set one more.
+    pub version: u64,
+    #[serde(with = "rfc3339")]
+    pub at: Timestamp,
+    /// Who set it, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<String>,
 }
 
 /// Somebody has asked for something.

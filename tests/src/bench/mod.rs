@@ -17,5 +17,6 @@ pub mod process;
 pub mod records;
 pub mod slurm;
 pub mod throughput;
+pub mod trust;
 pub mod user;
 pub mod world;

@@ -7,7 +7,7 @@ use anyhow::Result;
 use berth_tests::bench::figures::{Figure, table, write_lines};
 use berth_tests::bench::world::figures_file;
 use berth_tests::bench::{
-    checkpoint, fleet, flood, footprint, growth, latency, moves, podman, records, slurm, throughput,
+    checkpoint, fleet, flood, footprint, growth, latency, moves, podman, records, slurm, throughput, trust,
 };
 
 type Measure = fn() -> Result<Vec<Figure>>;
@@ -20,7 +20,7 @@ const PEERS: [(&str, Missing, Measure); 2] =
     [("podman", podman::missing, podman::measure), ("slurm", slurm::missing, slurm::measure)];
 
 /// The quiet ones first: thousands of containers leave pages to write and groups to take apart, minutes of it.
-const MEASURES: [(&str, Measure); 19] = [
+const MEASURES: [(&str, Measure); 20] = [
     ("binary", footprint::binary),
     ("host", || latency::submit_to_output("host")),
     ("bridge", || latency::submit_to_output("bridge")),
@@ -40,6 +40,7 @@ const MEASURES: [(&str, Measure); 19] = [
     ("recovery", records::recovery),
     ("failover", records::failover),
     ("fleet", fleet::fleet),
+    ("trust", trust::trust),
 ];
 
 fn main() -> ExitCode {
@@ -49,6 +50,12 @@ fn main() -> ExitCode {
         && let Ok(port) = port.parse()
     {
         return fleet::agents(port).map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+    }
+    if let [word, port, secret] = &chosen[..]
+        && word == trust::AGENTS
+        && let Ok(port) = port.parse()
+    {
+        return trust::agents(port, secret).map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
     }
     let peers = PEERS.iter().map(|(name, ..)| *name);
     let all: Vec<&str> = MEASURES.iter().map(|(name, _)| *name).chain(peers).collect();

@@ -123,13 +123,49 @@ impl Cluster {
         cluster
     }
 
+    /// Likewise, on a Mosquitto with the configuration that the controller writes for it.
+    pub fn of_members_on_mosquitto() -> Self {
+        let mut cluster = Self::empty();
+        cluster.admin = Some(cluster.dir.path().join("admin"));
+        let made = cluster.init_with(&["--broker", &format!("mqtts://127.0.0.1:{}", cluster.port)]);
+        assert!(made.status.success(), "{}", text(&made));
+        // Started by root it reads its files as another user.
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(cluster.dir.path(), open).expect("its directory is ours");
+        let written = cluster.configure_mosquitto();
+        assert!(written.status.success(), "{}", text(&written));
+        cluster.start_configured_mosquitto();
+        cluster.start_controller();
+        until("the controller answers", 30, || cluster.json(&["get", "nodes"]));
+        cluster
+    }
+
+    pub fn configure_mosquitto(&self) -> Output {
+        let mut command = Command::new(program("berth-controller"));
+        command.args(["broker-config", "mosquitto", "--broker-host", "127.0.0.1", "--config"]);
+        command.arg(self.dir.path().join("controller.toml"));
+        command.args(["--listen", &format!("127.0.0.1:{}", self.port), "--dir"]);
+        command.arg(self.dir.path().join("broker"));
+        command.output().expect("berth-controller starts")
+    }
+
+    pub fn start_configured_mosquitto(&mut self) {
+        let mut command = Command::new("mosquitto");
+        command.arg("-c").arg(self.dir.path().join("broker/berth.conf"));
+        self.mosquitto = Some(Daemon::start("mosquitto", &mut command, &self.log_path("mosquitto")));
+    }
+
     pub fn init(&self) -> Output {
+        self.init_with(&[])
+    }
+
+    fn init_with(&self, flags: &[&str]) -> Output {
         let dir = self.dir.path();
         let mut command = Command::new(program("berth-controller"));
         command.args(["init", "--host", "127.0.0.1", "--config"]).arg(dir.join("controller.toml"));
         command.arg("--data-dir").arg(dir.join("controller")).arg("--admin-dir").arg(dir.join("admin"));
         command.args(["--listen-mqtt", &format!("127.0.0.1:{}", self.port)]);
-        command.args(["--listen-http", &format!("127.0.0.1:{}", self.http)]);
+        command.args(["--listen-http", &format!("127.0.0.1:{}", self.http)]).args(flags);
         command.output().expect("berth-controller starts")
     }
 

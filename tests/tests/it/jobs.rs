@@ -380,7 +380,6 @@ fn what_the_node_does_not_grant_is_refused_with_the_way_out() {
     for (name, more, reason, way_out) in [
         ("caps", "capabilities: [SYS_ADMIN]\n", "CapabilityForbidden", "--allow-capability SYS_ADMIN"),
         ("vol", "volumes: [{mount: /data, host: /etc}]\n", "VolumeForbidden", "--allow-host-path"),
-        ("sec", "secrets: [{name: s, mount: /s}]\n", "SecretsUnsupported", "no secrets"),
     ] {
         cluster.submit(name, &format!("{file}{more}"));
         let job = cluster.until_phase(name, "Failed", 30);

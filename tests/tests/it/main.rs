@@ -9,6 +9,7 @@ mod jobs;
 mod kills;
 mod members;
 mod offline;
+mod secrets;
 mod several;
 mod staging;
 mod trust;

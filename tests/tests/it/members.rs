@@ -312,6 +312,101 @@ fn a_user_is_heard_in_the_namespaces_of_its_roles() {
 }
 
 #[test]
+fn who_connects_and_says_nothing_keeps_nobody_out() {
+    let cluster = Cluster::of_members();
+    let mut idle = Vec::new();
+    for port in [cluster.port, cluster.http] {
+        for n in 0..1_500 {
+            let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("it listens");
+            // Half of them begin to shake hands.
+            if n % 2 == 0 {
+                stream.write_all(&[0x16, 0x03, 0x01, 0x02, 0x00]).expect("it may try");
+            }
+            idle.push(stream);
+        }
+    }
+    let begun = std::time::Instant::now();
+    assert!(cluster.json(&["get", "nodes"]).is_some(), "through the broker");
+    let joined = join(&cluster, "a1", &token_of(&cluster, &["node", "token"]));
+    assert!(joined.status.success(), "over HTTPS and the broker: {}", text(&joined));
+    println!("a question, a token and a join beside {} silent peers: {:?}", idle.len(), begun.elapsed());
+}
+
+#[test]
+fn a_mosquitto_lets_members_alone_in_and_each_to_what_is_its_own() {
+    let mut cluster = Cluster::of_members_on_mosquitto();
+    // Its rules are of members that have joined: a node needs none for orders, live logs want its name.
+    cluster.agent("a1", &["--allow-host-image"]);
+    let carol = login(&cluster, "carol", &["--role", "team-a=submit"]);
+    let again = cluster.configure_mosquitto();
+    assert!(text(&again).contains("access rules of 3 members"), "{}", text(&again));
+    cluster.mosquitto.take();
+    cluster.start_configured_mosquitto();
+    until("everybody is back", 30, || {
+        (cluster.json(&["get", "nodes"])?[0]["state"] == "online").then_some(())
+    });
+    let words = ["run", "--network", "none", "--no-workspace", "-n", "team-a", "--", "echo", "hers"];
+    let ran = berth_as(&carol, &words);
+    assert_eq!(String::from_utf8_lossy(&ran.stdout), "hers\n", "{}", text(&ran));
+    let refused = berth_as(&carol, &["get", "jobs", "-n", "default"]);
+    assert!(text(&refused).contains("carol has no role in namespace default"), "{}", text(&refused));
+
+    // Whoever is not told does not hear: this Mosquitto grants the subscription, and serves nothing.
+    let quiet = |filters: &[&str]| {
+        let (client, mut connection) = client(&cluster, "carol-1", &carol);
+        for filter in filters {
+            client.subscribe(format!("berth/v1/default/{filter}"), QoS::AtLeastOnce).expect("it may ask");
+        }
+        // Something is said on each, and behind that on one that she may hear.
+        cluster.submit("loud", JOB);
+        cluster.until_phase("loud", "Succeeded", 60);
+        assert!(
+            berth_as(&carol, &[&words[..6], &["--name", "last", "--", "true"]].concat()).status.success()
+        );
+        let heard = connection.iter().filter_map(|event| match event.expect("it stays connected") {
+            Event::Incoming(Packet::Publish(publish)) => Some(publish.topic),
+            _ => None,
+        });
+        heard.take_while(|topic| !topic.contains("/team-a/last/")).collect::<Vec<_>>()
+    };
+    let heard = quiet(&[
+        "jobs/team-a/+/status",
+        "jobs/default/+/status",
+        "logs/default/+/+",
+        "nodes/+/+",
+        "query/+/+",
+        "#",
+    ]);
+    assert!(heard.iter().all(|topic| topic.contains("/jobs/team-a/")), "{heard:?}");
+
+    // A plain job file says not who sends it; that counts at the controller's own broker alone.
+    publish(&cluster, "carol-2", &carol, "jobs/team-a/plain/submit", JOB);
+    let node = cluster.dir.path().join("a1/identity");
+    publish(&cluster, "a1.x", &node, "nodes/a2/hello", "{}");
+    publish(&cluster, "a1.y", &node, "jobs/team-a/plain/status", "{}");
+    until("the plain one is refused", 30, || {
+        let audit = text(&cluster.run(&["audit"]));
+        audit.contains("refused: this cluster heeds only those who say who they are").then_some(())
+    });
+    assert!(!cluster.log("controller").contains("nodes/a2/hello"));
+
+    // Rules that are wrong are named as a machine joins.
+    let acl = cluster.dir.path().join("broker/berth.acl");
+    let rules = std::fs::read_to_string(&acl).expect("it is written");
+    std::fs::write(&acl, rules.replace("nodes/%u/heartbeat", "nodes/%u/heart")).expect("it is ours");
+    cluster.mosquitto.take();
+    cluster.start_configured_mosquitto();
+    until("the controller is back", 30, || cluster.json(&["get", "nodes"]));
+    let joined = join(&cluster, "a2", &token_of(&cluster, &["node", "token"]));
+    let told = text(&joined);
+    assert!(
+        joined.status.success()
+            && told.contains("do its rules let a2 say berth/v1/default/nodes/a2/heartbeat"),
+        "{told}"
+    );
+}
+
+#[test]
 fn strangers_hear_and_say_nothing() {
     let cluster = Cluster::of_members();
     let joined = join(&cluster, "a1", &token_of(&cluster, &["node", "token"]));

@@ -110,7 +110,9 @@ impl Scheduler {
         let since = *job.waits_since.get_or_insert(now.boot);
         let spec = &job.file.spec;
         let named = |volume: &Volume| matches!(volume.source, VolumeSource::Named(_));
-        let own = spec.placement.anti_affinity.is_some() || spec.pod.volumes.iter().any(named);
+        let secret = spec.pod.containers.iter().any(|container| !container.secrets.is_empty());
+        // What waits for something of its own holds nobody up that asks for the same amounts.
+        let own = spec.placement.anti_affinity.is_some() || secret || spec.pod.volumes.iter().any(named);
         let gang = spec.gang.then(|| job.ready().count());
         let line = Line { class, gang, own: own.then(|| uid.clone()) };
         let ticket = Ticket {

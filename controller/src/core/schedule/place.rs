@@ -103,8 +103,8 @@ pub enum Offer {
     Placed,
     /// No room, for one pod more or for the whole gang.
     Refused,
-    /// The namespace may not have more.
-    OverQuota,
+    /// The namespace may not have more, or lacks a secret that it names.
+    Barred,
 }
 
 impl Scheduler {
@@ -240,8 +240,8 @@ impl Controller {
         }
         let pods = if gang { ready } else { ready.min(most) };
         let over = |n: usize| self.scheduler.ledger.over_quota(&spec.namespace, Sum::of_pods(&wants, n));
-        if over(if gang { pods } else { 1 }).is_some() {
-            return Offer::OverQuota;
+        if over(if gang { pods } else { 1 }).is_some() || self.missing_secret(spec).is_some() {
+            return Offer::Barred;
         }
         let mut terms = Terms {
             images: self.scheduler.images_of(&spec.pod),

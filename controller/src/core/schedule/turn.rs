@@ -85,7 +85,7 @@ impl Controller {
         let first: Vec<JobUid> = self.scheduler.queue.heads(LINES_MAX, |namespace| ledger.share(namespace));
         let (mut head, mut fitting) = (None, Vec::new());
         for uid in first {
-            if self.within_quota(&uid) && self.could_fit(&uid) {
+            if self.may_start(&uid) && self.could_fit(&uid) {
                 self.preempt(now, &uid);
                 head = head.or(Some(uid.clone()));
                 fitting.push(uid);
@@ -103,7 +103,7 @@ impl Controller {
         }
         // Whoever is overdue keeps its room until it has started.
         let oldest: Vec<_> = self.scheduler.queue.oldest(LINES_MAX).cloned().collect();
-        let oldest = oldest.into_iter().find(|(_, uid)| self.within_quota(uid) && self.could_fit(uid));
+        let oldest = oldest.into_iter().find(|(_, uid)| self.may_start(uid) && self.could_fit(uid));
         if overdue.is_empty()
             && let Some((since, uid)) = oldest
         {
@@ -135,8 +135,12 @@ impl Controller {
         }
     }
 
-    pub(in crate::core) fn within_quota(&self, uid: &JobUid) -> bool {
+    /// Nothing of its namespace's stands against it: neither the quota nor a secret that is not there.
+    pub(in crate::core) fn may_start(&self, uid: &JobUid) -> bool {
         let Some(job) = self.cluster.jobs.get(uid) else { return false };
+        if self.missing_secret(&job.file.spec).is_some() {
+            return false;
+        }
         let pods = if job.file.spec.gang { job.ready().count() } else { 1 };
         let Some(class) = job.class.and_then(|id| self.scheduler.classes.get(id)) else { return false };
         let more = super::quota::Sum::of_pods(class.wants(), pods);

@@ -22,6 +22,10 @@ impl Controller {
     /// Why the job's waiting pods have no node: a word, and a line.
     pub(in crate::core) fn why_waiting(&mut self, uid: &JobUid) -> (String, String) {
         let unschedulable = "Unschedulable".to_owned();
+        let job = self.cluster.jobs.get(uid);
+        if let Some(missing) = job.and_then(|job| self.missing_secret(&job.file.spec)) {
+            return ("SecretMissing".to_owned(), missing.to_string());
+        }
         if let Some(over) = self.over_quota_words(uid) {
             return ("QuotaExceeded".to_owned(), over);
         }

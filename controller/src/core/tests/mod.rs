@@ -12,5 +12,6 @@ mod packing;
 mod restored;
 mod scenarios;
 mod scheduling;
+mod secrets;
 mod staging;
 mod world;

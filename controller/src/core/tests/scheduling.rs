@@ -341,7 +341,7 @@ proptest! {
             }
             let namespace = Namespace::parse(namespace).unwrap();
             let uid = world.controller.cluster.names[&(namespace, JobName::parse(&name).unwrap())].clone();
-            let fits = world.controller.could_fit(&uid) && world.controller.within_quota(&uid);
+            let fits = world.controller.could_fit(&uid) && world.controller.may_start(&uid);
             prop_assert!(!fits, "{name} fits and waits: {:?}", said.message);
             prop_assert!(said.pods.iter().all(|pod| pod.phase == PodPhase::Pending || pod.phase.is_final()));
         }

@@ -49,7 +49,7 @@ impl Rules {
         match &peer.party {
             Party::Node(node) => Some(Client::Node(node.clone())),
             Party::User(_) => Some(Client::User(Some(peer))),
-            Party::Controller => None,
+            Party::Controller | Party::Broker => None,
         }
     }
 

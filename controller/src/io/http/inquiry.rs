@@ -3,12 +3,14 @@
 use std::net::IpAddr;
 
 use berth_protocol::chunk::GrantRequest;
-use berth_protocol::ids::{NodeId, UserName};
+use berth_protocol::ids::{Epoch, Namespace, NodeId, PodId, SecretName, UserName};
 use berth_protocol::join::{InvitationId, InvitationStatus, JoinRequest, UserChange};
+use berth_protocol::message::query::SecretRow;
 use berth_protocol::tls::Party;
 use tokio::sync::oneshot;
 
 use crate::core::members::{Invitation, NotGranted, NotJoined, NotRemoved};
+use crate::core::secrets::{NoSecrets, NotKept, PodSecrets};
 use crate::core::{Actor, Counters, Granted, Imported};
 
 /// How the controller is, as its loop says.
@@ -68,6 +70,24 @@ pub enum Inquiry {
         user: UserName,
         change: UserChange,
         reply: oneshot::Sender<Result<(), NotGranted>>,
+    },
+    Secrets {
+        namespace: Namespace,
+        reply: oneshot::Sender<Vec<SecretRow>>,
+    },
+    /// What a node may have for a pod.
+    SecretsOf {
+        node: NodeId,
+        pod: PodId,
+        epoch: Epoch,
+        reply: oneshot::Sender<Result<PodSecrets, NoSecrets>>,
+    },
+    /// Answered once it is recorded, or why it is not; nothing sealed: it is removed.
+    SetSecret {
+        by: Actor,
+        secret: (Namespace, SecretName),
+        sealed: Option<String>,
+        reply: oneshot::Sender<Result<(), NotKept>>,
     },
     /// For those who look it up.
     Refused {

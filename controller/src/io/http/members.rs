@@ -15,7 +15,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::oneshot;
 
-use super::{Answer, INQUIRY_TIMEOUT, Inquiry, NotInvited, Service, Visitor, clock, saved, text};
+use super::{
+    Answer, HEADER_TIMEOUT, INQUIRY_TIMEOUT, Inquiry, NotInvited, Service, Visitor, clock, saved, text,
+};
 use crate::core::Actor;
 use crate::core::members::{Invitation, NotGranted, NotJoined, NotRemoved};
 use crate::io::ca::{self, Ca, CaError};
@@ -97,7 +99,7 @@ struct Invite {
     life: Option<Millis>,
 }
 
-fn json_answer<T: Serialize>(status: StatusCode, value: &T) -> Answer {
+pub(super) fn json_answer<T: Serialize>(status: StatusCode, value: &T) -> Answer {
     saved::bytes(status, serde_json::to_vec(value).unwrap_or_default())
 }
 
@@ -114,8 +116,7 @@ impl Service {
             return self.join(hall, request, visitor.from).await;
         }
         let Some(peer) = visitor.peer.filter(|peer| hall.tls.members.knows(peer)) else {
-            self.refusals.refuse("stranger", format_args!("a request without a member's certificate"));
-            return text(StatusCode::UNAUTHORIZED, "this takes the certificate of a member of the cluster");
+            return self.strange();
         };
         let by = Actor { party: Some(peer.party.clone()), from: visitor.from };
         match (&route, &method) {
@@ -144,7 +145,12 @@ impl Service {
         }
     }
 
-    async fn not_granted(&self, by: Actor, what: &'static str, on: String, why: &str) -> Answer {
+    pub(super) fn strange(&self) -> Answer {
+        self.refusals.refuse("stranger", format_args!("a request without a member's certificate"));
+        text(StatusCode::UNAUTHORIZED, "this takes the certificate of a member of the cluster")
+    }
+
+    pub(super) async fn not_granted(&self, by: Actor, what: &'static str, on: String, why: &str) -> Answer {
         self.refusals.refuse("role", format_args!("{}: {why}", what));
         let refused = Inquiry::Refused { by, what, on, why: why.to_owned() };
         let _ = tokio::time::timeout(INQUIRY_TIMEOUT, self.inquiries.send(refused)).await;
@@ -254,7 +260,7 @@ impl Service {
         }
     }
 
-    async fn ask<T>(&self, inquiry: impl FnOnce(oneshot::Sender<T>) -> Inquiry) -> Option<T> {
+    pub(super) async fn ask<T>(&self, inquiry: impl FnOnce(oneshot::Sender<T>) -> Inquiry) -> Option<T> {
         let (reply, answer) = oneshot::channel();
         let asked = async {
             self.inquiries.send(inquiry(reply)).await.ok()?;
@@ -267,11 +273,16 @@ impl Service {
         &self,
         request: Request<Incoming>,
     ) -> Result<T, Answer> {
-        let bytes = self.whole(request, REQUEST_BYTES_MAX).await?;
+        // Nobody is known by it yet: who takes long over it is not waited for.
+        let whole = tokio::time::timeout(HEADER_TIMEOUT, self.whole(request, REQUEST_BYTES_MAX)).await;
+        let Ok(bytes) = whole else {
+            return Err(text(StatusCode::REQUEST_TIMEOUT, "the request does not come"));
+        };
+        let bytes = bytes?;
         serde_json::from_slice(&bytes).map_err(|error| text(StatusCode::BAD_REQUEST, error.to_string()))
     }
 }
 
-fn busy() -> Answer {
+pub(super) fn busy() -> Answer {
     text(StatusCode::SERVICE_UNAVAILABLE, "the controller is too busy to answer")
 }

@@ -1,16 +1,18 @@
 //! The controller's HTTP: `/healthz`, `/metrics`, and the depot behind its tokens. It moves bytes and checks tokens;
 //! how the controller is, it asks the loop.
 
+mod connection;
 mod inquiry;
 mod members;
 mod saved;
+mod secrets;
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use berth_protocol::ids::{Digest, Epoch, JobUid};
@@ -23,22 +25,20 @@ use hyper::body::Incoming;
 use hyper::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
-use tokio::time::{Instant, Sleep};
 use tokio_rustls::TlsAcceptor;
 
 use super::clock;
 use super::depot::{Depot, DepotError, Item};
 use super::front::{self, Tls};
 use super::metrics::{self, Refusals};
+use super::vault::Vault;
 
-const CONNECTIONS_MAX: usize = 256;
+const CONNECTIONS_MAX: usize = 1024;
 const PACKS_MAX: usize = 4;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-/// A connection on which nothing moves for this long is closed.
-const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// How long the loop may take to say how it is.
 const INQUIRY_TIMEOUT: Duration = Duration::from_secs(2);
 const HEADER_BYTES_MAX: usize = 16 * 1024;
@@ -52,6 +52,7 @@ pub struct HttpError {
     source: io::Error,
 }
 
+use self::connection::{Counted, Moving, Open, UnderWay};
 pub use self::inquiry::{Inquiry, NotInvited, Report};
 pub use self::members::{About, Hall};
 
@@ -72,6 +73,7 @@ pub struct Server {
 struct Service {
     depot: Arc<Depot>,
     secret: [u8; 32],
+    vault: Vault,
     refusals: Arc<Refusals>,
     inquiries: mpsc::Sender<Inquiry>,
     /// Where it is not everybody that is let in.
@@ -95,6 +97,7 @@ impl Server {
             service: Arc::new(Service {
                 depot,
                 secret,
+                vault: Vault::of(&secret),
                 refusals,
                 inquiries,
                 hall,
@@ -109,16 +112,21 @@ impl Server {
 
     /// Serves until dropped.
     pub async fn run(self) {
-        let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let mut open: VecDeque<Open> = VecDeque::new();
         loop {
-            let Ok(place) = places.clone().acquire_owned().await else { return };
             match self.listener.accept().await {
                 Ok((stream, _)) => {
-                    let service = self.service.clone();
-                    tokio::spawn(async move {
-                        service.serve(stream).await;
-                        drop(place);
-                    });
+                    open.retain(|open| !open.task.is_finished());
+                    if open.len() >= CONNECTIONS_MAX {
+                        // The oldest on which nobody is being answered: who says nothing keeps nobody out.
+                        let idle = open.iter().position(|open| open.answering.load(Ordering::Relaxed) == 0);
+                        if let Some(open) = open.remove(idle.unwrap_or(0)) {
+                            open.task.abort();
+                        }
+                    }
+                    let answering = Arc::new(AtomicUsize::new(0));
+                    let task = tokio::spawn(self.service.clone().serve(stream, answering.clone()));
+                    open.push_back(Open { task: task.abort_handle(), answering });
                 }
                 Err(error) => {
                     // Out of file descriptors, as a rule: wait for some to come back.
@@ -154,6 +162,7 @@ enum Route {
     Item(Item),
     Saved(saved::Route),
     Members(members::Route),
+    Secrets(secrets::Route),
 }
 
 impl Route {
@@ -167,10 +176,11 @@ impl Route {
                 let pod = JobUid::parse(uid).ok()?.pod(number(index)?);
                 Route::Item(Item::Log { pod, epoch: Epoch(number(epoch)?) })
             }
-            _ => match saved::Route::parse(&levels) {
-                Some(route) => Route::Saved(route),
-                None => Route::Members(members::Route::parse(&levels)?),
-            },
+            _ => {
+                let saved = saved::Route::parse(&levels).map(Route::Saved);
+                let secrets = || secrets::Route::parse(&levels).map(Route::Secrets);
+                saved.or_else(secrets).or_else(|| members::Route::parse(&levels).map(Route::Members))?
+            }
         })
     }
 }
@@ -202,17 +212,17 @@ fn may_get(scope: &Scope, item: &Item) -> bool {
 }
 
 impl Service {
-    async fn serve(self: Arc<Self>, stream: TcpStream) {
+    async fn serve(self: Arc<Self>, stream: TcpStream, answering: Arc<AtomicUsize>) {
         let _ = stream.set_nodelay(true);
         let from = stream.peer_addr().ok().map(|address| address.ip());
         let Some(Tls { config, .. }) = self.hall.as_ref().map(|hall| &hall.tls) else {
-            return self.converse(stream, Visitor { peer: None, from }).await;
+            return self.converse(stream, Visitor { peer: None, from }, answering).await;
         };
         let accepted = TlsAcceptor::from(config.clone()).accept(stream);
         // One that knows another CA says so itself.
         if let Ok(Ok(stream)) = tokio::time::timeout(HEADER_TIMEOUT, accepted).await {
             let peer = front::peer(&stream);
-            self.converse(stream, Visitor { peer, from }).await;
+            self.converse(stream, Visitor { peer, from }, answering).await;
         }
     }
 
@@ -220,11 +230,17 @@ impl Service {
         self: Arc<Self>,
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
         visitor: Visitor,
+        answering: Arc<AtomicUsize>,
     ) {
         let io = TokioIo::new(Moving::new(stream));
         let service = hyper::service::service_fn(move |request| {
             let (service, visitor) = (self.clone(), visitor.clone());
-            async move { Ok::<_, Infallible>(service.answer(request, visitor).await) }
+            let under_way = UnderWay::new(answering.clone());
+            async move {
+                let answer = service.answer(request, visitor).await;
+                // Until its last byte is on its way.
+                Ok::<_, Infallible>(answer.map(|body| Counted::new(body, under_way)))
+            }
         });
         // A peer that breaks off is no news.
         let _ = hyper::server::conn::http1::Builder::new()
@@ -248,6 +264,7 @@ impl Service {
             Route::Metrics if reading => self.metrics().await,
             Route::Item(item) => self.item(item, request).await,
             Route::Saved(route) => self.saved(route, request).await,
+            Route::Secrets(route) => self.secrets(route, request, visitor).await,
             Route::Members(route) => self.members(route, request, visitor).await,
             _ => text(StatusCode::METHOD_NOT_ALLOWED, "this can only be read"),
         }
@@ -384,55 +401,6 @@ impl Service {
                 text(status, error.to_string())
             }
         }
-    }
-}
-
-/// A connection that fails when nothing has moved on it for `SILENCE_MAX`.
-struct Moving<S> {
-    inner: S,
-    deadline: Pin<Box<Sleep>>,
-}
-
-impl<S> Moving<S> {
-    fn new(inner: S) -> Self {
-        Self { inner, deadline: Box::pin(tokio::time::sleep(SILENCE_MAX)) }
-    }
-
-    fn watch<T>(&mut self, cx: &mut Context<'_>, moved: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-        if moved.is_ready() {
-            self.deadline.as_mut().reset(Instant::now() + SILENCE_MAX);
-            return moved;
-        }
-        std::task::ready!(self.deadline.as_mut().poll(cx));
-        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Moving<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        to: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let moved = Pin::new(&mut self.inner).poll_read(cx, to);
-        self.watch(cx, moved)
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Moving<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let moved = Pin::new(&mut self.inner).poll_write(cx, bytes);
-        self.watch(cx, moved)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let moved = Pin::new(&mut self.inner).poll_flush(cx);
-        self.watch(cx, moved)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let moved = Pin::new(&mut self.inner).poll_shutdown(cx);
-        self.watch(cx, moved)
     }
 }
 
