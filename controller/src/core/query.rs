@@ -154,8 +154,8 @@ impl AuditQuestion {
 
     fn tells(&self, row: &AuditRow) -> bool {
         let of = |rest: &str| Namespace::parse(rest.split('/').next().unwrap_or(rest)).ok();
-        let namespace =
-            row.on.strip_prefix("job ").or_else(|| row.on.strip_prefix("namespace ")).and_then(of);
+        let what = ["job ", "secret ", "namespace "].into_iter().find_map(|what| row.on.strip_prefix(what));
+        let namespace = what.and_then(of);
         self.sight == Sight::All || namespace.is_some_and(|namespace| self.sight.covers(&namespace))
     }
 }
