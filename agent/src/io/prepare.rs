@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 use berth_protocol::chunk::{GrantFor, GrantRequest};
 use berth_protocol::ids::Digest;
 use berth_protocol::image::Images;
-use berth_protocol::job::{PodTemplate, Volume, VolumeSource, Workspace};
+use berth_protocol::job::{Network, PodTemplate, Volume, VolumeSource, Workspace};
 use berth_protocol::message::node::{ChunkServer, DepotAccess};
 use berth_protocol::pod::RESTORE_FAILED;
 use berth_protocol::units::Bytes;
@@ -50,6 +50,7 @@ pub struct Preparer {
     images: ImageStore,
     data_dir: PathBuf,
     host_image: bool,
+    host_network: bool,
     capabilities: BTreeSet<String>,
     /// Canonical directories below which jobs may mount.
     host_paths: Vec<PathBuf>,
@@ -95,6 +96,7 @@ impl Preparer {
             data_dir: config.data_dir.clone(),
             fetching: <[Mutex<()>; 16]>::default(),
             host_image: config.host_image,
+            host_network: config.host_network,
             capabilities: config.capabilities.clone(),
             rate: config.checkpoint_rate.0,
             host_paths: canonical("--allow-host-path", &config.host_paths),
@@ -251,6 +253,11 @@ impl Preparer {
 
     /// What the node's own configuration has to grant, and what this version cannot give.
     fn permit(&self, template: &PodTemplate) -> Result<(), Unready> {
+        if template.network == Network::Host && !self.host_network {
+            let message = "this node does not share its network: start its agent with --allow-host-network, or take \
+                           `network: bridge`";
+            return Err(unready("HostNetworkForbidden", message.into(), false));
+        }
         for container in &template.containers {
             if let Some(name) = container.capabilities.iter().find(|name| !self.capabilities.contains(*name))
             {
@@ -335,6 +342,12 @@ impl Preparer {
                         false,
                     )
                 })?;
+                // However much is shared: in there are the node's key, and what other jobs have.
+                let own = fs::canonicalize(&self.data_dir).unwrap_or_else(|_| self.data_dir.clone());
+                if real.starts_with(&own) || own.starts_with(&real) {
+                    let message = format!("volume {}: {path} holds, or is in, the agent's own data", volume.mount);
+                    return Err(unready("VolumeForbidden", message, false));
+                }
                 if self.host_paths.iter().any(|allowed| real.starts_with(allowed)) {
                     return Ok(Some(real));
                 }
