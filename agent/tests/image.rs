@@ -506,7 +506,8 @@ const WORKER_BYTES_MAX: u64 = 64 << 20;
 #[tokio::test]
 async fn many_entries_take_neither_time_nor_memory() {
     let home = tempfile::tempdir().unwrap();
-    let mut builder = tar::Builder::new(flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast()));
+    let mut builder =
+        tar::Builder::new(flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast()));
     let mut header = tar::Header::new_gnu();
     header.set_size(0);
     header.set_mode(0o644);

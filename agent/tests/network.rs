@@ -159,7 +159,9 @@ fn pods_reach_neither_the_nodes_services_nor_its_keys_in_the_cloud() {
     let server = Server::new();
     let pid = server.0[1].id();
     for address in ["169.254.169.254", "168.63.129.16"] {
-        sh(&format!("nsenter -t {pid} -n ip addr add {address}/32 dev srv0; ip route add {address} via 198.51.100.2"));
+        sh(&format!(
+            "nsenter -t {pid} -n ip addr add {address}/32 dev srv0; ip route add {address} via 198.51.100.2"
+        ));
     }
     let _services = Server(vec![node_service(1883), node_service(53)]);
     let slots = tempfile::tempdir().unwrap();

@@ -39,7 +39,9 @@ pub enum BridgeError {
     Forward(io::Error),
     #[error("cannot set up address translation: {nft}; {iptables}; install nftables (or iptables)")]
     Nat { nft: String, iptables: String },
-    #[error("cannot keep pods from this machine's own services: {nft}; {iptables}; install nftables (or iptables)")]
+    #[error(
+        "cannot keep pods from this machine's own services: {nft}; {iptables}; install nftables (or iptables)"
+    )]
     Guard { nft: String, iptables: String },
 }
 

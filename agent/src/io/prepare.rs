@@ -345,7 +345,8 @@ impl Preparer {
                 // However much is shared: in there are the node's key, and what other jobs have.
                 let own = fs::canonicalize(&self.data_dir).unwrap_or_else(|_| self.data_dir.clone());
                 if real.starts_with(&own) || own.starts_with(&real) {
-                    let message = format!("volume {}: {path} holds, or is in, the agent's own data", volume.mount);
+                    let message =
+                        format!("volume {}: {path} holds, or is in, the agent's own data", volume.mount);
                     return Err(unready("VolumeForbidden", message, false));
                 }
                 if self.host_paths.iter().any(|allowed| real.starts_with(allowed)) {

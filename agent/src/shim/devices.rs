@@ -196,7 +196,12 @@ mod tests {
         };
         let opens = |device: &str| {
             let script = format!("echo $$ >{}/cgroup.procs && : <{device}", group.display());
-            Command::new("sh").args(["-c", &script]).stderr(std::process::Stdio::null()).status().unwrap().success()
+            Command::new("sh")
+                .args(["-c", &script])
+                .stderr(std::process::Stdio::null())
+                .status()
+                .unwrap()
+                .success()
         };
         let before = ["/dev/kmsg", "/dev/loop-control", "/dev/null"].map(opens);
         apply(resources);

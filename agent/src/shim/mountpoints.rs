@@ -29,7 +29,9 @@ pub fn settle(rootfs: &Path, config: &Value) -> Result<(), ShimError> {
     }
     let mounts = config["mounts"].as_array().into_iter().flatten().filter(|mount| is_bind(mount));
     let bound: Vec<(&Path, &Path)> = mounts
-        .filter_map(|mount| Some((mount["destination"].as_str()?.as_ref(), mount["source"].as_str()?.as_ref())))
+        .filter_map(|mount| {
+            Some((mount["destination"].as_str()?.as_ref(), mount["source"].as_str()?.as_ref()))
+        })
         .collect();
     for (at, _) in &bound {
         let outer = bound.iter().filter(|(other, _)| at != other && at.starts_with(other));
@@ -44,8 +46,11 @@ pub fn settle(rootfs: &Path, config: &Value) -> Result<(), ShimError> {
             None => {
                 let real = leads_to(root.fd(), at).map_err(ShimError::io("look for", *at))?;
                 let inside = |dir: &&str| real.starts_with(dir) && !at.starts_with(dir);
-                if real == Path::new("/") || KERNELS.iter().any(|dir| real == Path::new(dir) || inside(&dir)) {
-                    return Err(refused("it is, or a link of the image leads it to, the root, /dev, /proc or /sys"));
+                if real == Path::new("/") || KERNELS.iter().any(|dir| real == Path::new(dir) || inside(&dir))
+                {
+                    return Err(refused(
+                        "it is, or a link of the image leads it to, the root, /dev, /proc or /sys",
+                    ));
                 }
             }
         }
@@ -104,7 +109,9 @@ mod tests {
         for dir in [root.join("data"), root.join("proc"), volume.join("plain")] {
             fs::create_dir_all(dir).unwrap();
         }
-        for (link, to) in [("dev", "/etc"), ("top", "/"), ("up", "../.."), ("kernel", "proc"), ("run", "/var/run")] {
+        for (link, to) in
+            [("dev", "/etc"), ("top", "/"), ("up", "../.."), ("kernel", "proc"), ("run", "/var/run")]
+        {
             symlink(to, root.join(link)).unwrap();
         }
         fs::create_dir_all(root.join("var/run")).unwrap();

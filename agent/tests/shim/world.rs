@@ -237,12 +237,6 @@ impl Pod {
         shim.wait().unwrap();
     }
 
-    pub fn end_shim_by(&mut self, signal: nix::sys::signal::Signal) -> std::process::ExitStatus {
-        let mut shim = self.shim.take().unwrap();
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(shim.id() as i32), signal).unwrap();
-        shim.wait().unwrap()
-    }
-
     /// What the container has written, all of it.
     pub fn output(&self) -> String {
         let mut text = String::new();

@@ -143,7 +143,8 @@ fn tell(command: &mut Command, token: &JoinToken) -> Output {
 /// Ends a process as one that has a defect ends, with room for its core.
 fn abort(child: &mut std::process::Child) -> std::process::ExitStatus {
     let pid = child.id().to_string();
-    for (program, args) in [("prlimit", &["--core=unlimited", "--pid", &pid][..]), ("kill", &["-ABRT", &pid])] {
+    for (program, args) in [("prlimit", &["--core=unlimited", "--pid", &pid][..]), ("kill", &["-ABRT", &pid])]
+    {
         assert!(Command::new(program).args(args).status().expect("it starts").success(), "{program}");
     }
     child.wait().expect("it is a child")
@@ -170,7 +171,8 @@ fn keys_are_in_no_list_of_processes_log_or_core() {
     assert!(logs.contains("a1"), "{logs}");
     for token in [&token, &invited] {
         let whole = token.to_string();
-        let secret = whole.split('@').next().and_then(|front| front.rsplit('.').next()).expect("a token's parts");
+        let secret =
+            whole.split('@').next().and_then(|front| front.rsplit('.').next()).expect("a token's parts");
         assert!(!logs.contains(secret), "{logs}");
     }
     for dir in [&data.join("identity"), &alice] {
