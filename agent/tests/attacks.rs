@@ -225,6 +225,22 @@ fn the_pods_init_is_of_no_use_to_its_programs() {
 }
 
 #[test]
+fn a_view_of_the_nodes_files_shows_none_of_berths_own() {
+    let mut pod = Pod::new("");
+    let data = pod.dir.parent().and_then(Path::parent).unwrap().to_owned();
+    fs::create_dir(data.join("identity")).unwrap();
+    fs::write(data.join("identity/key"), "secret").unwrap();
+    let script = format!("ls -A {0}; cat {0}/identity/key; [ -d {0} ] && echo there", data.display());
+    pod.main().command = shell(&script);
+    let output = pod.succeed();
+    assert!(
+        output.ends_with("No such file or directory\nthere\n") && output.lines().count() == 2,
+        "{output}"
+    );
+    fs::remove_dir_all(data.join("identity")).unwrap();
+}
+
+#[test]
 fn a_program_of_roots_gives_nobody_its_rights() {
     let output = Pod::new(
         "cp /usr/bin/id /srv/id && chmod 4755 /srv/id && setpriv --reuid 1000 --regid 1000 --clear-groups /srv/id -u",
