@@ -24,7 +24,7 @@ fn main() -> ExitCode {
         (Some("pack"), Some(dir)) => return io::outputs::pack_main(Path::new(&dir)),
         (Some("unpack"), Some(archive)) => {
             let dir = args.next().unwrap_or_default();
-            return io::prepare::unpack_main(Path::new(&archive), Path::new(&dir));
+            return io::unpack::main(Path::new(&archive), Path::new(&dir));
         }
         _ => {}
     }

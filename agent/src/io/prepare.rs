@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{ExitCode, Stdio};
+use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -39,8 +39,6 @@ const DISK_PERCENT_MAX: u8 = 85;
 pub const CHECKPOINTS_KEPT_DIR: &str = "checkpoints";
 /// A named volume outlives its job's record (`ttlSecondsAfterFinished`), so that the job may be submitted again.
 const VOLUME_UNUSED_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
-/// What a workspace may unpack to, against archives made to fill a disk.
-const WORKSPACE_BYTES_MAX: u64 = 2 << 30;
 /// Between two looks whether a pod's supervisor has ended.
 const FREE_PAUSE: Duration = Duration::from_millis(10);
 const WORKSPACE_UNPACK_MAX: Duration = Duration::from_secs(300);
@@ -492,23 +490,4 @@ fn is_old(path: &Path) -> bool {
 fn is_older(path: &Path, than: Duration) -> bool {
     let modified = fs::metadata(path).and_then(|meta| meta.modified()).ok();
     modified.and_then(|at| at.elapsed().ok()).is_some_and(|age| age > than)
-}
-
-/// `berth-agent unpack ARCHIVE DIR`: reads a workspace in a process of its own, since its bytes are somebody's.
-pub fn unpack_main(archive: &Path, dir: &Path) -> ExitCode {
-    let unpack = || -> io::Result<()> {
-        fs::create_dir_all(dir)?;
-        let file = flate2::read::GzDecoder::new(File::open(archive)?);
-        let mut tar = tar::Archive::new(file.take(WORKSPACE_BYTES_MAX));
-        tar.set_preserve_permissions(true);
-        tar.set_unpack_xattrs(false);
-        tar.unpack(dir)
-    };
-    match unpack() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("the job's files cannot be unpacked: {error}");
-            ExitCode::FAILURE
-        }
-    }
 }

@@ -165,48 +165,4 @@ mod tests {
         assert_eq!((&allowed[0]["major"], &allowed[0]["minor"]), (&json!(1), &json!(7)));
         assert!(inject_from(dir.path(), &named("example.com/gpu=GPU-9"), oci).is_err());
     }
-
-    /// By the program that libcgroups hangs onto a group: of a hierarchy of v2's, which lies beside those of v1 on some
-    /// machines.
-    #[test]
-    fn on_v2_what_is_not_given_opens_to_nobody() {
-        use libcgroups::common::{CgroupManager as _, ControllerOpt};
-        use std::process::Command;
-
-        let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(PathBuf::from);
-        let root = roots.into_iter().find(|root| root.join("cgroup.controllers").exists());
-        let root = root.expect("a hierarchy of cgroup v2 is mounted");
-        let name = format!("berth-test-devices-{}", std::process::id());
-        let group = root.join(&name);
-        std::fs::create_dir(&group).unwrap();
-        let resources = json!({"devices": [
-            {"allow": false, "access": "rwm"},
-            {"allow": true, "access": "rw", "type": "c", "major": 1, "minor": 11},
-        ]});
-        let apply = |resources: Value| {
-            let resources = serde_json::from_value(resources).unwrap();
-            let manager = libcgroups::v2::manager::Manager::new(root.clone(), PathBuf::from(&name)).unwrap();
-            let options = ControllerOpt {
-                resources: &resources,
-                disable_oom_killer: false,
-                oom_score_adj: None,
-                freezer_state: None,
-            };
-            manager.apply(&options).unwrap();
-        };
-        let opens = |device: &str| {
-            let script = format!("echo $$ >{}/cgroup.procs && : <{device}", group.display());
-            Command::new("sh")
-                .args(["-c", &script])
-                .stderr(std::process::Stdio::null())
-                .status()
-                .unwrap()
-                .success()
-        };
-        let before = ["/dev/kmsg", "/dev/loop-control", "/dev/null"].map(opens);
-        apply(resources);
-        let after = ["/dev/kmsg", "/dev/loop-control", "/dev/null"].map(opens);
-        std::fs::remove_dir(&group).unwrap();
-        assert_eq!((before, after), ([true; 3], [true, false, true]));
-    }
 }
