@@ -46,8 +46,7 @@ pub fn settle(rootfs: &Path, config: &Value) -> Result<(), ShimError> {
             None => {
                 let real = leads_to(root.fd(), at).map_err(ShimError::io("look for", *at))?;
                 let inside = |dir: &&str| real.starts_with(dir) && !at.starts_with(dir);
-                if real == Path::new("/") || KERNELS.iter().any(|dir| real == Path::new(dir) || inside(&dir))
-                {
+                if real == Path::new("/") || KERNELS.iter().any(|dir| real == Path::new(dir) || inside(dir)) {
                     return Err(refused(
                         "it is, or a link of the image leads it to, the root, /dev, /proc or /sys",
                     ));
