@@ -15,6 +15,7 @@ use serde::Deserialize;
 
 use crate::io::departure::Source;
 use crate::io::identity;
+use crate::io::network::Reach;
 
 const EXAMPLES: &str = "Examples:
   berth-agent join b1c0ffee…@ctl.example.org:7420            belong to a cluster, once: the line of `berth node token`
@@ -101,6 +102,22 @@ struct Settings {
     )]
     #[serde(rename = "allow-capability")]
     capabilities: Option<Vec<String>>,
+    /// Let jobs share this machine's own network (`network: host`): its loopback, and all that listens there [default: no,
+    /// with --dev yes]
+    #[arg(long, env = "BERTH_ALLOW_HOST_NETWORK", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    allow_host_network: Option<bool>,
+    /// Let pods on the bridge reach the addresses at which a cloud gives this machine its keys (169.254.169.254 and others)
+    #[arg(long, env = "BERTH_ALLOW_METADATA", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    allow_metadata: Option<bool>,
+    /// A TCP port of this machine that pods on the bridge may reach [default: none]; may be repeated
+    #[arg(
+        long = "allow-node-port",
+        env = "BERTH_ALLOW_NODE_PORT",
+        value_name = "PORT",
+        value_delimiter = ','
+    )]
+    #[serde(rename = "allow-node-port")]
+    node_ports: Option<Vec<u16>>,
     /// The CRIU to use [default: the first that works of criu/criu beside this program, /usr/lib/berth/criu/criu, PATH]
     #[arg(long, env = "BERTH_CRIU", value_name = "PATH")]
     criu: Option<PathBuf>,
@@ -186,6 +203,8 @@ pub struct Config {
     /// `None`: all.
     pub image_paths: Option<Vec<PathBuf>>,
     pub capabilities: BTreeSet<String>,
+    pub host_network: bool,
+    pub reach: Reach,
     pub criu: Option<PathBuf>,
     pub capacity: Amounts,
     pub reserved: Amounts,
@@ -391,6 +410,11 @@ impl Config {
             host_paths: pick!(host_paths).unwrap_or_default(),
             image_paths: pick!(image_paths).or((dev.is_none()).then(Vec::new)),
             capabilities: pick!(capabilities).unwrap_or_default().into_iter().collect(),
+            host_network: pick!(allow_host_network).unwrap_or(dev.is_some()),
+            reach: Reach {
+                metadata: pick!(allow_metadata).unwrap_or(false),
+                node_ports: pick!(node_ports).unwrap_or_default(),
+            },
             criu: pick!(criu),
             capacity: Amounts::parse(&pick!(capacity).unwrap_or_default()).context("--capacity")?,
             reserved: Amounts::parse(&pick!(reserved).unwrap_or_default()).context("--reserved")?,

@@ -121,7 +121,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let authority = Authority::open(&config.data_dir)?;
     let shown =
         config.membership.as_ref().map(|membership| Shown::new(membership, &key)).transpose()?.map(Arc::new);
-    let bridge = Bridge::open(Path::new(network::SLOTS_DIR), &config.data_dir)
+    let bridge = Bridge::open(Path::new(network::SLOTS_DIR), &config.data_dir, &config.reach)
         .inspect_err(|error| tracing::warn!("no network for pods of their own: {error}"))
         .ok();
     let mut probe = Probe::new(probe_config(&config, bridge.is_some())).await;

@@ -288,6 +288,10 @@ pub mod file {
     pub const RUN_DIR: &str = "run";
     /// Containers' bundles, in directories of their names, which no other name here may be.
     pub const BUNDLES_DIR: &str = "run/bundles";
+    /// Hosts' paths as containers are given them, by the volume's place in the job's file.
+    pub const SHOWN_DIR: &str = "run/shown";
+    /// The root of the pod's init: empty.
+    pub const NOTHING_DIR: &str = "run/nothing";
     /// libcontainer's own records.
     pub const STATE_DIR: &str = "run/state";
     /// What containers see as `/etc/hostname`, `/etc/hosts` and `/etc/resolv.conf`.

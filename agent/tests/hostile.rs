@@ -301,12 +301,13 @@ fn stronger_thread(variant: usize) -> Vec<u8> {
 /// The manifest of another job, or of none, with a digest of its own.
 fn foreign(manifest: &Manifest, dice: &mut Dice) -> (Digest, Vec<u8>) {
     let mut other = manifest.clone();
-    match dice.roll(6) {
+    match dice.roll(7) {
         0 => other.template.containers[0].command = shell("id"),
         1 => other.template.containers[0].user = Some("0".to_owned()),
         2 => drop(other.template.containers[0].capabilities.insert("SYS_ADMIN".to_owned())),
         3 => other.template.network = berth_protocol::job::Network::Host,
-        4 => other.containers[0].dump.retain(|file| !file.name.starts_with("core-")),
+        4 => other.template.namespace = berth_protocol::ids::Namespace::parse("other").unwrap(),
+        5 => other.containers[0].dump.retain(|file| !file.name.starts_with("core-")),
         _ => other.containers[0].dump.retain(|file| file.name != "saved.json"),
     }
     other.render().unwrap()

@@ -498,6 +498,42 @@ fn assert_tidy_except_leftover(store: &Path, layers: usize) {
     assert_eq!((count(&store.join("tmp")), count(&store.join("layers"))), (1, layers));
 }
 
+/// Files of a layer that is all entries and no content.
+const ENTRIES: u64 = 50_000;
+const ENTRIES_A_SECOND_MIN: u64 = 10_000;
+const WORKER_BYTES_MAX: u64 = 64 << 20;
+
+#[tokio::test]
+async fn many_entries_take_neither_time_nor_memory() {
+    let home = tempfile::tempdir().unwrap();
+    let mut builder =
+        tar::Builder::new(flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast()));
+    let mut header = tar::Header::new_gnu();
+    header.set_size(0);
+    header.set_mode(0o644);
+    for number in 0..ENTRIES {
+        let path = format!("directory-{}/{}-{number}", number / 1000, "long".repeat(20));
+        builder.append_data(&mut header, path, &b""[..]).unwrap();
+    }
+    let packed = builder.into_inner().unwrap().finish().unwrap();
+    let mut layout = Layout::new();
+    let mut plain = Vec::new();
+    std::io::Read::read_to_end(&mut flate2::read::GzDecoder::new(&packed[..]), &mut plain).unwrap();
+    let image = layout.image(ARCHITECTURE, &[(packed, plain)]);
+    layout.tag("v1", image);
+    let store = store(home.path());
+    let record = store.ensure(&layout.reference("v1"), |_| {}).await.unwrap();
+    assert_eq!(count(&top_layer(&store, &record)) as u64, ENTRIES / 1000);
+    // What its worker took: a busy machine makes it wait, and not work more.
+    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_CHILDREN).unwrap();
+    let time = usage.user_time() + usage.system_time();
+    let ms = time.tv_sec() as u64 * 1000 + time.tv_usec() as u64 / 1000;
+    let (rate, kib) = (ENTRIES * 1000 / ms.max(1), usage.max_rss() as u64);
+    println!("{rate} entries a second, {kib} KiB at most");
+    assert!(rate >= ENTRIES_A_SECOND_MIN, "{rate} entries a second");
+    assert!(kib << 10 <= WORKER_BYTES_MAX, "{kib} KiB");
+}
+
 #[tokio::test]
 async fn an_image_that_is_too_large_is_refused() {
     let home = tempfile::tempdir().unwrap();

@@ -7,7 +7,7 @@ mod world;
 
 use std::process::{Child, Command, Stdio};
 
-use berth_agent::io::network::{self, Bridge};
+use berth_agent::io::network::{self, Bridge, Reach};
 use berth_protocol::job::Network;
 use nix::sched::{CloneFlags, unshare};
 use world::*;
@@ -15,7 +15,10 @@ use world::*;
 /// This thread, and what it starts, becomes a node with its own network.
 fn become_node() {
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
-    sh("ip link set lo up");
+    // The first slots are not for it: /sys shows the bridges of this machine's own agents, ports and all. And its own
+    // addresses of IPv6 are good at once.
+    sh("ip link set lo up; ip route add blackhole 10.213.0.0/19
+        echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad");
 }
 
 fn sh(script: &str) -> String {
@@ -24,7 +27,7 @@ fn sh(script: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Another machine at 198.51.100.2, which says hello on port 8080 and has no route to the pods.
+/// Processes that end with the test; here for another machine at 198.51.100.2, which says hello on port 8080 and has no route to the pods.
 struct Server(Vec<Child>);
 
 impl Server {
@@ -62,14 +65,14 @@ fn a_pod_on_the_bridge_reaches_the_world() {
     become_node();
     let _server = Server::new();
     let slots = tempfile::tempdir().unwrap();
-    let bridge = Bridge::open(slots.path(), "/var/lib/a".as_ref()).unwrap();
+    let bridge = Bridge::open(slots.path(), "/var/lib/a".as_ref(), &Reach::default()).unwrap();
     // A second agent, and the first one again.
-    let second = Bridge::open(slots.path(), "/var/lib/b".as_ref()).unwrap();
+    let second = Bridge::open(slots.path(), "/var/lib/b".as_ref(), &Reach::default()).unwrap();
     assert_ne!(bridge.slot(), second.slot());
     second.close();
     let slot = bridge.slot();
     drop(bridge);
-    let bridge = Bridge::open(slots.path(), "/var/lib/a".as_ref()).unwrap();
+    let bridge = Bridge::open(slots.path(), "/var/lib/a".as_ref(), &Reach::default()).unwrap();
     assert_eq!(bridge.slot(), slot);
 
     let place = network::address(slot, 7, vec!["192.0.2.53".parse().unwrap()]).unwrap();
@@ -105,6 +108,100 @@ fn a_pod_on_the_bridge_reaches_the_world() {
 fn pod_again(pod: &mut Pod) -> String {
     pod.task.run = pod.task.run.next();
     pod.succeed()
+}
+
+/// A service of the node's own, on every address of it.
+fn node_service(port: u16) -> Child {
+    let child = Command::new("busybox")
+        .args(["nc", "-ll", "-p", &port.to_string(), "-e", "/bin/echo", "hello"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for("the node's service", || sh("ss -ltn").contains(&format!(":{port}")));
+    child
+}
+
+/// What a pod on the bridge gets an answer from, of what it must not reach and what it must.
+fn reached(bridge: &Bridge, index: u8) -> String {
+    let place = network::address(bridge.slot(), index, Vec::new()).unwrap();
+    let gateway = place.gateway;
+    let link = sh(&format!("ip -6 -o addr show dev {} scope link", place.bridge));
+    let link = link.split_whitespace().nth(3).unwrap().split('/').next().unwrap();
+    let mut pod = Pod::new(&format!(
+        "while ip -6 addr show dev eth0 | grep -q tentative; do sleep 0.05; done
+         ask() {{ busybox nc -w 5 $2 $3 </dev/null 2>/dev/null | grep -q hello && echo $1; }}
+         ask gateway {gateway} 1883; ask node 198.51.100.1 1883; ask link {link}%eth0 1883
+         ask dns {gateway} 53; ask metadata 169.254.169.254 8080; ask azure 168.63.129.16 8080
+         ask world 198.51.100.2 8080
+         busybox ping -c 1 -W 5 {gateway} >/dev/null && echo ping
+         echo up >/run/berth/up; busybox nc -l -p 9000 -e /bin/echo answer"
+    ));
+    pod.task.template.network = Network::Bridge;
+    let address = place.address;
+    pod.task.network = Some(place);
+    let mut agent = pod.start();
+    wait_for("the pod's questions", || pod.run_berth("up").exists());
+    // The node asks the pod, and is answered.
+    let mut answer = String::new();
+    wait_for("the pod's answer", || {
+        answer = sh(&format!("busybox nc -w 5 {address} 9000 </dev/null || true"));
+        !answer.is_empty()
+    });
+    assert_eq!(answer, "answer\n");
+    agent.exited();
+    pod.wait();
+    pod.output().replace('\n', " ")
+}
+
+#[test]
+fn pods_reach_neither_the_nodes_services_nor_its_keys_in_the_cloud() {
+    become_node();
+    let server = Server::new();
+    let pid = server.0[1].id();
+    for address in ["169.254.169.254", "168.63.129.16"] {
+        sh(&format!(
+            "nsenter -t {pid} -n ip addr add {address}/32 dev srv0; ip route add {address} via 198.51.100.2"
+        ));
+    }
+    let _services = Server(vec![node_service(1883), node_service(53)]);
+    let slots = tempfile::tempdir().unwrap();
+    let open = |reach: &Reach| Bridge::open(slots.path(), "/var/lib/a".as_ref(), reach).unwrap();
+    let allowed = Reach { metadata: true, node_ports: vec![1883] };
+    // By nftables, then as on a machine that has iptables alone.
+    for (turn, with) in ["nft", "iptables"].into_iter().enumerate() {
+        let path = (with == "iptables").then(|| without_nft(slots.path()));
+        let bridge = open(&Reach::default());
+        assert_eq!(reached(&bridge, 2 * turn as u8), "dns world ping ", "{with}");
+        drop(bridge);
+        // The same pods where the node's configuration lets them.
+        let bridge = open(&allowed);
+        let all = "gateway node link dns metadata azure world ping ";
+        assert_eq!(reached(&bridge, 2 * turn as u8 + 1), all, "{with}");
+        wait_for("the pods' links to go", || !sh("ip -o link").contains(": bv"));
+        bridge.close();
+        if let Some(path) = path {
+            // SAFETY: this test's process has no other thread that reads the environment now.
+            unsafe { std::env::set_var("PATH", path) };
+        }
+    }
+    let left = sh("nft list tables; iptables -S; ip6tables -S; iptables -t nat -S");
+    assert!(!left.contains("berth"), "{left}");
+}
+
+/// Takes nft from the programs that are found by name; what PATH was.
+fn without_nft(dir: &std::path::Path) -> String {
+    let bin = dir.join("bin");
+    std::fs::create_dir(&bin).unwrap();
+    let path = std::env::var("PATH").unwrap();
+    for from in path.split(':').rev().flat_map(|dir| std::fs::read_dir(dir).into_iter().flatten().flatten()) {
+        let to = bin.join(from.file_name());
+        let _ = std::fs::remove_file(&to);
+        std::os::unix::fs::symlink(from.path(), to).unwrap();
+    }
+    std::fs::remove_file(bin.join("nft")).unwrap();
+    // SAFETY: as above.
+    unsafe { std::env::set_var("PATH", &bin) };
+    path
 }
 
 #[test]

@@ -14,6 +14,7 @@ use tracing_subscriber::filter::LevelFilter;
 const FILE_THREADS_MAX: usize = 4;
 
 fn main() -> ExitCode {
+    berth_controller::io::memory::keep_private();
     one_arena();
     raise_file_limit();
     let mut flags = Flags::parse();

@@ -1,5 +1,6 @@
 //! How this machine comes to belong to a cluster, and stays: `berth-agent join TOKEN`, and the renewal of its certificate.
 
+use std::io::{BufRead as _, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
@@ -32,6 +33,8 @@ use crate::config::{DATA_DIR, host_name};
 
 const WITHIN: Duration = Duration::from_secs(20);
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
+/// Of a token on stdin: several times the longest.
+const TOKEN_BYTES_MAX: u64 = 4096;
 /// A certificate is renewed this long before its end, of the 30 days that it is good.
 const RENEWED_BEFORE: Millis = Millis(10 * 86_400_000);
 /// How often that is looked at, and tried again.
@@ -49,14 +52,15 @@ const UNIT: &str = "berth-agent.service";
     after_help = "Examples:
   berth-agent join b1c0ffee…@ctl.example.org:7420
   berth-agent join --node gpu-7 b1c0ffee…@ctl.example.org:7420
+  berth-agent join - <token            the token from stdin: arguments are seen by every user of the machine
 
 `berth node token` at the controller prints the line. The machine's key is made here and never leaves it. Where the
 package's unit is there it is enabled and started. A machine that was away for so long that its certificate has ended
 joins again, with a token from `berth node token NODE`; its pods and their records stay."
 )]
 struct Args {
-    /// What `berth node token` printed
-    token: JoinToken,
+    /// What `berth node token` printed; `-` reads it from stdin, so that it is in no list of processes
+    token: String,
     /// This node's name [default: the token's, else the host's]
     #[arg(long, env = "BERTH_NODE", value_name = "NAME")]
     node: Option<NodeId>,
@@ -83,6 +87,7 @@ pub fn main() -> ExitCode {
 
 async fn join(args: Args) -> Result<String> {
     let Args { token, node, data_dir } = args;
+    let token = read_token(token)?;
     let data_dir = data_dir.unwrap_or_else(|| DATA_DIR.into());
     if let Some(before) = identity::membership(&data_dir)? {
         let ca = CertificateDer::from_pem_slice(before.ca.as_bytes());
@@ -155,6 +160,20 @@ async fn probe(data_dir: &Path, membership: &Membership, node: &NodeId) -> Resul
         "the broker {broker} cannot be reached from here, or does not let {node} in, or not hear {top}/lease: is that its \
          address, and are its rules those of the cluster? (for Mosquitto `berth-controller broker-config mosquitto` writes them)"
     )
+}
+
+/// The token that was given, or stdin's first line for `-`.
+fn read_token(given: String) -> Result<JoinToken> {
+    let text = match given.as_str() {
+        "-" => {
+            let mut line = String::new();
+            let stdin = std::io::stdin().lock().take(TOKEN_BYTES_MAX);
+            std::io::BufReader::new(stdin).read_line(&mut line).context("cannot read the token")?;
+            line
+        }
+        _ => given,
+    };
+    Ok(text.parse()?)
 }
 
 /// Enables and starts the service, where there is one for this directory.

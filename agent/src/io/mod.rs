@@ -19,4 +19,5 @@ pub mod prepare;
 pub mod probe;
 pub mod secrets;
 pub mod shims;
+pub mod unpack;
 pub mod usage;

@@ -15,6 +15,8 @@ use nix::fcntl::{Flock, FlockArg};
 use crate::shim::netlink::{self, Netlink};
 use crate::task::BridgeAddress;
 
+mod guard;
+
 pub const SLOTS_DIR: &str = "/run/berth/net";
 /// Agents with a bridge on one machine.
 pub const SLOTS_MAX: u8 = 64;
@@ -37,7 +39,26 @@ pub enum BridgeError {
     Forward(io::Error),
     #[error("cannot set up address translation: {nft}; {iptables}; install nftables (or iptables)")]
     Nat { nft: String, iptables: String },
+    #[error(
+        "cannot keep pods from this machine's own services: {nft}; {iptables}; install nftables (or iptables)"
+    )]
+    Guard { nft: String, iptables: String },
 }
+
+/// What the node's configuration lets pods on the bridge reach beyond other machines and each other.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// Where clouds tell a machine who it is, and give it the keys to be that.
+    pub metadata: bool,
+    /// This machine's own, TCP.
+    pub node_ports: Vec<u16>,
+}
+
+/// Clouds' own services for the machine alone: link-local addresses, Azure's, Alibaba's; and those of AWS and Google on
+/// IPv6. Name servers at such an address stay.
+const METADATA_V4: &str = "169.254.0.0/16,168.63.129.16,100.100.100.200";
+const METADATA_V6: &str = "fd00:ec2::254,fd20:ce::254";
+const DNS: u16 = 53;
 
 /// An agent's bridge, held until it is closed or the process ends.
 #[derive(Debug)]
@@ -79,10 +100,10 @@ fn subnet(slot: u8) -> String {
 
 impl Bridge {
     /// Makes, or finds again, the bridge of the agent whose data directory is `owner`. Blocks for some 10 ms.
-    pub fn open(slots: &Path, owner: &Path) -> Result<Self, BridgeError> {
+    pub fn open(slots: &Path, owner: &Path, reach: &Reach) -> Result<Self, BridgeError> {
         fs::create_dir_all(slots).map_err(|source| BridgeError::Slots { path: slots.to_owned(), source })?;
         let bridge = claim(slots, owner)?;
-        bridge.make()?;
+        bridge.make(reach)?;
         Ok(bridge)
     }
 
@@ -90,17 +111,22 @@ impl Bridge {
         self.slot
     }
 
-    fn make(&self) -> Result<(), BridgeError> {
+    fn make(&self, reach: &Reach) -> Result<(), BridgeError> {
         let name = name(self.slot);
         let failed = |source| BridgeError::Bridge { name: name.clone(), source };
         let link = Netlink::open().map_err(failed)?;
+        // Before anybody can be on it.
+        guard::set_up(&name, reach)?;
         there(link.send(vec![netlink::add_bridge(&name)])).map_err(failed)?;
         let index = netlink::index(&name).ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
         there(link.send(vec![netlink::add_address(index, gateway(self.slot), PREFIX)])).map_err(failed)?;
         link.send(vec![netlink::set_up(index)]).map_err(failed)?;
         fs::write("/proc/sys/net/ipv4/ip_forward", "1").map_err(BridgeError::Forward)?;
         translate(self.slot)?;
-        pass_forwarding_firewall(self.slot);
+        if pass_forwarding_firewall(self.slot) {
+            // What was let through just now stands before what is not to pass.
+            guard::set_up(&name, reach)?;
+        }
         Ok(())
     }
 
@@ -112,6 +138,8 @@ impl Bridge {
         }
         let _ = Netlink::open().and_then(|link| link.send(vec![netlink::delete(&name)]));
         let _ = run("nft", &["delete", "table", "ip", &name], "");
+        let _ = masquerade("-D", self.slot);
+        guard::take_away(&name);
         for rule in firewall_rules(self.slot) {
             let _ = run("iptables", &with_verb("-D", &rule), "");
         }
@@ -192,12 +220,16 @@ fn translate(slot: u8) -> Result<(), BridgeError> {
          type nat hook postrouting priority 100;\n  ip saddr {subnet} oifname != \"{name}\" masquerade\n }}\n}}\n"
     );
     let Err(nft) = run("nft", &["-f", "-"], &rules) else { return Ok(()) };
-    let rule = ["POSTROUTING", "-s", &subnet, "!", "-o", &name, "-j", "MASQUERADE"];
-    let nat = |verb| [&["-w", "-t", "nat", verb][..], &rule].concat();
-    if run("iptables", &nat("-C"), "").is_ok() {
+    if masquerade("-C", slot).is_ok() {
         return Ok(());
     }
-    run("iptables", &nat("-A"), "").map_err(|iptables| BridgeError::Nat { nft, iptables })
+    masquerade("-A", slot).map_err(|iptables| BridgeError::Nat { nft, iptables })
+}
+
+fn masquerade(verb: &str, slot: u8) -> Result<(), String> {
+    let (name, subnet) = (name(slot), subnet(slot));
+    let rule = ["POSTROUTING", "-s", &subnet, "!", "-o", &name, "-j", "MASQUERADE"];
+    run("iptables", &[&["-w", "-t", "nat", verb][..], &rule].concat(), "")
 }
 
 fn firewall_rules(slot: u8) -> [Vec<String>; 2] {
@@ -213,17 +245,18 @@ fn with_verb<'a>(verb: &'a str, rule: &'a [String]) -> Vec<&'a str> {
     ["-w", verb].into_iter().chain(rule.iter().map(String::as_str)).collect()
 }
 
-/// Where something else (Docker does) has closed forwarding by default, the pods' way is opened.
-fn pass_forwarding_firewall(slot: u8) {
+/// Where something else (Docker does) has closed forwarding by default, the pods' way is opened; was it?
+fn pass_forwarding_firewall(slot: u8) -> bool {
     let closed = Command::new("iptables").args(["-w", "-S", "FORWARD"]).stderr(Stdio::null()).output();
     if !closed.is_ok_and(|o| String::from_utf8_lossy(&o.stdout).contains("-P FORWARD DROP")) {
-        return;
+        return false;
     }
     for rule in firewall_rules(slot) {
         if run("iptables", &with_verb("-C", &rule), "").is_err() {
             let _ = run("iptables", &with_verb("-I", &rule), "");
         }
     }
+    true
 }
 
 fn run(program: &str, args: &[&str], input: &str) -> Result<(), String> {

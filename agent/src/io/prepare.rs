@@ -2,18 +2,18 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{ExitCode, Stdio};
+use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use berth_protocol::chunk::{GrantFor, GrantRequest};
 use berth_protocol::ids::Digest;
 use berth_protocol::image::Images;
-use berth_protocol::job::{PodTemplate, Volume, VolumeSource, Workspace};
+use berth_protocol::job::{Network, PodTemplate, Volume, VolumeSource, Workspace};
 use berth_protocol::message::node::{ChunkServer, DepotAccess};
 use berth_protocol::pod::RESTORE_FAILED;
 use berth_protocol::units::Bytes;
@@ -39,8 +39,6 @@ const DISK_PERCENT_MAX: u8 = 85;
 pub const CHECKPOINTS_KEPT_DIR: &str = "checkpoints";
 /// A named volume outlives its job's record (`ttlSecondsAfterFinished`), so that the job may be submitted again.
 const VOLUME_UNUSED_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
-/// What a workspace may unpack to, against archives made to fill a disk.
-const WORKSPACE_BYTES_MAX: u64 = 2 << 30;
 /// Between two looks whether a pod's supervisor has ended.
 const FREE_PAUSE: Duration = Duration::from_millis(10);
 const WORKSPACE_UNPACK_MAX: Duration = Duration::from_secs(300);
@@ -50,6 +48,7 @@ pub struct Preparer {
     images: ImageStore,
     data_dir: PathBuf,
     host_image: bool,
+    host_network: bool,
     capabilities: BTreeSet<String>,
     /// Canonical directories below which jobs may mount.
     host_paths: Vec<PathBuf>,
@@ -95,6 +94,7 @@ impl Preparer {
             data_dir: config.data_dir.clone(),
             fetching: <[Mutex<()>; 16]>::default(),
             host_image: config.host_image,
+            host_network: config.host_network,
             capabilities: config.capabilities.clone(),
             rate: config.checkpoint_rate.0,
             host_paths: canonical("--allow-host-path", &config.host_paths),
@@ -251,6 +251,11 @@ impl Preparer {
 
     /// What the node's own configuration has to grant, and what this version cannot give.
     fn permit(&self, template: &PodTemplate) -> Result<(), Unready> {
+        if template.network == Network::Host && !self.host_network {
+            let message = "this node does not share its network: start its agent with --allow-host-network, or take \
+                           `network: bridge`";
+            return Err(unready("HostNetworkForbidden", message.into(), false));
+        }
         for container in &template.containers {
             if let Some(name) = container.capabilities.iter().find(|name| !self.capabilities.contains(*name))
             {
@@ -335,6 +340,13 @@ impl Preparer {
                         false,
                     )
                 })?;
+                // However much is shared: in there are the node's key, and what other jobs have.
+                let own = fs::canonicalize(&self.data_dir).unwrap_or_else(|_| self.data_dir.clone());
+                if real.starts_with(&own) || own.starts_with(&real) {
+                    let message =
+                        format!("volume {}: {path} holds, or is in, the agent's own data", volume.mount);
+                    return Err(unready("VolumeForbidden", message, false));
+                }
                 if self.host_paths.iter().any(|allowed| real.starts_with(allowed)) {
                     return Ok(Some(real));
                 }
@@ -478,23 +490,4 @@ fn is_old(path: &Path) -> bool {
 fn is_older(path: &Path, than: Duration) -> bool {
     let modified = fs::metadata(path).and_then(|meta| meta.modified()).ok();
     modified.and_then(|at| at.elapsed().ok()).is_some_and(|age| age > than)
-}
-
-/// `berth-agent unpack ARCHIVE DIR`: reads a workspace in a process of its own, since its bytes are somebody's.
-pub fn unpack_main(archive: &Path, dir: &Path) -> ExitCode {
-    let unpack = || -> io::Result<()> {
-        fs::create_dir_all(dir)?;
-        let file = flate2::read::GzDecoder::new(File::open(archive)?);
-        let mut tar = tar::Archive::new(file.take(WORKSPACE_BYTES_MAX));
-        tar.set_preserve_permissions(true);
-        tar.set_unpack_xattrs(false);
-        tar.unpack(dir)
-    };
-    match unpack() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("the job's files cannot be unpacked: {error}");
-            ExitCode::FAILURE
-        }
-    }
 }

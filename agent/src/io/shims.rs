@@ -91,6 +91,8 @@ impl Shims {
     pub fn new(dir: PathBuf, events: mpsc::UnboundedSender<Event>) -> Self {
         // A file system without such an attribute does as well.
         let _ = fs::create_dir_all(&dir).and_then(|()| sys::spread_directories(&dir));
+        // Now, as long as this program is the file at its path.
+        let _ = shim::program::path();
         Self { dir, links: BTreeMap::new(), events }
     }
 
@@ -213,7 +215,7 @@ fn start(dir: &Path, task: &Task, secrets: &SecretValues) -> Result<Child, ShimE
     // What cannot be made the shim will say.
     let _ = shim::make_groups(task);
     open_groups();
-    Command::new("/proc/self/exe")
+    Command::new(shim::program::path())
         .arg0("berth-agent")
         .arg("shim")
         .arg(dir)

@@ -17,6 +17,7 @@ use super::container::{self, Container};
 use super::devices;
 use super::error::ShimError;
 use super::init::Init;
+use super::mountpoints;
 use super::network;
 use super::process;
 use super::rootfs::{self, Home, Inside};
@@ -41,7 +42,9 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
     let own_network = spec::own_network(&task.template);
     rootfs::enter_private_mounts().map_err(ShimError::Namespace)?;
     rootfs::mount_run(dir)?;
-    let init = Init::spawn(&spec::hostname(task), own_network).map_err(ShimError::Namespace)?;
+    let nothing = dir.join(file::NOTHING_DIR);
+    super::make_private_dir(&nothing).map_err(ShimError::io("make", &nothing))?;
+    let init = Init::spawn(&spec::hostname(task), own_network, &nothing).map_err(ShimError::Namespace)?;
     let network = own_network.then(|| network::set_up(task, dir, &init)).transpose()?;
     network::write_files(task, dir).map_err(ShimError::io("write below", dir.join(file::ETC_DIR)))?;
     prepare_berth(task, dir).map_err(ShimError::io("prepare /run/berth in", dir))?;
@@ -65,6 +68,7 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
         v2: cgroup.is_v2(),
         swap: cgroup.accounts_swap(),
         nofile_hard: nofile_hard(),
+        machine_pids: machine_pids(),
     };
     let (mut containers, mut revivals) = (Vec::new(), Vec::new());
     for (index, (spec, furnished)) in specs().zip(&furnished).enumerate() {
@@ -87,9 +91,11 @@ fn container(dir: &Path, spec: &ContainerSpec, own: Cgroup, oci: &Value) -> Resu
         what.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
     };
     let process = &oci["process"];
+    let home = Home::new(dir, &spec.name);
+    mountpoints::settle(&home.rootfs(), oci)?;
     Container::create(container::Plan {
         name: &spec.name,
-        home: &Home::new(dir, &spec.name),
+        home: &home,
         state: &dir.join(file::STATE_DIR),
         cgroup: own,
         command: process["args"][0].as_str().unwrap_or_default(),
@@ -208,6 +214,13 @@ fn clear(dir: &Path) -> io::Result<()> {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
         _ => super::make_private_dir(dir),
     }
+}
+
+/// The lower of the two bounds that the kernel has; one that cannot be read is none.
+fn machine_pids() -> u64 {
+    let bounds = ["/proc/sys/kernel/pid_max", "/proc/sys/kernel/threads-max"];
+    let read = |path: &str| fs::read_to_string(path).ok()?.trim().parse().ok();
+    bounds.into_iter().filter_map(read).min().unwrap_or(u64::MAX)
 }
 
 fn nofile_hard() -> u64 {

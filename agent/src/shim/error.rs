@@ -43,6 +43,12 @@ pub enum ShimError {
     #[error("volume {mount}: {path} is not there on this node; create it, or keep the job off this node")]
     VolumeMissing { mount: String, path: PathBuf },
     #[error(
+        "volume {mount}: there is a symbolic link on the way to {path} that was not there when the node allowed it"
+    )]
+    VolumeMoved { mount: String, path: PathBuf },
+    #[error("nothing can be mounted at {mount}: {why}; choose another place")]
+    MountPoint { mount: String, why: &'static str },
+    #[error(
         "a layer of the image is not at {path}; it may have been removed by hand: the image must be pulled again"
     )]
     LayerMissing { path: PathBuf },
@@ -88,6 +94,8 @@ impl ShimError {
             ShimError::Cgroup(_) => "CgroupUnavailable",
             ShimError::Network(_) => "NetworkUnavailable",
             ShimError::VolumeMissing { .. } => "VolumeMissing",
+            ShimError::VolumeMoved { .. } => "VolumeForbidden",
+            ShimError::MountPoint { .. } => "MountForbidden",
             ShimError::LayerMissing { .. } => "ImageMissing",
             ShimError::Device { .. } => "DeviceUnavailable",
             ShimError::DeviceMemory { .. } => "DeviceMemoryLost",
@@ -109,6 +117,7 @@ impl ShimError {
             | ShimError::NoCommand { .. }
             | ShimError::CommandNotExecutable { .. }
             | ShimError::User { .. }
+            | ShimError::MountPoint { .. }
             | ShimError::ScratchFull { .. } => Cause::Failure,
             ShimError::Restore { .. }
             | ShimError::Checkpoint(_)

@@ -1,14 +1,18 @@
 //! The pod's own init: pid 1 of its pid namespace and keeper of the namespaces that its containers share. It reaps
 //! orphans and ends with its shim; with it the kernel ends every process of the pod.
+//!
+//! The pod's programs see it as process 1, so it keeps nothing that could serve them: no capability, no file system, no
+//! system call beyond its loop's.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
 
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 
-use super::sys;
+use super::{seccomp, sys};
 
 /// A pod's init, the shim's child.
 pub struct Init {
@@ -18,8 +22,8 @@ pub struct Init {
 
 impl Init {
     /// Makes the pod's namespaces (pid, ipc, uts, time; net with `network`) and their first process. The calling
-    /// process must be single-threaded. Returns once the namespaces are as they shall be.
-    pub fn spawn(hostname: &str, network: bool) -> io::Result<Self> {
+    /// process must be single-threaded. `nothing` is an empty directory, its root. Returns once all is as it shall be.
+    pub fn spawn(hostname: &str, network: bool, nothing: &Path) -> io::Result<Self> {
         // Children alone enter it, init and containers alike. Kernels before 5.6 have none.
         // SAFETY: no pointers.
         let time = unsafe { libc::unshare(libc::CLONE_NEWTIME) };
@@ -34,7 +38,7 @@ impl Init {
         }
         match fork_into(flags)? {
             0 => {
-                let code = match live(hostname, &shim, done) {
+                let code = match live(hostname, &shim, done, nothing) {
                     Ok(()) => 0,
                     Err(_) => 1,
                 };
@@ -77,7 +81,7 @@ fn fork_into(flags: i32) -> io::Result<i32> {
 }
 
 /// What init does for ever. It holds no descriptor but these, and allocates nothing worth speaking of.
-fn live(hostname: &str, shim: &OwnedFd, done: OwnedFd) -> io::Result<()> {
+fn live(hostname: &str, shim: &OwnedFd, done: OwnedFd, nothing: &Path) -> io::Result<()> {
     // SAFETY: plain prctl calls with constants and a C string.
     unsafe {
         libc::prctl(libc::PR_SET_NAME, c"berth-init".as_ptr());
@@ -92,6 +96,11 @@ fn live(hostname: &str, shim: &OwnedFd, done: OwnedFd) -> io::Result<()> {
     mask.add(Signal::SIGCHLD);
     mask.thread_block()?;
     let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    nix::unistd::chroot(nothing)?;
+    nix::unistd::chdir("/")?;
+    sys::drop_capabilities()?;
+    // Last: whoever has no more rights than this process could look into it otherwise, and hold it.
+    sys::keep_memory_private()?;
     nix::unistd::write(&done, b".")?;
     drop(done);
     let kept = [sys::dup_to(shim.as_raw_fd(), KEPT)?, sys::dup_to(children_fd(&children), KEPT + 1)?];
@@ -101,6 +110,7 @@ fn live(hostname: &str, shim: &OwnedFd, done: OwnedFd) -> io::Result<()> {
     std::mem::forget(children);
     // SAFETY: just made by dup_to, and owned by nobody.
     let (shim, children) = unsafe { (OwnedFd::from_raw_fd(kept[0]), OwnedFd::from_raw_fd(kept[1])) };
+    seccomp::install(&seccomp::only(&CALLS))?;
     loop {
         let mut fds = [sys::want(&shim, libc::POLLIN), sys::want(&children, libc::POLLIN)];
         sys::poll(&mut fds, None)?;
@@ -113,6 +123,22 @@ fn live(hostname: &str, shim: &OwnedFd, done: OwnedFd) -> io::Result<()> {
         while unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) } > 0 {}
     }
 }
+
+/// All that the loop and its end ask of the kernel, whichever way the C library does so.
+const CALLS: [libc::c_long; 9] = [
+    #[cfg(not(any(target_arch = "aarch64", target_arch = "riscv64")))]
+    libc::SYS_poll,
+    #[cfg(any(target_arch = "aarch64", target_arch = "riscv64"))]
+    libc::SYS_pselect6,
+    libc::SYS_ppoll,
+    libc::SYS_read,
+    libc::SYS_wait4,
+    libc::SYS_close,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_restart_syscall,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
 
 /// Descriptors are moved here, so that two calls close all the others.
 const KEPT: RawFd = 100;

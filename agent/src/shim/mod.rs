@@ -16,9 +16,11 @@ mod exit;
 mod init;
 pub mod lease;
 pub mod log;
+mod mountpoints;
 pub mod netlink;
 mod network;
 mod process;
+pub mod program;
 mod pump;
 mod quota;
 pub mod rootfs;
@@ -56,7 +58,7 @@ pub const KILL_MS_MAX: u64 = 10_000;
 /// thread exists. What went wrong with the pod is in its exit file; what keeps the shim from even writing that is
 /// printed, and its code is 1.
 pub fn main(dir: &Path) -> ExitCode {
-    match run(dir) {
+    match program::seal().and_then(|()| run(dir)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("berth-agent shim {}: {e}", dir.display());

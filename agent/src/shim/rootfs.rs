@@ -72,6 +72,11 @@ pub fn volume_dir(pod_dir: &Path, index: usize) -> PathBuf {
     pod_dir.join("volumes").join(index.to_string())
 }
 
+/// Where containers are given a host's path: as it was when the shim looked at it, whatever takes its name later.
+pub fn shown_dir(pod_dir: &Path, index: usize) -> PathBuf {
+    pod_dir.join(file::SHOWN_DIR).join(index.to_string())
+}
+
 /// A pod's files that end with its run: its configuration, records and mount points, and `/run/berth`, on which its
 /// programs may write.
 const RUN_OPTIONS: &str = "mode=700,size=4m,nr_inodes=4k";
@@ -256,6 +261,14 @@ pub fn prepare_volumes(task: &Task, pod_dir: &Path) -> Result<(), ShimError> {
                         .map_err(|e| ShimError::io("mount a tmpfs at", &at)(e.into()))?;
                 }
             }
+            (VolumeSource::Host(_), Some(path)) if path.exists() => {
+                show(path, &shown_dir(pod_dir, index)).map_err(|source| match source.raw_os_error() {
+                    Some(libc::ELOOP) => {
+                        ShimError::VolumeMoved { mount: volume.mount.clone(), path: path.clone() }
+                    }
+                    _ => ShimError::io("mount the volume's", path)(source),
+                })?;
+            }
             (_, Some(path)) if path.exists() => {}
             (_, path) => {
                 let path = path.cloned().unwrap_or_default();
@@ -264,6 +277,20 @@ pub fn prepare_volumes(task: &Task, pod_dir: &Path) -> Result<(), ShimError> {
         }
     }
     Ok(())
+}
+
+/// Mounts a host's path at `at`. The daemon has found it allowed and free of links; what a pod that may write there has
+/// put into its place since then does not count.
+fn show(path: &Path, at: &Path) -> io::Result<()> {
+    let file = sys::open_without_links(path, libc::O_PATH)?;
+    let from = fd_path(&file);
+    fs::create_dir_all(at.parent().unwrap_or(at))?;
+    match fs::metadata(&from)?.is_dir() {
+        true => fs::create_dir(at)?,
+        false => drop(File::create(at)?),
+    }
+    let none = None::<&str>;
+    Ok(mount(Some(from.as_str()), at, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)?)
 }
 
 /// A container's root, for touching it from outside without ever leaving it, whatever links it holds.
@@ -305,6 +332,18 @@ impl Inside {
             }
         }
         Ok(())
+    }
+
+    /// Makes `name`, of the root itself, a directory to mount over, whatever else it is.
+    pub fn make_mount_dir(&self, name: &str) -> io::Result<()> {
+        let flags = nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW;
+        match nix::sys::stat::fstatat(self.0.as_fd(), name, flags) {
+            Ok(stat) if stat.st_mode & libc::S_IFMT == libc::S_IFDIR => return Ok(()),
+            Ok(_) => nix::unistd::unlinkat(self.0.as_fd(), name, nix::unistd::UnlinkatFlags::NoRemoveDir)?,
+            Err(nix::Error::ENOENT) => {}
+            Err(e) => return Err(e.into()),
+        }
+        Ok(nix::sys::stat::mkdirat(self.0.as_fd(), name, Mode::from_bits_truncate(0o755))?)
     }
 
     /// Makes `dir`/`name` a plain file to mount over, where it is a link that may lead to nothing.

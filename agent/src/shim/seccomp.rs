@@ -135,6 +135,18 @@ pub fn filter(capabilities: &BTreeSet<String>) -> Vec<sock_filter> {
     program
 }
 
+/// The filter for a process of this machine's own architecture that needs these calls alone.
+pub fn only(calls: &[libc::c_long]) -> Vec<sock_filter> {
+    let mut program = vec![load(OFFSET_ARCH), jump(BPF_JEQ, ARCHS[0].1, 1, 0)];
+    program.extend([errno(libc::EPERM), load(OFFSET_NUMBER)]);
+    for call in calls {
+        // Numbers of calls are small and positive.
+        program.extend([jump(BPF_JEQ, *call as u32, 0, 1), ret(libc::SECCOMP_RET_ALLOW)]);
+    }
+    program.push(errno(libc::EPERM));
+    program
+}
+
 /// Puts the calling process under `program`; it must have no_new_privs.
 pub fn install(program: &[sock_filter]) -> io::Result<()> {
     let len = u16::try_from(program.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;
@@ -324,6 +336,21 @@ mod tests {
             assert_eq!(run(&program, audit, 100_000, 0), UNKNOWN);
         }
         assert_eq!(run(&program, 0x1234, 0, 0), libc::SECCOMP_RET_KILL_PROCESS);
+    }
+
+    #[test]
+    fn only_what_is_named_is_allowed() {
+        let program = only(&[libc::SYS_read, libc::SYS_exit_group]);
+        let own = ARCHS[0].1;
+        for (call, expect) in [
+            (libc::SYS_read, ALLOWED),
+            (libc::SYS_exit_group, ALLOWED),
+            (libc::SYS_write, DENIED),
+            (libc::SYS_openat, DENIED),
+        ] {
+            assert_eq!(run(&program, own, call as u32, 0), expect, "{call}");
+        }
+        assert_eq!(run(&program, own ^ 1, libc::SYS_read as u32, 0), DENIED);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use berth_protocol::job::{ContainerSpec, Network, PodTemplate, Volume};
+use berth_protocol::job::{ContainerSpec, Network, PodTemplate, Volume, VolumeSource};
 use berth_protocol::units::Bytes;
 use serde_json::{Value, json};
 
@@ -47,7 +47,9 @@ const MASKED: [&str; 12] = [
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// Processes and threads of one container.
-const PIDS_MAX: i64 = 32_768;
+const PIDS_MAX: u64 = 32_768;
+/// Of those that the machine can have at all, what one container may: no single one leaves none for the others.
+const PIDS_SHARE: u64 = 4;
 const CPU_SHARES_MIN: u64 = 2;
 const CPU_SHARES_MAX: u64 = 262_144;
 const NOFILE_SOFT_MAX: u64 = 65_536;
@@ -68,6 +70,8 @@ pub struct Pod<'a> {
     pub swap: bool,
     /// Of RLIMIT_NOFILE.
     pub nofile_hard: u64,
+    /// Processes and threads that the machine can have.
+    pub machine_pids: u64,
 }
 
 /// One container, all decisions taken.
@@ -136,13 +140,18 @@ pub fn oci(pod: &Pod, container: &Container, cgroup: &Path) -> Value {
     })
 }
 
-/// On a view of the node's root the agent's own data is not for containers.
-fn own_data(pod: &Pod, container: &Container) -> Option<PathBuf> {
+/// On a view of the node's root berth's own data and keys are not for containers: the agent's, and what a controller and
+/// a user of this machine have where they have it by default.
+fn own_data(pod: &Pod, container: &Container) -> Vec<PathBuf> {
     if *container.root != Root::Host {
-        return None;
+        return Vec::new();
     }
     let parent = pod.dir.parent().filter(|parent| parent.ends_with("pods"));
-    Some(parent.and_then(Path::parent).unwrap_or(pod.dir).to_owned())
+    let agents = parent.and_then(Path::parent).unwrap_or(pod.dir).to_owned();
+    let others = ["/var/lib/berth", "/etc/berth", "/root/.config/berth"].map(PathBuf::from);
+    // The agent's last: where it lies within another its mask is needed no more.
+    let masked = others.iter().any(|other| agents.starts_with(other));
+    others.into_iter().chain((!masked).then_some(agents)).collect()
 }
 
 fn mount(kind: &str, at: &str, options: &[&str]) -> Value {
@@ -209,8 +218,12 @@ fn volumes(pod: &Pod, template: &PodTemplate) -> Vec<Value> {
         .iter()
         .enumerate()
         .map(|(index, volume)| {
-            let given = pod.task.volumes.get(index).cloned().flatten();
-            (volume, given.unwrap_or_else(|| rootfs::volume_dir(pod.dir, index)))
+            let from = match (&volume.source, pod.task.volumes.get(index).cloned().flatten()) {
+                (VolumeSource::Host(_), Some(_)) => rootfs::shown_dir(pod.dir, index),
+                (_, Some(given)) => given,
+                (_, None) => rootfs::volume_dir(pod.dir, index),
+            };
+            (volume, from)
         })
         .collect();
     // Outer ones first, so that they do not cover inner ones.
@@ -242,7 +255,7 @@ fn resources(pod: &Pod, container: &Container) -> Value {
         // The limit comes with the program's start (`Container::start`).
         "cpu": {"shares": shares},
         "memory": memory,
-        "pids": {"limit": PIDS_MAX},
+        "pids": {"limit": pids_max(pod.machine_pids)},
         "devices": devices,
     });
     if pod.v2 {
@@ -254,6 +267,10 @@ fn resources(pod: &Pod, container: &Container) -> Value {
         all["unified"] = unified;
     }
     all
+}
+
+fn pids_max(of_machine: u64) -> u64 {
+    (of_machine / PIDS_SHARE).clamp(1, PIDS_MAX)
 }
 
 /// Does the pod have a network namespace of its own?

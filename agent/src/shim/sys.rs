@@ -169,19 +169,64 @@ pub fn close_below(end: u32) -> io::Result<()> {
 
 /// Opens `path` as if `root` were the file system's root, links and `..` included (openat2, Linux 5.6).
 pub fn open_in_root(root: &impl AsFd, path: &Path, flags: i32) -> io::Result<OwnedFd> {
+    open_how(root.as_fd().as_raw_fd(), path, flags, libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS)
+}
+
+/// Opens an absolute path on which there must be no symbolic link: ELOOP where one is.
+pub fn open_without_links(path: &Path, flags: i32) -> io::Result<OwnedFd> {
+    open_how(libc::AT_FDCWD, path, flags, libc::RESOLVE_NO_SYMLINKS)
+}
+
+/// Opens what lies below `dir`, without passing a symbolic link: ELOOP where one is.
+pub fn open_beneath(dir: &impl AsFd, path: &Path, flags: i32) -> io::Result<OwnedFd> {
+    let resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS;
+    open_how(dir.as_fd().as_raw_fd(), path, flags, resolve)
+}
+
+fn open_how(at: RawFd, path: &Path, flags: i32, resolve: u64) -> io::Result<OwnedFd> {
     let path = c_string(path)?;
     // SAFETY: plain integers; zero is valid for each.
     let mut how: libc::open_how = unsafe { std::mem::zeroed() };
     how.flags = (flags | libc::O_CLOEXEC) as u64;
-    how.resolve = libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS;
-    let root = root.as_fd().as_raw_fd();
+    how.resolve = resolve;
     // SAFETY: both pointers outlive the call, and the size is that of `how`.
-    let fd = unsafe { libc::syscall(libc::SYS_openat2, root, path.as_ptr(), &how, size_of_val(&how)) };
+    let fd = unsafe { libc::syscall(libc::SYS_openat2, at, path.as_ptr(), &how, size_of_val(&how)) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the kernel has just made it, and nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Keeps what this process has in memory from core dumps and from other processes of its user, until it becomes another
+/// program: keys are in there, or what leads out of a pod. Children inherit it until their exec.
+pub fn keep_memory_private() -> io::Result<()> {
+    // SAFETY: constants.
+    match unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Gives up every capability of this process, for good: it never execs, and could not get one back if it did.
+pub fn drop_capabilities() -> io::Result<()> {
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    /// `_LINUX_CAPABILITY_VERSION_3` of linux/capability.h: sets of 64 bits, in two halves of three words.
+    const VERSION: u32 = 0x2008_0522;
+    let (header, none) = (Header { version: VERSION, pid: 0 }, [0_u32; 6]);
+    // SAFETY: constants, then two pointers to locals of the sizes that this version has.
+    unsafe {
+        if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
+            || libc::syscall(libc::SYS_capset, &header, none.as_ptr()) != 0
+        {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// Whoever started the shim may have closed 0, 1 or 2: what is opened next must not take their place.

@@ -184,6 +184,42 @@ impl Pod {
         self.shim.as_ref().unwrap().id() as i32
     }
 
+    /// The pod's process 1: the shim's child that bears this name.
+    pub fn init_pid(&self) -> i32 {
+        self.child("berth-init").expect("the pod has an init")
+    }
+
+    /// The program of its only container.
+    pub fn container_pid(&self) -> i32 {
+        let init = self.init_pid();
+        self.children().into_iter().find(|(pid, _)| *pid != init).expect("the pod has a container").0
+    }
+
+    fn child(&self, name: &str) -> Option<i32> {
+        self.children().into_iter().find_map(|(pid, comm)| (comm == name).then_some(pid))
+    }
+
+    /// Of the shim: number and name.
+    fn children(&self) -> Vec<(i32, String)> {
+        let shim = format!("PPid:\t{}", self.shim_pid());
+        let pids = fs::read_dir("/proc").unwrap().flatten();
+        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        pids.filter_map(|pid| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+            let name = status.lines().find_map(|line| line.strip_prefix("Name:\t"))?;
+            status.lines().any(|line| line == shim).then(|| (pid, name.to_owned()))
+        })
+        .collect()
+    }
+
+    /// How many processes are in the pod's groups.
+    pub fn processes(&self) -> usize {
+        let name = format!("{}.{}", self.task.pod, self.task.epoch);
+        let group = self.task.cgroup_parent.join(name);
+        let all = berth_agent::shim::cgroup::Cgroup::new(&group).unwrap().processes();
+        all.map_or(0, |all| all.len())
+    }
+
     /// A file of `/run/berth`, which is in the shim's mount namespace alone.
     pub fn run_berth(&self, name: &str) -> PathBuf {
         let root = PathBuf::from(format!("/proc/{}/root", self.shim_pid()));

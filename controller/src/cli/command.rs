@@ -260,10 +260,14 @@ are kept for 90 days.")]
     /// Show a token that an admin made, and belong to the cluster
     #[command(after_help = "Examples:
   berth login b1c0ffee…@ctl.example.org:7420
+  berth login - <token                 from stdin: arguments are seen by all users
 
 The key is made here and stays here; the certificate is renewed by any later
 command, in its last ten days.")]
-    Login { token: String },
+    Login {
+        /// What `berth user token` printed; `-` reads it from stdin
+        token: String,
+    },
     /// Move running pods, with all their work, so that the fleet is packed better
     #[command(after_help = "Examples:
   berth defrag --dry-run               who would go where, and what it gains

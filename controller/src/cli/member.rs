@@ -1,6 +1,6 @@
 //! Verbs about who belongs to the cluster: `login`, `node …`, `user …`.
 
-use std::io::Write as _;
+use std::io::{BufRead as _, Read as _, Write as _};
 
 use anyhow::Context as _;
 use berth_protocol::join::{
@@ -22,6 +22,8 @@ use super::{Usage, https, print_value};
 
 /// A third of the way before a certificate's end it is renewed.
 const RENEWED_BEFORE: Millis = Millis(10 * 86_400_000);
+/// Of a token on stdin: several times the longest.
+const TOKEN_BYTES_MAX: u64 = 4096;
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -48,8 +50,14 @@ fn told(admin: bool, roles: &Roles) -> String {
     if all.is_empty() { "-".to_owned() } else { all.join(" ") }
 }
 
-/// `berth login TOKEN`
+/// `berth login TOKEN`; `-` is stdin's first line.
 pub async fn login(settings: &Settings, token: &str) -> anyhow::Result<u8> {
+    let mut line = String::new();
+    if token == "-" {
+        let stdin = std::io::stdin().lock().take(TOKEN_BYTES_MAX);
+        std::io::BufReader::new(stdin).read_line(&mut line).context("cannot read the token")?;
+    }
+    let token = if token == "-" { &line } else { token };
     let token: JoinToken = token.parse().map_err(|error| Usage::new(format!("{error}")))?;
     let dir = settings
         .own_identity

@@ -61,6 +61,7 @@ impl Usage {
 
 /// The whole program; ends the process.
 pub fn main() -> ! {
+    crate::io::memory::keep_private();
     let cli = Cli::parse_from(command::copies_for_fork(std::env::args_os().collect()));
     let code = match dispatch(cli) {
         Ok(code) => code,

@@ -3,6 +3,8 @@
 //! Nothing here relies on retained messages, sessions or PUBACKs: `Desired` is whole and sent again until a heartbeat
 //! reports its generation, events are sent again until a `Lease` acknowledges them.
 
+use std::fmt;
+
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -215,7 +217,7 @@ pub enum Covers {
 }
 
 /// Where blobs go, and the word that opens the door until `expires`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct DepotAccess {
     /// Such as `http://127.0.0.1:7420`.
@@ -228,6 +230,16 @@ pub struct DepotAccess {
     /// A node that has the chunks too: it is asked first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer: Option<Box<DepotAccess>>,
+}
+
+/// Without the token, which is not for logs.
+impl fmt::Debug for DepotAccess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { url, token: _, expires, tls, peer } = self;
+        let mut all = f.debug_struct("DepotAccess");
+        all.field("url", url).field("expires", expires).field("tls", tls).field("peer", peer);
+        all.finish_non_exhaustive()
+    }
 }
 
 /// Whom a server must show that it is.

@@ -375,11 +375,20 @@ fn of_equal_nodes_the_one_that_has_the_image_is_taken() {
 #[test]
 fn what_the_node_does_not_grant_is_refused_with_the_way_out() {
     let mut cluster = Cluster::new();
-    cluster.agent("a1", &[]);
+    let shared = cluster.dir.path().to_owned();
+    std::os::unix::fs::symlink("/etc", shared.join("link")).expect("the link is made");
+    let path = shared.to_str().expect("a plain path");
+    cluster.agent("a1", &["--allow-host-network=false", "--allow-host-path", path]);
     let file = "image: host\ncommand: [\"true\"]\nresources: {cpu: 100m, memory: 32Mi}\n";
+    let volume = |host: &str| format!("volumes: [{{mount: /data, host: {host}}}]\n");
     for (name, more, reason, way_out) in [
         ("caps", "capabilities: [SYS_ADMIN]\n", "CapabilityForbidden", "--allow-capability SYS_ADMIN"),
-        ("vol", "volumes: [{mount: /data, host: /etc}]\n", "VolumeForbidden", "--allow-host-path"),
+        ("net", "network: host\n", "HostNetworkForbidden", "--allow-host-network"),
+        ("vol", &volume("/etc"), "VolumeForbidden", "--allow-host-path"),
+        // What a path leads to is what counts; and nothing allows the agent's own.
+        ("link", &volume(&format!("{path}/link")), "VolumeForbidden", "--allow-host-path"),
+        ("own", &volume(&format!("{path}/a1/identity")), "VolumeForbidden", "agent's own data"),
+        ("all", &volume(path), "VolumeForbidden", "agent's own data"),
     ] {
         cluster.submit(name, &format!("{file}{more}"));
         let job = cluster.until_phase(name, "Failed", 30);

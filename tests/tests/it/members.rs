@@ -2,8 +2,9 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -125,6 +126,71 @@ fn a_job_runs_on_a_machine_that_joined_by_one_line() {
     let back = join(&cluster, "a1", &token_of(&cluster, &["node", "token", "a1"]));
     assert!(back.status.success(), "{}", text(&back));
     assert!(connects(&cluster, id, &dir));
+}
+
+/// Runs a program that reads a token from stdin; no list of processes shows the token.
+fn tell(command: &mut Command, token: &JoinToken) -> Output {
+    let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("it starts");
+    let mut stdin = child.stdin.take().expect("it is piped");
+    writeln!(stdin, "{token}").expect("it reads");
+    let shown = std::fs::read(format!("/proc/{}/cmdline", child.id())).expect("it has not been waited for");
+    assert!(!String::from_utf8_lossy(&shown).contains(&token.id.to_string()));
+    drop(stdin);
+    child.wait_with_output().expect("it ends")
+}
+
+/// Ends a process as one that has a defect ends, with room for its core.
+fn abort(child: &mut std::process::Child) -> std::process::ExitStatus {
+    let pid = child.id().to_string();
+    for (program, args) in [("prlimit", &["--core=unlimited", "--pid", &pid][..]), ("kill", &["-ABRT", &pid])]
+    {
+        assert!(Command::new(program).args(args).status().expect("it starts").success(), "{program}");
+    }
+    child.wait().expect("it is a child")
+}
+
+#[test]
+fn keys_are_in_no_list_of_processes_log_or_core() {
+    let mut cluster = Cluster::of_members();
+    let data = cluster.dir.path().join("a1");
+    let token = token_of(&cluster, &["node", "token"]);
+    let mut join = Command::new(program("berth-agent"));
+    let joined = tell(join.args(["join", "-", "--node", "a1", "--data-dir"]).arg(&data), &token);
+    assert!(joined.status.success(), "{}", text(&joined));
+    let alice = cluster.dir.path().join("alice");
+    let invited = token_of(&cluster, &["user", "token", "alice"]);
+    let mut login = Command::new(program("berth"));
+    let joined = tell(login.env("BERTH_IDENTITY", &alice).args(["login", "-"]), &invited);
+    assert!(joined.status.success(), "{}", text(&joined));
+
+    cluster.agent_with("a1", &["--allow-host-image"], &[("BERTH_LOG", "debug")]);
+    cluster.submit("first", JOB);
+    cluster.until_phase("first", "Succeeded", 60);
+    let logs = cluster.logs_of_all();
+    assert!(logs.contains("a1"), "{logs}");
+    for token in [&token, &invited] {
+        let whole = token.to_string();
+        let secret =
+            whole.split('@').next().and_then(|front| front.rsplit('.').next()).expect("a token's parts");
+        assert!(!logs.contains(secret), "{logs}");
+    }
+    for dir in [&data.join("identity"), &alice] {
+        let key = std::fs::read(dir.join("key")).expect("it has a key");
+        let hex: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert!(!logs.contains(&hex), "{logs}");
+    }
+
+    let mut watch = cluster.berth(&["get", "jobs", "-w"]);
+    let mut watch = watch.stdout(Stdio::piped()).spawn().expect("berth starts");
+    watch.stdout.as_mut().expect("it is piped").read_exact(&mut [0]).expect("it says something");
+    let agent = &mut cluster.agents[0].child;
+    let controller = &mut cluster.controller.as_mut().expect("it is started").child;
+    for (what, child) in [("berth", &mut watch), ("agent", agent), ("controller", controller)] {
+        let status = abort(child);
+        assert_eq!(status.signal(), Some(6), "{what}: {status}");
+        assert!(!status.core_dumped(), "{what}");
+    }
 }
 
 #[test]

@@ -264,6 +264,9 @@ pub(super) fn is_of(
     images: &[Option<Digest>],
 ) -> Result<(), TransferError> {
     let theirs = &manifest.template;
+    if [&manifest.namespace, &theirs.namespace].iter().any(|namespace| **namespace != ours.namespace) {
+        return Err(TransferError::Unfit("the checkpoint is refused: it is of another namespace".into()));
+    }
     let names = manifest.containers.iter().map(|container| &container.name);
     let same = theirs.containers == ours.containers
         && theirs.volumes == ours.volumes
