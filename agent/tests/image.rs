@@ -505,7 +505,7 @@ async fn an_image_that_is_too_large_is_refused() {
     let config = StoreConfig {
         image_bytes_max: 1 << 20,
         worker: env!("CARGO_BIN_EXE_berth-agent").into(),
-        registry: RegistryConfig::default(),
+        ..StoreConfig::default()
     };
     let store = ImageStore::open(home.path(), config).unwrap();
     fails(&store, &layout.reference("v1"), "ImageTooLarge").await;

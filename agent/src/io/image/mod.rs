@@ -9,6 +9,7 @@
 mod archive;
 mod auth;
 mod collect;
+mod cosign;
 mod digest;
 mod disk;
 mod error;
@@ -25,6 +26,7 @@ mod worker;
 
 pub use berth_protocol::image::{ImageRef, RegistryName};
 pub use collect::Collected;
+pub use cosign::{BadKey, CosignKey, Signer};
 pub use digest::Digest;
 pub use error::ImageError;
 pub use record::{ImageConfig, ImageRecord, Progress, RegistryConfig};
