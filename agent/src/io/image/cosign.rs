@@ -140,6 +140,19 @@ pub(super) fn signed_by(
     payload: &[u8],
     signature: &[u8],
 ) -> Result<Digest, String> {
+    // Nothing of it is read before it is known whose it is.
+    let Some(key) = keys.iter().find(|key| key.verifies(payload, signature)) else {
+        return Err("the signature that it has is by none of the keys that the policy names for it, or not of its payload".into());
+    };
+    let signed = image_of(payload)?;
+    match images.contains(&signed) {
+        true => Ok(key.id()),
+        false => Err(format!("the signature that it has is of another image, {signed}")),
+    }
+}
+
+/// The image that a payload names.
+pub(super) fn image_of(payload: &[u8]) -> Result<Digest, String> {
     #[derive(Deserialize)]
     struct Payload {
         critical: Critical,
@@ -155,18 +168,11 @@ pub(super) fn signed_by(
         #[serde(rename = "docker-manifest-digest")]
         digest: Digest,
     }
-    // Nothing of it is read before it is known whose it is.
-    let Some(key) = keys.iter().find(|key| key.verifies(payload, signature)) else {
-        return Err("the signature that it has is by none of the keys that the policy names for it, or not of its payload".into());
-    };
     let Payload { critical } = serde_json::from_slice(payload)
         .map_err(|error| format!("what was signed is no payload of cosign's: {error}"))?;
-    if critical.kind != PAYLOAD_TYPE {
-        return Err("what was signed is not an image".into());
-    }
-    match images.contains(&critical.image.digest) {
-        true => Ok(key.id()),
-        false => Err(format!("the signature that it has is of another image, {}", critical.image.digest)),
+    match critical.kind == PAYLOAD_TYPE {
+        true => Ok(critical.image.digest),
+        false => Err("what was signed is not an image".into()),
     }
 }
 

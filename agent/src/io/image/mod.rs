@@ -34,7 +34,7 @@ pub use store::{ImageStore, StoreConfig};
 pub use worker::worker_main;
 
 /// Reads bytes as each of the things that registries and archives send, and keeps nothing. `None`: they are not that.
-pub fn inspect(bytes: &[u8]) -> [Option<u64>; 4] {
+pub fn inspect(bytes: &[u8]) -> [Option<u64>; 6] {
     let document = manifest::parse(bytes).ok().map(|document| match document {
         manifest::Document::Index(all) => all.len() as u64,
         manifest::Document::Manifest { layers, .. } => layers.len() as u64,
@@ -54,5 +54,7 @@ pub fn inspect(bytes: &[u8]) -> [Option<u64>; 4] {
         file.credentials("registry.lab:5000", "team/app");
         0
     });
-    [document, configuration, whole, known]
+    let signatures = cosign::offers(bytes).ok().map(|offers| offers.len() as u64);
+    let signed = cosign::image_of(bytes).ok().map(|_| 0);
+    [document, configuration, whole, known, signatures, signed]
 }
