@@ -1,5 +1,6 @@
 //! Images for real: Debian's docker-registry, umoci's and skopeo's images, overlayfs mounts. Root is needed.
 
+mod image_signed;
 mod image_support;
 
 use std::collections::{BTreeMap, BTreeSet};

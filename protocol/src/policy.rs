@@ -198,7 +198,7 @@ impl Wants {
         let mut wants = Self { network: template.network, ..Self::default() };
         for container in &template.containers {
             wants.host_image |= container.image == "host";
-            wants.images.extend(container.image_name().and_then(|name| repository(name.as_str())));
+            wants.images.extend(repository(&container.image));
             let names = container.capabilities.iter();
             wants.capabilities.extend(names.map(|name| plain_capability(name).to_owned()));
             // No limit is none.
@@ -232,7 +232,11 @@ impl Wants {
     }
 }
 
+/// None where that names no image: nothing is ever brought by such a name.
 fn repository(image: &str) -> Option<ImageRef> {
+    if image == "host" {
+        return None;
+    }
     Some(match ImageRef::parse(image).ok()? {
         ImageRef::Registry(name) => ImageRef::Registry(RegistryName { tag: None, digest: None, ..name }),
         ImageRef::Layout { path, .. } => ImageRef::Layout { path, tag: None },

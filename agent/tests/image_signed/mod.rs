@@ -1,14 +1,12 @@
 //! Images that must be signed, as cosign signs them: Debian's docker-registry, signatures by openssl.
 
-mod image_support;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::image_support::*;
 use berth_agent::io::image::{CosignKey, ImageError, ImageRef, ImageStore, Signer, StoreConfig};
 use berth_protocol::policy::ImagePattern;
-use image_support::*;
 use serde_json::{Value, json};
 
 /// A key pair in files, of `openssl genpkey`'s algorithm.
