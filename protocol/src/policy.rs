@@ -350,13 +350,13 @@ impl Policy {
         }
         let Largest { cpu, memory, gpus } = self.largest;
         if let Some(most) = cpu.filter(|most| wants.cpu > *most) {
-            refuse(Rule::Largest, format!("pods of more than {most} cores"));
+            refuse(Rule::Largest, format!("pods with more cores than {most}"));
         }
         if let Some(most) = memory.filter(|most| wants.memory > *most) {
-            refuse(Rule::Largest, format!("pods of more than {most} of memory"));
+            refuse(Rule::Largest, format!("pods with more memory than {most}"));
         }
         if let Some(most) = gpus.filter(|most| wants.gpus > *most) {
-            refuse(Rule::Largest, format!("pods of more than {most} GPUs"));
+            refuse(Rule::Largest, format!("pods with more GPUs than {most}"));
         }
         all
     }
@@ -466,13 +466,13 @@ impl fmt::Display for Policy {
         }
         let Largest { cpu, memory, gpus } = self.largest;
         let most = [
-            cpu.map(|cpu| format!("{cpu} cores")),
-            memory.map(|memory| format!("{memory} of memory")),
-            gpus.map(|gpus| format!("{gpus} GPUs")),
+            cpu.map(|cpu| format!("cpu {cpu}")),
+            memory.map(|memory| format!("memory {memory}")),
+            gpus.map(|gpus| format!("gpus {gpus}")),
         ];
         let most: Vec<String> = most.into_iter().flatten().collect();
         if !most.is_empty() {
-            parts.push(format!("pods of at most {}", list(most)));
+            parts.push(format!("largest {}", list(most)));
         }
         f.write_str(&parts.join("; "))
     }

@@ -10,14 +10,12 @@ use std::rc::Rc;
 use berth_agent::core::ledger::{Ledger, PodKey, Record};
 use berth_agent::core::{Action, Agent, Event, Identity, NoExit, Now};
 use berth_agent::io::journal;
-use berth_agent::policy::Granted;
 use berth_agent::task::{Exit, Report};
 use berth_protocol::ids::{
     BootId, Digest, Generation, HardwareId, JobUid, LedgerId, NodeId, Run, SessionNonce, Term,
 };
 use berth_protocol::message::node::HeldPod;
 use berth_protocol::pod::{Cause, Outcome};
-use berth_protocol::policy::Policy;
 use berth_protocol::resources::Inventory;
 use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::{BootMs, Bytes, MilliCpu, Millis, Timestamp};
@@ -204,10 +202,7 @@ impl Node {
             damaged: false,
             chunks: None,
             found: self.scan(),
-            granted: Granted {
-                rules: Policy { host_image: true, ..Policy::default() },
-                ..Granted::default()
-            },
+            granted: crate::plan::granted(),
         };
         self.sync();
         let (agent, step) = Agent::start(self.ledger.clone(), identity, self.inventory(), now);

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::image_support::*;
-use berth_agent::io::image::{CosignKey, ImageError, ImageRef, ImageStore, Signer, StoreConfig};
+use berth_agent::io::image::{
+    CosignKey, ImageError, ImageRef, ImageStore, RegistryConfig, Signer, StoreConfig,
+};
 use berth_protocol::policy::ImagePattern;
 use serde_json::{Value, json};
 
@@ -156,8 +158,13 @@ async fn an_image_needs_a_signature_of_its_own_by_a_key_that_is_named() {
     // However the registry is spelled; images of other names need none.
     let (host, port) = registry.address.split_once(':').unwrap();
     assert_eq!(host, "127.0.0.1");
-    let named = asking(&home.path().join("named"), vec![team.signs(&format!("localhost:{port}/team/*"))]);
-    refused(&named, &reference(format!("LocalHost:{port}/team/app:unsigned")), "it has no signature").await;
+    let other = format!("LocalHost:{port}");
+    let insecure = RegistryConfig { insecure: vec![other.clone()], ..RegistryConfig::default() };
+    let signers = vec![team.signs(&format!("localhost:{port}/team/*"))];
+    let worker = env!("CARGO_BIN_EXE_berth-agent").into();
+    let config = StoreConfig { signers, worker, registry: insecure, ..StoreConfig::default() };
+    let named = ImageStore::open(&home.path().join("named"), config).unwrap();
+    refused(&named, &reference(format!("{other}/team/app:unsigned")), "it has no signature").await;
     assert_eq!(named.ensure(&image("unsigned"), |_| {}).await.unwrap().signed_by, None);
 }
 

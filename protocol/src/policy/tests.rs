@@ -55,7 +55,7 @@ fn patterns_match_whole_parts_of_names_however_they_are_spelled() {
         ("docker.io/library/python", "python2", false),
         ("registry.lab:5000", "REGISTRY.Lab:5000/team/app", true),
         ("registry.lab:5000", "registry.lab/team/app", false),
-        ("registry.lab:5000", "registry.lab:5000.evil.example/app", false),
+        ("registry.lab", "registry.lab.evil.example/app", false),
         ("registry.lab/team/*", "registry.lab/team/app/x:1", true),
         ("registry.lab/team/*", "registry.lab/team", false),
         ("registry.lab/team/*", "registry.lab/teams/app", false),
@@ -86,7 +86,6 @@ fn each_rule_refuses_by_its_name() {
         ("image: ghcr.io/x", Some("no image of ghcr.io/x (`registries`)")),
         ("image: host", Some("no `image: host` (`host-image`)")),
         ("image: oci:/srv/other", Some("no image from /srv/other (`image-paths`)")),
-        ("image: oci:/srv/images/../x", Some("no image from /srv/images/../x (`image-paths`)")),
         ("image: oci:/srv/images/x", Some("no unsigned image oci:/srv/images/x (`signers`)")),
         ("image: x\nvolumes: [{mount: /d, host: /etc}]", Some("no host path /etc (`host-paths`)")),
         ("image: x\nvolumes: [{mount: /d, host: /srv2}]", Some("no host path /srv2 (`host-paths`)")),
@@ -101,13 +100,16 @@ fn each_rule_refuses_by_its_name() {
         ("image: x\ncapabilities: [SYS_ADMIN]", Some("no capability SYS_ADMIN (`capabilities`)")),
         ("image: x\nresources: {gpu: 1}", Some("no GPUs (`gpus`)")),
         ("image: x\nresources: {cpu: 2, memory: 1Gi}", None),
-        ("image: x\nresources: {cpu: 2001m}", Some("no pods of more than 2 cores (`largest`)")),
-        ("image: x\nlimits: {memory: 2Gi}", Some("no pods of more than 1Gi of memory (`largest`)")),
+        ("image: x\nresources: {cpu: 2001m}", Some("no pods with more cores than 2 (`largest`)")),
+        ("image: x\nlimits: {memory: 2Gi}", Some("no pods with more memory than 1Gi (`largest`)")),
     ] {
         let said = policy.refuses(&template(text)).map(|refusal| refusal.to_string());
         assert_eq!(said.as_deref(), refused, "{text}");
     }
     // What no parser lets through, and somebody with the controller's key may send all the same.
+    let mut forged = template("image: x");
+    forged.containers[0].image = "oci:/srv/images/../x".into();
+    assert_eq!(policy.refuses(&forged).map(|refusal| refusal.rule), Some(Rule::ImagePaths));
     let mut forged = template("image: x");
     forged.containers[0].capabilities = ["CAP_SYS_ADMIN".to_owned()].into();
     assert_eq!(policy.refuses(&forged).map(|refusal| refusal.rule), Some(Rule::Capabilities));
@@ -121,7 +123,7 @@ fn each_rule_refuses_by_its_name() {
     let other = these.refusals(&Wants::of(&template("image: x\nresources: {gpu: 1}")).with(&devices));
     assert_eq!(other[0].to_string(), "no GPU GPU-1 (`gpus`)");
     let line = "registries docker.io, registry.lab/team/*; signed *; images from /srv/images; host paths /srv (read-only), \
-                /srv/scratch; networks bridge; capabilities NET_ADMIN; no GPUs; pods of at most 2 cores, 1Gi of memory";
+                /srv/scratch; networks bridge; capabilities NET_ADMIN; no GPUs; largest cpu 2, memory 1Gi";
     assert_eq!(policy.to_string(), line);
 }
 
@@ -182,10 +184,11 @@ prop_compose! {
 }
 
 proptest! {
-    /// To want less, in whatever way, is never refused where more was not.
+    /// To want less, in whatever way, is refused by no rule that did not refuse more.
     #[test]
     fn less_is_allowed_where_more_is(policy in policy(), wants in wants()) {
-        prop_assume!(policy.refusals(&wants).is_empty());
+        let by = |wants: &Wants| -> BTreeSet<Rule> { policy.refusals(wants).iter().map(|refusal| refusal.rule).collect() };
+        let before = by(&wants);
         let mut less = vec![Wants { host_image: false, ..wants.clone() }, wants.clone().coarse()];
         less.extend(wants.images.iter().map(|image| Wants { images: [image.clone()].into(), ..wants.clone() }));
         less.extend(wants.host_paths.iter().map(|path| Wants { host_paths: [path.clone()].into(), ..wants.clone() }));
@@ -195,7 +198,7 @@ proptest! {
         less.push(Wants { capabilities: BTreeSet::new(), devices: BTreeSet::new(), gpus: 0, ..wants.clone() });
         less.push(Wants { cpu: MilliCpu(wants.cpu.0 / 2), memory: Bytes(wants.memory.0 / 2), ..wants });
         for less in less {
-            prop_assert!(policy.refusals(&less).is_empty(), "{less:?}");
+            prop_assert!(by(&less).is_subset(&before), "{less:?}");
         }
     }
 

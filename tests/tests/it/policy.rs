@@ -95,8 +95,12 @@ impl Thief {
     }
 
     /// Orders these pods to run, and grants all that the node asks for until each of them has ended: how.
-    fn run(&mut self, pods: Vec<DesiredPod>, stage: Vec<Stage>) -> (BTreeMap<String, Value>, Value) {
-        let (_, hello) = self.hear(&["hello"]);
+    fn run(
+        &mut self,
+        hello: &Value,
+        pods: Vec<DesiredPod>,
+        stage: Vec<Stage>,
+    ) -> (BTreeMap<String, Value>, Value) {
         self.generation += 1;
         let count = pods.len();
         self.say(
@@ -110,9 +114,11 @@ impl Thief {
                 stage,
             },
         );
+        let end = Instant::now() + Duration::from_secs(120);
         let (mut ended, mut staged) = (BTreeMap::new(), Value::Null);
         while ended.len() < count || staged.as_array().is_none_or(Vec::is_empty) {
             let (kind, body) = self.hear(&["heartbeat", "event"]);
+            assert!(Instant::now() < end, "{ended:#?}, {staged:#}");
             if kind == "event" {
                 for event in body["events"].as_array().expect("events") {
                     let pod = &event["event"]["pod"];
@@ -225,6 +231,8 @@ fn a_controller_with_a_stolen_key_gets_nothing_that_the_policy_forbids() {
         ("device", plain("device", ""), Some("gpus")),
     ];
     let uid = JobUid::parse("u").expect("a token");
+    // It listens once it has said that it is there.
+    let (_, hello) = thief.hear(&["hello"]);
     let mut pods = Vec::new();
     for (index, (name, template, _)) in (0..).zip(&cases) {
         pods.push(DesiredPod {
@@ -246,7 +254,7 @@ fn a_controller_with_a_stolen_key_gets_nothing_that_the_policy_forbids() {
     let ahead = thief.spec(&changed(plain("ahead", ""), &format!("{main}/image"), json!(image)));
     let stage =
         vec![Stage { pod: uid.pod(99), epoch: Epoch(1), spec: ahead, from: Some(Digest::of(b"another")) }];
-    let (ended, staged) = thief.run(pods, stage);
+    let (ended, staged) = thief.run(&hello, pods, stage);
 
     for (index, (name, _, rule)) in (0..).zip(&cases) {
         let outcome = &ended[&uid.pod(index).to_string()];
@@ -306,7 +314,7 @@ fn the_scheduler_knows_what_policies_refuse_and_explain_says_so() {
     cluster.submit("burst", &job("network: host\nlimits: {cpu: 2}\n"));
     until("it waits for a larger node", 30, || {
         let message = cluster.job("burst")["message"].as_str()?.to_owned();
-        message.contains("1 has a policy that allows no pods of more than 1 cores").then_some(())
+        message.contains("1 has a policy that allows no pods with more cores than 1").then_some(())
     });
 }
 
@@ -323,7 +331,8 @@ fn an_unsigned_image_does_not_run_where_a_signer_is_asked_for() {
     let signers = format!("[[signers]]\nimages = [\"*\"]\ncosign-key = \"{}\"\n", key.display());
     let file = policy(&cluster, "policy.toml", &signers);
     cluster.agent("a1", &["--policy", &file]);
-    let job = format!("image: {image}\ncommand: [\"true\"]\nresources: {{cpu: 100m, memory: 32Mi}}\n");
+    let job =
+        format!("image: {image}\ncommand: [sh, -c, \"exit 0\"]\nresources: {{cpu: 100m, memory: 32Mi}}\n");
     cluster.submit("unsigned", &job);
     let job_status = cluster.until_phase("unsigned", "Failed", 60);
     let message = job_status["pods"][0]["message"].as_str().unwrap_or_default();

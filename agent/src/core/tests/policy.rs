@@ -55,7 +55,7 @@ fn each_kind_of_order_is_held_against_it() {
     let largest = Largest { cpu: Some(MilliCpu(50)), ..Largest::default() };
     for (rules, says) in [
         (Policy::default(), "--allow-host-image"),
-        (Policy { largest, ..only_bridges() }, "more than 50m cores"),
+        (Policy { largest, ..only_bridges() }, "more cores than 50m"),
         (Policy { networks: [Network::None].into(), ..only_bridges() }, "`network: bridge`"),
     ] {
         let mut bench = granting(rules, Ledger::default());

@@ -100,7 +100,7 @@ fn a_policy_that_looks_closer_holds_for_jobs_that_were_there_before_it() {
     // What runs there is not touched, and what bursts beyond it does not come.
     assert_eq!(node_of(&world, "runs").as_deref(), Some("a"));
     for job in ["wide", "second"] {
-        assert!(why(&world, job).contains("allows no pods of more than 10 cores"), "{}", why(&world, job));
+        assert!(why(&world, job).contains("allows no pods with more cores than 10"), "{}", why(&world, job));
     }
     world.submit(&long("late", "ghcr.io/x/y:2"));
     assert!(why(&world, "late").contains("allows no image of ghcr.io/x/y"), "{}", why(&world, "late"));
