@@ -14,6 +14,8 @@ use crate::limits::POLICY_BYTES_MAX;
 use crate::resources::GpuShare;
 use crate::units::{Bytes, MilliCpu};
 
+const SHOWN_CHARS_MAX: usize = 200;
+
 /// All that a node grants. Pods are never privileged, so nothing here could allow that.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
@@ -319,7 +321,8 @@ impl Policy {
     /// All reasons.
     pub fn refusals(&self, wants: &Wants) -> Vec<Refusal> {
         let mut all = Vec::new();
-        let mut refuse = |rule, what: String| all.push(Refusal { rule, what });
+        // Whoever orders has written some of it.
+        let mut refuse = |rule, what: String| all.push(Refusal { rule, what: shown(&what) });
         if wants.host_image && !self.host_image {
             refuse(Rule::HostImage, "`image: host`".to_owned());
         }
@@ -398,6 +401,11 @@ impl Policy {
         let bytes = serde_json::to_string(self).map_or(usize::MAX, |json| json.len());
         (bytes > POLICY_BYTES_MAX).then_some(bytes)
     }
+}
+
+/// As much of it as fits a message.
+fn shown(text: &str) -> String {
+    text.chars().take(SHOWN_CHARS_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 /// As it is written, and with nothing in it that leads up again.

@@ -116,6 +116,10 @@ fn each_rule_refuses_by_its_name() {
     let mut forged = template("image: x");
     forged.containers[0].limits.memory = Bytes::ZERO;
     assert_eq!(policy.refuses(&forged).map(|refusal| refusal.rule), Some(Rule::Largest));
+    let mut forged = template("image: x");
+    forged.containers[0].capabilities = [format!("A\n{}", "B".repeat(30_000))].into();
+    let said = policy.refuses(&forged).unwrap().to_string();
+    assert!(said.len() < 300 && said.starts_with("no capability A BB"), "{said}");
     let devices = [GpuShare { uuid: "GPU-1".into(), milli: 1000 }];
     let unasked = policy.refusals(&Wants::of(&template("image: x")).with(&devices));
     assert_eq!(unasked.first().map(|refusal| refusal.rule), Some(Rule::Gpus));
