@@ -98,7 +98,7 @@ fn each_rule_refuses_by_its_name() {
         ("image: x\nnetwork: host", Some("no `network: host` (`networks`)")),
         ("image: x\ncapabilities: [NET_ADMIN]", None),
         ("image: x\ncapabilities: [SYS_ADMIN]", Some("no capability SYS_ADMIN (`capabilities`)")),
-        ("image: x\nresources: {gpu: 1}", Some("no GPUs (`gpus`)")),
+        ("image: x\nresources: {gpu: {count: 1}}", Some("no GPUs (`gpus`)")),
         ("image: x\nresources: {cpu: 2, memory: 1Gi}", None),
         ("image: x\nresources: {cpu: 2001m}", Some("no pods with more cores than 2 (`largest`)")),
         ("image: x\nlimits: {memory: 2Gi}", Some("no pods with more memory than 1Gi (`largest`)")),
@@ -124,7 +124,8 @@ fn each_rule_refuses_by_its_name() {
     let unasked = policy.refusals(&Wants::of(&template("image: x")).with(&devices));
     assert_eq!(unasked.first().map(|refusal| refusal.rule), Some(Rule::Gpus));
     let these = Policy { gpus: Gpus::These(["GPU-2".to_owned()].into()), ..Policy::default() };
-    let other = these.refusals(&Wants::of(&template("image: x\nresources: {gpu: 1}")).with(&devices));
+    let other =
+        these.refusals(&Wants::of(&template("image: x\nresources: {gpu: {count: 1}}")).with(&devices));
     assert_eq!(other[0].to_string(), "no GPU GPU-1 (`gpus`)");
     let line = "registries docker.io, registry.lab/team/*; signed *; images from /srv/images; host paths /srv (read-only), \
                 /srv/scratch; networks bridge; capabilities NET_ADMIN; no GPUs; largest cpu 2, memory 1Gi";
