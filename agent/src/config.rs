@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use berth_protocol::broker::BrokerUrl;
@@ -16,6 +16,7 @@ use serde::Deserialize;
 use crate::io::departure::Source;
 use crate::io::identity;
 use crate::io::network::Reach;
+use crate::policy::{self, NodePolicy};
 
 const EXAMPLES: &str = "Examples:
   berth-agent join b1c0ffee…@ctl.example.org:7420            belong to a cluster, once: the line of `berth node token`
@@ -71,6 +72,10 @@ struct Settings {
     #[arg(long = "taint", env = "BERTH_TAINT", value_name = "NAME", value_delimiter = ',')]
     #[serde(rename = "taint")]
     taints: Option<Vec<String>>,
+    /// What this machine lets pods have, whoever orders it (TOML); root's own, writable by nobody else. It is the whole policy:
+    /// the --allow-… flags cannot stand beside it [default: /etc/berth/policy.toml where there is one]
+    #[arg(long, env = "BERTH_POLICY", value_name = "FILE")]
+    policy: Option<PathBuf>,
     /// Let jobs run on a copy-on-write view of this machine's own files (`image: host`)
     #[arg(long, env = "BERTH_ALLOW_HOST_IMAGE", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     allow_host_image: Option<bool>,
@@ -198,12 +203,8 @@ pub struct Config {
     pub node: NodeId,
     pub labels: BTreeMap<String, String>,
     pub taints: BTreeSet<String>,
-    pub host_image: bool,
-    pub host_paths: Vec<PathBuf>,
-    /// `None`: all.
-    pub image_paths: Option<Vec<PathBuf>>,
-    pub capabilities: BTreeSet<String>,
-    pub host_network: bool,
+    /// What no order can widen.
+    pub policy: NodePolicy,
     pub reach: Reach,
     pub criu: Option<PathBuf>,
     pub capacity: Amounts,
@@ -397,6 +398,14 @@ impl Config {
         if let (Some(address), Some(cidr)) = (listen_chunks, &dev) {
             check_dev_listens(cidr, address)?;
         }
+        let allowed = policy::Flags {
+            host_image: pick!(allow_host_image),
+            host_paths: pick!(host_paths),
+            image_paths: pick!(image_paths),
+            capabilities: pick!(capabilities),
+            host_network: pick!(allow_host_network),
+        };
+        let policy = policy::choose(pick!(policy), Path::new(policy::FILE), allowed, dev.is_some())?;
         let log_max = pick!(log_max).unwrap_or_else(|| "16Mi".into());
         Ok(Self {
             data_dir,
@@ -406,11 +415,7 @@ impl Config {
             node: NodeId::parse(&node).context("--node")?,
             labels,
             taints,
-            host_image: pick!(allow_host_image).unwrap_or(dev.is_some()),
-            host_paths: pick!(host_paths).unwrap_or_default(),
-            image_paths: pick!(image_paths).or((dev.is_none()).then(Vec::new)),
-            capabilities: pick!(capabilities).unwrap_or_default().into_iter().collect(),
-            host_network: pick!(allow_host_network).unwrap_or(dev.is_some()),
+            policy,
             reach: Reach {
                 metadata: pick!(allow_metadata).unwrap_or(false),
                 node_ports: pick!(node_ports).unwrap_or_default(),

@@ -6,6 +6,7 @@ pub mod core;
 pub mod cuda;
 pub mod io;
 pub mod logging;
+pub mod policy;
 pub mod run;
 pub mod shim;
 pub mod task;

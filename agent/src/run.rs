@@ -31,8 +31,8 @@ use crate::io::journal::{Journal, JournalError};
 use crate::io::logs::Followers;
 use crate::io::network::{self, Bridge};
 use crate::io::prepare::Preparer;
+use crate::io::probe::Probe;
 use crate::io::probe::criu::Criu;
-use crate::io::probe::{Probe, ProbeConfig};
 use crate::io::shims::Shims;
 use crate::io::{checkpoint, clock, departure, join, notify};
 use crate::shim;
@@ -124,7 +124,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let bridge = Bridge::open(Path::new(network::SLOTS_DIR), &config.data_dir, &config.reach)
         .inspect_err(|error| tracing::warn!("no network for pods of their own: {error}"))
         .ok();
-    let mut probe = Probe::new(probe_config(&config, bridge.is_some())).await;
+    let mut probe = Probe::new(found::probe_config(&config, bridge.is_some())).await;
     let random = || clock::random_token().map_err(RunError::Random);
     let nonce = SessionNonce::parse(&random()?[..16])?;
     let preparer = Arc::new(Preparer::open(&config, shown.clone()).map_err(RunError::Images)?);
@@ -146,6 +146,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         damaged: damaged > 0,
         chunks,
         found,
+        granted: config.policy.granted.clone(),
     };
     let (events, mut inbox) = mpsc::unbounded_channel();
     let (bus_events, mut bus_inbox) = mpsc::channel(BUS_QUEUE);
@@ -301,20 +302,6 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
 fn give_memory_back() {
     shim::sys::trim_memory();
     shim::sys::release_code();
-}
-
-fn probe_config(config: &Config, bridge: bool) -> ProbeConfig {
-    ProbeConfig {
-        capacity: config.capacity,
-        reserved: config.reserved,
-        data_dir: config.data_dir.clone(),
-        labels: config.labels.clone(),
-        taints: config.taints.clone(),
-        host_image: config.host_image,
-        bridge,
-        program: Some(PathBuf::from("/proc/self/exe")),
-        ..ProbeConfig::default()
-    }
 }
 
 impl Agency {

@@ -1,5 +1,6 @@
 //! Images for real: Debian's docker-registry, umoci's and skopeo's images, overlayfs mounts. Root is needed.
 
+mod image_signed;
 mod image_support;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -541,7 +542,7 @@ async fn an_image_that_is_too_large_is_refused() {
     let config = StoreConfig {
         image_bytes_max: 1 << 20,
         worker: env!("CARGO_BIN_EXE_berth-agent").into(),
-        registry: RegistryConfig::default(),
+        ..StoreConfig::default()
     };
     let store = ImageStore::open(home.path(), config).unwrap();
     fails(&store, &layout.reference("v1"), "ImageTooLarge").await;

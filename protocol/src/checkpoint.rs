@@ -208,6 +208,7 @@ mod tests {
             bridge: true,
             agent_version: String::new(),
             images: Default::default(),
+            policy: None,
         }
     }
 

@@ -16,6 +16,7 @@ pub mod log;
 pub mod manifest;
 pub mod message;
 pub mod pod;
+pub mod policy;
 pub mod request;
 pub mod resources;
 pub mod rule;

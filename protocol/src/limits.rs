@@ -52,6 +52,8 @@ pub const GPU_MILLI_FULL: u32 = 1000;
 /// Images of which a node tells that it holds them, the most recently used, and the bytes of their names together.
 pub const IMAGES_PER_NODE_MAX: usize = 64;
 pub const IMAGES_PER_NODE_BYTES_MAX: usize = 8 * 1024;
+/// A node's policy, as it tells of it.
+pub const POLICY_BYTES_MAX: usize = 4 * 1024;
 
 pub const CPU_MILLI_MAX: u64 = 1_000_000_000;
 pub const MEMORY_BYTES_MAX: u64 = 1 << 50;
@@ -128,7 +130,9 @@ pub const REJECTED_STATUS_MS: u64 = 3_600_000;
 const _: () = assert!(SPEC_BYTES_MAX <= MESSAGE_BYTES_MAX);
 const _: () = assert!(MESSAGE_BYTES_MAX + ENVELOPE_BYTES_MAX < PACKET_BYTES_MAX);
 // A hello tells of pods, devices and labels too; a path's quotes are escaped, each name is quoted.
-const _: () = assert!(2 * IMAGES_PER_NODE_BYTES_MAX + 3 * IMAGES_PER_NODE_MAX < MESSAGE_BYTES_MAX / 3);
+const _: () = assert!(
+    2 * IMAGES_PER_NODE_BYTES_MAX + 3 * IMAGES_PER_NODE_MAX + POLICY_BYTES_MAX < MESSAGE_BYTES_MAX / 3
+);
 const _: () = assert!(CHUNKS_FETCHED_MAX * (CHUNK_BYTES_MAX + 64) <= 2 * MANIFEST_BYTES_MAX);
 const _: () = assert!(CHUNK_BYTES_MAX * 2 < PACK_BYTES_MAX);
 const _: () = assert!(LOG_RECORD_BYTES_MAX * 2 < MESSAGE_BYTES_MAX);

@@ -73,6 +73,9 @@ pub const RESTORE_FAILED: &str = "RestoreFailed";
 /// The reason of an end of `Cause::Eviction` after the goal `vacate`, with the checkpoint recorded before.
 pub const VACATED: &str = "Vacated";
 
+/// The reason of an end of `Cause::Fault` where the node's own policy allows nothing of the kind; the message names its rule.
+pub const POLICY_REFUSED: &str = "PolicyRefused";
+
 /// In the message of a pod that has ended: its outputs are not in the depot, and the reason follows.
 pub const NO_OUTPUTS: &str = "no outputs in the depot: ";
 

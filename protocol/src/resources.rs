@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::image::Images;
+use crate::policy::{self, Policy};
 use crate::units::{Bytes, MilliCpu, is_zero};
 
 /// What one container (or, summed, one pod) asks for.
@@ -143,6 +144,9 @@ pub struct Inventory {
     /// Told anew when one comes or goes, not when another one is used.
     #[serde(default, skip_serializing_if = "Images::is_empty")]
     pub images: Images,
+    /// What it lets pods have; `None`: not known, and the node refuses for itself.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "policy::understood")]
+    pub policy: Option<Box<Policy>>,
 }
 
 impl Inventory {
@@ -170,6 +174,7 @@ impl Inventory {
             bridge: false,
             agent_version: String::new(),
             images: Images::default(),
+            policy: None,
         }
     }
 
@@ -246,5 +251,19 @@ mod tests {
         assert_eq!(serde_json::from_str::<Inventory>(&json).unwrap(), has);
         has.bridge = false;
         assert!(!has.is_but_for_images(&plain));
+    }
+
+    #[test]
+    fn a_policy_that_is_not_understood_is_as_none() {
+        let mut has = Inventory { policy: Some(Box::default()), ..Inventory::unknown() };
+        let json = serde_json::to_string(&has).unwrap();
+        assert_eq!(serde_json::from_str::<Inventory>(&json).unwrap(), has);
+        let strange = json.replace("\"bridge\",", "\"mesh\",\"bridge\",");
+        assert_ne!(strange, json);
+        assert_eq!(serde_json::from_str::<Inventory>(&strange).unwrap().policy, None);
+        let many = (0..500).map(|n| format!("CAPABILITY_{n}")).collect();
+        has.policy = Some(Box::new(Policy { capabilities: many, ..Policy::default() }));
+        let json = serde_json::to_string(&has).unwrap();
+        assert_eq!(serde_json::from_str::<Inventory>(&json).unwrap().policy, None);
     }
 }

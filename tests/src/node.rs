@@ -202,6 +202,7 @@ impl Node {
             damaged: false,
             chunks: None,
             found: self.scan(),
+            granted: crate::plan::granted(),
         };
         self.sync();
         let (agent, step) = Agent::start(self.ledger.clone(), identity, self.inventory(), now);

@@ -3,7 +3,9 @@
 
 use std::fmt;
 
+use berth_agent::policy::Granted;
 use berth_protocol::message::user::JobPhase;
+use berth_protocol::policy::Policy;
 use berth_protocol::units::MilliCpu;
 
 use crate::wishes::Wish;
@@ -19,6 +21,11 @@ pub struct Plan {
     /// How long the history is disturbed, in ms.
     pub(crate) span: u64,
     pub(crate) items: Vec<Item>,
+}
+
+/// By every machine, what the jobs of histories need.
+pub(crate) fn granted() -> Granted {
+    Granted { rules: Policy { host_image: true, ..Policy::default() }, ..Granted::default() }
 }
 
 /// Something that can be left out, with what undoes it.

@@ -27,10 +27,11 @@ use berth_protocol::message::node::{
     ChunkServer, DepotAccess, Desired, DesiredPod, Events, Heartbeat, HeldPod, Hello, Lease, NodeEvent,
     NumberedEvent, PodChange, PodEvent, PullProgress, held_digest,
 };
-use berth_protocol::pod::Goal;
+use berth_protocol::pod::{Goal, POLICY_REFUSED};
 use berth_protocol::resources::{GpuShare, Inventory, Usage};
 use berth_protocol::units::{BootMs, Bytes, Millis, Timestamp};
 
+use crate::policy::Granted;
 use crate::task::{Exit, Order, Report, Root, Saved};
 use checkpoints::NotStored;
 use departure::Leaves;
@@ -145,6 +146,13 @@ pub struct Unready {
     pub elsewhere: bool,
 }
 
+impl Unready {
+    /// By the node's policy: it does not change by itself, and another node's may be another.
+    pub fn forbidden(message: String) -> Self {
+        Self { reason: POLICY_REFUSED.to_owned(), message, retriable: false, elsewhere: true }
+    }
+}
+
 #[derive(Debug)]
 pub enum Action {
     /// `pods` holds those that this ledger works on; what else a scan of the machine finds is added.
@@ -251,6 +259,8 @@ pub struct Identity {
     pub chunks: Option<ChunkServer>,
     /// Pods that a scan of the machine finds alive under their shims.
     pub found: Vec<HeldPod>,
+    /// What no order can widen.
+    pub granted: Granted,
 }
 
 /// Unacknowledged events are sent again after this long.
@@ -266,6 +276,7 @@ pub struct Agent {
     previous: Option<SessionNonce>,
     chunks: Option<ChunkServer>,
     inventory: Inventory,
+    granted: Granted,
     grants: Grants,
     live: BTreeMap<PodKey, Live>,
     /// Pods that were alive here at the start and that this ledger knows nothing of: an earlier one is lost.
@@ -302,6 +313,7 @@ impl Agent {
             nonce: identity.nonce.clone(),
             chunks: identity.chunks,
             inventory,
+            granted: identity.granted,
             grants: Grants::default(),
             live: BTreeMap::new(),
             strangers: BTreeMap::new(),

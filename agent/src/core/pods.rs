@@ -5,7 +5,8 @@ use berth_protocol::ids::Run;
 use berth_protocol::job::{DisconnectAction, PodTemplate};
 use berth_protocol::limits;
 use berth_protocol::message::node::PodChange;
-use berth_protocol::pod::{Cause, Goal, Outcome, RESTORE_FAILED};
+use berth_protocol::pod::{Cause, Goal, Outcome};
+use berth_protocol::policy::Wants;
 use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::{BootMs, Bytes, Millis};
 
@@ -273,6 +274,10 @@ impl Agent {
         // What the machine's end has ended goes on when the machine is there again.
         let stays_down = self.leaving.is_some() && entry.begin == Begin::Kept;
         let Some(template) = self.template(entry).cloned() else { return };
+        // Whatever the way here: an order, a restart in place, a checkpoint, an agent that was started anew.
+        if let Some(why) = self.granted.refuses(&Wants::of(&template).with(&entry.desired.gpus)) {
+            return self.refused(now, key, why);
+        }
         let Some(live) = self.live.get_mut(key) else { return };
         if stays_down {
             live.retry_at = None;
@@ -375,25 +380,7 @@ impl Agent {
                 live.prep_failures += 1;
                 self.warn(format!("pod {key}: {}: {}; trying again", unready.reason, unready.message));
             }
-            Err(unready) => {
-                let log_records = self.ledger.pods.get(key).map_or(0, |entry| entry.log_records);
-                // Another checkpoint, or node, may serve.
-                let evicted = unready.reason == RESTORE_FAILED;
-                let outcome = Outcome {
-                    exit_code: None,
-                    cause: match (evicted, unready.elsewhere) {
-                        (true, _) => Cause::Eviction,
-                        (false, true) => Cause::Fault,
-                        (false, false) => Cause::Failure,
-                    },
-                    reason: Some(unready.reason),
-                    message: Some(unready.message),
-                    started_at: None,
-                    finished_at: now.wall,
-                    log_records,
-                };
-                self.end(now, key, outcome);
-            }
+            Err(unready) => self.unready(now, key, unready),
         }
     }
 

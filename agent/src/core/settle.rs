@@ -3,7 +3,7 @@
 
 use berth_protocol::ids::{Digest, Run};
 use berth_protocol::message::node::PodChange;
-use berth_protocol::pod::{Cause, Outcome};
+use berth_protocol::pod::{Cause, Outcome, RESTORE_FAILED};
 use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::Bytes;
 
@@ -11,7 +11,7 @@ use super::checkpoints::{NotStored, name_end};
 use super::ledger::{Begin, Ended, PodKey, Record};
 use super::pods::Live;
 use super::restart::{Next, after_run, doubled};
-use super::{Action, Agent, NoExit, Now};
+use super::{Action, Agent, NoExit, Now, Unready};
 use crate::task::Exit;
 
 const STORE_RETRY_MS: u64 = 5_000;
@@ -72,6 +72,34 @@ impl Agent {
         if let Some(live) = self.live.get_mut(key) {
             live.rest_until(now.boot.plus(backoff), begin);
         }
+    }
+
+    /// Nothing of the pod is brought here, mounted or run: another node may allow it.
+    pub(super) fn refused(&mut self, now: Now, key: &PodKey, why: String) {
+        self.warn(format!("pod {key} is refused: {why}"));
+        let unready = Unready::forbidden(why);
+        self.unready(now, key, unready);
+    }
+
+    /// The epoch ends here without another run.
+    pub(super) fn unready(&mut self, now: Now, key: &PodKey, unready: Unready) {
+        let log_records = self.ledger.pods.get(key).map_or(0, |entry| entry.log_records);
+        // Another checkpoint, or node, may serve.
+        let evicted = unready.reason == RESTORE_FAILED;
+        let outcome = Outcome {
+            exit_code: None,
+            cause: match (evicted, unready.elsewhere) {
+                (true, _) => Cause::Eviction,
+                (false, true) => Cause::Fault,
+                (false, false) => Cause::Failure,
+            },
+            reason: Some(unready.reason),
+            message: Some(unready.message),
+            started_at: None,
+            finished_at: now.wall,
+            log_records,
+        };
+        self.end(now, key, outcome);
     }
 
     /// The epoch is over, for good.

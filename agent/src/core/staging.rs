@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use berth_protocol::ids::Digest;
 use berth_protocol::limits::STAGES_PER_NODE_MAX;
 use berth_protocol::message::node::{Stage, StageState, Staged};
+use berth_protocol::policy::Wants;
 
 use super::ledger::PodKey;
 use super::{Action, Agent, Now};
@@ -58,6 +59,11 @@ impl Staging {
     }
 }
 
+fn failed(mut why: String) -> State {
+    why.truncate(why.floor_char_boundary(WHY_BYTES_MAX));
+    State::Over(StageState::Failed { why })
+}
+
 impl Agent {
     /// Takes the orders' list over; returns what lets go of that which it names no more.
     pub(super) fn stage(&mut self, stages: Vec<Stage>) -> Vec<Action> {
@@ -86,7 +92,16 @@ impl Agent {
         let ready = self.staging.0.iter_mut().filter(|(_, coming)| coming.state == State::Waits);
         let ready = ready.filter_map(|(key, coming)| Some((key, specs.get(&coming.spec)?, coming)));
         let mut begun = Vec::new();
-        for (key, template, coming) in ready.take(AT_ONCE_MAX.saturating_sub(busy)) {
+        let mut left = AT_ONCE_MAX.saturating_sub(busy);
+        for (key, template, coming) in ready {
+            if let Some(why) = self.granted.refuses(&Wants::of(template)) {
+                coming.state = failed(why);
+                continue;
+            }
+            if left == 0 {
+                break;
+            }
+            left -= 1;
             coming.state = State::Busy;
             let (key, template) = (key.clone(), Box::new(template.clone()));
             begun.push(Action::Stage { key, template, from: coming.from });
@@ -106,14 +121,10 @@ impl Agent {
         if coming.state != State::Busy || coming.from != from {
             return;
         }
-        let state = match result {
-            Ok(()) => StageState::Ready,
-            Err(mut why) => {
-                why.truncate(why.floor_char_boundary(WHY_BYTES_MAX));
-                StageState::Failed { why }
-            }
+        coming.state = match result {
+            Ok(()) => State::Over(StageState::Ready),
+            Err(why) => failed(why),
         };
-        coming.state = State::Over(state);
         self.next_stage();
         // Whoever waits for it runs until it is told.
         self.heartbeat(now);

@@ -1,6 +1,7 @@
 //! Orders and happenings in, what the agent does about them out.
 
 mod alone;
+mod policy;
 
 use berth_protocol::checkpoint::{CheckpointInfo, CheckpointKind};
 use berth_protocol::ids::{Epoch, Generation, JobUid, StoreId, Term};
@@ -8,6 +9,7 @@ use berth_protocol::image::ImageName;
 use berth_protocol::job::{Network, RestartPolicy};
 use berth_protocol::message::node::{Covers, Stage, StageState, Staged};
 use berth_protocol::pod::{Cause, Goal, Outcome, VACATED};
+use berth_protocol::policy::Policy;
 
 use super::checkpoints::NotStored;
 use super::*;
@@ -24,6 +26,8 @@ struct Bench {
     heartbeat: Option<Heartbeat>,
     /// What the next orders name as to come.
     stage: Vec<Stage>,
+    /// And hand out.
+    gpus: Vec<&'static str>,
     /// What the agent did at its start.
     began: Vec<String>,
 }
@@ -86,6 +90,11 @@ impl Bench {
     }
 
     fn at(disk: Ledger, session: u64, hardware: &str, wall: Timestamp) -> Self {
+        let rules = Policy { host_image: true, ..Policy::default() };
+        Self::granting(rules, disk, session, hardware, wall)
+    }
+
+    fn granting(rules: Policy, disk: Ledger, session: u64, hardware: &str, wall: Timestamp) -> Self {
         let identity = Identity {
             hardware: HardwareId::parse(hardware).unwrap(),
             boot: BootId::parse("b").unwrap(),
@@ -94,12 +103,13 @@ impl Bench {
             damaged: false,
             chunks: None,
             found: Vec::new(),
+            granted: Granted { rules, ..Granted::default() },
         };
         let now = Now { wall, boot: BootMs(1_000_000) };
         let (agent, step) = Agent::start(disk.clone(), identity, inventory(), now);
-        let (generation, began) = (disk.generation.0, Vec::new());
+        let (generation, began, gpus) = (disk.generation.0, Vec::new(), Vec::new());
         let mut bench =
-            Self { agent, disk, now, generation, level: 0, heartbeat: None, stage: Vec::new(), began };
+            Self { agent, disk, now, generation, level: 0, heartbeat: None, stage: Vec::new(), gpus, began };
         bench.began = bench.take(step);
         bench.event(Event::BusUp);
         bench
@@ -192,7 +202,7 @@ impl Bench {
             goal: *goal,
             checkpoint: self.level,
             from: None,
-            gpus: Vec::new(),
+            gpus: self.gpus.iter().map(|uuid| GpuShare { uuid: (*uuid).into(), milli: 1000 }).collect(),
             failures: 0,
             restarts: 0,
         });

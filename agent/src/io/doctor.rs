@@ -27,6 +27,8 @@ pub fn main(config: &Config) -> ExitCode {
         ("memory of GPUs", cuda()),
         ("tar", program("tar", "CRIU and checkpoints need it: install tar")),
         ("gzip", program("gzip", "CRIU needs it for /dev/shm and the like: install gzip")),
+        // Whoever else might write it has kept the agent from starting.
+        ("policy", Ok(config.policy.granted.to_string())),
         ("broker", broker(&config.broker)),
     ];
     let print = |(what, found): &Finding| match found {

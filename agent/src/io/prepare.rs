@@ -13,9 +13,10 @@ use std::time::{Duration, SystemTime};
 use berth_protocol::chunk::{GrantFor, GrantRequest};
 use berth_protocol::ids::Digest;
 use berth_protocol::image::Images;
-use berth_protocol::job::{Network, PodTemplate, Volume, VolumeSource, Workspace};
+use berth_protocol::job::{PodTemplate, Volume, VolumeSource, Workspace};
 use berth_protocol::message::node::{ChunkServer, DepotAccess};
 use berth_protocol::pod::RESTORE_FAILED;
+use berth_protocol::policy::{HostPath, Policy, Refusal, Rule};
 use berth_protocol::units::Bytes;
 use tokio::process::Command;
 use tokio::sync::Mutex;
@@ -31,6 +32,7 @@ use crate::config::Config;
 use crate::core::ledger::PodKey;
 use crate::core::{Event, Prepared, Unready};
 use crate::io::identity::Shown;
+use crate::policy::Granted;
 use crate::task::{ImageProcess, Root, file};
 
 /// Images not used by any pod go, oldest first, while more of the disk than this is taken.
@@ -47,15 +49,10 @@ pub struct Preparer {
     pub secrets: Secrets,
     images: ImageStore,
     data_dir: PathBuf,
-    host_image: bool,
-    host_network: bool,
-    capabilities: BTreeSet<String>,
-    /// Canonical directories below which jobs may mount.
-    host_paths: Vec<PathBuf>,
+    /// The core has held the pod's template against it; what only the disk shows is held against it here.
+    granted: Granted,
     /// Of checkpoints, bytes a second; zero: no bound.
     rate: u64,
-    /// And those whose files may be images; `None`: all.
-    image_paths: Option<Vec<PathBuf>>,
     /// Taken while a workspace is brought here, by its digest: pods that share one fetch it once.
     fetching: [Mutex<()>; 16],
 }
@@ -80,25 +77,15 @@ impl Preparer {
             insecure: config.insecure.clone(),
             auth_file: config.registry_auth.clone(),
         };
-        let store = StoreConfig { registry, ..StoreConfig::default() };
-        let canonical = |flag: &str, paths: &[PathBuf]| -> Vec<PathBuf> {
-            let real = |path: &PathBuf| {
-                let real = fs::canonicalize(path);
-                real.inspect_err(|error| tracing::warn!("{flag} {}: {error}", path.display())).ok()
-            };
-            paths.iter().filter_map(real).collect()
-        };
+        let signers = config.policy.signers.clone();
+        let store = StoreConfig { registry, signers, ..StoreConfig::default() };
         Ok(Self {
             images: ImageStore::open(&config.data_dir.join("images"), store)?,
             secrets: Secrets::new(shown),
             data_dir: config.data_dir.clone(),
             fetching: <[Mutex<()>; 16]>::default(),
-            host_image: config.host_image,
-            host_network: config.host_network,
-            capabilities: config.capabilities.clone(),
+            granted: config.policy.granted.clone(),
             rate: config.checkpoint_rate.0,
-            host_paths: canonical("--allow-host-path", &config.host_paths),
-            image_paths: config.image_paths.as_deref().map(|paths| canonical("--allow-image-path", paths)),
         })
     }
 
@@ -155,7 +142,6 @@ impl Preparer {
         depot: Option<&DepotAccess>,
         events: &UnboundedSender<Event>,
     ) -> Result<(), Unready> {
-        self.permit(template)?;
         for container in &template.containers {
             self.root(key, &container.image, events).await?;
         }
@@ -234,7 +220,6 @@ impl Preparer {
         depot: Option<&DepotAccess>,
         events: &UnboundedSender<Event>,
     ) -> Result<Prepared, Unready> {
-        self.permit(template)?;
         let volumes =
             template.volumes.iter().map(|volume| self.volume(template, volume)).collect::<Result<_, _>>()?;
         let mut roots = Vec::with_capacity(template.containers.len());
@@ -249,25 +234,6 @@ impl Preparer {
         Ok(Prepared { roots, volumes, workspace, restore: false })
     }
 
-    /// What the node's own configuration has to grant, and what this version cannot give.
-    fn permit(&self, template: &PodTemplate) -> Result<(), Unready> {
-        if template.network == Network::Host && !self.host_network {
-            let message = "this node does not share its network: start its agent with --allow-host-network, or take \
-                           `network: bridge`";
-            return Err(unready("HostNetworkForbidden", message.into(), false));
-        }
-        for container in &template.containers {
-            if let Some(name) = container.capabilities.iter().find(|name| !self.capabilities.contains(*name))
-            {
-                let message = format!(
-                    "this node grants no capability {name}; its agent would with --allow-capability {name}"
-                );
-                return Err(unready("CapabilityForbidden", message, false));
-            }
-        }
-        Ok(())
-    }
-
     async fn root(
         &self,
         key: &PodKey,
@@ -275,43 +241,35 @@ impl Preparer {
         events: &UnboundedSender<Event>,
     ) -> Result<Root, Unready> {
         if image == "host" {
-            let message = "this node does not run host images: start its agent with --allow-host-image, or name \
-                           an image";
-            return if self.host_image {
-                Ok(Root::Host)
-            } else {
-                Err(unready("HostImageForbidden", message.into(), false))
-            };
+            return Ok(Root::Host);
         }
         let reference = ImageRef::parse(image).map_err(ImageError::from)?;
         self.permit_path(&reference)?;
-        let record = match self.images.lookup(&reference)? {
-            Some(record) if !reference.floats() => record,
-            _ => {
-                let progress = |progress: super::image::Progress| {
-                    let (done, total) = (Bytes(progress.bytes_done), Bytes(progress.bytes_total));
-                    let _ = events.send(Event::Pulling { key: key.clone(), done, total });
-                };
-                self.images.ensure(&reference, progress).await?
-            }
+        let progress = |progress: super::image::Progress| {
+            let (done, total) = (Bytes(progress.bytes_done), Bytes(progress.bytes_total));
+            let _ = events.send(Event::Pulling { key: key.clone(), done, total });
         };
+        let record = self.images.ensure(&reference, progress).await?;
         Ok(self.image_root(record))
     }
 
-    /// Images that are files of this node: only below the directories that its configuration shares.
+    /// An image that is a file of this node may be a link to one elsewhere.
     fn permit_path(&self, reference: &ImageRef) -> Result<(), Unready> {
         let (ImageRef::Layout { path, .. } | ImageRef::Archive { path }) = reference else { return Ok(()) };
-        let Some(allowed) = &self.image_paths else { return Ok(()) };
         // What is not there says so itself, when it is read.
         let real = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
-        if allowed.iter().any(|dir| real.starts_with(dir)) {
+        let rules = &self.granted.rules;
+        let image_paths =
+            rules.image_paths.as_ref().map(|paths| paths.iter().map(|path| real_path(path)).collect());
+        if (Policy { image_paths, ..Policy::default() }).image_path(&real) {
             return Ok(());
         }
-        let message = format!(
-            "this node reads no images from {}; its agent would with --allow-image-path",
-            path.display()
-        );
-        Err(unready("ImageForbidden", message, false))
+        let what = format!("image from {}, where {} leads", real.display(), path.display());
+        Err(self.refused(Rule::ImagePaths, what))
+    }
+
+    fn refused(&self, rule: Rule, what: String) -> Unready {
+        Unready::forbidden(self.granted.words(&Refusal { rule, what }))
     }
 
     fn image_root(&self, record: ImageRecord) -> Root {
@@ -347,14 +305,17 @@ impl Preparer {
                         format!("volume {}: {path} holds, or is in, the agent's own data", volume.mount);
                     return Err(unready("VolumeForbidden", message, false));
                 }
-                if self.host_paths.iter().any(|allowed| real.starts_with(allowed)) {
-                    return Ok(Some(real));
+                // As it is written it is allowed; a link in it may lead elsewhere.
+                let allowed = self.granted.rules.host_paths.iter();
+                let allowed = allowed.map(|found| HostPath { path: real_path(&found.path), ..found.clone() });
+                let rules = Policy { host_paths: allowed.collect(), ..Policy::default() };
+                match rules.host_path(&real) {
+                    Some(found) if volume.read_only || !found.read_only => Ok(Some(real)),
+                    _ => {
+                        let what = format!("host path {}, where {path} leads", real.display());
+                        Err(self.refused(Rule::HostPaths, what))
+                    }
                 }
-                let message = format!(
-                    "volume {}: this node does not share {path}; its agent would with --allow-host-path",
-                    volume.mount
-                );
-                Err(unready("VolumeForbidden", message, false))
             }
             VolumeSource::Named(name) => {
                 let (namespace, job) = (template.namespace.as_str(), template.job.as_str());
@@ -447,6 +408,11 @@ impl Preparer {
         // As long as there are files: not on the agent's only thread.
         let _ = tokio::task::spawn_blocking(collect).await;
     }
+}
+
+/// Where it really is; as it is written while it is not there.
+fn real_path(path: &str) -> String {
+    fs::canonicalize(path).map_or_else(|_| path.to_owned(), |real| real.display().to_string())
 }
 
 /// Removes the named volumes of jobs that had no pod here for long.

@@ -7,10 +7,26 @@ use berth_protocol::message::node::HeldPod;
 
 use crate::config::Config;
 use crate::core::ledger::PodKey;
+use crate::io::probe::ProbeConfig;
 use crate::io::probe::criu::{self, Criu};
 use crate::shim;
 use crate::shim::cgroup::Cgroup;
 use crate::task::{Task, file};
+
+/// What the probe is told of this node.
+pub(super) fn probe_config(config: &Config, bridge: bool) -> ProbeConfig {
+    ProbeConfig {
+        capacity: config.capacity,
+        reserved: config.reserved,
+        data_dir: config.data_dir.clone(),
+        labels: config.labels.clone(),
+        taints: config.taints.clone(),
+        policy: config.policy.granted.rules.clone(),
+        bridge,
+        program: Some(PathBuf::from("/proc/self/exe")),
+        ..ProbeConfig::default()
+    }
+}
 
 /// Named for the data directory too: two clusters may have a node of one name on one machine.
 pub(super) fn cgroup_parent(config: &Config) -> PathBuf {

@@ -231,6 +231,7 @@ fn node(node: &NodeStatus, now: Timestamp, colour: bool) -> String {
         .add("Agent", node.agent_version.as_str())
         .maybe("CRIU", node.criu.as_ref())
         .maybe("GPUs", gpu_memory(node))
+        .maybe("Policy", node.policy.as_ref())
         .add("Labels", labels.join(", "))
         .add("Taints", node.taints.join(", "));
     if let Some(usage) = &node.usage {

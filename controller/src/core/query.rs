@@ -256,9 +256,12 @@ impl Controller {
                 page(nodes.filter_map(|id| Some((id.to_string(), self.node_status(id)?))))
             }
             Query::Node { node } => {
-                let images = self.cluster.nodes.get(&node).map(|node| node.record.inventory.images.clone());
-                let status = self.node_status(&node).zip(images);
-                let status = status.map(|(status, images)| NodeStatus { images, ..status });
+                let has = self.cluster.nodes.get(&node).map(|node| &node.record.inventory);
+                let status = self.node_status(&node).zip(has);
+                let status = status.map(|(status, has)| {
+                    let (images, policy) = (has.images.clone(), has.policy.clone());
+                    NodeStatus { images, policy, ..status }
+                });
                 value(&status.ok_or_else(|| not_found(format!("there is no node {node}")))?)
             }
             Query::Explain { namespace, job } => self.explain(caller, &namespace, &job),

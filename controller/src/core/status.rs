@@ -270,6 +270,7 @@ impl Controller {
             saves_gpus: has.saves_gpus,
             pods: u32::try_from(node.pods.len()).unwrap_or(u32::MAX),
             images: Images::default(),
+            policy: None,
             drain: node.record.drain.as_ref().map(|drain| DrainStatus {
                 since: drain.since,
                 deadline: drain.deadline,

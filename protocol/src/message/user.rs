@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::ids::{Digest, Epoch, Generation, JobName, JobUid, Namespace, NodeId, PodName, RequestId};
 use crate::image::Images;
 use crate::pod::PodPhase;
+use crate::policy::{self, Policy};
 use crate::resources::{Gpu, Usage};
 use crate::units::{Bytes, MilliCpu, Timestamp, rfc3339};
 
@@ -239,6 +240,9 @@ pub struct NodeStatus {
     /// Told where one node is asked for; on `state` and in lists they would be most of what is sent.
     #[serde(default, skip_serializing_if = "Images::is_empty")]
     pub images: Images,
+    /// Likewise; `None`: the node has told nothing of it.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "policy::understood")]
+    pub policy: Option<Box<Policy>>,
     /// Being emptied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain: Option<DrainStatus>,

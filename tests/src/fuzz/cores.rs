@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 
 use berth_agent::core::ledger::{Ledger, PodKey};
-use berth_agent::core::{Agent, Event as AgentEvent, Identity, NoExit, Now as AgentNow, Prepared, Step};
+use berth_agent::core::{
+    Action, Agent, Event as AgentEvent, Identity, NoExit, Now as AgentNow, Prepared, Step,
+};
+use berth_agent::policy::Granted;
 use berth_agent::task::{Report, Root};
 use berth_controller::core::{Config, Controller, Event, Now};
 use berth_protocol::codec;
@@ -11,7 +14,9 @@ use berth_protocol::ids::{
     BootId, ClientId, ClusterName, Digest, HardwareId, JobName, LedgerId, Namespace, NodeId, SessionNonce,
     StoreId, Term,
 };
+use berth_protocol::job::Network;
 use berth_protocol::message::node::{Desired, Lease};
+use berth_protocol::policy::{Policy, Wants};
 use berth_protocol::resources::Inventory;
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
 use berth_protocol::units::{BootMs, Bytes, MilliCpu, Timestamp};
@@ -35,7 +40,15 @@ pub fn identity(damaged: bool) -> Identity {
         ledger: LedgerId::parse("l").expect("a token"),
         damaged,
         chunks: None,
+        granted: granted(),
     }
+}
+
+/// What the node grants: little, so that orders ask for more.
+fn granted() -> Granted {
+    let rules =
+        Policy { host_image: true, networks: [Network::Bridge, Network::None].into(), ..Policy::default() };
+    Granted { rules, ..Granted::default() }
 }
 
 pub fn inventory() -> Inventory {
@@ -83,7 +96,17 @@ pub fn agent(bytes: &[u8]) {
     let node = NodeId::parse("n1").expect("a name");
     let (mut agent, step) = Agent::start(Ledger::default(), identity(false), inventory(), now(0));
     let mut disk = Ledger::default();
-    let mut take = |step: Step| step.records.iter().for_each(|record| disk.apply(record));
+    let mut take = |step: Step| {
+        step.records.iter().for_each(|record| disk.apply(record));
+        for action in &step.actions {
+            let (template, gpus) = match action {
+                Action::Prepare { template, .. } | Action::Stage { template, .. } => (&**template, &[][..]),
+                Action::Launch(launch) => (&launch.template, &launch.gpus[..]),
+                _ => continue,
+            };
+            assert_eq!(granted().refuses(&Wants::of(template).with(gpus)), None, "the policy forbids it");
+        }
+    };
     take(step);
     let mut ms = 0;
     for (kind, rest) in lines(bytes) {

@@ -7,7 +7,9 @@ use std::path::Path;
 use berth_agent::cdi::Specs;
 use berth_agent::core::ledger::PodKey;
 use berth_agent::core::{Agent, Event};
+use berth_agent::io::image::CosignKey;
 use berth_agent::io::{checkpoint, departure, image, journal};
+use berth_agent::policy::{self, PolicyError};
 use berth_agent::shim::checkpoint::rpc::Response;
 use berth_agent::shim::log as pod_log;
 use berth_agent::task::{Exit, Order, Report, Saved, Task};
@@ -15,7 +17,9 @@ use berth_agent::{cuda, io};
 use berth_controller::io::depot::packs;
 use berth_controller::io::http;
 use berth_protocol::ids::ContainerName;
+use berth_protocol::job::{PodTemplate, VolumeSource};
 use berth_protocol::log::Stream;
+use berth_protocol::policy::{Policy, Wants};
 use berth_protocol::units::{Bytes, Timestamp};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -159,5 +163,41 @@ pub fn config(bytes: &[u8]) {
     }
     if let Ok(flags) = berth_controller::config::Flags::try_parse_from(line("berth-controller")) {
         let _ = berth_controller::config::Config::resolve(flags);
+    }
+}
+
+/// A policy file, and behind a line of dashes a pod's template: what it allows is below what it grants, however it is written.
+pub fn policy(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let (file, template) = text.split_once("\n---\n").unwrap_or((&text, ""));
+    let _ = CosignKey::from_pem(file);
+    let key = |path: &Path| {
+        let pem = "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=\n-----END PUBLIC KEY-----";
+        assert!(path.is_absolute());
+        CosignKey::from_pem(pem).map_err(|source| PolicyError::Key { path: path.to_owned(), source })
+    };
+    let Ok(read) = policy::parse(Path::new("/policy.toml"), file, key) else { return };
+    let granted = read.granted;
+    there_and_back::<Policy>(&serde_json::to_vec(&granted.rules).expect("plain data"));
+    assert!(granted.to_string().starts_with("/policy.toml: "));
+    let Ok(template) = serde_json::from_str::<PodTemplate>(template) else { return };
+    let refusal = granted.rules.refuses(&template);
+    assert_eq!(refusal.is_some(), granted.refuses(&Wants::of(&template)).is_some());
+    if let Some(refusal) = refusal {
+        assert!(granted.words(&refusal).contains(refusal.rule.key()));
+        return;
+    }
+    assert!(granted.rules.networks.contains(&template.network));
+    for volume in &template.volumes {
+        if let VolumeSource::Host(path) = &volume.source {
+            let found = granted.rules.host_path(Path::new(path)).expect("it lies in one that is granted");
+            assert!(Path::new(path).starts_with(&found.path) && !path.split('/').any(|part| part == ".."));
+            assert!(volume.read_only || !found.read_only);
+        }
+    }
+    for container in &template.containers {
+        assert!(container.image != "host" || granted.rules.host_image);
+        let plain = |name: &String| name.strip_prefix("CAP_").unwrap_or(name).to_owned();
+        assert!(container.capabilities.iter().all(|name| granted.rules.capabilities.contains(&plain(name))));
     }
 }

@@ -7,14 +7,14 @@ mod job_file;
 mod wire;
 
 pub use cores::{agent, controller, store};
-pub use disk::{config, criu, image, ledger, log, shim};
+pub use disk::{config, criu, image, ledger, log, policy, shim};
 pub use job_file::job_file;
 pub use wire::wire;
 
 /// A target: what it is called, and what it does with bytes.
 pub type Target = (&'static str, fn(&[u8]));
 
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 12] = [
     ("job_file", job_file),
     ("wire", wire),
     ("agent", agent),
@@ -26,6 +26,7 @@ pub const TARGETS: [Target; 11] = [
     ("image", image),
     ("criu", criu),
     ("config", config),
+    ("policy", policy),
 ];
 
 /// What comes of seeds: bits flipped, parts left out, doubled, taken from another, numbers that are at an edge.

@@ -240,29 +240,30 @@ fn a_controller_whose_disk_has_failed_answers_nothing_more() {
 #[test]
 fn a_nodes_own_fault_is_not_the_jobs() {
     let mut cluster = Cluster::new();
-    let shared = cluster.dir.path().join("shared");
-    std::fs::create_dir(&shared).expect("a directory");
-    std::fs::write(shared.join("data"), "here\n").expect("a file");
-    cluster.agent("a1", &[]);
-    let shared = shared.to_str().expect("a plain path").to_owned();
+    // What only the node itself can see: the way leads out of what it shares.
+    let [shared, other] = ["shared", "other"].map(|name| cluster.dir.path().join(name));
+    for dir in [&shared, &other] {
+        std::fs::create_dir(dir).expect("a directory");
+    }
+    std::fs::write(other.join("data"), "here\n").expect("a file");
+    std::os::unix::fs::symlink(&other, shared.join("link")).expect("a link");
+    let link = shared.join("link").display().to_string();
+    let [shared, other] = [shared, other].map(|path| path.display().to_string());
+    cluster.agent("a1", &["--allow-host-path", &shared]);
     let job = |volume: &str| {
         format!(
             "image: host\ncommand: [cat, /data/data]\nresources: {{cpu: 100m, memory: 32Mi}}\n\
              volumes: [{{mount: /data, host: {volume}, readOnly: true}}]\n"
         )
     };
-    cluster.submit("alone", &job(&shared));
+    cluster.submit("alone", &job(&link));
     let status = cluster.until_phase("alone", "Failed", 60);
-    assert_eq!(
-        (&status["reason"], &status["failures"]),
-        (&json!("VolumeForbidden"), &json!(1)),
-        "{status:#}"
-    );
+    assert_eq!((&status["reason"], &status["failures"]), (&json!("PolicyRefused"), &json!(1)), "{status:#}");
 
-    cluster.agent("a2", &["--allow-host-path", &shared]);
+    cluster.agent("a2", &["--allow-host-path", &shared, "--allow-host-path", &other]);
     cluster.submit(
         "elsewhere",
-        &format!("prefer: [{{when: \"node.name == 'a1'\", weight: 100}}]\n{}", job(&shared)),
+        &format!("prefer: [{{when: \"node.name == 'a1'\", weight: 100}}]\n{}", job(&link)),
     );
     let status = cluster.until_phase("elsewhere", "Succeeded", 60);
     assert_eq!((&status["failures"], &status["evictions"]), (&json!(0), &json!(1)), "{status:#}");

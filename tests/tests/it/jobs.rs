@@ -267,7 +267,7 @@ fn outputs_and_the_working_directory_travel_through_the_depot() {
 }
 
 /// A registry that ends with its handle.
-struct Registry(Child);
+pub struct Registry(Child);
 
 impl Drop for Registry {
     fn drop(&mut self) {
@@ -277,7 +277,7 @@ impl Drop for Registry {
 }
 
 /// A real registry on loopback, and the image that it has.
-fn registry_with_busybox(cluster: &Cluster) -> (Registry, String) {
+pub fn registry_with_busybox(cluster: &Cluster) -> (Registry, String) {
     let layout = cluster.dir.path().join("image");
     busybox_layout(&layout);
     let port = crate::cluster::free_port();
@@ -381,19 +381,30 @@ fn what_the_node_does_not_grant_is_refused_with_the_way_out() {
     cluster.agent("a1", &["--allow-host-network=false", "--allow-host-path", path]);
     let file = "image: host\ncommand: [\"true\"]\nresources: {cpu: 100m, memory: 32Mi}\n";
     let volume = |host: &str| format!("volumes: [{{mount: /data, host: {host}}}]\n");
-    for (name, more, reason, way_out) in [
-        ("caps", "capabilities: [SYS_ADMIN]\n", "CapabilityForbidden", "--allow-capability SYS_ADMIN"),
-        ("net", "network: host\n", "HostNetworkForbidden", "--allow-host-network"),
-        ("vol", &volume("/etc"), "VolumeForbidden", "--allow-host-path"),
-        // What a path leads to is what counts; and nothing allows the agent's own.
-        ("link", &volume(&format!("{path}/link")), "VolumeForbidden", "--allow-host-path"),
-        ("own", &volume(&format!("{path}/a1/identity")), "VolumeForbidden", "agent's own data"),
-        ("all", &volume(path), "VolumeForbidden", "agent's own data"),
+    for (name, more, what, rule) in [
+        ("caps", "capabilities: [SYS_ADMIN]\n", "capability SYS_ADMIN", "capabilities"),
+        ("net", "network: host\n", "`network: host`", "networks"),
+        ("vol", &volume("/etc"), "host path /etc", "host-paths"),
     ] {
         cluster.submit(name, &format!("{file}{more}"));
+        until("it waits, and says for what", 30, || {
+            let job = cluster.job(name);
+            let why = format!("0 of 1 node fits: 1 has a policy that allows no {what}");
+            (job["phase"] == "Pending" && job["message"].as_str()?.contains(&why)).then_some(())
+        });
+        let said = text(&cluster.run(&["explain", name]));
+        assert!(said.contains(&format!("see `{rule}` there")), "{said}");
+    }
+    // What a path leads to is what counts; and nothing allows the agent's own.
+    for (name, host, reason, why) in [
+        ("link", format!("{path}/link"), "PolicyRefused", "host path /etc, where"),
+        ("own", format!("{path}/a1/identity"), "VolumeForbidden", "agent's own data"),
+        ("all", path.to_owned(), "VolumeForbidden", "agent's own data"),
+    ] {
+        cluster.submit(name, &format!("{file}{}", volume(&host)));
         let job = cluster.until_phase(name, "Failed", 30);
         let pod = &job["pods"][0];
         assert_eq!(pod["reason"], reason, "{job:#}");
-        assert!(pod["message"].as_str().is_some_and(|message| message.contains(way_out)), "{job:#}");
+        assert!(pod["message"].as_str().is_some_and(|message| message.contains(why)), "{job:#}");
     }
 }

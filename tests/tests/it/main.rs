@@ -9,6 +9,7 @@ mod jobs;
 mod kills;
 mod members;
 mod offline;
+mod policy;
 mod secrets;
 mod several;
 mod staging;

@@ -81,7 +81,7 @@ impl Entry {
 }
 
 /// Standard base64 (RFC 4648), padded or not.
-fn base64(text: &str) -> Option<Vec<u8>> {
+pub(super) fn base64(text: &str) -> Option<Vec<u8>> {
     let mut bytes = Vec::with_capacity(text.len() * 3 / 4);
     let (mut bits, mut count) = (0_u32, 0);
     for digit in text.trim_end_matches('=').bytes() {

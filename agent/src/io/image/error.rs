@@ -45,6 +45,11 @@ pub enum ImageError {
     Malformed { image: String, why: String },
     #[error("image {image} is too large: {why}; make it smaller")]
     TooLarge { image: String, why: String },
+    #[error(
+        "image {image} is not signed as this node's policy asks: {why}; sign it (`cosign sign --key …`), or see `signers` in \
+         the policy"
+    )]
+    Unsigned { image: String, why: String },
     #[error("image {image} could not be brought to this node: {why}; see the agent's log")]
     Failed { image: String, why: String },
 }
@@ -68,6 +73,7 @@ impl ImageError {
             ImageError::DiskFull { .. } => "DiskFull",
             ImageError::Malformed { .. } => "ImageMalformed",
             ImageError::TooLarge { .. } => "ImageTooLarge",
+            ImageError::Unsigned { .. } => "ImageUnsigned",
             ImageError::Failed { .. } => "ImagePullFailed",
         }
     }
@@ -82,16 +88,18 @@ impl ImageError {
             | ImageError::DigestMismatch { .. }
             | ImageError::PlatformMissing { .. }
             | ImageError::Malformed { .. }
+            | ImageError::Unsigned { .. }
             | ImageError::TooLarge { .. } => false,
         }
     }
 
-    /// Whether another node may do better: its disk, its way to the registry, its files, its architecture.
+    /// Whether another node may do better: its disk, its way to the registry, its files, its architecture, its policy.
     pub fn elsewhere(&self) -> bool {
         match self {
             ImageError::Unreachable { .. }
             | ImageError::DiskFull { .. }
             | ImageError::Failed { .. }
+            | ImageError::Unsigned { .. }
             | ImageError::PlatformMissing { .. } => true,
             ImageError::NotFound { image, .. } => {
                 image.starts_with("oci:") || image.starts_with("docker-archive:")

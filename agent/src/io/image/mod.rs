@@ -9,6 +9,7 @@
 mod archive;
 mod auth;
 mod collect;
+mod cosign;
 mod digest;
 mod disk;
 mod error;
@@ -25,6 +26,7 @@ mod worker;
 
 pub use berth_protocol::image::{ImageRef, RegistryName};
 pub use collect::Collected;
+pub use cosign::{BadKey, CosignKey, Signer};
 pub use digest::Digest;
 pub use error::ImageError;
 pub use record::{ImageConfig, ImageRecord, Progress, RegistryConfig};
@@ -32,7 +34,7 @@ pub use store::{ImageStore, StoreConfig};
 pub use worker::worker_main;
 
 /// Reads bytes as each of the things that registries and archives send, and keeps nothing. `None`: they are not that.
-pub fn inspect(bytes: &[u8]) -> [Option<u64>; 4] {
+pub fn inspect(bytes: &[u8]) -> [Option<u64>; 6] {
     let document = manifest::parse(bytes).ok().map(|document| match document {
         manifest::Document::Index(all) => all.len() as u64,
         manifest::Document::Manifest { layers, .. } => layers.len() as u64,
@@ -52,5 +54,7 @@ pub fn inspect(bytes: &[u8]) -> [Option<u64>; 4] {
         file.credentials("registry.lab:5000", "team/app");
         0
     });
-    [document, configuration, whole, known]
+    let signatures = cosign::offers(bytes).ok().map(|offers| offers.len() as u64);
+    let signed = cosign::image_of(bytes).ok().map(|_| 0);
+    [document, configuration, whole, known, signatures, signed]
 }

@@ -17,7 +17,9 @@ use super::disk::{Disk, LayerLock, LayerMeta, WorkDir, now_ms};
 use super::manifest::Platform;
 use super::source::{Layer, Plan, Source};
 use super::unpack::{UnpackError, unpack};
-use super::{Digest, ImageError, ImageRecord, ImageRef, Progress, RegistryConfig, archive, layout, registry};
+use super::{
+    CosignKey, Digest, ImageError, ImageRecord, ImageRef, Progress, RegistryConfig, archive, layout, registry,
+};
 
 const LAYERS_AT_ONCE_MAX: usize = 3;
 const LOCK_POLL: Duration = Duration::from_millis(50);
@@ -69,6 +71,8 @@ pub(super) struct Pull<'a> {
     pub registry: &'a RegistryConfig,
     /// Of the compressed layers together, and again of what they unpack to.
     pub image_bytes_max: u64,
+    /// One of which must have signed it; none: it needs no signature.
+    pub keys: &'a [CosignKey],
     pub disk: &'a Disk,
     pub work: &'a WorkDir,
     pub gauge: Arc<Gauge>,
@@ -115,6 +119,10 @@ impl Pull<'_> {
     async fn from(&self, source: Source<'_>) -> Result<ImageRecord, ImageError> {
         let image = self.reference.to_string();
         let plan = source.plan(&image, &Platform::this(), self.work.path()).await?;
+        let signed_by = match self.keys {
+            [] => None,
+            keys => Some(source.signed_by(&image, keys, &plan.documents, self.work.path()).await?),
+        };
         // A layer may occur twice; it is brought once.
         let layers: BTreeMap<Digest, Layer> =
             plan.layers.iter().map(|layer| (layer.diff_id, layer.clone())).collect();
@@ -126,7 +134,7 @@ impl Pull<'_> {
             .try_collect()
             .await?;
         let unpacked_bytes = held.iter().map(|(meta, _)| meta.bytes).sum();
-        let record = self.record(plan, unpacked_bytes);
+        let record = self.record(plan, unpacked_bytes, signed_by);
         // Until here the locks keep the layers from being collected; from here the record does.
         self.disk.write_record(&record, self.work).map_err(|error| self.disk_error(&error))?;
         self.disk.touch(&record, record.pulled_at_ms).map_err(|error| self.disk_error(&error))?;
@@ -143,7 +151,7 @@ impl Pull<'_> {
         Ok(())
     }
 
-    fn record(&self, plan: Plan, unpacked_bytes: u64) -> ImageRecord {
+    fn record(&self, plan: Plan, unpacked_bytes: u64, signed_by: Option<Digest>) -> ImageRecord {
         let pulled_at_ms = now_ms();
         ImageRecord {
             reference: self.reference.clone(),
@@ -151,6 +159,7 @@ impl Pull<'_> {
             layers: plan.layers.iter().map(|layer| layer.diff_id).collect(),
             config: plan.config,
             unpacked_bytes,
+            signed_by,
             pulled_at_ms,
             source_stamp: plan.source_stamp,
             last_used_ms: pulled_at_ms,

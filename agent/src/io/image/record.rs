@@ -20,6 +20,9 @@ pub struct ImageRecord {
     pub config: ImageConfig,
     /// Sum of the files' sizes in all layers, in bytes.
     pub unpacked_bytes: u64,
+    /// By which of the keys that the policy named then the image is signed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signed_by: Option<Digest>,
     pub pulled_at_ms: u64,
     /// What the source looked like, for sources that may change under their name: see [`ImageRef`].
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -129,7 +129,22 @@ impl Endpoint {
             Some(digest) => self.reference.clone_with_digest(digest.to_string()),
             None => self.reference.clone(),
         };
-        let pull = self.client.pull_manifest_raw(&reference, &self.auth, &ACCEPTED);
+        self.read(&reference).await
+    }
+
+    /// The manifest or index with another tag, beside the image; none where there is none.
+    pub async fn beside(&self, tag: String) -> Result<Option<Vec<u8>>, ImageError> {
+        let own = &self.reference;
+        let reference = Reference::with_tag(own.registry().to_owned(), own.repository().to_owned(), tag);
+        match self.read(&reference).await {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(ImageError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn read(&self, reference: &Reference) -> Result<Vec<u8>, ImageError> {
+        let pull = self.client.pull_manifest_raw(reference, &self.auth, &ACCEPTED);
         let answer = tokio::time::timeout(DOCUMENT_TIME_MAX, pull).await;
         let (bytes, _) = answer
             .map_err(|_| self.unreachable("its manifest took too long"))?

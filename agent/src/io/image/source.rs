@@ -5,10 +5,11 @@ use std::io::{self, Seek};
 use std::path::Path;
 
 use super::archive::{Archive, Extent};
+use super::cosign::Offer;
 use super::layout::Layout;
 use super::manifest::{Configuration, DOCUMENT_BYTES_MAX, Descriptor, Document, Platform};
 use super::registry::Endpoint;
-use super::{Digest, ImageConfig, ImageError, archive, layout, manifest};
+use super::{CosignKey, Digest, ImageConfig, ImageError, archive, cosign, layout, manifest};
 
 /// An index may point to indexes; nobody needs more than this.
 const INDEX_DEPTH_MAX: u32 = 3;
@@ -22,6 +23,8 @@ pub(super) enum Source<'a> {
 /// What an image consists of.
 pub(super) struct Plan {
     pub manifest_digest: Digest,
+    /// Of what names it: the index that was asked for, if it was one, down to the manifest.
+    pub documents: Vec<Digest>,
     pub config: ImageConfig,
     /// Lowest first.
     pub layers: Vec<Layer>,
@@ -66,25 +69,34 @@ impl Source<'_> {
                 let source_stamp = stamp(archive::stamp(path), path)?;
                 let (config, extents) = archive.contents()?;
                 let blobs = extents.into_iter().map(|extent| (Blob::Part(extent), extent.bytes));
-                return plan(image, platform, Digest::of(&config), &config, blobs.collect(), source_stamp);
+                return plan(
+                    image,
+                    platform,
+                    vec![Digest::of(&config)],
+                    &config,
+                    blobs.collect(),
+                    source_stamp,
+                );
             }
         };
-        let (manifest_digest, config, layers) = self.manifest(image, platform, index).await?;
+        let (documents, config, layers) = self.manifest(image, platform, index).await?;
         let config = self.configuration(image, &config, work).await?;
         let blobs = layers.into_iter().map(|layer| (Blob::Digest(layer.digest), layer.size));
-        plan(image, platform, manifest_digest, &config, blobs.collect(), source_stamp)
+        plan(image, platform, documents, &config, blobs.collect(), source_stamp)
     }
 
-    /// The manifest for `platform`, starting from a manifest or index.
+    /// The manifest for `platform`, starting from a manifest or index; and the digests of all on the way, its own last.
     async fn manifest(
         &self,
         image: &str,
         platform: &Platform,
         mut bytes: Vec<u8>,
-    ) -> Result<(Digest, Descriptor, Vec<Descriptor>), ImageError> {
+    ) -> Result<(Vec<Digest>, Descriptor, Vec<Descriptor>), ImageError> {
+        let mut documents = Vec::new();
         for _ in 0..INDEX_DEPTH_MAX {
+            documents.push(Digest::of(&bytes));
             match manifest::parse(&bytes).map_err(|why| ImageError::malformed(&image, why))? {
-                Document::Manifest { config, layers } => return Ok((Digest::of(&bytes), config, layers)),
+                Document::Manifest { config, layers } => return Ok((documents, config, layers)),
                 Document::Index(index) => {
                     let chosen = choose(image, &index, platform)?;
                     bytes = match self {
@@ -92,10 +104,52 @@ impl Source<'_> {
                         Source::Layout { layout, .. } => layout.document(chosen)?,
                         Source::Archive { .. } => break,
                     };
+                    let actual = Digest::of(&bytes);
+                    if actual != chosen.digest {
+                        let (expected, actual) = (chosen.digest.to_string(), actual.to_string());
+                        let what = format!("a manifest of {image}");
+                        return Err(ImageError::DigestMismatch { what, expected, actual });
+                    }
                 }
             }
         }
         Err(ImageError::malformed(&image, "its indexes are nested too deeply"))
+    }
+
+    /// Which of the keys has signed the image, by one of the digests that name it.
+    ///
+    /// # Errors
+    /// None has; or the registry does not say.
+    pub async fn signed_by(
+        &self,
+        image: &str,
+        keys: &[CosignKey],
+        documents: &[Digest],
+        work: &Path,
+    ) -> Result<Digest, ImageError> {
+        let unsigned = |why: String| ImageError::Unsigned { image: image.to_owned(), why };
+        let Source::Registry(endpoint) = self else {
+            return Err(unsigned("it is a file, and has no signature beside it".to_owned()));
+        };
+        let mut why = "it has no signature in its registry".to_owned();
+        for document in documents {
+            let Some(found) = endpoint.beside(cosign::tag(document)).await? else { continue };
+            let offers = match cosign::offers(&found) {
+                Ok(offers) => offers,
+                Err(malformed) => {
+                    why = format!("its signatures cannot be read: {malformed}");
+                    continue;
+                }
+            };
+            for Offer { payload, signature } in offers {
+                let payload = small_blob(endpoint, image, &payload, work).await?;
+                match cosign::signed_by(keys, documents, &payload, &signature) {
+                    Ok(key) => return Ok(key),
+                    Err(other) => why = other,
+                }
+            }
+        }
+        Err(unsigned(why))
     }
 
     async fn configuration(
@@ -108,15 +162,7 @@ impl Source<'_> {
             return Err(ImageError::malformed(&image, "its configuration is larger than 4 MiB"));
         }
         match self {
-            Source::Registry(endpoint) => {
-                let mut file = nameless_file(work).map_err(|error| ImageError::disk(&image, work, &error))?;
-                endpoint.blob(&config.digest, config.size, &mut file, |_| {}).await?;
-                let mut bytes = Vec::new();
-                file.rewind()
-                    .and_then(|()| io::Read::read_to_end(&mut file, &mut bytes))
-                    .map_err(|error| ImageError::disk(&image, work, &error))?;
-                Ok(bytes)
-            }
+            Source::Registry(endpoint) => small_blob(endpoint, image, config, work).await,
             Source::Layout { layout, .. } => layout.document(config),
             Source::Archive { .. } => Err(ImageError::malformed(&image, "an archive has no manifest")),
         }
@@ -154,6 +200,21 @@ impl Source<'_> {
     }
 }
 
+/// A blob whose size was found to be small.
+async fn small_blob(
+    endpoint: &Endpoint,
+    image: &str,
+    blob: &Descriptor,
+    work: &Path,
+) -> Result<Vec<u8>, ImageError> {
+    let disk = |error: io::Error| ImageError::disk(&image, work, &error);
+    let mut file = nameless_file(work).map_err(disk)?;
+    endpoint.blob(&blob.digest, blob.size, &mut file, |_| {}).await?;
+    let mut bytes = Vec::new();
+    file.rewind().and_then(|()| io::Read::read_to_end(&mut file, &mut bytes)).map_err(disk)?;
+    Ok(bytes)
+}
+
 fn choose<'a>(
     image: &str,
     index: &'a [Descriptor],
@@ -169,7 +230,7 @@ fn choose<'a>(
 fn plan(
     image: &str,
     platform: &Platform,
-    manifest_digest: Digest,
+    documents: Vec<Digest>,
     configuration: &[u8],
     blobs: Vec<(Blob, u64)>,
     source_stamp: Option<String>,
@@ -189,7 +250,10 @@ fn plan(
     }
     let layers = configuration.diff_ids.into_iter().zip(blobs);
     let layers = layers.map(|(diff_id, (blob, bytes))| Layer { diff_id, bytes, blob }).collect();
-    Ok(Plan { manifest_digest, config: configuration.config, layers, source_stamp })
+    let Some(manifest_digest) = documents.last().copied() else {
+        return Err(ImageError::malformed(&image, "it has no manifest"));
+    };
+    Ok(Plan { manifest_digest, documents, config: configuration.config, layers, source_stamp })
 }
 
 /// A file that is gone as soon as nobody has it open, however this process ends.

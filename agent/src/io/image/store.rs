@@ -14,6 +14,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
+use super::cosign::{Signer, keys_for};
 use super::disk::{Disk, now_ms};
 use super::worker::{REPORT_INTERVAL, Report, Request};
 use super::{
@@ -32,6 +33,8 @@ const IMAGE_BYTES_MAX: u64 = 200 << 30;
 #[derive(Debug, Clone)]
 pub struct StoreConfig {
     pub registry: RegistryConfig,
+    /// Whose signatures images need.
+    pub signers: Vec<Signer>,
     /// Of an image's compressed layers together, and again of what they unpack to.
     pub image_bytes_max: u64,
     /// The program whose subcommand `image` is [`worker_main`](super::worker_main).
@@ -42,6 +45,7 @@ impl Default for StoreConfig {
     fn default() -> StoreConfig {
         StoreConfig {
             registry: RegistryConfig::default(),
+            signers: Vec::new(),
             image_bytes_max: IMAGE_BYTES_MAX,
             worker: "/proc/self/exe".into(),
         }
@@ -133,7 +137,12 @@ impl ImageStore {
         reference: &ImageRef,
         mut on_progress: impl FnMut(Progress),
     ) -> Result<ImageRecord, ImageError> {
-        let here = self.lookup(reference)?;
+        // One that was brought here under another policy is verified anew; its layers need not be fetched for that.
+        let keys = keys_for(&self.config.signers, reference);
+        let signed = |record: &ImageRecord| {
+            keys.is_empty() || keys.iter().any(|key| record.signed_by == Some(key.id()))
+        };
+        let here = self.lookup(reference)?.filter(signed);
         if let Some(record) = &here
             && !reference.floats()
         {
@@ -204,6 +213,7 @@ impl ImageStore {
             reference: reference.clone(),
             registry: self.config.registry.clone(),
             image_bytes_max: self.config.image_bytes_max,
+            keys: keys_for(&self.config.signers, &reference),
         };
         let progressed = |progress| drop(flight.send_replace(Flight::Under(progress)));
         let deserted = async {

@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use super::collect::{Collected, collect};
 use super::disk::Disk;
 use super::pull::{Gauge, Pull};
-use super::{Digest, ImageError, ImageRecord, ImageRef, Progress, RegistryConfig};
+use super::{CosignKey, Digest, ImageError, ImageRecord, ImageRef, Progress, RegistryConfig};
 
 const REQUEST_BYTES_MAX: u64 = 4 << 20;
 pub(super) const REPORT_INTERVAL: Duration = Duration::from_millis(500);
@@ -36,7 +36,14 @@ const NICENESS: i32 = 10;
 #[serde(rename_all = "camelCase")]
 pub(super) enum Request {
     #[serde(rename_all = "camelCase")]
-    Pull { store: PathBuf, reference: ImageRef, registry: RegistryConfig, image_bytes_max: u64 },
+    Pull {
+        store: PathBuf,
+        reference: ImageRef,
+        registry: RegistryConfig,
+        image_bytes_max: u64,
+        /// One of which must have signed it; none: it needs no signature.
+        keys: Vec<CosignKey>,
+    },
     #[serde(rename_all = "camelCase")]
     Collect { store: PathBuf, in_use: BTreeSet<Digest>, used_permille_max: u64, now_ms: u64 },
 }
@@ -119,8 +126,8 @@ fn write_report(report: &Report) -> io::Result<()> {
 
 fn serve(request: Request, gauge: &Arc<Gauge>, cancelled: oneshot::Receiver<()>) -> Report {
     let result = match request {
-        Request::Pull { store, reference, registry, image_bytes_max } => {
-            pull(&store, &reference, &registry, image_bytes_max, gauge, cancelled)
+        Request::Pull { store, reference, registry, image_bytes_max, keys } => {
+            pull(&store, &reference, &registry, image_bytes_max, &keys, gauge, cancelled)
                 .map(|record| Report::Pulled(Box::new(record)))
         }
         Request::Collect { store, in_use, used_permille_max, now_ms } => Disk::open(&store)
@@ -136,6 +143,7 @@ fn pull(
     reference: &ImageRef,
     registry: &RegistryConfig,
     image_bytes_max: u64,
+    keys: &[CosignKey],
     gauge: &Arc<Gauge>,
     cancelled: oneshot::Receiver<()>,
 ) -> Result<ImageRecord, ImageError> {
@@ -145,7 +153,8 @@ fn pull(
     disk.sweep().map_err(disk_error)?;
     let work = disk.work_dir().map_err(disk_error)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(disk_error)?;
-    let pull = Pull { reference, registry, image_bytes_max, disk: &disk, work: &work, gauge: gauge.clone() };
+    let pull =
+        Pull { reference, registry, image_bytes_max, keys, disk: &disk, work: &work, gauge: gauge.clone() };
     let result = runtime.block_on(async {
         tokio::select! {
             result = bounded(pull.run()) => result.unwrap_or_else(|| Err(failed("it took more than six hours"))),

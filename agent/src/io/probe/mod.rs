@@ -26,6 +26,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use berth_protocol::image::Images;
+use berth_protocol::policy::Policy;
 use berth_protocol::resources::{Gpu, GpuShare, Inventory, Usage};
 use berth_protocol::units::{Bytes, MilliCpu};
 
@@ -44,6 +45,9 @@ const ANSWER_MS_MAX: u64 = 250;
 /// After this long without an answer the devices count as unhealthy.
 const STUCK_MS: u64 = 25_000;
 
+/// Of a device that no pod gets.
+const NOT_GRANTED: &str = "the node's policy keeps it from pods";
+
 /// What the configuration says about the node.
 #[derive(Debug, Clone, Default)]
 pub struct ProbeConfig {
@@ -61,7 +65,7 @@ pub struct ProbeConfig {
     pub data_dir: PathBuf,
     pub labels: BTreeMap<String, String>,
     pub taints: BTreeSet<String>,
-    pub host_image: bool,
+    pub policy: Policy,
     /// Whether pods can have a network of their own, as the agent's network code found.
     pub bridge: bool,
 }
@@ -113,10 +117,11 @@ impl Probe {
             cuda: None,
             labels: config.labels.clone(),
             taints: config.taints.clone(),
-            host_image: config.host_image,
+            host_image: config.policy.host_image,
             bridge: config.bridge,
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             images: Images::default(),
+            policy: Some(Box::new(config.policy.clone())),
         };
         let stuck_after = Duration::from_millis(STUCK_MS);
         let gpus = Gpus::new(config.root.clone(), config.nvml.clone(), config.program.clone(), stuck_after);
@@ -174,6 +179,9 @@ impl Probe {
         let snapshot = self.gpus.snapshot();
         let mut gpus: Vec<Gpu> = snapshot.found.iter().map(|found| found.gpu.clone()).collect();
         gpus.iter_mut().for_each(|gpu| self.outside.settle(gpu));
+        for gpu in gpus.iter_mut().filter(|gpu| !self.config.policy.gpus.allows(&gpu.uuid)) {
+            gpu.unhealthy.get_or_insert_with(|| NOT_GRANTED.to_owned());
+        }
         let known = &mut self.inventory;
         let same = (known.cpu, known.memory, known.disk) == (cpu, memory, reading.disk_total)
             && known.gpus == gpus

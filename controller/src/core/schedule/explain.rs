@@ -67,6 +67,7 @@ const NEEDS: (&str, &str) = ("needs", "need");
 const LACKS: (&str, &str) = ("lacks", "lack");
 const IS: (&str, &str) = ("is", "are");
 const HAS: (&str, &str) = ("has", "have");
+const ALLOWS_NO: (&str, &str) = ("has a policy that allows no", "have a policy that allows no");
 const DOES_NOT: (&str, &str) = ("does not", "do not");
 
 fn cores(milli: u64) -> String {
@@ -110,11 +111,12 @@ pub fn reasons(
             Refusal::Taint(taint) => {
                 Reason::new(HAS, format!("taint {taint}"), "which the job does not tolerate")
             }
-            Refusal::HostImage => Reason::new(
-                DOES_NOT,
-                "allow `image: host`",
-                "start its agent with --allow-host-image or name an image",
-            ),
+            Refusal::HostImage => {
+                Reason::new(ALLOWS_NO, "`image: host`", "name an image, or see `host-image` there")
+            }
+            Refusal::Policy(refusal) => {
+                Reason::new(ALLOWS_NO, refusal.what.as_str(), format!("see `{}` there", refusal.rule.key()))
+            }
             Refusal::Bridge => Reason::new(
                 LACKS,
                 "`network: bridge`",

@@ -85,6 +85,8 @@ pub(super) struct Scheduler {
     pub version: u64,
     /// Something changed since the last pass.
     pub wanted: bool,
+    /// Jobs are to be classed anew before the next.
+    reclass: bool,
     /// The version at which particular pods were last looked at, and whether there are new ones.
     particular_at: u64,
     pub particular_wanted: bool,
@@ -200,6 +202,7 @@ impl Scheduler {
     /// Makes the node's room anew from what it has and what its pods take.
     pub fn refresh<'a>(&mut self, id: &NodeId, node: &Node, charges: impl Iterator<Item = &'a Charge>) {
         let has = &node.record.inventory;
+        self.reclass |= self.books.learn(has);
         let heard = node.liveness == Liveness::Online && node.session.is_some();
         // What strays take of the node is known to nobody but it, so nothing else comes until they are gone.
         let open = heard && !node.record.cordoned && node.record.strays.is_empty();
@@ -373,7 +376,23 @@ impl Controller {
             if !std::mem::take(&mut self.scheduler.wanted) {
                 return;
             }
+            if std::mem::take(&mut self.scheduler.reclass) {
+                self.class_anew(now);
+            }
             self.pass(now);
+        }
+    }
+
+    /// Nodes ask for more than jobs were told apart by.
+    fn class_anew(&mut self, now: Now) {
+        for (uid, job) in &mut self.cluster.jobs {
+            if job.class.is_some() {
+                self.scheduler.forget(job);
+                match self.scheduler.queue.ticket(uid).is_some() {
+                    true => self.scheduler.enqueue(now, uid, job),
+                    false => drop(self.scheduler.classify(job)),
+                }
+            }
         }
     }
 

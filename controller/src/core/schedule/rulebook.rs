@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use berth_protocol::ids::NodeId;
 use berth_protocol::job::{JobSpec, Network, Placement, Preference};
 use berth_protocol::message::user::FieldError;
+use berth_protocol::policy::{self, Wants};
 use berth_protocol::resources::Inventory;
 use cel::objects::{Key, Map};
 use cel::{Context, ExecutionError, Program, Value};
@@ -24,12 +25,14 @@ struct Words {
     spread: Option<String>,
     anti_affinity: Option<String>,
     tolerations: BTreeSet<String>,
-    host_image: bool,
-    bridge: bool,
+    /// What nodes' own policies may be against.
+    wants: Wants,
 }
 
 impl Words {
-    fn of(spec: &JobSpec) -> Self {
+    /// `fine`: some node's policy asks for what differs from job to job.
+    fn of(spec: &JobSpec, fine: bool) -> Self {
+        let wants = Wants::of(&spec.pod);
         let Placement { affinity, prefer, spread, tolerations, anti_affinity } = &spec.placement;
         Self {
             affinity: affinity.clone(),
@@ -37,8 +40,7 @@ impl Words {
             spread: spread.clone(),
             anti_affinity: anti_affinity.clone(),
             tolerations: tolerations.clone(),
-            host_image: spec.pod.containers.iter().any(|c| c.image == "host"),
-            bridge: spec.pod.network == Network::Bridge,
+            wants: if fine { wants } else { wants.coarse() },
         }
     }
 }
@@ -48,6 +50,9 @@ impl Words {
 pub struct Rulebooks {
     ids: BTreeMap<Words, BookId>,
     books: Vec<Option<Book>>,
+    /// Some node's policy asks for repositories or amounts. As long as none does, jobs that differ in these alone share a
+    /// rulebook.
+    fine: bool,
 }
 
 /// One rulebook, and what it says of each room.
@@ -80,6 +85,8 @@ pub enum Refusal {
     Taint(String),
     HostImage,
     Bridge,
+    /// By the node's own policy.
+    Policy(policy::Refusal),
 }
 
 /// A condition that is none, at which field.
@@ -118,7 +125,7 @@ impl BadCondition {
 impl Rulebooks {
     /// The rulebook of a job, which `close` gives back.
     pub fn open(&mut self, spec: &JobSpec) -> Result<BookId, Vec<BadCondition>> {
-        let words = Words::of(spec);
+        let words = Words::of(spec, self.fine);
         if let Some(id) = self.ids.get(&words) {
             if let Some(book) = &mut self.books[*id] {
                 book.jobs += 1;
@@ -143,6 +150,12 @@ impl Rulebooks {
             self.ids.remove(&book.words);
             self.books[id] = None;
         }
+    }
+
+    /// A node has such a policy. Whether it is the first that asks for so much: jobs' rulebooks are no longer the right ones.
+    pub fn learn(&mut self, has: &Inventory) -> bool {
+        let fine = has.policy.as_ref().is_some_and(|policy| policy.is_fine());
+        fine && !std::mem::replace(&mut self.fine, true)
     }
 
     pub fn get(&self, id: BookId) -> Option<&Book> {
@@ -282,13 +295,17 @@ impl Book {
 impl Words {
     fn refusals(&self, has: &Inventory) -> Vec<Refusal> {
         let strange = has.taints.iter().filter(|taint| !self.tolerations.contains(*taint));
-        let host = self.host_image && !has.host_image;
-        let bridge = self.bridge && !has.bridge;
+        let host = self.wants.host_image && !has.host_image;
+        let bridge = self.wants.network == Network::Bridge && !has.bridge;
+        let against = has.policy.as_ref().map(|policy| policy.refusals(&self.wants)).unwrap_or_default();
+        // Nodes of every version say whether they run these.
+        let against = against.into_iter().filter(|refusal| refusal.rule != policy::Rule::HostImage);
         strange
             .cloned()
             .map(Refusal::Taint)
             .chain(host.then_some(Refusal::HostImage))
             .chain(bridge.then_some(Refusal::Bridge))
+            .chain(against.map(Refusal::Policy))
             .collect()
     }
 }

@@ -9,6 +9,7 @@ mod images;
 mod keys;
 mod members;
 mod packing;
+mod policy;
 mod restored;
 mod scenarios;
 mod scheduling;

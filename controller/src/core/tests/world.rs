@@ -106,6 +106,7 @@ pub fn inventory(cores: u64, gpus: usize) -> Inventory {
         bridge: true,
         agent_version: "0.1.0".to_owned(),
         images: Default::default(),
+        policy: None,
     }
 }
 
