@@ -450,10 +450,17 @@ mod tests {
         let plain = choose(None, &path, flags(), false).unwrap().granted;
         assert_eq!(
             plain.rules,
-            Policy { capabilities: ["NET_ADMIN".to_owned()].into(), ..Policy::default() }
+            Policy {
+                capabilities: ["NET_ADMIN".to_owned()].into(),
+                networks: NETWORKS.into(),
+                ..Policy::default()
+            }
         );
+        let host = Flags { host_network: Some(true), ..Flags::default() };
+        let host = choose(None, &path, host, false).unwrap().granted.rules;
+        assert!(host.networks.contains(&Network::Host) && !host.host_image);
         let dev = choose(None, &path, Flags::default(), true).unwrap().granted.rules;
-        assert!(dev.host_image && dev.image_paths.is_none());
+        assert!(dev.host_image && dev.image_paths.is_none() && dev.networks.contains(&Network::Host));
         assert!(matches!(choose(Some(path.clone()), &path, flags(), true), Err(PolicyError::Beside { .. })));
         assert!(matches!(
             choose(Some(path.clone()), &path, Flags::default(), true),
@@ -465,7 +472,8 @@ mod tests {
         assert!(both.to_string().contains("`capabilities`"), "{both}");
         // What --dev allows by itself it does not beside a file.
         let of_file = choose(None, &path, Flags::default(), true).unwrap().granted;
-        assert_eq!(of_file, Granted { rules: Policy::default(), source: Source::File(path) });
+        let rules = Policy { networks: NETWORKS.into(), ..Policy::default() };
+        assert_eq!(of_file, Granted { rules, source: Source::File(path) });
     }
 
     #[test]

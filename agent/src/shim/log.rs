@@ -304,19 +304,19 @@ impl Reader {
                 let Record { seq, at, stream, container, bytes } = r;
                 (seq >= wanted).then(|| OwnedRecord { seq, at, stream, container, bytes: bytes.to_vec() })
             };
-            match segment.next(owned)? {
-                Some(Some(record)) => {
+            match segment.next(owned) {
+                Ok(Some(Some(record))) => {
                     self.next_seq = record.seq.saturating_add(1);
                     return Ok(Some(record));
                 }
-                Some(None) => {}
-                None => {
+                Ok(Some(None)) => {}
+                end @ (Ok(None) | Err(_)) => {
                     // The writer begins a segment only behind a whole record: a later one means that this is read, and
-                    // where records lack between the two, a damaged disk has lost them.
+                    // where records lack between the two, or there are none, a damaged disk has lost them.
                     let later = |other: &u64| *other >= wanted && *other > *first;
                     let Some(next) = segments(&self.dir)?.into_iter().map(|(other, _)| other).find(later)
                     else {
-                        return Ok(None);
+                        return end.map(|_| None);
                     };
                     self.next_seq = next;
                     self.current = None;
@@ -344,6 +344,8 @@ impl Reader {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     fn name() -> ContainerName {
@@ -427,11 +429,17 @@ mod tests {
         let text = "x".repeat(1000);
         (1..=100).for_each(|_| put(&mut writer, &text));
         let (_, path) = segments(dir.path()).unwrap().remove(0);
-        let whole = fs::metadata(&path).unwrap().len();
-        OpenOptions::new().write(true).open(path).unwrap().set_len(whole / 2).unwrap();
-        let seqs: Vec<u64> = all(dir.path(), 1).into_iter().map(|(seq, _)| seq).collect();
-        assert!(seqs.is_sorted() && seqs.len() < 90, "{seqs:?}");
-        assert_eq!((seqs[0], *seqs.last().unwrap()), (1, 100));
+        let file = OpenOptions::new().write(true).open(path).unwrap();
+        let half = file.metadata().unwrap().len() / 2;
+        let seqs = || -> Vec<u64> { all(dir.path(), 1).into_iter().map(|(seq, _)| seq).collect() };
+        // Bytes that are no record, then none at all.
+        file.write_all_at(b"?? not a record", half).unwrap();
+        let noise = seqs();
+        file.set_len(half).unwrap();
+        for seqs in [noise, seqs()] {
+            assert!(seqs.is_sorted() && seqs.len() < 90, "{seqs:?}");
+            assert_eq!((seqs[0], *seqs.last().unwrap()), (1, 100));
+        }
     }
 
     #[test]

@@ -308,7 +308,8 @@ fn the_scheduler_knows_what_policies_refuse_and_explain_says_so() {
     cluster.submit("narrow", &job("network: none\n"));
     cluster.until_phase("narrow", "Succeeded", 60);
     // Where a node allows it, it goes at once; and what a policy looks at that others do not, jobs are told apart by.
-    let largest = policy(&cluster, "largest.toml", "host-image = true\n[largest]\ncpu = 1\n");
+    let largest =
+        policy(&cluster, "largest.toml", "host-image = true\nnetworks = [\"host\"]\n[largest]\ncpu = 1\n");
     cluster.agent("a3", &["--policy", &largest]);
     assert_eq!(cluster.until_phase("wide", "Succeeded", 60)["pods"][0]["node"], "a3");
     cluster.submit("burst", &job("network: host\nlimits: {cpu: 2}\n"));

@@ -37,10 +37,10 @@ fn an_order_is_refused_before_anything_is_brought_here() {
     let lines = bench.desired(&[(key(0, 1), Goal::Run, &on_host())]);
     assert_eq!(lines.len(), 2, "{lines:?}");
     assert!(lines[0].starts_with(
-        "warn pod u-0.1 is refused: this node's policy allows no `network: host`: see `networks`"
+        "warn pod u-0.1 is refused: this node's policy allows no `network: host`: its agent would with --allow-host-network"
     ));
     assert_eq!(lines[1], "tell u-0.1 ended Fault");
-    assert!(refused(&bench).contains("`networks`"));
+    assert!(refused(&bench).contains("--allow-host-network"));
     // And it stays so, however often it is asked for.
     bench.wait(600_000);
     bench.grant();
@@ -84,13 +84,13 @@ fn a_pod_that_was_allowed_runs_on_and_is_not_begun_again() {
     bench.exited(&key(0, 1), 1, Cause::Success, 0);
     let lines = bench.wait(60_000);
     assert!(!lines.iter().any(|line| line.starts_with("prepare")), "{lines:?}");
-    assert!(refused(&bench).contains("`networks`"));
+    assert!(refused(&bench).contains("--allow-host-network"));
     // And one that was due when the agent came back.
     let mut before = Bench::running(&on_host());
     before.exited(&key(0, 1), 1, Cause::Success, 0);
     let mut bench = granting(only_bridges(), before.disk);
     bench.wait(60_000);
-    assert!(refused(&bench).contains("`networks`"));
+    assert!(refused(&bench).contains("--allow-host-network"));
 }
 
 #[test]
@@ -104,5 +104,5 @@ fn nothing_is_brought_ahead_of_a_pod_that_may_not_come() {
     assert_eq!(lines, ["stage u-2.3"]);
     let told = bench.heartbeat.clone().expect("it answers").staged;
     let Staged { state: StageState::Failed { why }, .. } = &told[0] else { panic!("{told:?}") };
-    assert!(why.contains("`networks`"), "{why}");
+    assert!(why.contains("--allow-host-network"), "{why}");
 }
