@@ -6,12 +6,13 @@ DESTDIR ?=
 SEEDS ?= 500
 FAULTS ?= 500
 MINUTES ?= 30
+ARCH ?= $(shell dpkg --print-architecture 2>/dev/null)
 RELEASE := target/release
 
-.PHONY: help setup build demo test sim bench soak install release clean
+.PHONY: help setup build demo test sim bench soak install release reproducible clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## install by apt what building, demo and tests need, where it is missing
 	@tests/setup
@@ -54,10 +55,14 @@ install: ## install programs, CRIU, units, manual and sample configuration below
 	for f in agent controller; do \
 	  [ -e $(DESTDIR)/etc/berth/$$f.toml ] || install -Dm644 systemd/$$f.toml $(DESTDIR)/etc/berth/$$f.toml; done
 
-release: ## Debian packages for x86_64 and aarch64, the agent for armv7 too, into target/debian/
+release: ## Debian packages for x86_64 and aarch64, the agent for armv7 too, SBOMs and SHA256SUMS into target/debian/
 	@tests/setup release
 	@systemd/package
 	@[ "$$(dpkg --print-architecture)" = arm64 ] || systemd/package --test arm64
+
+reproducible: ## make the packages for ARCH=amd64 twice, in two places, and compare every byte
+	@tests/setup release
+	@systemd/package --again $(ARCH)
 
 clean: ## remove everything built
 	$(CARGO) clean

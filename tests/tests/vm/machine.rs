@@ -179,5 +179,15 @@ fn packages() -> Vec<PathBuf> {
     let output = Command::new(checkout().join("systemd/package")).arg("--of").arg(built).output();
     let output = output.expect("systemd/package starts");
     assert!(output.status.success(), "{}", text(&output));
-    String::from_utf8_lossy(&output.stdout).lines().map(PathBuf::from).collect()
+    let packages: Vec<PathBuf> = String::from_utf8_lossy(&output.stdout).lines().map(PathBuf::from).collect();
+    let dir = packages.first().and_then(|package| package.parent()).expect("a package");
+    let sums = Command::new("sha256sum").args(["--check", "SHA256SUMS"]).current_dir(dir).output();
+    let sums = sums.expect("sha256sum starts");
+    let said = text(&sums);
+    assert!(sums.status.success(), "{said}");
+    for package in &packages {
+        let name = package.file_name().expect("a name").to_string_lossy();
+        assert!(said.contains(&*name), "{name} is in SHA256SUMS: {said}");
+    }
+    packages
 }
