@@ -313,12 +313,12 @@ impl Reader {
                 end @ (Ok(None) | Err(_)) => {
                     // The writer begins a segment only behind a whole record: a later one means that this is read, and
                     // where records lack between the two, or there are none, a damaged disk has lost them.
-                    let later = |other: &u64| *other >= wanted && *other > *first;
+                    let later = |other: &u64| *other > *first;
                     let Some(next) = segments(&self.dir)?.into_iter().map(|(other, _)| other).find(later)
                     else {
                         return end.map(|_| None);
                     };
-                    self.next_seq = next;
+                    self.next_seq = wanted.max(next);
                     self.current = None;
                 }
             }
@@ -433,7 +433,7 @@ mod tests {
         let half = file.metadata().unwrap().len() / 2;
         let seqs = || -> Vec<u64> { all(dir.path(), 1).into_iter().map(|(seq, _)| seq).collect() };
         // Bytes that are no record, then none at all.
-        file.write_all_at(b"?? not a record", half).unwrap();
+        file.write_all_at(&b"?? no record\n".repeat(200), half).unwrap();
         let noise = seqs();
         file.set_len(half).unwrap();
         for seqs in [noise, seqs()] {
