@@ -272,7 +272,8 @@ impl Daemon {
                 match self.store.audit(question.before.as_deref(), AUDIT_ROWS).await {
                     Ok(entries) => {
                         let whole = entries.len() < AUDIT_ROWS;
-                        Box::pin(self.release(question.reply(entries, whole))).await;
+                        let (topic, payload) = question.reply(entries, whole);
+                        self.bus.publish(&topic, payload, false).await;
                     }
                     Err(error) => tracing::error!("the audit log cannot be read: {error}"),
                 }

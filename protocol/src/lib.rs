@@ -6,7 +6,7 @@ pub mod broker;
 pub mod checkpoint;
 pub mod chunk;
 pub mod codec;
-mod hex;
+pub mod hex;
 pub mod ids;
 pub mod image;
 pub mod job;

@@ -25,9 +25,7 @@ impl Serialize for Value {
 impl<'de> Deserialize<'de> for Value {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         let text = String::deserialize(from)?;
-        let digits = text.as_bytes().chunks(2).map(|pair| std::str::from_utf8(pair).ok());
-        let bytes = digits.map(|pair| hex::decode::<1>(pair?).map(|[byte]| byte));
-        bytes.collect::<Option<_>>().map(Value).ok_or_else(|| de::Error::custom("not hexadecimal digits"))
+        hex::decode_all(&text).map(Value).ok_or_else(|| de::Error::custom("not hexadecimal digits"))
     }
 }
 

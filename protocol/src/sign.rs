@@ -33,15 +33,6 @@ impl PublicKey {
         Self(bytes)
     }
 
-    /// As 64 hexadecimal digits.
-    pub fn hex(&self) -> String {
-        hex::encode(&self.0)
-    }
-
-    pub fn from_hex(text: &str) -> Option<Self> {
-        hex::decode(text).map(Self)
-    }
-
     /// So much of it as tells it from others, for people.
     pub fn short(&self) -> String {
         hex::encode(&self.0[..8])

@@ -10,13 +10,16 @@ use std::time::Duration;
 
 use berth_protocol::chunk::GrantRequest;
 use berth_protocol::ids::{Digest, Epoch, PodId};
+use berth_protocol::limits::POD_SECRETS_BYTES_MAX;
 use berth_protocol::message::node::DepotAccess;
+use berth_protocol::secret::SecretValues;
 use bytes::{Bytes, BytesMut};
 use futures_util::stream;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Limited, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::{Method, Request, StatusCode};
+use rustls::ClientConfig;
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt, Take};
 use tokio::time::timeout;
@@ -29,6 +32,8 @@ const STALL_MAX: Duration = Duration::from_secs(300);
 const REASON_BYTES_MAX: usize = 1024;
 const CHUNK_BYTES: usize = 64 * 1024;
 const GRANT_BYTES_MAX: usize = 16 * 1024;
+/// Values are digits, two a byte; names and quotes are beside them.
+const SECRETS_BYTES_MAX: usize = 2 * POD_SECRETS_BYTES_MAX + 64 * 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub enum DepotError {
@@ -48,6 +53,8 @@ pub enum DepotError {
     File { path: String, source: io::Error },
     #[error("the depot's answer is no grant")]
     Grant,
+    #[error("the controller's answer is not a pod's secrets")]
+    Secrets,
     #[error("the depot sent something else than {0}")]
     Digest(Digest),
 }
@@ -69,7 +76,7 @@ pub async fn put_log(
     files: Vec<Take<File>>,
 ) -> Result<(), DepotError> {
     let path = format!("/v1/logs/{}/{}/{epoch}", pod.uid, pod.index);
-    exchange(access, Method::PUT, &path, files_body(files)).await.map(drop)
+    exchange(access, None, Method::PUT, &path, files_body(files)).await.map(drop)
 }
 
 /// Sends a file under its digest, which is returned with the file's size; `None` where there is no such file.
@@ -97,7 +104,7 @@ pub async fn put_file(
     let digest = Digest::from_bytes(sha2::Digest::finalize(hash).into());
     file.rewind().await.map_err(wrong)?;
     let path = format!("/v1/blobs/{}", digest.hex());
-    exchange(access, Method::PUT, &path, files_body(vec![file.take(u64::MAX)])).await.map(drop)?;
+    exchange(access, None, Method::PUT, &path, files_body(vec![file.take(u64::MAX)])).await.map(drop)?;
     Ok(Some((digest, berth_protocol::units::Bytes(bytes))))
 }
 
@@ -106,7 +113,7 @@ pub async fn grant(access: Option<&DepotAccess>, request: &GrantRequest) -> Resu
     let access = access.ok_or(DepotError::NoAccess)?;
     let json = serde_json::to_vec(request).map_err(|_| DepotError::Grant)?;
     let body = StreamBody::new(stream::once(async { Ok(Frame::data(Bytes::from(json))) })).boxed_unsync();
-    let answer = exchange(access, Method::POST, "/v1/grants", body).await?;
+    let answer = exchange(access, None, Method::POST, "/v1/grants", body).await?;
     serde_json::from_slice(&text(answer, GRANT_BYTES_MAX).await?).map_err(|_| DepotError::Grant)
 }
 
@@ -121,7 +128,7 @@ async fn text(body: Incoming, bytes_max: usize) -> Result<Bytes, DepotError> {
 pub async fn get_blob(access: &DepotAccess, digest: &Digest, to: &Path) -> Result<(), DepotError> {
     let wrong = |source| DepotError::File { path: to.display().to_string(), source };
     let path = format!("/v1/blobs/{}", digest.hex());
-    let mut body = exchange(access, Method::GET, &path, files_body(Vec::new())).await?;
+    let mut body = exchange(access, None, Method::GET, &path, files_body(Vec::new())).await?;
     let mut file = File::create(to).await.map_err(wrong)?;
     let mut hash = <sha2::Sha256 as sha2::Digest>::new();
     while let Some(frame) = timeout(STALL_MAX, body.frame()).await.map_err(|_| DepotError::Stalled)? {
@@ -154,8 +161,24 @@ fn files_body(files: Vec<Take<File>>) -> Body {
     StreamBody::new(chunks).boxed_unsync()
 }
 
+/// What a pod's containers mount. `shown`: by which the controller knows this node, where it knows nodes by certificates:
+/// the token has come through the broker.
+pub async fn get_secrets(
+    access: Option<&DepotAccess>,
+    shown: Option<Arc<ClientConfig>>,
+    pod: &PodId,
+    epoch: Epoch,
+) -> Result<SecretValues, DepotError> {
+    let access = access.ok_or(DepotError::NoAccess)?;
+    let path = format!("/v1/pods/{}/{}/{epoch}/secrets", pod.uid, pod.index);
+    let answer = exchange(access, shown, Method::GET, &path, files_body(Vec::new())).await?;
+    serde_json::from_slice(&text(answer, SECRETS_BYTES_MAX).await?).map_err(|_| DepotError::Secrets)
+}
+
+/// `shown`: what to show to a depot that asks for a certificate; else the token alone says who asks.
 async fn exchange(
     access: &DepotAccess,
+    shown: Option<Arc<ClientConfig>>,
     method: Method,
     path: &str,
     body: Body,
@@ -168,8 +191,11 @@ async fn exchange(
         frame
     });
     let work = async {
-        let mut sender =
-            http::connect_to(authority, access.tls.as_ref()).await.map_err(DepotError::Connect)?;
+        let mut sender = match (&access.tls, shown) {
+            (Some(server), Some(shown)) => http::connect_as(authority, &server.party.dns_name(), shown).await,
+            (server, _) => http::connect_to(authority, server.as_ref()).await,
+        }
+        .map_err(DepotError::Connect)?;
         let request = Request::builder()
             .method(method)
             .uri(path)

@@ -7,23 +7,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use berth_protocol::job::PodTemplate;
-use berth_protocol::limits::POD_SECRETS_BYTES_MAX;
 use berth_protocol::message::node::DepotAccess;
 use berth_protocol::secret::SecretValues;
-use bytes::Bytes;
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper::{Request, StatusCode};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use tokio::time::timeout;
 
-use super::http;
+use super::depot::{self, DepotError};
 use super::identity::Shown;
 use crate::core::Unready;
 use crate::core::ledger::PodKey;
 
 const WITHIN: Duration = Duration::from_secs(20);
-/// Values are digits, two a byte; names and quotes are beside them.
-const ANSWER_BYTES_MAX: usize = 2 * POD_SECRETS_BYTES_MAX + 64 * 1024;
 
 /// Does any container of it mount one?
 pub fn are_named(template: &PodTemplate) -> bool {
@@ -63,56 +57,22 @@ impl Secrets {
         if !are_named(template) {
             return Ok(());
         }
-        let failed = |message: String, retriable| Unready {
-            reason: "SecretsUnavailable".to_owned(),
-            message,
-            retriable,
-            elsewhere: false,
-        };
-        let fetched = match depot {
-            Some(access) => {
-                let fetched = timeout(WITHIN, self.fetch(key, access)).await;
-                fetched.unwrap_or_else(|_| Err((io::ErrorKind::TimedOut.to_string(), true)))
-            }
-            None => Err(("the controller has not yet said where it is".to_owned(), true)),
-        };
-        match fetched {
+        let shown = self.shown.as_ref().map(|shown| shown.client());
+        let fetched = timeout(WITHIN, depot::get_secrets(depot, shown, &key.pod, key.epoch)).await;
+        match fetched.unwrap_or(Err(DepotError::Stalled)) {
             Ok(values) => {
                 self.held.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), values);
                 Ok(())
             }
-            Err((_, true)) if !self.of(key).is_empty() => Ok(()),
-            Err((why, retriable)) => Err(failed(format!("cannot fetch the pod's secrets: {why}"), retriable)),
+            Err(_) if !self.of(key).is_empty() => Ok(()),
+            // What is not there may be set yet, and is there for no other node either.
+            Err(why) => Err(Unready {
+                reason: "SecretsUnavailable".to_owned(),
+                message: format!("cannot fetch the pod's secrets: {why}"),
+                retriable: true,
+                elsewhere: false,
+            }),
         }
-    }
-
-    /// Or why not, and whether that may pass.
-    async fn fetch(&self, key: &PodKey, access: &DepotAccess) -> Result<SecretValues, (String, bool)> {
-        let passing = |error: &dyn std::fmt::Display| (error.to_string(), true);
-        let (_, authority) = access.url.split_once("://").ok_or(("its address is none".to_owned(), false))?;
-        let authority = authority.trim_end_matches('/');
-        let mut sender = match (&access.tls, &self.shown) {
-            (Some(server), Some(shown)) => {
-                http::connect_as(authority, &server.party.dns_name(), shown.client()).await
-            }
-            _ => http::connect(authority).await,
-        }
-        .map_err(|error| passing(&error))?;
-        let (pod, epoch) = (&key.pod, key.epoch);
-        let request = Request::get(format!("/v1/pods/{}/{}/{epoch}/secrets", pod.uid, pod.index))
-            .header("host", authority)
-            .header("authorization", format!("Bearer {}", access.token))
-            .body(Empty::<Bytes>::new())
-            .map_err(|error| (error.to_string(), false))?;
-        let response = sender.send_request(request).await.map_err(|error| passing(&error))?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
-        let body = body.map_err(|error| passing(&error))?.to_bytes();
-        if status != StatusCode::OK {
-            // One that is missing may be set; what is refused for long the controller places elsewhere.
-            return Err((String::from_utf8_lossy(&body).trim().to_owned(), true));
-        }
-        serde_json::from_slice(&body).map_err(|_| ("the controller's answer is none".to_owned(), false))
     }
 }
 

@@ -39,38 +39,36 @@ pub async fn send(
     path: &str,
     body: Vec<u8>,
 ) -> anyhow::Result<Bytes> {
-    let sent = tokio::time::timeout(WITHIN, exchange(tls, authority, method, path, body));
-    sent.await.with_context(|| format!("the controller at {authority} does not answer"))?
-}
-
-async fn exchange(
-    tls: Arc<ClientConfig>,
-    authority: &str,
-    method: Method,
-    path: &str,
-    body: Vec<u8>,
-) -> anyhow::Result<Bytes> {
-    let unreachable = || format!("cannot reach the controller at {authority}");
-    let (host, _) = authority.rsplit_once(':').with_context(|| format!("`{authority}` is not HOST:PORT"))?;
-    let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())
-        .with_context(|| format!("`{host}` is not a host"))?;
-    let stream = TcpStream::connect(authority).await.with_context(unreachable)?;
-    let stream = TlsConnector::from(tls).connect(name, stream).await.with_context(unreachable)?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.with_context(unreachable)?;
-    tokio::spawn(connection);
-    let request = Request::builder()
-        .method(method)
-        .uri(path)
-        .header("host", authority)
-        .body(Full::new(Bytes::from(body)))?;
-    let response = sender.send_request(request).await.with_context(unreachable)?;
-    let status = response.status();
-    let answer = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
-    let answer =
-        answer.map_err(|error| anyhow::anyhow!("the controller's answer broke off: {error}"))?.to_bytes();
-    if !status.is_success() {
-        bail!("the controller refuses ({}): {}", status.as_u16(), String::from_utf8_lossy(&answer).trim());
-    }
-    Ok(answer)
+    let exchange = async {
+        let unreachable = || format!("cannot reach the controller at {authority}");
+        let (host, _) =
+            authority.rsplit_once(':').with_context(|| format!("`{authority}` is not HOST:PORT"))?;
+        let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())
+            .with_context(|| format!("`{host}` is not a host"))?;
+        let stream = TcpStream::connect(authority).await.with_context(unreachable)?;
+        let stream = TlsConnector::from(tls).connect(name, stream).await.with_context(unreachable)?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.with_context(unreachable)?;
+        tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", authority)
+            .body(Full::new(Bytes::from(body)))?;
+        let response = sender.send_request(request).await.with_context(unreachable)?;
+        let status = response.status();
+        let answer = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
+        let answer =
+            answer.map_err(|error| anyhow::anyhow!("the controller's answer broke off: {error}"))?.to_bytes();
+        if !status.is_success() {
+            bail!(
+                "the controller refuses ({}): {}",
+                status.as_u16(),
+                String::from_utf8_lossy(&answer).trim()
+            );
+        }
+        Ok(answer)
+    };
+    let sent = tokio::time::timeout(WITHIN, exchange).await;
+    sent.with_context(|| format!("the controller at {authority} does not answer"))?
 }

@@ -133,7 +133,7 @@ pub struct AuditQuestion {
 
 impl AuditQuestion {
     /// The reply, of entries in the order of their keys from the latest on; `whole`: there are no more.
-    pub fn reply(self, entries: Vec<(String, Vec<u8>)>, whole: bool) -> Effect {
+    pub fn reply(self, entries: Vec<(String, Vec<u8>)>, whole: bool) -> (Topic, Vec<u8>) {
         let last = entries.last().map(|(key, _)| key.clone()).filter(|_| !whole);
         let read = |(key, value): (String, Vec<u8>)| Some((key, serde_json::from_slice(&value).ok()?));
         let rows = entries.into_iter().filter_map(read).filter(|(_, row)| self.tells(row));
@@ -148,8 +148,7 @@ impl AuditQuestion {
             Err(error) => (None, Some(error)),
         };
         let reply = QueryReply { id: self.id, result, error };
-        let payload = serde_json::to_vec(&reply).unwrap_or_default();
-        Effect::Publish { topic: self.topic, payload, retain: false }
+        (self.topic, serde_json::to_vec(&reply).unwrap_or_default())
     }
 
     fn tells(&self, row: &AuditRow) -> bool {

@@ -1,6 +1,7 @@
 //! Seals secrets for the store with a key that is drawn from its own secret: no tool that shows records, no log and no
 //! dump shows a value. Whoever has the whole store has the key as well.
 
+use berth_protocol::hex;
 use berth_protocol::ids::{Namespace, SecretName};
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use sha2::{Digest as _, Sha256};
@@ -36,13 +37,12 @@ impl Vault {
         self.key
             .seal_in_place_append_tag(Nonce::assume_unique_for_key(nonce), place(namespace, name), &mut bytes)
             .map_err(std::io::Error::other)?;
-        Ok(nonce.iter().chain(&bytes).map(|byte| format!("{byte:02x}")).collect())
+        Ok(hex::encode(&nonce) + &hex::encode(&bytes))
     }
 
     /// None: it was not sealed with this key, for this name.
     pub fn open(&self, namespace: &Namespace, name: &SecretName, sealed: &str) -> Option<Vec<u8>> {
-        let digits = sealed.as_bytes().chunks(2).map(|pair| std::str::from_utf8(pair).ok());
-        let bytes = digits.map(|pair| u8::from_str_radix(pair?, 16).ok()).collect::<Option<Vec<u8>>>()?;
+        let bytes = hex::decode_all(sealed)?;
         let (nonce, sealed) = bytes.split_first_chunk::<NONCE_LEN>()?;
         let mut bytes = sealed.to_vec();
         let nonce = Nonce::assume_unique_for_key(*nonce);

@@ -5,6 +5,7 @@
 
 use std::net::IpAddr;
 
+use berth_protocol::hex;
 use berth_protocol::sign::PublicKey;
 
 /// Knows its own words.
@@ -19,7 +20,7 @@ impl Voucher {
     }
 
     pub fn vouch(&self, key: &PublicKey, from: IpAddr, payload: &[u8]) -> Vec<u8> {
-        let mut vouched = format!("{} {} {from}\n", self.secret, key.hex()).into_bytes();
+        let mut vouched = format!("{} {} {from}\n", self.secret, hex::encode(key.bytes())).into_bytes();
         vouched.extend_from_slice(payload);
         vouched
     }
@@ -29,7 +30,7 @@ impl Voucher {
         let line = vouched.iter().position(|byte| *byte == b'\n')?;
         let (words, payload) = (std::str::from_utf8(&vouched[..line]).ok()?, &vouched[line + 1..]);
         let mut words = words.strip_prefix(&self.secret)?.strip_prefix(' ')?.split(' ');
-        let (key, from) = (PublicKey::from_hex(words.next()?)?, words.next()?.parse().ok()?);
+        let (key, from) = (PublicKey::from_bytes(hex::decode(words.next()?)?), words.next()?.parse().ok()?);
         words.next().is_none().then_some((key, from, payload))
     }
 }

@@ -8,7 +8,7 @@ use berth_protocol::ids::{
     BootId, ClusterName, Epoch, Generation, HardwareId, LedgerId, NodeId, PodId, SessionNonce, StoreId, Term,
 };
 use berth_protocol::message::node::{Heartbeat, HeldPod, Hello, held_digest};
-use berth_protocol::resources::{Inventory, Usage};
+use berth_protocol::resources::Inventory;
 use berth_protocol::sign::{Key, Signer};
 use berth_protocol::topic::{NodeTopic, Topic};
 use berth_protocol::units::{BootMs, Bytes, MilliCpu};
@@ -107,19 +107,12 @@ impl Face {
     pub fn heartbeat<'a>(&mut self, pods: impl Iterator<Item = (&'a PodId, Epoch)>) -> Heartbeat {
         self.seq += 1;
         Heartbeat {
-            nonce: self.nonce.clone(),
             seq: self.seq,
-            boot_ms: BootMs(self.begun.elapsed().as_millis() as u64),
             last_grant: self.last_grant,
             term: self.order.0,
             generation: self.order.1,
             held: held_digest(pods),
-            usage: Usage::default(),
-            pulls: Vec::new(),
-            saves: Vec::new(),
-            restores: Vec::new(),
-            staged: Vec::new(),
-            leaving: None,
+            ..Heartbeat::probe(self.nonce.clone(), BootMs(self.begun.elapsed().as_millis() as u64))
         }
     }
 }

@@ -11,6 +11,7 @@ use berth_controller::core::members::Member;
 use berth_controller::io::ca::Ca;
 use berth_controller::io::store::{Op, Store, StoreChoice};
 use berth_protocol::codec;
+use berth_protocol::hex;
 use berth_protocol::ids::{ClusterName, NodeId};
 use berth_protocol::join::Roles;
 use berth_protocol::sign::{Key, Signer};
@@ -124,7 +125,7 @@ fn let_in(data: &std::path::Path) -> Result<String> {
             anyhow::Ok(Op::Put { key: format!("member/{}", Party::Node(NodeId::parse(&name)?)), value })
         };
         store.txn(term, (0..COUNT).map(member).collect::<Result<_>>()?).await?;
-        anyhow::Ok(store.identity().secret.iter().map(|byte| format!("{byte:02x}")).collect())
+        anyhow::Ok(hex::encode(&store.identity().secret))
     })
 }
 
@@ -169,9 +170,7 @@ impl Drop for Agents {
 
 /// The program as agents: says how many are connected as often as it is asked, until its standard input ends.
 pub fn agents(port: u16, secret: &str) -> Result<()> {
-    let byte = |n: usize| u8::from_str_radix(secret.get(2 * n..2 * n + 2)?, 16).ok();
-    let secret: Vec<u8> = (0..32).map(byte).collect::<Option<_>>().context("a secret has 32 bytes")?;
-    let secret: [u8; 32] = secret.try_into().ok().context("a secret has 32 bytes")?;
+    let secret: [u8; 32] = hex::decode(secret).context("a secret has 32 bytes")?;
     let ca = Ca::of(&secret, &ClusterName::parse("default")?)?;
     let root = CertificateDer::from_pem_slice(ca.pem().as_bytes())?;
     let mut options = Vec::with_capacity(COUNT);

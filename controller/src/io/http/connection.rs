@@ -40,7 +40,7 @@ impl Drop for UnderWay {
     }
 }
 
-/// An answer that counts as long as it is not all sent.
+/// An answer that counts as long as it is not all sent. Its length stays known, which `map_frame` would hide.
 pub struct Counted {
     body: UnsyncBoxBody<Bytes, io::Error>,
     _under_way: UnderWay,
