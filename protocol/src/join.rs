@@ -200,6 +200,17 @@ pub struct InvitationStatus {
     pub expires: Timestamp,
 }
 
+/// A member, as those who may know see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MemberStatus {
+    pub party: Party,
+    pub since: Timestamp,
+    pub admin: bool,
+    #[serde(default)]
+    pub roles: Roles,
+}
+
 /// Whom an invitation is for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

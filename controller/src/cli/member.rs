@@ -4,8 +4,8 @@ use std::io::{BufRead as _, Read as _, Write as _};
 
 use anyhow::Context as _;
 use berth_protocol::join::{
-    InvitationId, InvitationStatus, Invited, JoinRequest, JoinToken, Membership, Roles, UserChange,
-    first_roles,
+    InvitationId, InvitationStatus, Invited, JoinRequest, JoinToken, MemberStatus, Membership, Roles,
+    UserChange, first_roles,
 };
 use berth_protocol::sign::{Key, SEED_BYTES};
 use berth_protocol::tls::{Party, joining};
@@ -31,16 +31,6 @@ struct Invitation {
     token: String,
     id: InvitationId,
     expires: Timestamp,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct MemberRow {
-    party: Party,
-    since: Timestamp,
-    admin: bool,
-    #[serde(default)]
-    roles: Roles,
 }
 
 /// What a user may do, in a cell.
@@ -160,15 +150,15 @@ pub async fn user(settings: &Settings, verb: UserVerb) -> anyhow::Result<u8> {
             Ok(0)
         }
         UserVerb::List => {
-            let all: Vec<MemberRow> = ask(settings, Method::GET, "/v1/members", &json!({})).await?;
-            let users: Vec<MemberRow> =
+            let all: Vec<MemberStatus> = ask(settings, Method::GET, "/v1/members", &json!({})).await?;
+            let users: Vec<MemberStatus> =
                 all.into_iter().filter(|member| matches!(member.party, Party::User(_))).collect();
             if !matches!(settings.format, Format::Table | Format::Wide | Format::Name) {
                 print_value(settings.format, &serde_json::to_value(&users)?)?;
                 return Ok(0);
             }
             let mut table = Table::new(vec!["USER", "SINCE", "ROLES"]);
-            for MemberRow { party, since, admin, roles } in users {
+            for MemberStatus { party, since, admin, roles } in users {
                 let name = party.to_string().trim_start_matches("user:").to_owned();
                 table.push(vec![name.into(), since.to_string().into(), told(admin, &roles).into()]);
             }

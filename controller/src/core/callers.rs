@@ -47,13 +47,13 @@ pub struct Actor {
 #[derive(Debug, Clone)]
 pub(super) struct Caller {
     pub actor: Actor,
-    /// None: everything.
-    member: Option<Member>,
+    /// None: whoever it is may everything.
+    user: Option<(UserName, Member)>,
 }
 
 /// Why somebody is not heard, in their own words.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Denied {
+pub enum Denied {
     #[error(
         "this cluster heeds only those who say who they are: use `berth` with your identity (`berth login TOKEN`), which \
          signs what it says, or your certificate at the controller's own broker"
@@ -110,43 +110,32 @@ impl Sight {
 }
 
 impl Caller {
-    pub const ANYBODY: Self = Self { actor: Actor { party: None, from: None }, member: None };
-
-    fn user(&self) -> UserName {
-        match &self.actor.party {
-            Some(Party::User(user)) => user.clone(),
-            // Those without a member's record may do everything.
-            _ => UserName::parse("anybody").expect("a literal that is a name"),
-        }
-    }
-
-    fn role(&self, namespace: &Namespace) -> Option<Role> {
-        self.member.as_ref().map_or(Some(Role::Admin), |member| member.role(namespace))
-    }
-
     pub fn may(&self, namespace: &Namespace, least: Role) -> Result<(), Denied> {
-        let role = self.role(namespace);
+        let Some((user, member)) = &self.user else { return Ok(()) };
+        let role = member.role(namespace);
         if role >= Some(least) {
             return Ok(());
         }
         let has = role.map(|role| format!(" and not `{role}`")).unwrap_or_default();
-        Err(Denied::Role { user: self.user(), namespace: namespace.clone(), least, has })
+        Err(Denied::Role { user: user.clone(), namespace: namespace.clone(), least, has })
     }
 
     pub fn may_all(&self) -> Result<(), Denied> {
-        match &self.member {
-            Some(member) if !member.admin => Err(Denied::NoAdmin(self.user())),
+        match &self.user {
+            Some((user, member)) if !member.admin => Err(Denied::NoAdmin(user.clone())),
             _ => Ok(()),
         }
     }
 
     /// What an answer about one namespace, or about all, may tell.
     pub fn sight(&self, namespace: Option<&Namespace>) -> Result<Sight, Denied> {
-        match (namespace, &self.member) {
+        match (namespace, &self.user) {
             (Some(namespace), _) => {
                 self.may(namespace, Role::View).map(|()| Sight::Of(BTreeSet::from([namespace.clone()])))
             }
-            (None, Some(member)) if !member.admin => Ok(Sight::Of(member.roles.keys().cloned().collect())),
+            (None, Some((_, member))) if !member.admin => {
+                Ok(Sight::Of(member.roles.keys().cloned().collect()))
+            }
             (None, _) => Ok(Sight::All),
         }
     }
@@ -154,8 +143,8 @@ impl Caller {
 
 impl Controller {
     fn actor(&self, by: Option<&Author>) -> Actor {
-        let party = by.and_then(|by| self.cluster.members.user(&by.key)).cloned();
-        Actor { party, from: by.and_then(|by| by.from) }
+        let user = by.and_then(|by| self.cluster.members.user(&by.key)).cloned();
+        Actor { party: user.map(Party::User), from: by.and_then(|by| by.from) }
     }
 
     pub(super) fn denied(&mut self, now: Now, by: Option<&Author>, what: &str, on: String, why: &Denied) {
@@ -169,14 +158,14 @@ impl Controller {
     /// # Errors
     /// Nobody who is heard, and why.
     pub(super) fn caller(&self, now: Now, by: Option<&Author>) -> Result<Caller, Denied> {
-        let from = by.and_then(|by| by.from);
         if self.config.ca.is_none() {
-            return Ok(Caller { actor: Actor { party: None, from }, ..Caller::ANYBODY });
+            return self.known(&Actor { party: None, from: by.and_then(|by| by.from) });
         }
         let by = by.ok_or(Denied::Unknown)?;
-        let stranger = || Denied::Stranger(by.key.short());
-        let party = self.cluster.members.user(&by.key).ok_or_else(stranger)?;
-        let member = self.cluster.members.get(party).ok_or_else(stranger)?;
+        let actor = self.actor(Some(by));
+        if actor.party.is_none() {
+            return Err(Denied::Stranger(by.key.short()));
+        }
         if let Some(Signing { at, .. }) = by.signed {
             // What was forgotten to have been taken is not taken again.
             let most = Millis(REQUEST_AGE_MS_MAX);
@@ -185,6 +174,22 @@ impl Controller {
                 return Err(Denied::Stale { at, now: now.wall, most });
             }
         }
-        Ok(Caller { actor: Actor { party: Some(party.clone()), from }, member: Some(member.clone()) })
+        self.known(&actor)
+    }
+
+    /// One that `io` knows by its certificate; where nobody has one, anybody.
+    ///
+    /// # Errors
+    /// It is no user of this cluster.
+    pub(super) fn known(&self, actor: &Actor) -> Result<Caller, Denied> {
+        let user = match (&self.config.ca, &actor.party) {
+            (None, _) => None,
+            (Some(_), Some(party @ Party::User(user))) => {
+                let member = self.cluster.members.get(party).ok_or(Denied::Unknown)?;
+                Some((user.clone(), member.clone()))
+            }
+            (Some(_), _) => return Err(Denied::Unknown),
+        };
+        Ok(Caller { actor: actor.clone(), user })
     }
 }

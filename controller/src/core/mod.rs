@@ -15,6 +15,7 @@ mod fit;
 mod inventory;
 pub mod lead;
 mod lifecycle;
+pub mod manage;
 pub mod members;
 mod moves;
 mod nodes;
@@ -40,19 +41,18 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 
 use berth_protocol::codec::{self, CodecError};
-use berth_protocol::ids::{
-    ClusterName, Digest, Epoch, JobUid, Namespace, NodeId, PodId, SecretName, StoreId, Term,
-};
+use berth_protocol::ids::{ClusterName, Digest, Epoch, JobUid, Namespace, NodeId, PodId, StoreId, Term};
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use self::audit::Audit;
-pub use self::callers::{Actor, Author, Signing};
+pub use self::callers::{Actor, Author, Denied, Signing};
 pub use self::checkpoints::{Granted, Imported};
 use self::cluster::Cluster;
-use self::members::{MemberChange, STRANGER};
+use self::manage::Change;
+use self::members::{Joined, STRANGER};
 pub use self::notes::Note;
 use self::query::AuditQuestion;
 pub use self::records::{AUDIT, SetAside};
@@ -89,11 +89,11 @@ pub enum Event {
     Priced(Box<Prices>),
     /// The depot has a checkpoint from elsewhere.
     Imported(Box<Imported>),
-    /// Somebody has changed who belongs.
-    Members(Actor, MemberChange),
-    /// Somebody has set a secret, or removed it; its value is sealed.
-    Secret(Actor, (Namespace, SecretName), Option<String>),
-    /// Somebody has asked for what they may not, or what cannot be.
+    /// As `may_change` has allowed.
+    Change(Actor, Change),
+    /// As `may_join` has allowed.
+    Joined(Actor, Joined),
+    /// Somebody has asked over HTTP for what they may not, or what cannot be: it is written down.
     Refused {
         actor: Actor,
         what: &'static str,
@@ -344,8 +344,8 @@ impl Controller {
                 Event::DepotListed(manifests) => self.depot_listed(now, manifests),
                 Event::Priced(prices) => self.priced(*prices),
                 Event::Imported(imported) => self.imported(now, *imported),
-                Event::Members(actor, change) => self.change_members(now, &actor, change),
-                Event::Secret(actor, secret, sealed) => self.set_secret(now, &actor, secret, sealed),
+                Event::Change(actor, change) => self.change(now, &actor, change),
+                Event::Joined(actor, joined) => self.joined(now, &actor, joined),
                 Event::Refused { actor, what, on, why } => self.audit_refused(now, &actor, what, on, why),
                 Event::Tick => {}
             }

@@ -2,13 +2,15 @@
 
 use berth_protocol::ids::{Epoch, Namespace, NodeId, PodId, SecretName};
 use berth_protocol::job::JobSpec;
+use berth_protocol::join::Role;
 use berth_protocol::limits::SECRETS_BYTES_MAX;
 use berth_protocol::message::query::SecretRow;
 use berth_protocol::units::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::callers::Actor;
+use super::callers::{Actor, Denied};
 use super::cluster::Job;
+use super::manage::NotChanged;
 use super::{Controller, Now, Write, records};
 
 /// Stored.
@@ -41,21 +43,16 @@ pub enum NoSecrets {
     Missing { name: SecretName, namespace: Namespace },
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum NotKept {
-    #[error("all secrets together take {SECRETS_BYTES_MAX} bytes already, as many as they may: remove some")]
-    Full,
-    #[error("there is no secret {0}")]
-    Unknown(SecretName),
-}
-
 fn names(spec: &JobSpec) -> impl Iterator<Item = &SecretName> {
     let mounts = spec.pod.containers.iter().flat_map(|container| &container.secrets);
     mounts.map(|mount| &mount.name)
 }
 
 impl Controller {
-    pub fn secrets(&self, namespace: &Namespace) -> Vec<SecretRow> {
+    /// # Errors
+    /// It is not for them to know.
+    pub fn secrets_told(&self, by: &Actor, namespace: &Namespace) -> Result<Vec<SecretRow>, Denied> {
+        self.known(by)?.may(namespace, Role::View)?;
         let all = self.cluster.secrets.iter().filter(|((of, _), _)| of == namespace);
         let row = |((_, name), secret): (&(Namespace, SecretName), &Secret)| SecretRow {
             name: name.clone(),
@@ -63,28 +60,25 @@ impl Controller {
             at: secret.at,
             by: secret.by.clone(),
         };
-        all.map(row).collect()
+        Ok(all.map(row).collect())
     }
 
-    /// May it be set so, or, with nothing, removed?
-    ///
-    /// # Errors
-    /// Not so, and why.
-    pub fn may_set_secret(
+    /// For it to be set so, or, with nothing, there to be removed.
+    pub(super) fn has_room_for_secret(
         &self,
         namespace: &Namespace,
         name: &SecretName,
         sealed: Option<&str>,
-    ) -> Result<(), NotKept> {
+    ) -> Result<(), NotChanged> {
         let key = (namespace.clone(), name.clone());
         let there = self.cluster.secrets.get(&key);
         let Some(sealed) = sealed else {
-            return there.map(drop).ok_or_else(|| NotKept::Unknown(name.clone()));
+            return there.map(drop).ok_or_else(|| NotChanged::Unknown(format!("secret {name}")));
         };
         let others = self.cluster.secrets.iter().filter(|(other, _)| **other != key);
         let taken: usize = others.map(|(_, secret)| secret.sealed.len()).sum();
         // Sealed a value is twice as long, being digits.
-        if taken + sealed.len() > 2 * SECRETS_BYTES_MAX { Err(NotKept::Full) } else { Ok(()) }
+        if taken + sealed.len() > 2 * SECRETS_BYTES_MAX { Err(NotChanged::SecretsFull) } else { Ok(()) }
     }
 
     pub(super) fn set_secret(
@@ -94,8 +88,6 @@ impl Controller {
         (namespace, name): (Namespace, SecretName),
         sealed: Option<String>,
     ) {
-        let what = if sealed.is_some() { "set" } else { "remove" };
-        self.audit(now, actor, what, format!("secret {namespace}/{name}"));
         let key = records::secret(&namespace, &name);
         let at = (namespace, name);
         // Who waits for it is looked at again, and says what for.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock};
 
 use berth_protocol::ids::Namespace;
-use berth_protocol::join::{Role, Roles};
+use berth_protocol::join::Role;
 use berth_protocol::tls::{Party, Peer};
 use tokio::sync::watch;
 
@@ -35,23 +35,6 @@ impl Members {
     pub fn role(&self, peer: &Peer, namespace: &Namespace) -> Option<Role> {
         let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
         known.get(&peer.party).filter(|member| member.key == peer.key)?.role(namespace)
-    }
-
-    /// Everybody, to admins; to others themselves, and what is said of users in namespaces that they are admins of.
-    pub fn told_to(&self, peer: &Peer) -> Vec<serde_json::Value> {
-        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(asks) = known.get(&peer.party) else { return Vec::new() };
-        let row = |(party, member): (&Party, &Member)| {
-            let own = *party == peer.party;
-            let told = |namespace: &Namespace| own || asks.role(namespace) == Some(Role::Admin);
-            let user = matches!(party, Party::User(_));
-            let roles = member.roles.iter().filter(|(namespace, _)| user && told(namespace));
-            let roles: Roles = roles.map(|(namespace, role)| (namespace.clone(), *role)).collect();
-            (asks.admin || own || !roles.is_empty()).then(
-                || serde_json::json!({"party": party, "since": member.since, "admin": member.admin, "roles": roles}),
-            )
-        };
-        known.iter().filter_map(row).collect()
     }
 
     /// None: it does not belong any more.

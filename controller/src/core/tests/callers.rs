@@ -14,7 +14,8 @@ use berth_protocol::topic::{JobTopic, Topic};
 use berth_protocol::units::{Millis, Timestamp};
 use serde_json::Value;
 
-use super::super::members::{Invitation, MemberChange, NotGranted, first_admin};
+use super::super::manage::{Change, NotChanged};
+use super::super::members::{Invitation, Joined, first_admin};
 use super::super::{Actor, Author, Config, Controller, Effect, Event, Signing, Step};
 use super::world::{at, config};
 
@@ -86,9 +87,8 @@ impl Closed {
         let who = Invited::User { user: user(name), admin: false, roles };
         let invitation = Invitation::new(Secret::from_bytes([n; 16]).digest(), who, at(0), Millis(1));
         let root = Actor { party: Some(party("root")), from: None };
-        self.step(0, Event::Members(root.clone(), MemberChange::Invited(id, invitation)));
-        let joined = MemberChange::Joined { id, party: party(name), key: key(n) };
-        self.step(0, Event::Members(root, joined));
+        self.step(0, Event::Change(root.clone(), Change::Invite(id, invitation)));
+        self.step(0, Event::Joined(root, Joined { id, party: party(name), key: key(n) }));
     }
 
     fn says(&mut self, now: u64, by: Option<Author>, topic: Topic, payload: &[u8]) -> Vec<(Topic, Value)> {
@@ -217,36 +217,80 @@ fn roles_are_given_by_those_who_have_them_to_give() {
         admin,
         roles: all.iter().map(|(name, role)| (namespace(name), *role)).collect(),
     };
-    let submit_b = change(None, &[("b", Some(Role::Submit))]);
-    let may = |closed: &Closed, who: &str, change: &UserChange| {
-        closed.controller.may_set(&party(who), &user("ada"), change)
+    let actor = |who: &str| Actor { party: Some(party(who)), from: None };
+    let may_set = |closed: &Closed, who: &str, whom: &str, change: UserChange| {
+        closed.controller.may_change(&actor(who), &Change::Set(user(whom), change))
     };
-    assert_eq!(may(&closed, "bob", &submit_b), Ok(()));
-    assert_eq!(may(&closed, "ada", &submit_b), Err(NotGranted::NoAdminOf(party("ada"), namespace("b"))));
-    assert!(may(&closed, "bob", &change(Some(true), &[])).is_err());
-    assert!(may(&closed, "bob", &change(None, &[("b", None), ("a", None)])).is_err());
-    assert!(may(&closed, "eve", &submit_b).is_err());
-    assert_eq!(may(&closed, "root", &change(Some(true), &[("a", None)])), Ok(()));
-    let no_admin = change(Some(false), &[]);
-    let last = closed.controller.may_set(&party("root"), &user("root"), &no_admin);
-    assert_eq!(last, Err(NotGranted::LastAdmin(user("root"))));
+    let submit_b = || change(None, &[("b", Some(Role::Submit))]);
+    let may = |closed: &Closed, who: &str, change| may_set(closed, who, "ada", change);
+    let denied = |result| matches!(result, Err(NotChanged::Denied(_)));
+    assert_eq!(may(&closed, "bob", submit_b()), Ok(()));
+    assert!(denied(may(&closed, "ada", submit_b())), "who may only see");
+    assert!(denied(may(&closed, "bob", change(Some(true), &[]))));
+    assert!(denied(may(&closed, "bob", change(None, &[("b", None), ("a", None)]))));
+    assert!(denied(may(&closed, "eve", submit_b())), "nobody of the cluster");
+    assert_eq!(may(&closed, "root", change(Some(true), &[("a", None)])), Ok(()));
+    let no_admin = || change(Some(false), &[]);
+    assert_eq!(may_set(&closed, "root", "root", no_admin()), Err(NotChanged::LastAdmin(party("root"))));
+    assert_eq!(may_set(&closed, "root", "ada", no_admin()), Ok(()), "who is none anyway");
+    assert!(matches!(may_set(&closed, "root", "eve", submit_b()), Err(NotChanged::Unknown(_))));
 
     // An admin of a namespace brings somebody new into it, and nobody into another's place.
     let invited = |name, admin, all| Invited::User { user: user(name), admin, roles: roles(all) };
-    let may = |who: &str, invited: &Invited| closed.controller.may_invite(&party(who), invited).is_ok();
-    assert!(may("bob", &invited("carol", false, &[("b", Role::View)])));
-    assert!(!may("bob", &invited("carol", true, &[("b", Role::View)])));
-    assert!(!may("bob", &invited("carol", false, &[])));
-    assert!(!may("bob", &invited("carol", false, &[("a", Role::View)])));
-    assert!(!may("bob", &invited("ada", false, &[("b", Role::View)])));
-    assert!(!may("bob", &Invited::Node(None)));
-    assert!(may("root", &invited("ada", true, &[])) && may("root", &Invited::Node(None)));
+    let may = |who: &str, who_is: Invited| {
+        let invitation = Invitation::new(Secret::from_bytes([8; 16]).digest(), who_is, at(0), Millis(1));
+        let change = Change::Invite(InvitationId::from_bytes([8; 4]), invitation);
+        closed.controller.may_change(&actor(who), &change).is_ok()
+    };
+    assert!(may("bob", invited("carol", false, &[("b", Role::View)])));
+    assert!(!may("bob", invited("carol", true, &[("b", Role::View)])));
+    assert!(!may("bob", invited("carol", false, &[])));
+    assert!(!may("bob", invited("carol", false, &[("a", Role::View)])));
+    assert!(!may("bob", invited("ada", false, &[("b", Role::View)])));
+    assert!(!may("bob", Invited::Node(None)));
+    assert!(may("root", invited("ada", true, &[])) && may("root", Invited::Node(None)));
+
+    // What else is the cluster's own is for its admins; a namespace's secrets are for those who submit there.
+    let token = InvitationId::from_bytes([8; 4]);
+    let set = |space: &str| {
+        let name = berth_protocol::ids::SecretName::parse("k").unwrap();
+        Change::Secret(namespace(space), name, Some("sealed".to_owned()))
+    };
+    for (who, change, may) in [
+        ("bob", Change::Remove(party("ada")), false),
+        ("root", Change::Remove(party("ada")), true),
+        ("bob", Change::Uninvite(token), false),
+        ("ada", set("a"), true),
+        ("ada", set("b"), false),
+        ("bob", set("b"), true),
+        ("bob", set("a"), false),
+        ("eve", set("a"), false),
+    ] {
+        let answer = closed.controller.may_change(&actor(who), &change);
+        assert_eq!(answer.is_ok(), may, "{who} {change:?}: {answer:?}");
+    }
+    let told = |who: &str| {
+        let told = closed.controller.members_told(&actor(who)).unwrap();
+        told.into_iter().map(|member| format!("{} {:?}", member.party, member.roles)).collect::<Vec<_>>()
+    };
+    assert_eq!(told("root").len(), 3);
+    let ada = "user:ada";
+    assert!(
+        told("bob")[0].starts_with(ada)
+            && told("bob")[0].contains("View")
+            && !told("bob")[0].contains("Submit")
+    );
+    assert_eq!(told("ada").len(), 1, "who is no admin sees what concerns them");
+    let space = |name| namespace(name);
+    assert!(closed.controller.secrets_told(&actor("ada"), &space("b")).is_ok());
+    assert!(closed.controller.secrets_told(&actor("bob"), &space("a")).is_err());
+    assert!(closed.controller.invitations_told(at(0), &actor("bob")).is_err());
 
     let by_bob = Actor { party: Some(party("bob")), from: None };
     assert_eq!(code(&closed.submit(1, by(ADA), "b", "j", 1)), "Forbidden");
-    closed.step(1, Event::Members(by_bob, MemberChange::Set(user("ada"), submit_b)));
+    closed.step(1, Event::Change(by_bob, Change::Set(user("ada"), submit_b())));
     assert_eq!(code(&closed.submit(1, by(ADA), "b", "j", 1)), "accepted");
-    closed.step(2, Event::Members(Actor::default(), MemberChange::Removed(party("ada"))));
+    closed.step(2, Event::Change(Actor::default(), Change::Remove(party("ada"))));
     assert_eq!(code(&closed.submit(2, by(ADA), "b", "k", 1)), "Forbidden");
 }
 

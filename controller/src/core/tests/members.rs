@@ -8,7 +8,8 @@ use berth_protocol::tls::Party;
 use berth_protocol::topic::{NodeTopic, Topic};
 use berth_protocol::units::Millis;
 
-use super::super::members::{Invitation, MemberChange, NotJoined, NotRemoved, are_in, first_admin};
+use super::super::manage::{Change, NotChanged};
+use super::super::members::{Invitation, Joined, NotJoined, are_in, first_admin};
 use super::super::{Actor, Config, Controller, Event};
 use super::world::{at, config};
 
@@ -28,8 +29,8 @@ impl Closed {
         closed
     }
 
-    fn change(&mut self, now: u64, change: MemberChange) {
-        self.step(now, Event::Members(Actor::default(), change));
+    fn change(&mut self, now: u64, change: Change) {
+        self.step(now, Event::Change(Actor::default(), change));
     }
 
     fn step(&mut self, now: u64, event: Event) {
@@ -49,15 +50,15 @@ impl Closed {
     fn invite(&mut self, n: u8, who: Invited) -> JoinToken {
         let (id, secret) = (InvitationId::from_bytes([n; 4]), Secret::from_bytes([n; 16]));
         let invitation = Invitation::new(secret.digest(), who, at(0), LIFE);
-        self.change(0, MemberChange::Invited(id, invitation));
+        self.change(0, Change::Invite(id, invitation));
         JoinToken { ca: key(9).public(), id, secret, controller: "ctl:1".to_owned() }
     }
 
     /// As `io` does it.
     fn join(&mut self, now: u64, request: &JoinRequest) -> Result<Party, NotJoined> {
         let party = self.controller.may_join(at(now), request)?;
-        let joined = MemberChange::Joined { id: request.id, party: party.clone(), key: request.key };
-        self.change(now, joined);
+        let joined = Joined { id: request.id, party: party.clone(), key: request.key };
+        self.step(now, Event::Joined(Actor::default(), joined));
         Ok(party)
     }
 
@@ -106,13 +107,13 @@ fn an_invitation_is_taken_once_in_time_and_outlasts_a_restart() {
     assert_eq!(closed.join(2, &request(&token, Some("a2"), 3)), Err(NotJoined::NotInvited));
     closed.restart();
     assert!(closed.hears("a1", &key(2)) && !closed.hears("a1", &key(3)) && !closed.hears("a2", &key(3)));
-    closed.change(3, MemberChange::Removed(party("a1")));
+    closed.change(3, Change::Remove(party("a1")));
     assert!(!closed.hears("a1", &key(2)));
     closed.restart();
     assert!(!closed.hears("a1", &key(2)));
 
     let token = closed.invite(2, Invited::Node(None));
-    closed.change(4, MemberChange::Uninvited(token.id));
+    closed.change(4, Change::Uninvite(token.id));
     assert_eq!(closed.join(4, &request(&token, None, 4)), Err(NotJoined::NotInvited));
     // What nobody took is not kept for ever.
     closed.invite(3, Invited::Node(None));
@@ -152,9 +153,13 @@ fn a_name_is_one_keys_until_an_admin_gives_it_away() {
     assert!(!closed.controller.members()[&party("host")].admin);
     // Somebody is left who may let others in.
     let bob = party("user:bob");
-    assert_eq!(closed.controller.may_remove(&party("user:root")), Ok(()));
-    closed.change(2, MemberChange::Removed(party("user:root")));
-    assert_eq!(closed.controller.may_remove(&bob), Err(NotRemoved::LastAdmin(bob.clone())));
-    assert_eq!(closed.controller.may_remove(&party("a9")), Err(NotRemoved::Unknown(party("a9"))));
-    assert_eq!(closed.controller.may_remove(&party("host")), Ok(()));
+    let may_remove = |closed: &Closed, by: &Party, whom: &str| {
+        let by = Actor { party: Some(by.clone()), from: None };
+        closed.controller.may_change(&by, &Change::Remove(party(whom)))
+    };
+    assert_eq!(may_remove(&closed, &bob, "user:root"), Ok(()));
+    closed.change(2, Change::Remove(party("user:root")));
+    assert_eq!(may_remove(&closed, &bob, "user:bob"), Err(NotChanged::LastAdmin(bob.clone())));
+    assert!(matches!(may_remove(&closed, &bob, "a9"), Err(NotChanged::Unknown(_))));
+    assert_eq!(may_remove(&closed, &bob, "host"), Ok(()));
 }

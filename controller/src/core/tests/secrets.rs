@@ -6,7 +6,8 @@ use berth_protocol::limits::SECRETS_BYTES_MAX;
 use berth_protocol::message::user::{JobPhase, JobStatus};
 use berth_protocol::topic::{JobTopic, Topic};
 
-use super::super::secrets::{NoSecrets, NotKept};
+use super::super::manage::{Change, NotChanged};
+use super::super::secrets::NoSecrets;
 use super::super::{Actor, Event};
 use super::world::{World, inventory, spec};
 
@@ -28,10 +29,10 @@ fn status(world: &World, name: &str) -> JobStatus {
 }
 
 fn set(world: &mut World, name: &str, sealed: Option<&str>) {
-    let secret = secret("default", name);
-    let sealed = sealed.map(str::to_owned);
-    assert_eq!(world.controller.may_set_secret(&secret.0, &secret.1, sealed.as_deref()), Ok(()));
-    world.feed(Event::Secret(Actor::default(), secret, sealed));
+    let (space, name) = secret("default", name);
+    let change = Change::Secret(space, name, sealed.map(str::to_owned));
+    assert_eq!(world.controller.may_change(&Actor::default(), &change), Ok(()));
+    world.feed(Event::Change(Actor::default(), change));
 }
 
 #[test]
@@ -69,10 +70,12 @@ fn a_pod_has_what_its_file_names_where_it_was_placed() {
     world.run(5_000);
     set(&mut world, "one", Some("sealed 3"));
     assert_eq!(given(&world, &node, 1), Ok(vec!["one sealed 3".to_owned(), "two sealed 2".to_owned()]));
-    let rows = world.controller.secrets(&Namespace::default_namespace());
+    let told =
+        |world: &World, space: &Namespace| world.controller.secrets_told(&Actor::default(), space).unwrap();
+    let rows = told(&world, &Namespace::default_namespace());
     let rows: Vec<_> = rows.iter().map(|row| (row.name.as_str(), row.version)).collect();
     assert_eq!(rows, [("one", 2), ("two", 1)]);
-    assert!(world.controller.secrets(&Namespace::parse("a").unwrap()).is_empty());
+    assert!(told(&world, &Namespace::parse("a").unwrap()).is_empty());
     set(&mut world, "two", None);
     assert!(matches!(given(&world, &node, 1), Err(NoSecrets::Missing { .. })));
 }
@@ -82,10 +85,13 @@ fn all_of_them_together_are_bounded() {
     let mut world = World::new();
     set(&mut world, "big", Some(&"0".repeat(2 * SECRETS_BYTES_MAX - 10)));
     let (space, name) = secret("other", "small");
-    let may = |world: &World, sealed: &str| world.controller.may_set_secret(&space, &name, Some(sealed));
-    assert_eq!(may(&world, "0123456789"), Ok(()));
-    assert_eq!(may(&world, "01234567890"), Err(NotKept::Full));
-    assert_eq!(world.controller.may_set_secret(&space, &name, None), Err(NotKept::Unknown(name.clone())));
+    let may = |world: &World, sealed: Option<&str>| {
+        let change = Change::Secret(space.clone(), name.clone(), sealed.map(str::to_owned));
+        world.controller.may_change(&Actor::default(), &change)
+    };
+    assert_eq!(may(&world, Some("0123456789")), Ok(()));
+    assert_eq!(may(&world, Some("01234567890")), Err(NotChanged::SecretsFull));
+    assert!(matches!(may(&world, None), Err(NotChanged::Unknown(_))));
     // In its own place there is room for it.
     set(&mut world, "big", Some(&"0".repeat(2 * SECRETS_BYTES_MAX)));
 }

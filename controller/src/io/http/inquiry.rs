@@ -3,15 +3,16 @@
 use std::net::IpAddr;
 
 use berth_protocol::chunk::GrantRequest;
-use berth_protocol::ids::{Epoch, Namespace, NodeId, PodId, SecretName, UserName};
-use berth_protocol::join::{InvitationId, InvitationStatus, JoinRequest, UserChange};
+use berth_protocol::ids::{Epoch, Namespace, NodeId, PodId};
+use berth_protocol::join::{InvitationStatus, JoinRequest, MemberStatus};
 use berth_protocol::message::query::SecretRow;
 use berth_protocol::tls::Party;
 use tokio::sync::oneshot;
 
-use crate::core::members::{Invitation, NotGranted, NotJoined, NotRemoved};
-use crate::core::secrets::{NoSecrets, NotKept, PodSecrets};
-use crate::core::{Actor, Counters, Granted, Imported};
+use crate::core::manage::{Change, NotChanged};
+use crate::core::members::NotJoined;
+use crate::core::secrets::{NoSecrets, PodSecrets};
+use crate::core::{Actor, Counters, Denied, Granted, Imported};
 
 /// How the controller is, as its loop says.
 #[derive(Debug)]
@@ -38,42 +39,30 @@ pub enum Inquiry {
         imported: Box<Imported>,
         reply: oneshot::Sender<()>,
     },
-    /// Answered once it is recorded, or why it is not.
-    Invite {
+    /// Answered once it is recorded, or why it is not made.
+    Change {
         by: Actor,
-        id: InvitationId,
-        invitation: Invitation,
-        reply: oneshot::Sender<Result<(), NotInvited>>,
+        change: Change,
+        reply: oneshot::Sender<Result<(), NotChanged>>,
     },
-    Invitations(oneshot::Sender<Vec<InvitationStatus>>),
+    Invitations {
+        by: Actor,
+        reply: oneshot::Sender<Result<Vec<InvitationStatus>, Denied>>,
+    },
+    Members {
+        by: Actor,
+        reply: oneshot::Sender<Result<Vec<MemberStatus>, Denied>>,
+    },
+    Secrets {
+        by: Actor,
+        namespace: Namespace,
+        reply: oneshot::Sender<Result<Vec<SecretRow>, Denied>>,
+    },
     /// Answered once it is recorded that it belongs, as whom, or why it does not.
     Join {
         from: Option<IpAddr>,
         request: Box<JoinRequest>,
         reply: oneshot::Sender<Result<Party, NotJoined>>,
-    },
-    /// Answered once it is recorded; false: there is none such.
-    Uninvite {
-        by: Actor,
-        id: InvitationId,
-        reply: oneshot::Sender<bool>,
-    },
-    /// Answered once it is recorded, or why it stays.
-    Remove {
-        by: Actor,
-        party: Party,
-        reply: oneshot::Sender<Result<(), NotRemoved>>,
-    },
-    /// Answered once it is recorded, or why it stays.
-    Set {
-        by: Actor,
-        user: UserName,
-        change: UserChange,
-        reply: oneshot::Sender<Result<(), NotGranted>>,
-    },
-    Secrets {
-        namespace: Namespace,
-        reply: oneshot::Sender<Vec<SecretRow>>,
     },
     /// What a node may have for a pod.
     SecretsOf {
@@ -82,27 +71,4 @@ pub enum Inquiry {
         epoch: Epoch,
         reply: oneshot::Sender<Result<PodSecrets, NoSecrets>>,
     },
-    /// Answered once it is recorded, or why it is not; nothing sealed: it is removed.
-    SetSecret {
-        by: Actor,
-        secret: (Namespace, SecretName),
-        sealed: Option<String>,
-        reply: oneshot::Sender<Result<(), NotKept>>,
-    },
-    /// For those who look it up.
-    Refused {
-        by: Actor,
-        what: &'static str,
-        on: String,
-        why: String,
-    },
-}
-
-/// Why somebody was not invited.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum NotInvited {
-    #[error(transparent)]
-    NotGranted(#[from] NotGranted),
-    #[error("there are too many open tokens already: let them expire, or revoke some")]
-    TooMany,
 }

@@ -4,7 +4,7 @@
 use std::net::IpAddr;
 
 use berth_protocol::ids::{ClusterName, NodeId, UserName};
-use berth_protocol::join::{InvitationId, Invited, JoinRequest, JoinToken, Membership, Secret, UserChange};
+use berth_protocol::join::{InvitationId, Invited, JoinRequest, JoinToken, Membership, Secret};
 use berth_protocol::limits::INVITATION_MS;
 use berth_protocol::sign::PublicKey;
 use berth_protocol::tls::Party;
@@ -15,11 +15,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::oneshot;
 
-use super::{
-    Answer, HEADER_TIMEOUT, INQUIRY_TIMEOUT, Inquiry, NotInvited, Service, Visitor, clock, saved, text,
-};
-use crate::core::Actor;
-use crate::core::members::{Invitation, NotGranted, NotJoined, NotRemoved};
+use super::{Answer, HEADER_TIMEOUT, INQUIRY_TIMEOUT, Inquiry, Service, Visitor, clock, saved, text};
+use crate::core::manage::{Change, NotChanged};
+use crate::core::members::{Invitation, NotJoined};
+use crate::core::{Actor, Denied};
 use crate::io::ca::{self, Ca, CaError};
 use crate::io::front::Tls;
 use crate::io::random;
@@ -119,78 +118,62 @@ impl Service {
             return self.strange();
         };
         let by = Actor { party: Some(peer.party.clone()), from: visitor.from };
-        match (&route, &method) {
-            (Route::Renew, &Method::POST) => return self.certificate(hall, &peer.party, &peer.key),
-            // Whom, and to what, the core knows who may.
-            (Route::Invitations, &Method::POST) => return self.invite(hall, by, request).await,
-            (Route::User(user), &Method::POST) => return self.set(by, user.clone(), request).await,
-            (Route::Members, &Method::GET) => {
-                return json_answer(StatusCode::OK, &hall.tls.members.told_to(&peer));
+        // Who may do what, the core knows.
+        match (route, method) {
+            (Route::Renew, Method::POST) => self.certificate(hall, &peer.party, &peer.key),
+            (Route::Invitations, Method::POST) => self.invite(hall, by, request).await,
+            (Route::Invitations, Method::GET) => {
+                self.tell(self.ask(|reply| Inquiry::Invitations { by, reply }).await)
             }
-            _ => {}
-        }
-        if !hall.tls.members.is_admin(&peer) {
-            let why = format!("{} is no admin of this cluster", peer.party);
-            return self.not_granted(by, "manage", "the cluster".to_owned(), &why).await;
-        }
-        match (&route, &method) {
-            (Route::Invitations, &Method::GET) => match self.ask(Inquiry::Invitations).await {
-                Some(open) => json_answer(StatusCode::OK, &open),
-                None => busy(),
+            (Route::Invitation(id), Method::DELETE) => self.change(by, Change::Uninvite(id)).await,
+            (Route::Members, Method::GET) => {
+                self.tell(self.ask(|reply| Inquiry::Members { by, reply }).await)
+            }
+            (Route::Node(node), Method::DELETE) => self.change(by, Change::Remove(Party::Node(node))).await,
+            (Route::User(user), Method::DELETE) => self.change(by, Change::Remove(Party::User(user))).await,
+            (Route::User(user), Method::POST) => match self.whole_json(request).await {
+                Ok(change) => self.change(by, Change::Set(user, change)).await,
+                Err(answer) => answer,
             },
-            (Route::Invitation(id), &Method::DELETE) => self.uninvite(by, *id).await,
-            (Route::Node(node), &Method::DELETE) => self.remove(by, Party::Node(node.clone())).await,
-            (Route::User(user), &Method::DELETE) => self.remove(by, Party::User(user.clone())).await,
             _ => text(StatusCode::METHOD_NOT_ALLOWED, "this is not done that way"),
+        }
+    }
+
+    pub(super) async fn change(&self, by: Actor, change: Change) -> Answer {
+        match self.ask(|reply| Inquiry::Change { by, change, reply }).await {
+            Some(Ok(())) => json_answer(StatusCode::OK, &json!({})),
+            Some(Err(why)) => self.not_changed(&why),
+            None => busy(),
+        }
+    }
+
+    fn not_changed(&self, why: &NotChanged) -> Answer {
+        let status = match why {
+            NotChanged::Denied(denied) => return self.denied(denied),
+            NotChanged::Unknown(_) => StatusCode::NOT_FOUND,
+            NotChanged::LastAdmin(_) | NotChanged::TooManyRoles => StatusCode::CONFLICT,
+            NotChanged::TooManyTokens => StatusCode::TOO_MANY_REQUESTS,
+            NotChanged::SecretsFull => StatusCode::INSUFFICIENT_STORAGE,
+        };
+        text(status, why.to_string())
+    }
+
+    fn denied(&self, why: &Denied) -> Answer {
+        self.refusals.refuse("role", format_args!("over HTTP: {why}"));
+        text(StatusCode::FORBIDDEN, why.to_string())
+    }
+
+    pub(super) fn tell<T: Serialize>(&self, told: Option<Result<T, Denied>>) -> Answer {
+        match told {
+            Some(Ok(told)) => json_answer(StatusCode::OK, &told),
+            Some(Err(why)) => self.denied(&why),
+            None => busy(),
         }
     }
 
     pub(super) fn strange(&self) -> Answer {
         self.refusals.refuse("stranger", format_args!("a request without a member's certificate"));
         text(StatusCode::UNAUTHORIZED, "this takes the certificate of a member of the cluster")
-    }
-
-    pub(super) async fn not_granted(&self, by: Actor, what: &'static str, on: String, why: &str) -> Answer {
-        self.refusals.refuse("role", format_args!("{}: {why}", what));
-        let refused = Inquiry::Refused { by, what, on, why: why.to_owned() };
-        let _ = tokio::time::timeout(INQUIRY_TIMEOUT, self.inquiries.send(refused)).await;
-        text(StatusCode::FORBIDDEN, why)
-    }
-
-    async fn set(&self, by: Actor, user: UserName, request: Request<Incoming>) -> Answer {
-        let change: UserChange = match self.whole_json(request).await {
-            Ok(change) => change,
-            Err(answer) => return answer,
-        };
-        let (actor, on) = (by.clone(), format!("user {user}"));
-        match self.ask(|reply| Inquiry::Set { by, user, change, reply }).await {
-            Some(Ok(())) => json_answer(StatusCode::OK, &json!({})),
-            Some(Err(why @ NotGranted::Unknown(_))) => text(StatusCode::NOT_FOUND, why.to_string()),
-            Some(Err(why @ (NotGranted::TooMany | NotGranted::LastAdmin(_)))) => {
-                text(StatusCode::CONFLICT, why.to_string())
-            }
-            Some(Err(why)) => self.not_granted(actor, "set", on, &why.to_string()).await,
-            None => busy(),
-        }
-    }
-
-    async fn uninvite(&self, by: Actor, id: InvitationId) -> Answer {
-        match self.ask(|reply| Inquiry::Uninvite { by, id, reply }).await {
-            Some(true) => json_answer(StatusCode::OK, &json!({})),
-            Some(false) => {
-                text(StatusCode::NOT_FOUND, format!("there is no token {id}: it may be used or expired"))
-            }
-            None => busy(),
-        }
-    }
-
-    async fn remove(&self, by: Actor, party: Party) -> Answer {
-        match self.ask(|reply| Inquiry::Remove { by, party, reply }).await {
-            Some(Ok(())) => json_answer(StatusCode::OK, &json!({})),
-            Some(Err(why @ NotRemoved::Unknown(_))) => text(StatusCode::NOT_FOUND, why.to_string()),
-            Some(Err(why @ NotRemoved::LastAdmin(_))) => text(StatusCode::CONFLICT, why.to_string()),
-            None => busy(),
-        }
     }
 
     async fn invite(&self, hall: &Hall, by: Actor, request: Request<Incoming>) -> Answer {
@@ -204,8 +187,9 @@ impl Service {
         };
         let (id, secret) = (InvitationId::from_bytes(id), Secret::from_bytes(secret));
         let invitation = Invitation::new(secret.digest(), asked.who, clock::now(), life);
-        let (expires, actor) = (invitation.expires, by.clone());
-        match self.ask(|reply| Inquiry::Invite { by, id, invitation, reply }).await {
+        let expires = invitation.expires;
+        let change = Change::Invite(id, invitation);
+        match self.ask(|reply| Inquiry::Change { by, change, reply }).await {
             Some(Ok(())) => {
                 let controller = hall.about.url.trim_start_matches("https://").to_owned();
                 let token = JoinToken { ca: hall.ca.key(), id, secret, controller };
@@ -214,13 +198,7 @@ impl Service {
                     &json!({"token": token.to_string(), "id": id, "expires": expires}),
                 )
             }
-            Some(Err(why @ NotInvited::TooMany)) => text(StatusCode::TOO_MANY_REQUESTS, why.to_string()),
-            Some(Err(NotInvited::NotGranted(why @ NotGranted::TooMany))) => {
-                text(StatusCode::CONFLICT, why.to_string())
-            }
-            Some(Err(why)) => {
-                self.not_granted(actor, "invite", "somebody".to_owned(), &why.to_string()).await
-            }
+            Some(Err(why)) => self.not_changed(&why),
             None => busy(),
         }
     }
@@ -230,14 +208,11 @@ impl Service {
             Ok(request) => request,
             Err(answer) => return answer,
         };
-        let (key, on) = (request.key, format!("token {}", request.id));
+        let key = request.key;
         match self.ask(|reply| Inquiry::Join { from, request: Box::new(request), reply }).await {
             Some(Ok(party)) => self.certificate(hall, &party, &key),
             Some(Err(why)) => {
                 self.refusals.refuse("join", format_args!("one to join: {why}"));
-                let by = Actor { party: None, from };
-                let refused = Inquiry::Refused { by, what: "join", on, why: why.to_string() };
-                let _ = tokio::time::timeout(INQUIRY_TIMEOUT, self.inquiries.send(refused)).await;
                 let status = match why {
                     NotJoined::NotInvited | NotJoined::Unproven => StatusCode::UNAUTHORIZED,
                     NotJoined::Full => StatusCode::INSUFFICIENT_STORAGE,

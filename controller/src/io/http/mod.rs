@@ -53,7 +53,7 @@ pub struct HttpError {
 }
 
 use self::connection::{Counted, Moving, Open, UnderWay};
-pub use self::inquiry::{Inquiry, NotInvited, Report};
+pub use self::inquiry::{Inquiry, Report};
 pub use self::members::{About, Hall};
 
 /// Who is at the other end of a connection.

@@ -1,19 +1,18 @@
 //! Secrets over HTTP, on no other way: users set them, nodes fetch those of pods that they were given. Nobody reads one back.
 
 use berth_protocol::ids::{Epoch, Namespace, NodeId, PodId, SecretName};
-use berth_protocol::join::Role;
 use berth_protocol::limits::SECRET_BYTES_MAX;
 use berth_protocol::secret::SecretValues;
 use berth_protocol::tls::Party;
 use berth_protocol::token::Scope;
 use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
-use serde_json::json;
 
 use super::members::{busy, json_answer};
 use super::{Answer, Inquiry, Service, Visitor, number, text};
 use crate::core::Actor;
-use crate::core::secrets::{NotKept, PodSecrets};
+use crate::core::manage::Change;
+use crate::core::secrets::PodSecrets;
 
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Route {
@@ -45,19 +44,14 @@ impl Service {
                 Ok(node) => self.secrets_of(node, pod, epoch).await,
                 Err(answer) => *answer,
             },
-            (Route::All(namespace), Method::GET) => {
-                match self.user_of(&request, &visitor, &namespace, Role::View).await {
-                    Ok(_) => match self.ask(|reply| Inquiry::Secrets { namespace, reply }).await {
-                        Some(rows) => json_answer(StatusCode::OK, &rows),
-                        None => busy(),
-                    },
-                    Err(answer) => answer,
-                }
-            }
+            (Route::All(namespace), Method::GET) => match self.user_of(&request, &visitor, &namespace) {
+                Ok(by) => self.tell(self.ask(|reply| Inquiry::Secrets { by, namespace, reply }).await),
+                Err(answer) => *answer,
+            },
             (Route::One(namespace, name), Method::PUT | Method::DELETE) => {
-                match self.user_of(&request, &visitor, &namespace, Role::Submit).await {
+                match self.user_of(&request, &visitor, &namespace) {
                     Ok(by) => self.set_secret(by, namespace, name, request).await,
-                    Err(answer) => answer,
+                    Err(answer) => *answer,
                 }
             }
             _ => text(
@@ -82,30 +76,25 @@ impl Service {
         }
     }
 
-    async fn user_of(
+    /// Who asks: by the certificate, and what they may the core knows; where nobody has one, the token is the namespace's.
+    fn user_of(
         &self,
         request: &Request<Incoming>,
         visitor: &Visitor,
         namespace: &Namespace,
-        least: Role,
-    ) -> Result<Actor, Answer> {
+    ) -> Result<Actor, Box<Answer>> {
         let Some(hall) = &self.hall else {
             return match self.scope(request) {
                 Ok(Scope::Namespace(own)) if own == *namespace => {
                     Ok(Actor { party: None, from: visitor.from })
                 }
-                Ok(_) => Err(self.forbidden()),
-                Err(why) => Err(text(StatusCode::UNAUTHORIZED, why)),
+                Ok(_) => Err(self.forbidden().into()),
+                Err(why) => Err(text(StatusCode::UNAUTHORIZED, why).into()),
             };
         };
         let peer = visitor.peer.as_ref().filter(|peer| hall.tls.members.knows(peer));
         let peer = peer.ok_or_else(|| self.strange())?;
-        let by = Actor { party: Some(peer.party.clone()), from: visitor.from };
-        if matches!(peer.party, Party::User(_)) && hall.tls.members.role(peer, namespace) >= Some(least) {
-            return Ok(by);
-        }
-        let why = format!("{} has no role `{least}` in namespace {namespace}, which this takes", peer.party);
-        Err(self.not_granted(by, "secret", format!("namespace {namespace}"), &why).await)
+        Ok(Actor { party: Some(peer.party.clone()), from: visitor.from })
     }
 
     async fn set_secret(
@@ -130,13 +119,7 @@ impl Service {
         } else {
             None
         };
-        let secret = (namespace, name);
-        match self.ask(|reply| Inquiry::SetSecret { by, secret, sealed, reply }).await {
-            Some(Ok(())) => json_answer(StatusCode::OK, &json!({})),
-            Some(Err(why @ NotKept::Unknown(_))) => text(StatusCode::NOT_FOUND, why.to_string()),
-            Some(Err(why @ NotKept::Full)) => text(StatusCode::INSUFFICIENT_STORAGE, why.to_string()),
-            None => busy(),
-        }
+        self.change(by, Change::Secret(namespace, name, sealed)).await
     }
 
     async fn secrets_of(&self, node: NodeId, pod: PodId, epoch: Epoch) -> Answer {
