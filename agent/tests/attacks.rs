@@ -231,7 +231,8 @@ fn a_view_of_the_nodes_files_shows_none_of_berths_own() {
     fs::create_dir(data.join("identity")).unwrap();
     fs::write(data.join("identity/key"), "secret").unwrap();
     // One stream, for only within one is there an order.
-    let script = format!("exec 2>&1; ls -A {0}; cat {0}/identity/key; [ -d {0} ] && echo there", data.display());
+    let script =
+        format!("exec 2>&1; ls -A {0}; cat {0}/identity/key; [ -d {0} ] && echo there", data.display());
     pod.main().command = shell(&script);
     let output = pod.succeed();
     assert!(

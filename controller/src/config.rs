@@ -171,7 +171,7 @@ pub struct Place {
     /// Where the store lives [default: /var/lib/berth/controller]
     #[arg(long, value_name = "DIR", env = "BERTH_DATA_DIR")]
     data_dir: Option<PathBuf>,
-    /// `embedded` or etcd://HOST:PORT[,HOST:PORT…] [default: embedded]
+    /// `embedded`, etcd://HOST:PORT[,HOST:PORT…], or etcds://…?ca=FILE&cert=FILE&key=FILE [default: embedded]
     #[arg(long, value_name = "STORE", env = "BERTH_STORE")]
     store: Option<String>,
     /// The cluster's name [default: default]

@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use berth_controller::admin::Admin;
 use berth_controller::config::{Admission, Config, Flags};
-use berth_controller::run::{Daemon, RunError, chain};
+use berth_controller::run::{Daemon, RunError};
+use berth_protocol::chain::chain;
 use clap::Parser as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;

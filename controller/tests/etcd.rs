@@ -1,13 +1,17 @@
 //! The store in a real etcd: who leads, what a deposed leader may do, transactions larger than etcd takes at once.
 
+#[path = "etcd/line.rs"]
+mod line;
 #[path = "../../tests/src/etcd.rs"]
 mod members;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use berth_controller::io::store::{self, Entries, Op, Store, StoreChoice, StoreError};
 use berth_protocol::ids::{ClusterName, Term};
-use members::Etcd;
+use line::Line;
+use members::{Etcd, Tls};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -35,7 +39,7 @@ struct Ground {
 impl Ground {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        Self { etcd: Etcd::start(3, dir.path()), dir }
+        Self { etcd: Etcd::start(3, dir.path(), None), dir }
     }
 
     fn choice(&self) -> StoreChoice {
@@ -157,6 +161,112 @@ fn a_journal_is_completed_by_the_next_leader_if_it_was_written_whole() {
             let left = etcd_client::GetOptions::new().with_prefix();
             assert_eq!(client.get("/berth/lab/journal/", Some(left)).await.unwrap().count(), 0);
         });
+    }
+}
+
+#[test]
+fn a_write_that_was_said_again_does_nothing_when_it_comes_late() {
+    let ground = Ground::new();
+    let line = Line::to(&ground.etcd.members[0]);
+    let choice = StoreChoice::parse(&members::url([line.address.as_str()].into_iter())).unwrap();
+    runtime().block_on(async {
+        let mut leader = Store::open(&choice, &ground.data("a"), &cluster()).await.unwrap();
+        let term = leader.campaign().await.unwrap();
+        // A small one, what a large one writes down first, and a part of a large one.
+        for (records, bytes) in [(1, "first"), (200, "first"), (200, "entry/x/000")] {
+            let filled = |value: &str| {
+                (0..records).map(|n| put(&format!("x/{n:03}"), value.as_bytes())).collect::<Vec<Op>>()
+            };
+            let held = line.keep_back(bytes);
+            leader.txn(term, filled("first")).await.unwrap();
+            leader.txn(term, filled("second")).await.unwrap();
+            held.recv().unwrap().release();
+            let all = leader.list().await.unwrap();
+            assert!(all.iter().all(|(_, value)| value.as_deref() == Some(b"second")), "{all:?}");
+        }
+    });
+}
+
+#[test]
+fn a_write_whose_answer_is_lost_has_happened() {
+    let ground = Ground::new();
+    let line = Line::to(&ground.etcd.members[0]);
+    let choice = StoreChoice::parse(&members::url([line.address.as_str()].into_iter())).unwrap();
+    runtime().block_on(async {
+        let mut leader = Store::open(&choice, &ground.data("a"), &cluster()).await.unwrap();
+        let term = leader.campaign().await.unwrap();
+        for value in ["one", "two", "three"] {
+            line.lose_answer(value);
+            leader.txn(term, vec![put("x", value.as_bytes())]).await.unwrap();
+            assert_eq!(leader.list().await.unwrap(), entries(&[("x", value.as_bytes())]));
+        }
+    });
+}
+
+#[test]
+fn with_certificates_on_both_sides() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ca, other) = (Authority::new(dir.path(), "ca"), Authority::new(dir.path(), "other"));
+    let etcd = Etcd::start(1, dir.path(), Some(&ca.sign("member")));
+    let choice = |ca: &Authority, shown: &Tls| {
+        let (ca, cert, key) = (ca.file.display(), shown.cert.display(), shown.key.display());
+        let url = format!("etcds://{}?ca={ca}&cert={cert}&key={key}", etcd.members[0]);
+        StoreChoice::parse(&url).unwrap()
+    };
+    let lead = async |choice: &StoreChoice, data: &str| {
+        let mut store = Store::open(choice, &dir.path().join(data), &cluster()).await?;
+        let term = store.campaign().await?;
+        store.txn(term, vec![put("job/a", b"1")]).await?;
+        store.list().await
+    };
+    let shown = ca.sign("controller");
+    runtime().block_on(async {
+        let all = lead(&choice(&ca, &shown), "a").await.unwrap();
+        assert_eq!(all, entries(&[("job/a", b"1")]));
+        // A member that is not who it should be, a client that nobody has signed, and one that speaks in plain.
+        let plain = StoreChoice::parse(&etcd.url()).unwrap();
+        for (n, refused) in
+            [choice(&other, &shown), choice(&ca, &other.sign("stranger")), plain].iter().enumerate()
+        {
+            let cluster = cluster();
+            let read = store::read(refused, Path::new("/"), &cluster);
+            // It is tried again for as long as it takes: the member may be about to get another certificate.
+            let waits = tokio::time::timeout(std::time::Duration::from_secs(2), read).await;
+            assert!(waits.is_err(), "{n}: {waits:?}");
+        }
+        let missing = Tls { key: dir.path().join("none"), ..ca.sign("x") };
+        let error = lead(&choice(&ca, &missing), "b").await.unwrap_err();
+        assert!(error.to_string().starts_with("cannot read /"), "{error}");
+    });
+}
+
+/// Who signs certificates.
+struct Authority {
+    file: PathBuf,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Authority {
+    fn new(dir: &Path, name: &str) -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, name);
+        let file = dir.join(format!("{name}.pem"));
+        std::fs::write(&file, params.self_signed(&key).unwrap().pem()).unwrap();
+        Self { file, issuer: Issuer::new(params, key) }
+    }
+
+    /// For this machine, as who asks and as who answers.
+    fn sign(&self, name: &str) -> Tls {
+        let key = KeyPair::generate().unwrap();
+        let params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let path = |what: &str| self.file.with_extension(format!("{name}.{what}"));
+        let tls = Tls { ca: self.file.clone(), cert: path("pem"), key: path("key") };
+        std::fs::write(&tls.cert, certificate.pem()).unwrap();
+        std::fs::write(&tls.key, key.serialize_pem()).unwrap();
+        tls
     }
 }
 

@@ -301,7 +301,7 @@ fn a_full_disk_is_an_error_and_what_was_answered_stays() {
             }
             assert!(answered < 1000);
         };
-        let chain = berth_controller::run::chain(&error);
+        let chain = berth_protocol::chain::chain(&error);
         assert!(chain.contains("full") || chain.contains("I/O"), "{chain}");
         let after = tokio::time::timeout(Duration::from_secs(5), store.txn(term, vec![put("x", b"")])).await;
         assert!(after.unwrap().is_err(), "nothing is answered any more");

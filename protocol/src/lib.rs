@@ -3,6 +3,7 @@
 //! This crate owns every name and number that two programs must agree on. It performs no IO and reads no clock.
 
 pub mod broker;
+pub mod chain;
 pub mod checkpoint;
 pub mod chunk;
 pub mod codec;

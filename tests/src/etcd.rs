@@ -1,7 +1,7 @@
 //! Real members of etcd: what starts them, and a cluster of them on loopback, gone with its handle.
 
 use std::net::TcpListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 /// A cluster; dropping it ends its members.
@@ -20,13 +20,21 @@ pub struct Place {
     pub peer: String,
 }
 
+/// Files in PEM with which members let in none but clients that have certificates.
+pub struct Tls {
+    pub ca: PathBuf,
+    pub cert: PathBuf,
+    pub key: PathBuf,
+}
+
 /// What starts each member of a cluster at these places; data and logs are in `dir`.
-pub fn commands(places: &[Place], dir: &Path) -> Vec<Command> {
+pub fn commands(places: &[Place], dir: &Path, tls: Option<&Tls>) -> Vec<Command> {
     let cluster: Vec<String> =
         places.iter().enumerate().map(|(n, place)| format!("m{n}=http://{}", place.peer)).collect();
     let command = |(n, place): (usize, &Place)| {
         let log = std::fs::File::create(dir.join(format!("etcd{n}.log"))).expect("a log");
-        let (own, peer) = (format!("http://{}", place.client), format!("http://{}", place.peer));
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let (own, peer) = (format!("{scheme}://{}", place.client), format!("http://{}", place.peer));
         let mut command = Command::new("etcd");
         command
             .args(["--name", &format!("m{n}"), "--data-dir"])
@@ -37,6 +45,10 @@ pub fn commands(places: &[Place], dir: &Path) -> Vec<Command> {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
+        if let Some(Tls { ca, cert, key }) = tls {
+            command.arg("--client-cert-auth").arg("--trusted-ca-file").arg(ca);
+            command.arg("--cert-file").arg(cert).arg("--key-file").arg(key);
+        }
         command
     };
     places.iter().enumerate().map(command).collect()
@@ -49,7 +61,7 @@ pub fn url<'a>(clients: impl Iterator<Item = &'a str>) -> String {
 
 impl Etcd {
     /// Of `count` members, whose data and logs are in `dir`.
-    pub fn start(count: usize, dir: &Path) -> Self {
+    pub fn start(count: usize, dir: &Path, tls: Option<&Tls>) -> Self {
         let held: Vec<TcpListener> =
             (0..2 * count).map(|_| TcpListener::bind("127.0.0.1:0").expect("loopback has ports")).collect();
         let addresses: Vec<String> =
@@ -59,7 +71,7 @@ impl Etcd {
         let pairs = members.iter().zip(peers);
         let places: Vec<Place> =
             pairs.map(|(client, peer)| Place { client: client.clone(), peer: peer.clone() }).collect();
-        let commands = commands(&places, dir);
+        let commands = commands(&places, dir, tls);
         let children = commands.iter().map(|_| None).collect();
         let mut etcd = Self { members: members.to_vec(), commands, children };
         (0..count).for_each(|n| etcd.revive(n));

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use berth_protocol::broker::BrokerUrl;
+use berth_protocol::chain::chain;
 use berth_protocol::codec::{self, CodecError};
 use berth_protocol::ids::{NodeId, SessionNonce};
 use berth_protocol::limits::PACKET_BYTES_MAX;
@@ -13,8 +14,8 @@ use berth_protocol::message::node::Bye;
 use berth_protocol::sign::Signer;
 use berth_protocol::topic::{NodeTopic, Topic, filter};
 use rumqttc::{
-    AsyncClient, ConnectionError, Event as MqttEvent, LastWill, MqttOptions, Packet, QoS, Request, SubAck,
-    Subscribe, SubscribeFilter, SubscribeReasonCode, TlsConfiguration, Transport,
+    AsyncClient, Event as MqttEvent, LastWill, MqttOptions, Packet, QoS, Request, SubAck, Subscribe,
+    SubscribeFilter, SubscribeReasonCode, TlsConfiguration, Transport,
 };
 use serde::Serialize;
 use tokio::sync::mpsc;
@@ -185,17 +186,4 @@ fn written<T: Serialize>(signer: &Signer, topic: &Topic, message: &T) -> Result<
 
 fn is_refused(ack: &SubAck) -> bool {
     ack.return_codes.contains(&SubscribeReasonCode::Failure)
-}
-
-fn chain(error: &ConnectionError) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(inner) = source {
-        let more = inner.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        source = inner.source();
-    }
-    text
 }

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use berth_protocol::chain::chain;
 use berth_protocol::ids::ContainerName;
 use berth_protocol::log::Stream;
 use berth_protocol::units::MilliCpu;
@@ -206,21 +207,6 @@ impl Container {
             }
         }))
     }
-}
-
-/// An error and what lies beneath it, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
 }
 
 /// The last steps inside the container.

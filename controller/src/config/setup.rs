@@ -33,7 +33,8 @@ pub struct Setup {
     /// Where the store and the depot live [default: /var/lib/berth/controller]
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// `embedded`, or the etcd that several controllers share: etcd://HOST:PORT[,HOST:PORT…] [default: embedded]
+    /// `embedded`, or the etcd that several controllers share: etcd://HOST:PORT[,HOST:PORT…], or
+    /// with certificates etcds://HOST:PORT[,HOST:PORT…]?ca=FILE&cert=FILE&key=FILE [default: embedded]
     #[arg(long, value_name = "STORE")]
     store: Option<String>,
     /// The cluster's name [default: default]

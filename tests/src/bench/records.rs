@@ -225,7 +225,7 @@ pub fn failover() -> Result<Vec<Figure>> {
     let port = free_port()?;
     let mut command = mosquitto::command(Ipv4Addr::LOCALHOST.into(), port, dir.path())?;
     let _mosquitto = Daemon::start(&mut command, &dir.path().join("mosquitto.log"))?;
-    let etcd = Etcd::start(3, dir.path());
+    let etcd = Etcd::start(3, dir.path(), None);
     let controller = |name: &str| -> Result<Daemon> {
         let mut command = Command::new(program("berth-controller")?);
         command.args(["--dev", "--broker", &format!("mqtt://127.0.0.1:{port}"), "--store", &etcd.url()]);

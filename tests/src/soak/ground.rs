@@ -250,7 +250,7 @@ fn commands(dir: &Path) -> Result<Vec<(String, Role, Command)>> {
         Place { client: format!("{at}:2379"), peer: format!("{at}:2380") }
     };
     let places: Vec<Place> = (0..MEMBERS).map(member).collect();
-    for (n, command) in etcd::commands(&places, dir).into_iter().enumerate() {
+    for (n, command) in etcd::commands(&places, dir, None).into_iter().enumerate() {
         commands.push((format!("etcd{n}"), Role::Member, command));
     }
     let store = etcd::url(places.iter().map(|place| place.client.as_str()));

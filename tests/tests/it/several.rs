@@ -12,7 +12,7 @@ const SHORT: &str = "image: host\ncommand: [echo, here]\nresources: {cpu: 100m, 
 
 fn on_etcd() -> (Cluster, Etcd) {
     let mut cluster = Cluster::empty();
-    let etcd = Etcd::start(3, cluster.dir.path());
+    let etcd = Etcd::start(3, cluster.dir.path(), None);
     cluster.store = Some(etcd.url());
     cluster.start_mosquitto();
     (cluster, etcd)

@@ -137,17 +137,3 @@ pub(super) fn clip(text: &str) -> String {
     }
     clean
 }
-
-/// An error with its causes, in one line: the outermost of a network error says little.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let inner_text = inner.to_string();
-        if !text.contains(&inner_text) {
-            text = format!("{text}: {inner_text}");
-        }
-        cause = inner.source();
-    }
-    clip(&text)
-}

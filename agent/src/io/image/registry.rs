@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{Seek, Write};
 use std::time::Duration;
 
+use berth_protocol::chain::chain;
 use berth_protocol::image::{is_host, is_loopback};
 use futures_util::StreamExt;
 use oci_client::Reference;
@@ -14,7 +15,7 @@ use oci_client::secrets::RegistryAuth;
 
 use super::auth::AuthFile;
 use super::digest::Digester;
-use super::error::{chain, clip};
+use super::error::clip;
 use super::manifest::DOCUMENT_BYTES_MAX;
 use super::{Digest, ImageError, RegistryConfig, RegistryName};
 
@@ -108,7 +109,7 @@ impl Endpoint {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Client::try_from(config).map_err(|error| ImageError::Failed {
             image: image.to_string(),
-            why: format!("no http client: {}", chain(&error)),
+            why: format!("no http client: {}", clip(&chain(&error))),
         })?;
         Ok(Endpoint {
             name: if plain { format!("http://{host}") } else { host.clone() },
@@ -223,7 +224,7 @@ impl Endpoint {
             }
         };
         while let Some(piece) = stream.next().await {
-            let piece = piece.map_err(|error| self.unreachable(chain(&error)))?;
+            let piece = piece.map_err(|error| self.unreachable(clip(&chain(&error))))?;
             if piece.len() as u64 > download.size - download.have {
                 return Err(ImageError::malformed(&self.image, "a blob is longer than its manifest says"));
             }
@@ -303,7 +304,7 @@ impl Endpoint {
                 expected: clip(expected),
                 actual: clip(actual),
             },
-            error => self.unreachable(chain(error)),
+            error => self.unreachable(clip(&chain(error))),
         }
     }
 }

@@ -2,28 +2,35 @@
 //!
 //! Below `/berth/{cluster}/`: `entry/…` the records, `meta/…` what belongs to the store, `leader` the key that whoever
 //! leads holds by a lease, `journal/…` a transaction larger than etcd takes at once. Every write is compared with the
-//! revision at which the leader's key was made: a deposed leader writes nothing.
+//! revision at which the leader's key was made: a deposed leader writes nothing. And with the number of the write before it,
+//! `meta/written`: one whose answer was lost, and which was said again, does nothing when it comes late.
 
 mod reading;
+mod writing;
 
+use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use berth_protocol::chain::chain;
 use berth_protocol::ids::{ClusterName, Term};
 use etcd_client::{
-    Client, Compare, CompareOp, ConnectOptions, DeleteOptions, Error, GetOptions, KeyValue, PutOptions, Txn,
-    TxnOp,
+    Certificate, Client, Compare, CompareOp, ConnectOptions, DeleteOptions, Error, GetOptions, KeyValue,
+    PutOptions, TlsOptions, Txn, TxnOp, TxnResponse,
 };
 use futures_util::future::try_join_all;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use self::writing::{WRITTEN, Writes};
+use super::choice::{EtcdChoice, EtcdTls};
 use super::journal::{self, chunks};
 use super::seal::{seal, unseal};
-use super::{Contents, Identity, Op, StoreError, may_replace};
+use super::{Contents, Identity, Op, StoreError, may_replace, no_random};
 use crate::core::lead::{self, Tenure};
-use crate::io::clock;
+use crate::io::{clock, random};
 
 const LEASE_S: i64 = (lead::LEASE.0 / 1_000) as i64;
 const RENEW: Duration = Duration::from_millis(lead::RENEW.0);
@@ -67,8 +74,7 @@ struct Members {
 struct Lead {
     term: Term,
     lease: i64,
-    /// The revision that made the leader's key.
-    created: i64,
+    writes: Writes,
     /// Closed once nothing renews the lease.
     tenure: watch::Receiver<Tenure>,
     keeper: JoinHandle<()>,
@@ -82,8 +88,8 @@ impl Drop for Lead {
 
 impl Etcd {
     /// Waits until a member answers; makes the store where there is none.
-    pub async fn open(members: &[String], cluster: &ClusterName) -> Result<Self, StoreError> {
-        let etcd = Members::connect(members, cluster).await?;
+    pub async fn open(choice: &EtcdChoice, cluster: &ClusterName) -> Result<Self, StoreError> {
+        let etcd = Members::connect(choice, cluster).await?;
         let identity = etcd.identity().await?;
         if let Some(to) = etcd.meta("moved").await? {
             let to = String::from_utf8_lossy(&to.unwrap_or_default()).into_owned();
@@ -101,7 +107,7 @@ impl Etcd {
         let ops: Vec<Op> = ops.into_iter().map(sealed).collect();
         let parts = chunks(ops.clone(), OPS_PER_TXN_MAX, BYTES_PER_TXN_MAX);
         if parts.len() <= 1 {
-            return self.guarded(lead, self.etcd.operations(parts.concat())).await;
+            return self.write(lead, self.etcd.operations(parts.concat())).await;
         }
         // Whole in the journal first: a leader that dies on the way is completed by the next.
         let bytes = journal::encode(&ops);
@@ -112,7 +118,7 @@ impl Etcd {
             if n + 1 == count {
                 write.push(self.etcd.put("journal/end", count.to_string().as_bytes()));
             }
-            self.guarded(lead, write).await?;
+            self.write(lead, write).await?;
         }
         self.carry_out(lead, parts).await
     }
@@ -121,10 +127,14 @@ impl Etcd {
     async fn carry_out(&self, lead: &Lead, parts: Vec<Vec<Op>>) -> Result<(), StoreError> {
         let mut parts = parts.into_iter().map(|part| self.etcd.operations(part)).peekable();
         while parts.peek().is_some() {
-            try_join_all(parts.by_ref().take(TXNS_AT_ONCE).map(|part| self.guarded(lead, part))).await?;
+            let some = parts.by_ref().take(TXNS_AT_ONCE);
+            let written = try_join_all(some.map(|part| self.etcd.write_some(&lead.writes, part))).await?;
+            if written.contains(&false) {
+                return Err(StoreError::Deposed(lead.term));
+            }
         }
         let all = Some(DeleteOptions::new().with_prefix());
-        self.guarded(lead, vec![TxnOp::delete(self.etcd.key("journal/"), all)]).await
+        self.write(lead, vec![TxnOp::delete(self.etcd.key("journal/"), all)]).await
     }
 
     pub async fn campaign(&mut self) -> Result<Term, StoreError> {
@@ -173,35 +183,34 @@ impl Etcd {
 
     pub async fn retire(&self, term: Term, to: &str) -> Result<(), StoreError> {
         let lead = self.lead(term)?;
-        self.guarded(lead, vec![self.etcd.put("meta/moved", &seal("moved", to.as_bytes()))]).await
+        self.write(lead, vec![self.etcd.put("meta/moved", &seal("moved", to.as_bytes()))]).await
     }
 
     fn lead(&self, term: Term) -> Result<&Lead, StoreError> {
         self.lead.as_ref().filter(|lead| lead.term == term).ok_or(StoreError::Deposed(term))
     }
 
-    async fn guarded(&self, lead: &Lead, operations: Vec<TxnOp>) -> Result<(), StoreError> {
-        let leads = Compare::create_revision(self.etcd.key("leader"), CompareOp::Equal, lead.created);
-        // One whose answer was lost may have happened: to say the same again changes nothing.
-        let done = self.etcd.txn(vec![leads], operations, Some(PATIENCE)).await?;
-        done.map(drop).ok_or(StoreError::Deposed(lead.term))
+    async fn write(&self, lead: &Lead, operations: Vec<TxnOp>) -> Result<(), StoreError> {
+        let written = self.etcd.write(&lead.writes, operations).await?;
+        written.then_some(()).ok_or(StoreError::Deposed(lead.term))
     }
 }
 
 /// Puts `contents` in the place of a store that `may_replace` them.
-pub async fn fill(members: &[String], cluster: &ClusterName, contents: &Contents) -> Result<(), StoreError> {
-    let etcd = Members::connect(members, cluster).await?;
+pub async fn fill(choice: &EtcdChoice, cluster: &ClusterName, contents: &Contents) -> Result<(), StoreError> {
+    let etcd = Members::connect(choice, cluster).await?;
     let used = || StoreError::Used { place: etcd.names.clone() };
     let identity = etcd.identity().await?;
     let (term, _) = etcd.term().await?;
     if !may_replace(&identity, term, etcd.meta("moved").await?.is_some(), contents) {
         return Err(used());
     }
-    let nobody = || vec![Compare::create_revision(etcd.key("leader"), CompareOp::Equal, 0)];
-    let commit = async |operations| {
-        let done = etcd.txn(nobody(), operations, Some(PATIENCE)).await?;
-        done.map(drop).ok_or_else(used)
-    };
+    let writer = random::hex::<8>().map_err(no_random)?;
+    let writes = Writes::of(0, writer);
+    let nobody = Compare::create_revision(etcd.key("leader"), CompareOp::Equal, writes.leader());
+    let begun = Txn::new().when(vec![nobody]).and_then(vec![etcd.put(WRITTEN, writes.nth(0).as_bytes())]);
+    etcd.txn(begun, Some(PATIENCE)).await?;
+    let commit = async |operations| etcd.write(&writes, operations).await?.then_some(()).ok_or_else(used);
     let all = || Some(DeleteOptions::new().with_prefix());
     commit(vec![TxnOp::delete(etcd.key("entry/"), all()), TxnOp::delete(etcd.key("journal/"), all())])
         .await?;
@@ -219,6 +228,15 @@ pub async fn fill(members: &[String], cluster: &ClusterName, contents: &Contents
     .await
 }
 
+fn tls_options(tls: &EtcdTls) -> Result<TlsOptions, StoreError> {
+    let read = |path: &Path| {
+        fs::read(path)
+            .map_err(|source| StoreError::Certificate { path: path.to_owned(), source: Arc::new(source) })
+    };
+    let options = TlsOptions::new().ca_certificate(Certificate::from_pem(read(&tls.ca)?));
+    Ok(options.identity(etcd_client::Identity::from_pem(read(&tls.cert)?, read(&tls.key)?)))
+}
+
 fn sealed(op: Op) -> Op {
     match op {
         Op::Put { key, value } => Op::Put { value: seal(&key, &value), key },
@@ -227,14 +245,19 @@ fn sealed(op: Op) -> Op {
 }
 
 impl Members {
-    async fn connect(members: &[String], cluster: &ClusterName) -> Result<Self, StoreError> {
-        let options = ConnectOptions::new()
+    async fn connect(choice: &EtcdChoice, cluster: &ClusterName) -> Result<Self, StoreError> {
+        let mut options = ConnectOptions::new()
             .with_connect_timeout(CONNECT)
             .with_timeout(REQUEST)
             .with_keep_alive(CONNECT, CONNECT)
             .with_keep_alive_while_idle(true)
             .with_require_leader(true);
-        let names = members.join(",");
+        let mut members = choice.members.clone();
+        if let Some(tls) = &choice.tls {
+            options = options.with_tls(tls_options(tls)?);
+            members.iter_mut().for_each(|member| *member = format!("https://{member}"));
+        }
+        let names = choice.members.join(",");
         let failed = |source| failure("use", &names, source);
         let client = Client::connect(members, Some(options)).await.map_err(failed)?;
         Ok(Self { client, names, prefix: format!("/berth/{cluster}/") })
@@ -281,9 +304,10 @@ impl Members {
             if warned.elapsed() > PATIENCE {
                 warned = Instant::now();
                 tracing::warn!(
-                    "cannot {action} etcd at {} for {:?} now: {error}",
+                    "cannot {action} etcd at {} for {:?} now: {}",
                     self.names,
-                    begun.elapsed()
+                    begun.elapsed(),
+                    chain(&error)
                 );
             }
             tokio::time::sleep(RETRY).await;
@@ -301,17 +325,9 @@ impl Members {
         Ok(self.insist("read from", patience, call).await?.take_kvs().into_iter().next())
     }
 
-    /// The revision at which it happened; none where a compare does not hold.
-    async fn txn(
-        &self,
-        compares: Vec<Compare>,
-        operations: Vec<TxnOp>,
-        patience: Option<Duration>,
-    ) -> Result<Option<i64>, StoreError> {
-        let txn = Txn::new().when(compares).and_then(operations);
+    async fn txn(&self, txn: Txn, patience: Option<Duration>) -> Result<TxnResponse, StoreError> {
         let call = async |client: Client| client.kv_client().txn(txn.clone()).await;
-        let answer = self.insist("write to", patience, call).await?;
-        Ok(answer.succeeded().then(|| answer.header().map_or(0, |header| header.revision())))
+        self.insist("write to", patience, call).await
     }
 
     /// Of the store; none: it is not there; none within: it is damaged.
@@ -334,7 +350,7 @@ impl Members {
                 self.put("meta/identity", &seal("identity", &identity)),
                 self.put("meta/term", &seal("term", b"0")),
             ];
-            self.txn(fresh, made, None).await?;
+            self.txn(Txn::new().when(fresh).and_then(made), None).await?;
         }
     }
 
@@ -366,24 +382,25 @@ impl Members {
             Compare::mod_revision(self.key("meta/term"), CompareOp::Equal, written),
         ];
         let held = Some(PutOptions::new().with_lease(lease));
+        let writer = format!("term {}", term.0);
         let operations = vec![
             TxnOp::put(self.key("leader"), term.0.to_string(), held),
             self.put("meta/term", &seal("term", term.0.to_string().as_bytes())),
+            self.put(WRITTEN, format!("{writer}.0").as_bytes()),
         ];
-        let created = match self.txn(compares, operations, None).await? {
-            Some(created) => created,
-            // It may have happened, and the answer was lost.
-            None => match self.get("leader", GetOptions::new(), None).await? {
-                Some(leader) if leader.lease() == lease => leader.create_revision(),
-                _ => {
-                    let _ = self.client.clone().lease_revoke(lease).await;
-                    return Ok(None);
-                }
-            },
+        self.txn(Txn::new().when(compares).and_then(operations), None).await?;
+        // Asked, for an answer may be of a second try, and lost the first's.
+        let leader = match self.get("leader", GetOptions::new(), None).await? {
+            Some(leader) if leader.lease() == lease => leader.create_revision(),
+            _ => {
+                let _ = self.client.clone().lease_revoke(lease).await;
+                return Ok(None);
+            }
         };
         let (tell, tenure) = watch::channel(Tenure::renewed(sent));
         let keeper = tokio::spawn(self.clone().keep(lease, tell));
-        Ok(Some(Lead { term, lease, created, tenure, keeper }))
+        let writes = Writes::of(leader, writer);
+        Ok(Some(Lead { term, lease, writes, tenure, keeper }))
     }
 
     /// Renews the lease until it is gone, and forgets what etcd keeps of the past.

@@ -3,6 +3,7 @@
 //!
 //! `sqlite` keeps them in a file beside the controller, `etcd` where several controllers reach them.
 
+mod choice;
 mod etcd;
 mod journal;
 mod seal;
@@ -16,54 +17,11 @@ use std::time::Duration;
 use berth_protocol::ids::{ClusterName, StoreId, Term};
 use serde::{Deserialize, Serialize};
 
+pub use self::choice::{EtcdChoice, StoreChoice, StoreChoiceError};
 pub use self::etcd::Etcd;
 pub use self::sqlite::{Sqlite, lock, replace, write};
-
 use super::random;
 use crate::core::AUDIT;
-
-/// Where the records are.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum StoreChoice {
-    /// In the data directory.
-    #[default]
-    Embedded,
-    /// `HOST:PORT` of members of one etcd cluster.
-    Etcd(Vec<String>),
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no store: write `embedded`, or etcd://HOST:PORT, several members with commas between them")]
-pub struct StoreChoiceError(String);
-
-impl StoreChoice {
-    /// Of `embedded` or `etcd://HOST:PORT[,HOST:PORT…]`.
-    pub fn parse(text: &str) -> Result<Self, StoreChoiceError> {
-        if text == "embedded" {
-            return Ok(Self::Embedded);
-        }
-        let bad = || StoreChoiceError(text.to_owned());
-        let members: Vec<String> =
-            text.strip_prefix("etcd://").ok_or_else(bad)?.split(',').map(str::to_owned).collect();
-        let is_member = |member: &String| {
-            member.rsplit_once(':').is_some_and(|(host, port)| {
-                !host.is_empty()
-                    && !host.contains(['/', '@'])
-                    && port.parse::<u16>().is_ok_and(|port| port > 0)
-            })
-        };
-        if members.iter().all(is_member) { Ok(Self::Etcd(members)) } else { Err(bad()) }
-    }
-}
-
-impl std::fmt::Display for StoreChoice {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Embedded => f.write_str("embedded"),
-            Self::Etcd(members) => write!(f, "etcd://{}", members.join(",")),
-        }
-    }
-}
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StoreError {
@@ -93,6 +51,8 @@ pub enum StoreError {
     Moved { place: String, to: String },
     #[error("cannot {action} etcd at {members}")]
     Etcd { action: &'static str, members: String, source: Arc<etcd_client::Error> },
+    #[error("cannot read {path}, which the store's address names")]
+    Certificate { path: PathBuf, source: Arc<std::io::Error> },
     #[error("the store {place} is in use: records are not put in the place of others")]
     Used { place: String },
     #[error("this controller's term {0} is over: another controller leads")]
@@ -124,8 +84,6 @@ pub struct Identity {
 
 impl Identity {
     fn new() -> Result<Self, StoreError> {
-        let no_random =
-            |source| StoreError::Directory { dir: "/dev/urandom".into(), source: Arc::new(source) };
         let id = random::hex::<8>().map_err(no_random)?;
         let id = StoreId::parse(&id).map_err(|error| StoreError::Damaged {
             place: "being made".to_owned(),
@@ -133,6 +91,10 @@ impl Identity {
         })?;
         Ok(Self { id, secret: random::bytes().map_err(no_random)? })
     }
+}
+
+fn no_random(source: std::io::Error) -> StoreError {
+    StoreError::Directory { dir: "/dev/urandom".into(), source: Arc::new(source) }
 }
 
 /// All that a store holds, as of one moment.
@@ -147,7 +109,7 @@ pub struct Contents {
 pub async fn read(choice: &StoreChoice, dir: &Path, cluster: &ClusterName) -> Result<Contents, StoreError> {
     match choice {
         StoreChoice::Embedded => sqlite::read(&sqlite::file(dir)),
-        StoreChoice::Etcd(members) => Etcd::open(members, cluster).await?.contents().await,
+        StoreChoice::Etcd(etcd) => Etcd::open(etcd, cluster).await?.contents().await,
     }
 }
 
@@ -176,7 +138,7 @@ pub async fn fill(
 ) -> Result<(), StoreError> {
     match choice {
         StoreChoice::Embedded => sqlite::fill(dir, contents),
-        StoreChoice::Etcd(members) => etcd::fill(members, cluster, contents).await,
+        StoreChoice::Etcd(choice) => etcd::fill(choice, cluster, contents).await,
     }
 }
 
@@ -198,9 +160,9 @@ impl Store {
     pub async fn open(choice: &StoreChoice, dir: &Path, cluster: &ClusterName) -> Result<Self, StoreError> {
         Ok(match choice {
             StoreChoice::Embedded => Self::Embedded(Sqlite::open(dir)?),
-            StoreChoice::Etcd(members) => {
+            StoreChoice::Etcd(etcd) => {
                 let lock = sqlite::lock(dir)?;
-                Self::Etcd(Box::new(Etcd::open(members, cluster).await?), lock)
+                Self::Etcd(Box::new(Etcd::open(etcd, cluster).await?), lock)
             }
         })
     }
@@ -287,32 +249,6 @@ impl Store {
         match self {
             Self::Embedded(store) => store.retire(term, to).await,
             Self::Etcd(store, _) => store.retire(term, to).await,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn choices() {
-        assert_eq!(StoreChoice::parse("embedded"), Ok(StoreChoice::Embedded));
-        let three = "etcd://10.0.0.1:2379,b:2379,[::1]:2379";
-        let parsed = StoreChoice::parse(three).unwrap();
-        assert_eq!(parsed.to_string(), three);
-        assert!(matches!(parsed, StoreChoice::Etcd(members) if members.len() == 3));
-        for bad in [
-            "",
-            "etcd://",
-            "etcd://a",
-            "etcd://a:0",
-            "etcd://a:1,",
-            "etcd://a:1/x",
-            "http://a:1",
-            "etcd://u@a:1",
-        ] {
-            assert!(StoreChoice::parse(bad).is_err(), "{bad}");
         }
     }
 }
