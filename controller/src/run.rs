@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use berth_protocol::chain::chain;
 use berth_protocol::codec;
 use berth_protocol::ids::Term;
 use berth_protocol::sign::Signer;
@@ -100,7 +101,7 @@ impl Daemon {
         let term = lead(&mut store).await?;
         let bucket = config.depot.as_deref().map(Bucket::parse).transpose().map_err(DepotError::from)?;
         let quota = config.checkpoint_quota.map(|bytes| bytes.0);
-        let depot = Depot::open(config.data_dir.join("depot"), bucket, quota)?;
+        let depot = Depot::open(config.data_dir.join("depot"), bucket, &store.identity().secret, quota)?;
         depot.survey().await?;
         let depot = Arc::new(depot);
         let (worked, results) = mpsc::channel(RESULTS_MAX);
@@ -386,12 +387,4 @@ async fn beat(alive: &mut Option<tokio::time::Interval>) {
         }
         None => std::future::pending().await,
     }
-}
-
-/// An error and what caused it, in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    std::iter::successors(Some(error), |error| error.source())
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join(": ")
 }

@@ -136,8 +136,9 @@ fn manifest(contents: &[&[u8]]) -> Manifest {
 async fn a_bucket_keeps_what_a_directory_does() {
     let Some(moto) = Moto::start() else { return };
     let dir = tempfile::tempdir().unwrap();
+    let lab = Namespace::default_namespace();
     for url in ["s3://berth", "s3://berth/some/prefix/"] {
-        let open = || Depot::open(dir.path().to_owned(), Some(moto.bucket(url)), None).unwrap();
+        let open = || Depot::open(dir.path().to_owned(), Some(moto.bucket(url)), &[7; 32], None).unwrap();
         let depot = open();
         depot.survey().await.unwrap();
 
@@ -155,8 +156,8 @@ async fn a_bucket_keeps_what_a_directory_does() {
         assert!(depot.get(&blob).await.unwrap().is_none());
 
         let (kept, idle): (&[&[u8]], &[&[u8]]) = (&[b"one", b"two"], &[b"three"]);
-        depot.add_chunks(frames(kept)).await.unwrap();
-        depot.add_chunks(frames(idle)).await.unwrap();
+        depot.add_chunks(&lab, frames(kept)).await.unwrap();
+        depot.add_chunks(&lab, frames(idle)).await.unwrap();
         let saved = manifest(kept);
         let (id, bytes) = saved.render().unwrap();
         assert_eq!(depot.keep_manifest(id, bytes.into(), &saved).await.unwrap(), Kept::New);
@@ -164,12 +165,15 @@ async fn a_bucket_keeps_what_a_directory_does() {
         // Another life of the controller finds it all, and collects what nothing names.
         let depot = open();
         depot.survey().await.unwrap();
-        assert_eq!(depot.lacking(&[ChunkId::of(b"three")]), []);
+        assert_eq!(depot.lacking(&lab, &[ChunkId::of(b"three")]), []);
         assert_eq!(depot.collect(Duration::ZERO).await.unwrap(), 1);
-        assert_eq!(depot.lacking(&[ChunkId::of(b"three"), ChunkId::of(b"one")]), [ChunkId::of(b"three")]);
+        assert_eq!(
+            depot.lacking(&lab, &[ChunkId::of(b"three"), ChunkId::of(b"one")]),
+            [ChunkId::of(b"three")]
+        );
         let found = depot.manifest(&id).await.unwrap().unwrap();
         assert_eq!(Manifest::parse(&id, &found).unwrap(), saved);
-        let frame = depot.frame(&ChunkId::of(b"two")).await.unwrap().unwrap();
+        let frame = depot.frame(&lab, &ChunkId::of(b"two")).await.unwrap().unwrap();
         assert_eq!(Frame::read(&frame).unwrap().0.bytes, b"two");
         depot.delete_manifest(&id).await.unwrap();
         assert_eq!(depot.collect(Duration::ZERO).await.unwrap(), 1);
@@ -184,7 +188,9 @@ async fn a_bucket_keeps_what_a_directory_does() {
 async fn a_bucket_that_cannot_be_used_says_so() {
     let Some(moto) = Moto::start() else { return };
     let dir = tempfile::tempdir().unwrap();
-    let depot = Depot::open(dir.path().to_owned(), Some(moto.bucket("s3://another")), None).unwrap();
-    let error = depot.add_chunks(frames(&[b"x"])).await.unwrap_err().to_string();
+    let lab = Namespace::default_namespace();
+    let depot =
+        Depot::open(dir.path().to_owned(), Some(moto.bucket("s3://another")), &[7; 32], None).unwrap();
+    let error = depot.add_chunks(&lab, frames(&[b"x"])).await.unwrap_err().to_string();
     assert!(error.contains("the depot cannot write packs/"), "{error}");
 }

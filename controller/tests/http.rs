@@ -163,7 +163,7 @@ fn tokens_open_what_they_say() {
 #[tokio::test]
 async fn what_is_deleted_is_gone_with_its_directories() {
     let dir = tempfile::tempdir().unwrap();
-    let depot = Arc::new(Depot::open(dir.path().to_owned(), None, None).unwrap());
+    let depot = Arc::new(Depot::open(dir.path().to_owned(), None, &[7; 32], None).unwrap());
     let log = Item::Log { pod: JobUid::parse("uid1").unwrap().pod(0), epoch: Epoch(1) };
     let blob = Item::Blob(Digest::of(b"x"));
     for (item, bytes) in [(&log, &b""[..]), (&blob, b"x")] {

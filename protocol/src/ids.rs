@@ -345,6 +345,10 @@ impl Digest {
         Self(sha256)
     }
 
+    pub fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
     /// The 64 digits without the algorithm's name: fit for a file's name.
     pub fn hex(&self) -> String {
         hex::encode(&self.0)

@@ -2,7 +2,7 @@
 //! secret. The depot's is the controller's own; a node draws its own and tells the controller, which makes tokens with
 //! it for other nodes. Only this module makes and reads them.
 //!
-//! A token is `{scope}~{expires}~{mac}`: scope as `node.NAME`, `ns.NAME`, `view.NAME`, `save.POD.EPOCH` or `load.DIGITS`, expiry in milliseconds since 1970, and
+//! A token is `{scope}~{expires}~{mac}`: scope as `node.NAME`, `ns.NAME`, `view.NAME`, `save.NAMESPACE.POD.EPOCH` or `load.DIGITS`, expiry in milliseconds since 1970, and
 //! HMAC-SHA-256 (RFC 2104) over the two in hexadecimal. It is fit for an HTTP header.
 
 use crate::hex;
@@ -19,8 +19,8 @@ pub enum Scope {
     Namespace(Namespace),
     /// A user: fetches what `Namespace` may.
     View(Namespace),
-    /// Whoever transfers one pod's checkpoint: chunks, and manifests of this epoch.
-    Save { pod: PodId, epoch: Epoch },
+    /// Whoever transfers one pod's checkpoint: chunks of its namespace, and manifests of this epoch.
+    Save { namespace: Namespace, pod: PodId, epoch: Epoch },
     /// Whoever fetches one checkpoint.
     Load { checkpoint: Digest },
 }
@@ -58,7 +58,7 @@ pub fn mint(secret: &[u8; 32], scope: &Scope, expires: Timestamp) -> String {
         Scope::Node(node) => format!("node.{node}~{}", expires.0),
         Scope::Namespace(namespace) => format!("ns.{namespace}~{}", expires.0),
         Scope::View(namespace) => format!("view.{namespace}~{}", expires.0),
-        Scope::Save { pod, epoch } => format!("save.{pod}.{epoch}~{}", expires.0),
+        Scope::Save { namespace, pod, epoch } => format!("save.{namespace}.{pod}.{epoch}~{}", expires.0),
         Scope::Load { checkpoint } => format!("load.{}~{}", checkpoint.hex(), expires.0),
     };
     let mac = hex::encode(&hmac(secret, claim.as_bytes()));
@@ -77,9 +77,12 @@ pub fn verify(secret: &[u8; 32], token: &str, now: Timestamp) -> Result<Scope, T
         "view" => Namespace::parse(name).map(Scope::View),
         "load" => Digest::parse(&format!("sha256:{name}")).map(|checkpoint| Scope::Load { checkpoint }),
         "save" => {
-            let (pod, epoch) = name.split_once('.').ok_or(TokenError::Malformed)?;
+            let [namespace, pod, epoch] = name.split('.').collect::<Vec<_>>()[..] else {
+                return Err(TokenError::Malformed);
+            };
             let epoch = Epoch(epoch.parse().map_err(|_| TokenError::Malformed)?);
-            PodId::parse(pod).map(|pod| Scope::Save { pod, epoch })
+            let namespace = Namespace::parse(namespace).map_err(|_| TokenError::Malformed)?;
+            PodId::parse(pod).map(|pod| Scope::Save { namespace, pod, epoch })
         }
         _ => return Err(TokenError::Malformed),
     };
@@ -133,7 +136,7 @@ mod tests {
         let scopes = [
             node(),
             Scope::Namespace(Namespace::default_namespace()),
-            Scope::Save { pod, epoch: Epoch(7) },
+            Scope::Save { namespace: Namespace::default_namespace(), pod, epoch: Epoch(7) },
             Scope::Load { checkpoint: Digest::of(b"x") },
         ];
         for scope in scopes {

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use berth_protocol::checkpoint::CheckpointInfo;
 use berth_protocol::chunk::{GrantFor, GrantRequest};
-use berth_protocol::ids::{Digest, Epoch, JobUid, NodeId, PodId};
+use berth_protocol::ids::{Digest, Epoch, JobUid, Namespace, NodeId, PodId};
 use berth_protocol::job::{Checkpoint as Policy, CheckpointMode, JobSpec};
 use berth_protocol::message::node::{ChunkServer, ServerIdentity};
 use berth_protocol::message::user::{CheckpointFailure, CheckpointStatus};
@@ -132,6 +132,8 @@ pub(super) enum Leaving {
 /// What a node is told that may save or load.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Granted {
+    /// The pod's.
+    pub namespace: Namespace,
     /// The depot's address, and by what it is known.
     pub url: String,
     pub tls: Option<ServerIdentity>,
@@ -326,7 +328,8 @@ impl Controller {
     /// Where this node finds chunks, if it may save or load this pod.
     pub fn grant(&self, node: &NodeId, asked: &GrantRequest) -> Option<Granted> {
         let here = self.cluster.nodes.get(node)?.pods.get(&asked.pod) == Some(&asked.epoch);
-        let assignment = self.cluster.jobs.get(&asked.pod.uid)?.assignment(asked.pod.index)?;
+        let job = self.cluster.jobs.get(&asked.pod.uid)?;
+        let assignment = job.assignment(asked.pod.index)?;
         let may = match asked.what {
             GrantFor::Save => here,
             GrantFor::Load { checkpoint } => {
@@ -339,6 +342,7 @@ impl Controller {
                 GrantFor::Save => None,
             };
             Granted {
+                namespace: job.file.spec.namespace.clone(),
                 url: self.config.depot_url.clone(),
                 tls: self.identity_of(Party::Controller),
                 holder: holder

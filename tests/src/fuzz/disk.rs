@@ -14,9 +14,11 @@ use berth_agent::shim::checkpoint::rpc::Response;
 use berth_agent::shim::log as pod_log;
 use berth_agent::task::{Exit, Order, Report, Saved, Task};
 use berth_agent::{cuda, io};
-use berth_controller::io::depot::packs;
+use berth_controller::io::depot::cipher::Keys;
+use berth_controller::io::depot::packs::{self, Pack};
 use berth_controller::io::http;
-use berth_protocol::ids::ContainerName;
+use berth_protocol::chunk::ChunkId;
+use berth_protocol::ids::{ContainerName, Namespace};
 use berth_protocol::job::{PodTemplate, VolumeSource};
 use berth_protocol::log::Stream;
 use berth_protocol::policy::{Policy, Wants};
@@ -119,18 +121,20 @@ pub fn log(bytes: &[u8]) {
 pub fn image(bytes: &[u8]) {
     image::inspect(bytes);
     let _ = serde_json::from_slice::<io::image::ImageRecord>(bytes);
+    let cipher = Keys::of(&[1; 32]).cipher(&Namespace::default_namespace());
     if let Ok(spans) = packs::verify(bytes) {
-        let (pack, placed) = packs::seal(bytes, &spans);
+        let Pack { id, bytes: pack, spans } = Pack::seal(&cipher, bytes, &spans);
         let tail = &pack[pack.len() - packs::TAIL_BYTES..];
         let table = packs::table_bytes(tail).expect("its own");
-        let frames = pack.len() - table;
-        assert_eq!(packs::read_table(&pack[frames..], frames as u64).expect("its own"), placed);
+        let (frames, table) = pack.split_at(pack.len() - table);
+        let read = packs::read_table(&cipher, &id, table, frames.len() as u64);
+        assert_eq!(read.expect("its own"), spans);
     }
     let tail = bytes.len().saturating_sub(packs::TAIL_BYTES);
     if let Ok(length) = packs::table_bytes(&bytes[tail..])
         && let Some(frames) = bytes.len().checked_sub(length)
     {
-        let _ = packs::read_table(&bytes[frames..], frames as u64);
+        let _ = packs::read_table(&cipher, &ChunkId::of(b""), &bytes[frames..], frames as u64);
     }
 }
 

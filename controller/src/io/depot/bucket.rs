@@ -23,6 +23,8 @@ use super::DepotError;
 
 /// Read and written at once.
 const CHUNK_BYTES: usize = 64 * 1024;
+/// A directory is removed under a new file's feet once, hardly twice.
+const KEEP_TRIES: usize = 10;
 
 pub enum Bucket {
     Directory(PathBuf),
@@ -100,10 +102,19 @@ impl Bucket {
                 let to = root.join(name);
                 let failed = |action| disk(action, &to);
                 let Some(dir) = to.parent() else { return Ok(()) };
-                tokio::fs::create_dir_all(dir).await.map_err(failed("make the directory of"))?;
-                tokio::fs::rename(from, &to).await.map_err(failed("name"))?;
-                // Directories that were just made want their own parents synced: three levels at most.
-                for dir in dir.ancestors().take_while(|dir| dir.starts_with(root)).take(3) {
+                let mut tries = 1;
+                loop {
+                    tokio::fs::create_dir_all(dir).await.map_err(failed("make the directory of"))?;
+                    match tokio::fs::rename(from, &to).await {
+                        // Its directory was empty, and went with the file that was removed from it just now.
+                        Err(error) if error.kind() == io::ErrorKind::NotFound && tries < KEEP_TRIES => {
+                            tries += 1
+                        }
+                        named => break named.map_err(failed("name"))?,
+                    }
+                }
+                // Directories that were just made want their own parents synced.
+                for dir in dir.ancestors().take_while(|dir| dir.starts_with(root)) {
                     let dir = File::open(dir).await.map_err(failed("sync the directory of"))?;
                     dir.sync_all().await.map_err(failed("sync the directory of"))?;
                 }
@@ -203,7 +214,7 @@ impl Bucket {
         }
     }
 
-    /// Every file `{folder}/{two characters}/{name}`, in no order.
+    /// Every file below `folder`, in no order.
     pub async fn list(&self, folder: &str) -> Result<Vec<Listed>, DepotError> {
         match self {
             Bucket::Directory(root) => {
@@ -234,19 +245,19 @@ impl Bucket {
 
 fn list_files(root: &Path, dir: &Path) -> io::Result<Vec<Listed>> {
     let mut all = Vec::new();
-    let folders = match std::fs::read_dir(dir) {
+    let entries = match std::fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(all),
-        folders => folders?,
+        entries => entries?,
     };
-    for folder in folders {
-        for file in std::fs::read_dir(folder?.path())? {
-            let file = file?;
-            let meta = file.metadata()?;
-            if let Ok(name) = file.path().strip_prefix(root)
-                && let Some(name) = name.to_str()
-            {
-                all.push(Listed { name: name.to_owned(), bytes: meta.len(), modified: meta.modified()? });
-            }
+    for entry in entries {
+        let entry = entry?;
+        let (path, meta) = (entry.path(), entry.metadata()?);
+        if meta.is_dir() {
+            all.extend(list_files(root, &path)?);
+        } else if let Ok(name) = path.strip_prefix(root)
+            && let Some(name) = name.to_str()
+        {
+            all.push(Listed { name: name.to_owned(), bytes: meta.len(), modified: meta.modified()? });
         }
     }
     Ok(all)
@@ -254,7 +265,7 @@ fn list_files(root: &Path, dir: &Path) -> io::Result<Vec<Listed>> {
 
 /// Removes the directories that the last file left empty; one that is not, stays.
 async fn prune(root: &Path, path: &Path) {
-    for dir in path.ancestors().skip(1).take_while(|dir| dir.starts_with(root)).take(2) {
+    for dir in path.ancestors().skip(1).take_while(|dir| dir.starts_with(root)) {
         if dir.parent() == Some(root) || tokio::fs::remove_dir(dir).await.is_err() {
             return;
         }

@@ -1,11 +1,11 @@
-//! What the depot knows of its checkpoints, in memory: where each chunk lies, and which manifests name it. Rebuilt at
-//! the start from packs and manifests; does no IO.
+//! What the depot knows of a namespace's checkpoints, in memory: where each chunk lies, and which manifests name it.
+//! Rebuilt at the start from packs and manifests; does no IO.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, SystemTime};
 
 use berth_protocol::chunk::ChunkId;
-use berth_protocol::ids::{Digest, Namespace};
+use berth_protocol::ids::Digest;
 use berth_protocol::manifest::Manifest;
 
 use super::packs::Span;
@@ -21,7 +21,7 @@ pub struct Index {
     names: HashMap<ChunkId, u32>,
 }
 
-/// Of the whole pack.
+/// As `Pack` names it.
 pub type PackId = ChunkId;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,7 +37,6 @@ struct Pack {
 }
 
 struct Named {
-    namespace: Namespace,
     /// Each once, in ascending order.
     chunks: Vec<(ChunkId, u32)>,
     at: SystemTime,
@@ -48,7 +47,7 @@ impl Named {
         let mut seen = HashSet::new();
         let mut chunks: Vec<(ChunkId, u32)> = manifest.chunks().filter(|(id, _)| seen.insert(*id)).collect();
         chunks.sort_unstable();
-        Self { namespace: manifest.namespace.clone(), chunks, at }
+        Self { chunks, at }
     }
 }
 
@@ -131,8 +130,8 @@ impl Index {
         self.manifests.iter().map(|(id, named)| (*id, named.at))
     }
 
-    pub fn namespace(&self, id: &Digest) -> Option<&Namespace> {
-        self.manifests.get(id).map(|named| &named.namespace)
+    pub fn has(&self, id: &Digest) -> bool {
+        self.manifests.contains_key(id)
     }
 
     pub fn names(&self, manifest: &Digest, chunk: &ChunkId) -> bool {
@@ -141,10 +140,10 @@ impl Index {
             .is_some_and(|named| named.chunks.binary_search_by_key(chunk, |(id, _)| *id).is_ok())
     }
 
-    /// Bytes that a namespace's checkpoints hold, each chunk once, `with` among them.
-    pub fn usage(&self, namespace: &Namespace, with: &Manifest) -> u64 {
-        let theirs = self.manifests.values().filter(|named| named.namespace == *namespace);
-        let chunks = theirs.flat_map(|named| named.chunks.iter().copied()).chain(with.chunks());
+    /// Bytes that the checkpoints hold, each chunk once, `with` among them.
+    pub fn usage(&self, with: &Manifest) -> u64 {
+        let chunks =
+            self.manifests.values().flat_map(|named| named.chunks.iter().copied()).chain(with.chunks());
         chunks.collect::<HashSet<_>>().into_iter().map(|(_, bytes)| u64::from(bytes)).sum()
     }
 

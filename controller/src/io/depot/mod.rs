@@ -1,10 +1,11 @@
 //! Keeps blobs, logs and checkpoints as files in a `bucket`: blobs by their digest, logs by pod and epoch, checkpoints as
-//! manifests and packs. It alone names those files; who may fetch what, `http` decides.
+//! manifests and packs, encrypted. It alone names those files; who may fetch what, `http` decides.
 //!
 //! A file appears under its name only when it is whole, checked and durable: until then it is in `tmp` on the disk.
 
 pub mod bucket;
 mod check;
+pub mod cipher;
 mod index;
 pub mod packs;
 mod saved;
@@ -26,9 +27,10 @@ use tokio::io::AsyncWriteExt as _;
 
 pub use self::bucket::{Bucket, BucketError, Content};
 use self::check::Check;
+use self::cipher::Keys;
 use self::packs::PackError;
-use self::saved::Saved;
 pub use self::saved::{GRACE, Kept};
+use self::saved::{MANIFESTS, PACKS, Saved};
 
 /// Written at once.
 const CHUNK_BYTES: usize = 64 * 1024;
@@ -47,6 +49,10 @@ pub enum DepotError {
     Pack(#[from] PackError),
     #[error("the checkpoints of namespace {namespace} would take more than {max} bytes, its quota")]
     Quota { namespace: Namespace, max: u64 },
+    #[error(
+        "{name} is not what this controller put into its depot: it was damaged or changed, or is of another store"
+    )]
+    Altered { name: String },
     #[error("the depot cannot {action} {name} in its bucket: {source}")]
     Bucket { action: &'static str, name: String, source: object_store::Error },
     #[error(transparent)]
@@ -79,8 +85,13 @@ pub struct Depot {
 
 impl Depot {
     /// Opens the depot below `root`, which is made where missing, or in `bucket`, with `root` for what is not whole.
-    /// What an earlier life left half-made goes.
-    pub fn open(root: PathBuf, bucket: Option<Bucket>, quota: Option<u64>) -> Result<Self, DepotError> {
+    /// What an earlier life left half-made goes. `secret` is the store's.
+    pub fn open(
+        root: PathBuf,
+        bucket: Option<Bucket>,
+        secret: &[u8; 32],
+        quota: Option<u64>,
+    ) -> Result<Self, DepotError> {
         let tmp = root.join("tmp");
         match std::fs::remove_dir_all(&tmp) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
@@ -90,7 +101,7 @@ impl Depot {
         }
         let mut made = vec![tmp.clone()];
         if bucket.is_none() {
-            made.extend(["blobs", "logs", "packs", "checkpoints"].map(|folder| root.join(folder)));
+            made.extend(["blobs", "logs", PACKS, MANIFESTS].map(|folder| root.join(folder)));
         }
         for path in made {
             std::fs::create_dir_all(&path).map_err(|source| DepotError::Io {
@@ -100,7 +111,7 @@ impl Depot {
             })?;
         }
         let bucket = bucket.unwrap_or(Bucket::Directory(root));
-        Ok(Self { bucket, tmp, uploads: AtomicU64::new(0), saved: Saved::default(), quota })
+        Ok(Self { bucket, tmp, uploads: AtomicU64::new(0), saved: Saved::of(Keys::of(secret)), quota })
     }
 
     fn name(item: &Item) -> String {

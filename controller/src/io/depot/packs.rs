@@ -1,13 +1,16 @@
 //! The form of a pack: chunks as frames, one behind the other, and at its end a table of them. Verifies what it is
 //! given; touches no file.
 //!
-//! The table is the headers of the frames once more, their number (u32, little endian) and a magic word.
+//! Each frame is encrypted for itself, so that one can be read alone, and the table, which is the frames' headers once
+//! more, as the frame behind the last. At the end, in clear, stand their number (u32, little endian) and a magic word.
 
 use berth_protocol::chunk::{ChunkError, ChunkId, Encoding, FRAME_HEADER_BYTES, Frame};
 use berth_protocol::limits::CHUNK_BYTES_MAX;
 use bytes::Bytes;
 
-const MAGIC: &[u8; 8] = b"berthpk1";
+use super::cipher::{Cipher, TAG_BYTES};
+
+const MAGIC: &[u8; 8] = b"berthpk2";
 /// Number and magic word.
 pub const TAIL_BYTES: usize = 4 + MAGIC.len();
 
@@ -23,14 +26,26 @@ pub enum PackError {
     Table,
 }
 
-/// Where a chunk lies within its pack: the whole frame.
+/// Where a chunk lies among others: the whole frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
     pub id: ChunkId,
+    /// How many frames are before it.
+    pub nth: u32,
+    /// In clear.
     pub offset: u32,
+    /// In clear.
     pub length: u32,
     /// Of the content, decoded.
     pub content_bytes: u32,
+}
+
+impl Span {
+    /// Where it lies in a pack, encrypted: its first byte, and their number.
+    pub fn place(&self) -> (u64, u64) {
+        let tag = TAG_BYTES as u64;
+        (u64::from(self.offset) + u64::from(self.nth) * tag, u64::from(self.length) + tag)
+    }
 }
 
 /// The frames that `bytes` are, each held against its id.
@@ -42,16 +57,21 @@ pub fn verify(bytes: &[u8]) -> Result<Vec<Span>, PackError> {
         if found != frame.id {
             return Err(PackError::Digest { expected: frame.id, found });
         }
-        spans.push(span(&frame, at, length));
+        spans.push(Span {
+            id: frame.id,
+            nth: small(spans.len()),
+            offset: small(at),
+            length: small(length),
+            content_bytes: frame.content_bytes,
+        });
         at += length;
     }
     Ok(spans)
 }
 
-fn span(frame: &Frame<'_>, offset: usize, length: usize) -> Span {
-    // A pack is bounded far below 4 GiB.
-    let small = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-    Span { id: frame.id, offset: small(offset), length: small(length), content_bytes: frame.content_bytes }
+/// A pack is bounded far below 4 GiB.
+fn small(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
 }
 
 /// A frame's content; `buffer` is where it lies when it had to be decompressed.
@@ -69,59 +89,86 @@ pub fn decode<'a>(frame: &Frame<'a>, buffer: &'a mut Vec<u8>) -> Result<&'a [u8]
     }
 }
 
-/// A pack of those frames of `bytes` that `spans` names, and where they lie in it.
-pub fn seal(bytes: &[u8], spans: &[Span]) -> (Bytes, Vec<Span>) {
-    let frames: usize = spans.iter().map(|span| span.length as usize).sum();
-    let mut pack = Vec::with_capacity(frames + spans.len() * FRAME_HEADER_BYTES + TAIL_BYTES);
-    let mut placed = Vec::with_capacity(spans.len());
-    for span in spans {
-        let (from, to) = (span.offset as usize, (span.offset + span.length) as usize);
-        placed.push(Span { offset: u32::try_from(pack.len()).unwrap_or(u32::MAX), ..*span });
-        pack.extend_from_slice(&bytes[from..to]);
+/// A pack as it lies in the bucket.
+pub struct Pack {
+    /// By what it holds and for whom: who does not know the key learns nothing by it.
+    pub id: ChunkId,
+    pub bytes: Bytes,
+    pub spans: Vec<Span>,
+}
+
+impl Pack {
+    /// Of those frames of `bytes` that `spans` names.
+    pub fn seal(cipher: &Cipher, bytes: &[u8], spans: &[Span]) -> Self {
+        let frame = |span: &Span| &bytes[span.offset as usize..][..span.length as usize];
+        let id = cipher.name(spans.iter().map(frame));
+        let file = cipher.file(id.as_bytes());
+        let length: usize =
+            spans.iter().map(|span| span.length as usize + TAG_BYTES + FRAME_HEADER_BYTES).sum();
+        let mut pack = Vec::with_capacity(length + TAG_BYTES + TAIL_BYTES);
+        let (mut placed, mut offset) = (Vec::with_capacity(spans.len()), 0);
+        for (nth, span) in (0..).zip(spans) {
+            file.seal(nth.into(), frame(span), &mut pack);
+            placed.push(Span { nth, offset, ..*span });
+            offset += span.length;
+        }
+        let table: Vec<u8> =
+            spans.iter().flat_map(|span| &frame(span)[..FRAME_HEADER_BYTES]).copied().collect();
+        file.seal(spans.len() as u64, &table, &mut pack);
+        pack.extend_from_slice(&small(spans.len()).to_le_bytes());
+        pack.extend_from_slice(MAGIC);
+        Self { id, bytes: pack.into(), spans: placed }
     }
-    for span in spans {
-        let from = span.offset as usize;
-        pack.extend_from_slice(&bytes[from..from + FRAME_HEADER_BYTES]);
-    }
-    pack.extend_from_slice(&u32::try_from(spans.len()).unwrap_or(u32::MAX).to_le_bytes());
-    pack.extend_from_slice(MAGIC);
-    (pack.into(), placed)
+}
+
+/// A frame out of the pack `id`; none: it is not what was put there.
+pub fn open(cipher: &Cipher, id: &ChunkId, span: &Span, sealed: Vec<u8>) -> Option<Vec<u8>> {
+    cipher.file(id.as_bytes()).open(span.nth.into(), sealed)
 }
 
 /// How long a pack's table is with its tail, by its last `TAIL_BYTES`.
 pub fn table_bytes(tail: &[u8]) -> Result<usize, PackError> {
-    let (count, magic) = tail.split_first_chunk::<4>().ok_or(PackError::Table)?;
-    if magic != MAGIC {
-        return Err(PackError::Table);
-    }
-    Ok(u32::from_le_bytes(*count) as usize * FRAME_HEADER_BYTES + TAIL_BYTES)
+    Ok(count(tail)? as usize * FRAME_HEADER_BYTES + TAG_BYTES + TAIL_BYTES)
 }
 
-/// The spans that a table tells, of a pack whose frames are `frames_bytes` long.
-pub fn read_table(table: &[u8], frames_bytes: u64) -> Result<Vec<Span>, PackError> {
-    let headers = table.len().checked_sub(TAIL_BYTES).ok_or(PackError::Table)?;
-    let (mut spans, mut offset) = (Vec::new(), 0_u64);
-    for header in table[..headers].chunks(FRAME_HEADER_BYTES) {
+fn count(tail: &[u8]) -> Result<u32, PackError> {
+    let (count, magic) = tail.split_first_chunk::<4>().ok_or(PackError::Table)?;
+    if magic == MAGIC { Ok(u32::from_le_bytes(*count)) } else { Err(PackError::Table) }
+}
+
+/// The spans that the table of the pack `id` tells, whose frames take `frames_bytes`.
+pub fn read_table(
+    cipher: &Cipher,
+    id: &ChunkId,
+    table: &[u8],
+    frames_bytes: u64,
+) -> Result<Vec<Span>, PackError> {
+    let (sealed, tail) = table.split_last_chunk::<TAIL_BYTES>().ok_or(PackError::Table)?;
+    let opened = cipher.file(id.as_bytes()).open(count(tail)?.into(), sealed.to_vec());
+    let headers = opened.ok_or(PackError::Table)?;
+    let (mut spans, mut offset) = (Vec::new(), 0_u32);
+    for (nth, header) in (0..).zip(headers.chunks(FRAME_HEADER_BYTES)) {
         let number = |at: usize| Some(u32::from_le_bytes(*header.get(at..)?.first_chunk::<4>()?));
-        let id = header.first_chunk::<32>().ok_or(PackError::Table)?;
+        let id = ChunkId::from_bytes(*header.first_chunk::<32>().ok_or(PackError::Table)?);
         let (content_bytes, bytes) = number(33).zip(number(37)).ok_or(PackError::Table)?;
-        let length = u64::from(bytes) + FRAME_HEADER_BYTES as u64;
-        let small = |n: u64| u32::try_from(n).map_err(|_| PackError::Table);
-        spans.push(Span {
-            id: ChunkId::from_bytes(*id),
-            offset: small(offset)?,
-            length: small(length)?,
-            content_bytes,
-        });
-        offset += length;
+        let length = bytes.checked_add(FRAME_HEADER_BYTES as u32).ok_or(PackError::Table)?;
+        spans.push(Span { id, nth, offset, length, content_bytes });
+        offset = offset.checked_add(length).ok_or(PackError::Table)?;
     }
-    if offset == frames_bytes { Ok(spans) } else { Err(PackError::Table) }
+    let end = spans.last().map_or(0, |last| last.place().0 + last.place().1);
+    if end == frames_bytes { Ok(spans) } else { Err(PackError::Table) }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::cipher::Keys;
     use super::*;
+    use berth_protocol::ids::Namespace;
     use proptest::prelude::*;
+
+    fn cipher() -> Cipher {
+        Keys::of(&[1; 32]).cipher(&Namespace::default_namespace())
+    }
 
     fn frames(contents: &[Vec<u8>]) -> Vec<u8> {
         let mut out = Vec::new();
@@ -148,14 +195,38 @@ mod tests {
             let mut spans = verify(&bytes).unwrap();
             prop_assert_eq!(spans.len(), contents.len());
             spans.remove(skip.index(contents.len()));
-            let (pack, placed) = seal(&bytes, &spans);
+            let Pack { id, bytes: pack, spans: placed } = Pack::seal(&cipher(), &bytes, &spans);
             let table = table_bytes(&pack[pack.len() - TAIL_BYTES..]).unwrap();
-            let frames_bytes = (pack.len() - table) as u64;
-            prop_assert_eq!(&read_table(&pack[pack.len() - table..], frames_bytes).unwrap(), &placed);
+            let (sealed, table) = pack.split_at(pack.len() - table);
+            let read = read_table(&cipher(), &id, table, sealed.len() as u64).unwrap();
+            prop_assert_eq!(&read, &placed);
             for span in placed {
-                let frame = &pack[span.offset as usize..(span.offset + span.length) as usize];
-                prop_assert_eq!(verify(frame).unwrap()[0].id, span.id);
+                let (at, length) = span.place();
+                let sealed = sealed[at as usize..][..length as usize].to_vec();
+                let frame = open(&cipher(), &id, &span, sealed.clone()).unwrap();
+                prop_assert_eq!(verify(&frame).unwrap()[0].id, span.id);
+                // Nowhere else, and for nobody else.
+                let elsewhere = Span { nth: span.nth + 1, ..span };
+                prop_assert_eq!(open(&cipher(), &id, &elsewhere, sealed.clone()), None);
+                prop_assert_eq!(open(&cipher(), &span.id, &span, sealed.clone()), None);
+                let other = Keys::of(&[1; 32]).cipher(&Namespace::parse("other").unwrap());
+                prop_assert_eq!(open(&other, &id, &span, sealed), None);
             }
+        }
+
+        #[test]
+        fn a_pack_shows_nothing_of_what_it_holds(contents in contents()) {
+            let bytes = frames(&contents);
+            let spans = verify(&bytes).unwrap();
+            let sealed = Pack::seal(&cipher(), &bytes, &spans);
+            for content in contents.iter().filter(|content| content.len() >= 8) {
+                for shown in [&content[..8], &ChunkId::of(content).as_bytes()[..8]] {
+                    prop_assert!(!sealed.bytes.windows(8).any(|window| window == shown));
+                }
+            }
+            prop_assert_ne!(sealed.id, ChunkId::of(&bytes));
+            let other = Keys::of(&[2; 32]).cipher(&Namespace::default_namespace());
+            prop_assert_ne!(sealed.id, Pack::seal(&other, &bytes, &spans).id);
         }
 
         #[test]
@@ -175,7 +246,8 @@ mod tests {
 
         #[test]
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300), frames in 0..300_u64) {
-            let _ = (verify(&bytes), table_bytes(&bytes), read_table(&bytes, frames));
+            let id = ChunkId::of(b"");
+            let _ = (verify(&bytes), table_bytes(&bytes), read_table(&cipher(), &id, &bytes, frames));
         }
     }
 }

@@ -29,6 +29,12 @@ fn frames(chunks: &BTreeSet<u8>) -> Bytes {
     out.into()
 }
 
+const SECRET: [u8; 32] = [7; 32];
+
+fn lab() -> Namespace {
+    Namespace::default_namespace()
+}
+
 fn manifest(n: u64, chunks: &BTreeSet<u8>) -> Manifest {
     let name = JobName::parse("j").unwrap();
     let piece = |n: &u8| {
@@ -41,7 +47,7 @@ fn manifest(n: u64, chunks: &BTreeSet<u8>) -> Manifest {
     let template = job::parse(b"{\"image\": \"host\", \"name\": \"j\", \"command\": [\"true\"]}", None);
     Manifest {
         version: MANIFEST_VERSION,
-        namespace: Namespace::default_namespace(),
+        namespace: lab(),
         name: name.pod(0),
         pod: JobUid::parse("u").unwrap().pod(0),
         epoch: Epoch(1),
@@ -67,14 +73,23 @@ fn manifest(n: u64, chunks: &BTreeSet<u8>) -> Manifest {
 }
 
 async fn open(dir: &std::path::Path) -> Depot {
-    let depot = Depot::open(dir.to_owned(), None, None).unwrap();
+    let depot = Depot::open(dir.to_owned(), None, &SECRET, None).unwrap();
     depot.survey().await.unwrap();
     depot
 }
 
-fn files(dir: &std::path::Path, folder: &str) -> usize {
-    let folders = std::fs::read_dir(dir.join(folder)).unwrap();
-    folders.map(|folder| std::fs::read_dir(folder.unwrap().path()).unwrap().count()).sum()
+/// All files below a folder, with what is in them.
+fn files(dir: &std::path::Path, folder: &str) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir(dir.join(folder)).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            all.extend(files(&path, ""));
+        } else {
+            all.push((path.clone(), std::fs::read(path).unwrap()));
+        }
+    }
+    all
 }
 
 #[derive(Debug, Clone)]
@@ -109,17 +124,14 @@ async fn check(depot: &Depot, kept: &BTreeMap<Digest, BTreeSet<u8>>) {
         let bytes = depot.manifest(id).await.unwrap().expect("a manifest that is kept");
         Manifest::parse(id, &bytes).unwrap();
         for n in chunks {
-            let frame =
-                depot.frame(&ChunkId::of(&content(*n))).await.unwrap().expect("a chunk that is named");
+            let frame = depot
+                .frame(&lab(), &ChunkId::of(&content(*n)))
+                .await
+                .unwrap()
+                .expect("a chunk that is named");
             assert_eq!(Frame::read(&frame).unwrap().0.bytes, content(*n));
         }
     }
-}
-
-fn copy_packs(dir: &std::path::Path) -> Vec<(PathBuf, Vec<u8>)> {
-    let folders = std::fs::read_dir(dir.join("packs")).unwrap();
-    let files = folders.flat_map(|folder| std::fs::read_dir(folder.unwrap().path()).unwrap());
-    files.map(|file| file.unwrap().path()).map(|path| (path.clone(), std::fs::read(path).unwrap())).collect()
 }
 
 proptest! {
@@ -134,22 +146,22 @@ proptest! {
             let mut before = Vec::new();
             for (n, op) in ops.into_iter().enumerate() {
                 match op {
-                    Op::Upload(chunks) => depot.add_chunks(frames(&chunks)).await.unwrap(),
+                    Op::Upload(chunks) => depot.add_chunks(&lab(), frames(&chunks)).await.unwrap(),
                     Op::Save(chunks) => {
                         let saved = manifest(n as u64, &chunks);
                         let (id, bytes) = saved.render().unwrap();
                         let ids: Vec<ChunkId> = chunks.iter().map(|n| ChunkId::of(&content(*n))).collect();
-                        let lacking = depot.lacking(&ids);
+                        let lacking = depot.lacking(&lab(), &ids);
                         let sent = chunks.iter().filter(|n| lacking.contains(&ChunkId::of(&content(**n))));
                         // Some of them come, and the manifest too early.
                         let first: BTreeSet<u8> = sent.clone().take(2).copied().collect();
-                        depot.add_chunks(frames(&first)).await.unwrap();
+                        depot.add_chunks(&lab(), frames(&first)).await.unwrap();
                         if lacking.len() > 2 {
                             let early = depot.keep_manifest(id, bytes.clone().into(), &saved).await.unwrap();
                             let Kept::Lacking(lacks) = early else { panic!("{early:?}") };
                             assert_eq!(lacks.len(), lacking.len() - 2);
                         }
-                        depot.add_chunks(frames(&sent.copied().collect())).await.unwrap();
+                        depot.add_chunks(&lab(), frames(&sent.copied().collect())).await.unwrap();
                         assert_eq!(depot.keep_manifest(id, bytes.clone().into(), &saved).await.unwrap(), Kept::New);
                         assert_eq!(depot.keep_manifest(id, bytes.into(), &saved).await.unwrap(), Kept::Known);
                         kept.insert(id, chunks);
@@ -161,7 +173,7 @@ proptest! {
                     }
                     Op::Delete(_) => {}
                     Op::Collect => {
-                        before = copy_packs(dir.path());
+                        before = files(dir.path(), "packs");
                         depot.collect(Duration::ZERO).await.unwrap();
                     }
                     Op::Crash => depot = open(dir.path()).await,
@@ -185,7 +197,7 @@ proptest! {
             let needed: u64 = named.iter().map(|n| content(*n).len() as u64 + 41).sum();
             assert!(bytes <= 2 * needed, "{bytes} bytes are kept of {needed}");
             if kept.is_empty() {
-                assert_eq!((files(dir.path(), "packs"), files(dir.path(), "checkpoints")), (0, 0));
+                assert_eq!((files(dir.path(), "packs"), files(dir.path(), "checkpoints")), (vec![], vec![]));
             }
         });
     }
@@ -196,13 +208,13 @@ async fn what_was_asked_for_is_not_collected_for_a_while() {
     let dir = tempfile::tempdir().unwrap();
     let depot = open(dir.path()).await;
     let chunks = [1, 2].into();
-    depot.add_chunks(frames(&chunks)).await.unwrap();
+    depot.add_chunks(&lab(), frames(&chunks)).await.unwrap();
     let ids = [ChunkId::of(&content(1))];
-    assert_eq!(depot.lacking(&ids), []);
+    assert_eq!(depot.lacking(&lab(), &ids), []);
     assert_eq!(depot.collect(GRACE).await.unwrap(), 0);
-    assert_eq!(depot.lacking(&ids), []);
+    assert_eq!(depot.lacking(&lab(), &ids), []);
     assert_eq!(depot.collect(Duration::ZERO).await.unwrap(), 1);
-    assert_eq!(depot.lacking(&ids), ids);
+    assert_eq!(depot.lacking(&lab(), &ids), ids);
 }
 
 #[tokio::test]
@@ -211,16 +223,19 @@ async fn a_chunk_that_is_not_what_its_id_says_is_refused_with_all_that_came_with
     let depot = open(dir.path()).await;
     let mut bytes = frames(&[1, 2].into()).to_vec();
     *bytes.last_mut().unwrap() ^= 1;
-    assert!(matches!(depot.add_chunks(bytes.into()).await, Err(DepotError::Pack(PackError::Digest { .. }))));
-    assert_eq!(depot.lacking(&[ChunkId::of(&content(1))]).len(), 1);
-    assert_eq!(files(dir.path(), "packs"), 0);
+    assert!(matches!(
+        depot.add_chunks(&lab(), bytes.into()).await,
+        Err(DepotError::Pack(PackError::Digest { .. }))
+    ));
+    assert_eq!(depot.lacking(&lab(), &[ChunkId::of(&content(1))]).len(), 1);
+    assert_eq!(files(dir.path(), "packs"), []);
 }
 
 #[tokio::test]
 async fn a_namespace_takes_no_more_than_its_quota() {
     let dir = tempfile::tempdir().unwrap();
-    let depot = Depot::open(dir.path().to_owned(), None, Some(2500)).unwrap();
-    depot.add_chunks(frames(&[1, 2, 3].into())).await.unwrap();
+    let depot = Depot::open(dir.path().to_owned(), None, &SECRET, Some(2500)).unwrap();
+    depot.add_chunks(&lab(), frames(&[1, 2, 3].into())).await.unwrap();
     let mut outcomes = Vec::new();
     for (n, chunks) in [[1].into(), [1, 2].into(), [3].into()].iter().enumerate() {
         let saved = manifest(n as u64, chunks);
@@ -231,4 +246,103 @@ async fn a_namespace_takes_no_more_than_its_quota() {
         matches!(outcomes[..], [Ok(Kept::New), Ok(Kept::New), Err(DepotError::Quota { .. })]),
         "{outcomes:?}"
     );
+}
+
+/// A checkpoint of chunk 1 for `namespace`, as agents make it.
+async fn save(depot: &Depot, namespace: &Namespace) -> Digest {
+    let chunks = [1].into();
+    depot.add_chunks(namespace, frames(&chunks)).await.unwrap();
+    let saved = Manifest { namespace: namespace.clone(), ..manifest(1, &chunks) };
+    let (id, bytes) = saved.render().unwrap();
+    assert_eq!(depot.keep_manifest(id, bytes.into(), &saved).await.unwrap(), Kept::New);
+    id
+}
+
+#[tokio::test]
+async fn who_reads_the_files_reads_nothing_of_a_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let depot = open(dir.path()).await;
+    save(&depot, &lab()).await;
+    let all = [files(dir.path(), "packs"), files(dir.path(), "checkpoints")].concat();
+    assert_eq!(all.len(), 2);
+    let (content, chunk) = (content(1), ChunkId::of(&content(1)));
+    let hex = chunk.hex();
+    for (path, bytes) in all {
+        let plain: [&[u8]; 4] = [&content[..16], chunk.as_bytes(), hex.as_bytes(), b"template"];
+        for plain in plain {
+            assert!(!bytes.windows(plain.len()).any(|window| window == plain), "{}", path.display());
+        }
+        assert!(!path.ends_with(&hex));
+    }
+}
+
+#[tokio::test]
+async fn no_namespace_learns_what_another_has_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let depot = open(dir.path()).await;
+    save(&depot, &lab()).await;
+    let (other, ids) = (Namespace::parse("other").unwrap(), [ChunkId::of(&content(1))]);
+    assert_eq!(depot.lacking(&lab(), &ids), []);
+    assert_eq!(depot.lacking(&other, &ids), ids);
+    assert_eq!(depot.frame(&other, &ids[0]).await.unwrap(), None);
+    // Its manifest cannot name what it has not brought itself.
+    let saved = Manifest { namespace: other.clone(), ..manifest(1, &[1].into()) };
+    let (id, bytes) = saved.render().unwrap();
+    let kept = depot.keep_manifest(id, bytes.into(), &saved).await.unwrap();
+    assert_eq!(kept, Kept::Lacking(ids.to_vec()));
+    save(&depot, &other).await;
+    // Equal content, and neither the name nor a byte tells.
+    let packs = files(dir.path(), "packs");
+    assert_eq!(packs.len(), 2);
+    assert_ne!(packs[0].0.file_name(), packs[1].0.file_name());
+    let same = packs[0].1.iter().zip(&packs[1].1).filter(|(a, b)| a == b).count();
+    assert!(same < packs[0].1.len() / 10, "{same} bytes are the same");
+}
+
+#[tokio::test]
+async fn a_file_that_was_changed_or_put_elsewhere_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let depot = open(dir.path()).await;
+    let (other, chunk) = (Namespace::parse("other").unwrap(), ChunkId::of(&content(1)));
+    let (ours, theirs) = (save(&depot, &lab()).await, save(&depot, &other).await);
+    let pack_of = |namespace: &Namespace| {
+        let all = files(dir.path(), &format!("packs/{namespace}"));
+        all.into_iter().next().unwrap()
+    };
+    let ((our_pack, sound), (_, other_pack)) = (pack_of(&lab()), pack_of(&other));
+    let mut changed = sound.clone();
+    changed[500] ^= 1;
+    for bad in [&changed, &other_pack] {
+        std::fs::write(&our_pack, bad).unwrap();
+        let read = depot.frame(&lab(), &chunk).await;
+        assert!(matches!(read, Err(DepotError::Altered { .. })), "{read:?}");
+        assert!(depot.frame(&other, &chunk).await.unwrap().is_some());
+        // The next life finds it, or finds it at the read.
+        let again = open(dir.path()).await;
+        assert!(!matches!(again.frame(&lab(), &chunk).await, Ok(Some(_))));
+    }
+    std::fs::write(&our_pack, &sound).unwrap();
+    assert!(depot.frame(&lab(), &chunk).await.unwrap().is_some());
+
+    let file = |id: &Digest| {
+        let all = files(dir.path(), "checkpoints");
+        all.into_iter().find(|(path, _)| path.ends_with(id.hex())).unwrap()
+    };
+    let (our_file, their_bytes) = (file(&ours).0, file(&theirs).1);
+    std::fs::write(&our_file, their_bytes).unwrap();
+    assert!(matches!(depot.manifest(&ours).await, Err(DepotError::Altered { .. })));
+    assert!(open(dir.path()).await.manifest(&ours).await.unwrap().is_none());
+    assert!(depot.manifest(&theirs).await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn another_stores_depot_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let id = save(&open(dir.path()).await, &lab()).await;
+    let before = (files(dir.path(), "packs"), files(dir.path(), "checkpoints"));
+    let other = Depot::open(dir.path().to_owned(), None, &[8; 32], None).unwrap();
+    other.survey().await.unwrap();
+    assert_eq!((other.totals(), other.manifest(&id).await.unwrap()), ((0, 0), None));
+    other.collect(Duration::ZERO).await.unwrap();
+    assert_eq!((files(dir.path(), "packs"), files(dir.path(), "checkpoints")), before);
 }

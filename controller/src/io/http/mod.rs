@@ -382,7 +382,7 @@ impl Service {
             DepotError::Quota { .. } => StatusCode::INSUFFICIENT_STORAGE,
             DepotError::Bucket { .. } | DepotError::Url(_) => StatusCode::BAD_GATEWAY,
             DepotError::Io { .. } if error.is_disk_full() => StatusCode::INSUFFICIENT_STORAGE,
-            DepotError::Io { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+            DepotError::Altered { .. } | DepotError::Io { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         };
         match error {
             DepotError::Io { source, .. } => {
@@ -391,6 +391,10 @@ impl Service {
                     status,
                     if error.is_disk_full() { "the depot's disk is full" } else { "the depot's disk fails" },
                 )
+            }
+            DepotError::Altered { .. } => {
+                tracing::error!("{error}");
+                text(status, "the depot's file is damaged")
             }
             DepotError::Bucket { .. } => {
                 tracing::error!("{error}");

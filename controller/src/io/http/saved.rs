@@ -72,15 +72,24 @@ impl Service {
             Ok(scope) => scope,
             Err(why) => return text(StatusCode::UNAUTHORIZED, why),
         };
-        let saves = matches!(scope, Scope::Save { .. } | Scope::Namespace(_));
+        let saves = match &scope {
+            Scope::Save { namespace, .. } | Scope::Namespace(namespace) => Some(namespace),
+            _ => None,
+        };
         match (route, request.method()) {
             (Route::Grants, &Method::POST) => match scope {
                 Scope::Node(node) => self.grant(node, request).await,
                 _ => self.forbidden(),
             },
-            (Route::Lacking, &Method::POST) if saves => self.lacking(request).await,
-            (Route::Chunks, &Method::POST) if saves => self.add_chunks(request).await,
-            (Route::Manifest(id), &Method::PUT) if saves => self.keep_manifest(&scope, id, request).await,
+            (Route::Lacking, &Method::POST) if let Some(namespace) = saves => {
+                self.lacking(namespace, request).await
+            }
+            (Route::Chunks, &Method::POST) if let Some(namespace) = saves => {
+                self.add_chunks(namespace, request).await
+            }
+            (Route::Manifest(id), &Method::PUT) if saves.is_some() => {
+                self.keep_manifest(&scope, id, request).await
+            }
             (Route::Manifest(id), &Method::GET) if self.may_load(&scope, &id) => self.manifest(&id).await,
             (Route::ChunksOf(id), &Method::POST) if self.may_load(&scope, &id) => {
                 self.chunks_of(id, request).await
@@ -129,10 +138,7 @@ impl Service {
             Ok(asked) => asked,
             Err(error) => return text(StatusCode::BAD_REQUEST, error.to_string()),
         };
-        let scope = match asked.what {
-            GrantFor::Save => Scope::Save { pod: asked.pod.clone(), epoch: asked.epoch },
-            GrantFor::Load { checkpoint } => Scope::Load { checkpoint },
-        };
+        let (pod, epoch, what) = (asked.pod.clone(), asked.epoch, asked.what);
         let (reply, answer) = oneshot::channel();
         let inquiry = Inquiry::Grant { node, asked, reply };
         let inquired = async {
@@ -140,7 +146,11 @@ impl Service {
             answer.await.ok()
         };
         match tokio::time::timeout(INQUIRY_TIMEOUT, inquired).await.ok().flatten() {
-            Some(Some(Granted { url, tls, holder })) => {
+            Some(Some(Granted { namespace, url, tls, holder })) => {
+                let scope = match what {
+                    GrantFor::Save => Scope::Save { namespace, pod, epoch },
+                    GrantFor::Load { checkpoint } => Scope::Load { checkpoint },
+                };
                 let expires = clock::now().wall.plus(GRANT_LIFE);
                 let access = |url, secret: &[u8; 32], tls, peer| DepotAccess {
                     url,
@@ -160,14 +170,14 @@ impl Service {
         }
     }
 
-    async fn lacking(&self, request: Request<Incoming>) -> Answer {
+    async fn lacking(&self, namespace: &Namespace, request: Request<Incoming>) -> Answer {
         match self.ids(request, CHUNKS_ASKED_MAX).await {
-            Ok(ids) => bytes(StatusCode::OK, chunk::write_ids(&self.depot.lacking(&ids))),
+            Ok(ids) => bytes(StatusCode::OK, chunk::write_ids(&self.depot.lacking(namespace, &ids))),
             Err(answer) => answer,
         }
     }
 
-    async fn add_chunks(&self, request: Request<Incoming>) -> Answer {
+    async fn add_chunks(&self, namespace: &Namespace, request: Request<Incoming>) -> Answer {
         // Each holds its pack in memory.
         let Ok(_place) = self.packs.acquire().await else {
             return text(StatusCode::SERVICE_UNAVAILABLE, "the controller is stopping");
@@ -176,7 +186,7 @@ impl Service {
             Ok(frames) => frames,
             Err(answer) => return answer,
         };
-        match self.depot.add_chunks(frames).await {
+        match self.depot.add_chunks(namespace, frames).await {
             Ok(()) => text(StatusCode::CREATED, "kept"),
             Err(error) => self.failed(&error),
         }
@@ -192,7 +202,9 @@ impl Service {
             Err(error) => return text(StatusCode::BAD_REQUEST, error.to_string()),
         };
         let theirs = match scope {
-            Scope::Save { pod, epoch } => manifest.pod == *pod && manifest.epoch == *epoch,
+            Scope::Save { namespace, pod, epoch } => {
+                manifest.namespace == *namespace && manifest.pod == *pod && manifest.epoch == *epoch
+            }
             Scope::Namespace(namespace) => manifest.namespace == *namespace,
             _ => false,
         };
@@ -272,14 +284,15 @@ impl Service {
             Ok(ids) => ids,
             Err(answer) => return answer,
         };
-        if !self.depot.manifest_names(&id, &ids) {
+        let whose = self.depot.manifest_namespace(&id).filter(|_| self.depot.manifest_names(&id, &ids));
+        let Some(namespace) = whose else {
             return text(StatusCode::NOT_FOUND, "not all of these are chunks of this checkpoint");
-        }
+        };
         let (tx, frames) = mpsc::channel(AHEAD);
         let depot = self.depot.clone();
         tokio::spawn(async move {
             for id in ids {
-                let frame = match depot.frame(&id).await {
+                let frame = match depot.frame(&namespace, &id).await {
                     Ok(Some(frame)) => Ok(frame),
                     Ok(None) => Err(io::Error::other(format!("chunk {id} is not in the depot"))),
                     Err(error) => Err(io::Error::other(error)),
