@@ -3,6 +3,7 @@
 pub mod bus;
 pub mod checkpoint;
 pub mod clock;
+pub mod confine;
 pub mod departure;
 pub mod depot;
 pub mod doctor;

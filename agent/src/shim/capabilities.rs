@@ -1,4 +1,4 @@
-//! Capabilities by number, for whoever reads them out of a checkpoint.
+//! Capabilities by number, for whoever reads them out of a checkpoint or gives them up.
 
 use berth_protocol::job::ContainerSpec;
 
@@ -52,8 +52,16 @@ const NAMES: [&str; 41] = [
 /// All that a container's processes may have, as bits.
 pub fn bits(container: &ContainerSpec) -> u64 {
     let allowed = spec::capabilities(container);
-    let has = |(_, name): &(usize, &&str)| allowed.contains(**name);
-    NAMES.iter().enumerate().filter(has).map(|(number, _)| 1 << number).sum()
+    numbered(|name| allowed.contains(name))
+}
+
+/// Those of these names, as bits.
+pub fn named(names: &[&str]) -> u64 {
+    numbered(|name| names.contains(&name))
+}
+
+fn numbered(has: impl Fn(&str) -> bool) -> u64 {
+    NAMES.iter().enumerate().filter(|(_, name)| has(name)).map(|(number, _)| 1 << number).sum()
 }
 
 #[cfg(test)]

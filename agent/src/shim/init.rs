@@ -98,7 +98,7 @@ fn live(hostname: &str, shim: &OwnedFd, done: OwnedFd, nothing: &Path) -> io::Re
     let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     nix::unistd::chroot(nothing)?;
     nix::unistd::chdir("/")?;
-    sys::drop_capabilities()?;
+    sys::keep_capabilities(0)?;
     // Last: whoever has no more rights than this process could look into it otherwise, and hold it.
     sys::keep_memory_private()?;
     nix::unistd::write(&done, b".")?;

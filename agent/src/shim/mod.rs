@@ -24,7 +24,7 @@ pub mod program;
 mod pump;
 mod quota;
 pub mod rootfs;
-mod seccomp;
+pub mod seccomp;
 mod secrets;
 mod spec;
 mod supervisor;

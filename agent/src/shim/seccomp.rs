@@ -147,6 +147,18 @@ pub fn only(calls: &[libc::c_long]) -> Vec<sock_filter> {
     program
 }
 
+/// The filter for a process of this machine's own architecture that needs none of these calls, and no sockets of this family.
+pub fn without(calls: &[libc::c_long], family: u32) -> Vec<sock_filter> {
+    let mut program = vec![load(OFFSET_ARCH), jump(BPF_JEQ, ARCHS[0].1, 1, 0)];
+    program.extend([errno(libc::EPERM), load(OFFSET_NUMBER)]);
+    for call in calls {
+        program.extend([jump(BPF_JEQ, *call as u32, 0, 1), errno(libc::EPERM)]);
+    }
+    program.extend([jump(BPF_JEQ, libc::SYS_socket as u32, 0, 3), load(OFFSET_ARG0)]);
+    program.extend([jump(BPF_JEQ, family, 0, 1), errno(libc::EPERM), ret(libc::SECCOMP_RET_ALLOW)]);
+    program
+}
+
 /// Puts the calling process under `program`; it must have no_new_privs.
 pub fn install(program: &[sock_filter]) -> io::Result<()> {
     let len = u16::try_from(program.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;

@@ -208,8 +208,8 @@ pub fn keep_memory_private() -> io::Result<()> {
     }
 }
 
-/// Gives up every capability of this process, for good: it never execs, and could not get one back if it did.
-pub fn drop_capabilities() -> io::Result<()> {
+/// Gives up every capability of this process's one thread but those of `bits`, for good: it could not get one back by an exec.
+pub fn keep_capabilities(bits: u64) -> io::Result<()> {
     #[repr(C)]
     struct Header {
         version: u32,
@@ -217,11 +217,13 @@ pub fn drop_capabilities() -> io::Result<()> {
     }
     /// `_LINUX_CAPABILITY_VERSION_3` of linux/capability.h: sets of 64 bits, in two halves of three words.
     const VERSION: u32 = 0x2008_0522;
-    let (header, none) = (Header { version: VERSION, pid: 0 }, [0_u32; 6]);
+    let (low, high) = (bits as u32, (bits >> 32) as u32);
+    // Of each half the effective, the permitted and the inheritable ones.
+    let (header, kept) = (Header { version: VERSION, pid: 0 }, [low, low, 0, high, high, 0]);
     // SAFETY: constants, then two pointers to locals of the sizes that this version has.
     unsafe {
         if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
-            || libc::syscall(libc::SYS_capset, &header, none.as_ptr()) != 0
+            || libc::syscall(libc::SYS_capset, &header, kept.as_ptr()) != 0
         {
             return Err(io::Error::last_os_error());
         }

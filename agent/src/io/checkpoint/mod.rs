@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::time::{Duration, SystemTime};
 
+use berth_protocol::chain::chain;
 use berth_protocol::checkpoint::{CheckpointInfo, Needs};
 use berth_protocol::ids::{Digest, Epoch, NodeId, PodId, Run};
 use berth_protocol::job::PodTemplate;
@@ -26,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::Command;
 
+use super::confine::{Room, confine};
 use crate::core::checkpoints::NotStored;
 use crate::task::Saved;
 
@@ -51,6 +53,22 @@ pub enum Order {
     Store(Box<Store>),
     Fetch(Box<Fetch>),
     Resume(Box<Resume>),
+}
+
+impl Order {
+    fn room(&self) -> Room {
+        // What is made is made beside its place, and what is there already is linked to there.
+        let beside = |dir: &Path| dir.parent().unwrap_or(dir).to_owned();
+        let (writes, network) = match self {
+            Order::Store(order) => (vec![order.dir.clone()], order.access.is_some()),
+            Order::Fetch(order) => (vec![beside(&order.dir), order.cache.clone()], true),
+            Order::Resume(order) => {
+                let Resume { dir, own, cache, log, .. } = &**order;
+                (vec![beside(dir), own.clone(), cache.clone(), log.clone()], false)
+            }
+        };
+        Room { reads: Vec::new(), writes, capabilities: &[], network }
+    }
 }
 
 /// Send a checkpoint of this node's to the depot, or make it one to begin from without the depot.
@@ -247,6 +265,10 @@ pub fn worker_main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if let Err(error) = confine(&order.room()) {
+        say(&Said::Failed { why: chain(&error), retriable: false });
+        return ExitCode::FAILURE;
+    }
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

@@ -13,10 +13,12 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use berth_protocol::chain::chain;
 use nix::sys::resource::{Resource, setrlimit};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
+use super::super::confine::{Room, confine};
 use super::collect::{Collected, collect};
 use super::disk::Disk;
 use super::pull::{Gauge, Pull};
@@ -31,6 +33,8 @@ const STOP_TIME_MAX: Duration = Duration::from_secs(10);
 /// Far above what a pull needs (zstd's largest window is 128 MiB, and three layers are unpacked at once).
 const DATA_BYTES_MAX: libc::rlim_t = 1 << 30;
 const NICENESS: i32 = 10;
+/// What making files takes that are anybody's, devices, and marked for overlayfs (`trusted.` attributes want SYS_ADMIN).
+const OF_FILES: [&str; 7] = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "MKNOD", "SETFCAP", "SYS_ADMIN"];
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -46,6 +50,23 @@ pub(super) enum Request {
     },
     #[serde(rename_all = "camelCase")]
     Collect { store: PathBuf, in_use: BTreeSet<Digest>, used_permille_max: u64, now_ms: u64 },
+}
+
+impl Request {
+    fn room(&self) -> Room {
+        let (store, reads, network) = match self {
+            Request::Pull { store, reference, registry, .. } => {
+                let local = match reference {
+                    ImageRef::Registry(_) => None,
+                    ImageRef::Layout { path, .. } | ImageRef::Archive { path } => Some(path.clone()),
+                };
+                let network = local.is_none();
+                (store, local.into_iter().chain(registry.auth_file.clone()).collect(), network)
+            }
+            Request::Collect { store, .. } => (store, Vec::new(), false),
+        };
+        Room { reads, writes: vec![store.clone()], capabilities: &OF_FILES, network }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -67,6 +88,10 @@ pub fn worker_main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if let Err(error) = confine(&request.room()) {
+        eprintln!("{}", chain(&error));
+        return ExitCode::FAILURE;
+    }
     let gauge = Arc::new(Gauge::default());
     let cancelled = watch_stdin();
     let last_line_written = Arc::new(Mutex::new(false));
