@@ -157,6 +157,7 @@ impl Scene {
         let order = Transfer::Store(Box::new(Store {
             access: Some(self.depot.access.clone()),
             dir: dir.to_owned(),
+            cache: self.tmp.path().join("none"),
             saved: saved.clone(),
             node: task.node.clone(),
             pod: task.pod.clone(),

@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | `POST /v1/grants` (the node's token) | `GrantRequest`, JSON | 200 `DepotAccess`, JSON; 403 where the pod is not that node's |
 //! | `POST /v1/chunks/lacking` (to save) | ids, 32 bytes each, at most `CHUNKS_ASKED_MAX` | 200 those of them that the depot lacks, likewise |
-//! | `POST /v1/chunks` (to save) | frames, at most `PACK_BYTES_MAX` | 201 once they are on disk; 400 where one is not what its id says: none is kept |
+//! | `POST /v1/chunks` (to save) | frames, at most `PACK_BYTES_MAX`, also with every difference applied | 201 once they are on disk; 400 where one is not what its id says, 409 where the depot lacks what one differs from: none is kept |
 //! | `PUT /v1/checkpoints/{64 hex digits}` (to save) | the manifest's bytes | 201, or 200 where it was there; 409 where chunks lack: their ids, 32 bytes each |
 //! | `GET /v1/checkpoints/{64 hex digits}` (to load) | | 200 the manifest's bytes |
 //! | `POST /v1/checkpoints/{64 hex digits}/chunks` (to load) | ids, at most `CHUNKS_FETCHED_MAX` | 200 frames in the order asked; 404 where one is not the checkpoint's |
@@ -117,6 +117,9 @@ pub enum Encoding {
     Raw,
     /// One zstd frame.
     Zstd,
+    /// What it differs by from another chunk, whose id comes first: the exclusive or of the two, the other cut or filled with
+    /// zeros to its length, as one zstd frame. To the depot alone.
+    Xor,
 }
 
 /// A chunk as it travels and lies: its id, the encoding, both lengths, the bytes.
@@ -137,7 +140,11 @@ impl<'a> Frame<'a> {
     pub fn header(&self) -> [u8; FRAME_HEADER_BYTES] {
         let mut header = [0; FRAME_HEADER_BYTES];
         header[..32].copy_from_slice(&self.id.0);
-        header[32] = u8::from(self.encoding == Encoding::Zstd);
+        header[32] = match self.encoding {
+            Encoding::Raw => 0,
+            Encoding::Zstd => 1,
+            Encoding::Xor => 2,
+        };
         header[33..37].copy_from_slice(&self.content_bytes.to_le_bytes());
         // A frame that exists is within its bounds.
         header[37..].copy_from_slice(&u32::try_from(self.bytes.len()).unwrap_or(u32::MAX).to_le_bytes());
@@ -160,6 +167,7 @@ impl<'a> Frame<'a> {
         let encoding = match header[32] {
             0 => Encoding::Raw,
             1 => Encoding::Zstd,
+            2 => Encoding::Xor,
             _ => return Err(ChunkError::Header("an unknown encoding")),
         };
         let (content_bytes, length) = (number(33), number(37) as usize);
@@ -170,12 +178,28 @@ impl<'a> Frame<'a> {
         let fits = match encoding {
             Encoding::Raw => length == content_bytes as usize,
             Encoding::Zstd => length < content_bytes as usize,
+            Encoding::Xor => (ChunkId::BYTES..ChunkId::BYTES + content_bytes as usize).contains(&length),
         };
         if !fits {
             return Err(ChunkError::Header("its lengths do not fit each other"));
         }
         let bytes = rest.get(..length).ok_or(ChunkError::Torn)?;
         Ok((Self { id: ChunkId(id), encoding, content_bytes, bytes }, FRAME_HEADER_BYTES + length))
+    }
+}
+
+impl Frame<'_> {
+    /// What an `Xor` frame differs from, and by what.
+    pub fn difference(&self) -> Option<(ChunkId, &[u8])> {
+        let (base, difference) = self.bytes.split_first_chunk::<32>()?;
+        (self.encoding == Encoding::Xor).then_some((ChunkId(*base), difference))
+    }
+}
+
+/// `content`, or its difference from `base` made content again: the same both ways.
+pub fn xor(content: &mut [u8], base: &[u8]) {
+    for (byte, other) in content.iter_mut().zip(base) {
+        *byte ^= other;
     }
 }
 
@@ -234,11 +258,23 @@ mod tests {
             content in proptest::collection::vec(any::<u8>(), 1..300), zstd: bool, more in 1..300u32, cut in 0..400usize,
         ) {
             let encoding = if zstd { Encoding::Zstd } else { Encoding::Raw };
+            let difference = [ChunkId::of(b"base").as_bytes(), &content[..]].concat();
+            let differs = Frame {
+                id: ChunkId::of(&content),
+                encoding: Encoding::Xor,
+                content_bytes: content.len() as u32 + more,
+                bytes: &difference,
+            };
+            let mut bytes = Vec::new();
+            differs.write(&mut bytes);
+            prop_assert_eq!(Frame::read(&bytes), Ok((differs, bytes.len())));
+            prop_assert_eq!(differs.difference(), Some((ChunkId::of(b"base"), &content[..])));
             let content_bytes = content.len() as u32 + if zstd { more } else { 0 };
             let frame = Frame { id: ChunkId::of(&content), encoding, content_bytes, bytes: &content };
             let mut bytes = Vec::new();
             frame.write(&mut bytes);
             prop_assert_eq!(Frame::read(&bytes), Ok((frame, bytes.len())));
+            prop_assert_eq!(frame.difference(), None);
             if cut < bytes.len() {
                 prop_assert_eq!(Frame::read(&bytes[..cut]), Err(ChunkError::Torn));
             }

@@ -137,6 +137,7 @@ impl Agency {
         let order = Store {
             access: None,
             dir,
+            cache: self.checkpoints_kept(),
             saved,
             node,
             pod,

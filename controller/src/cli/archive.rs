@@ -110,6 +110,7 @@ fn decode(frame: &Frame) -> Option<Vec<u8>> {
     let content = match frame.encoding {
         Encoding::Raw => frame.bytes.to_vec(),
         Encoding::Zstd => zstd::bulk::decompress(frame.bytes, frame.content_bytes as usize).ok()?,
+        Encoding::Xor => return None,
     };
     (ChunkId::of(&content) == frame.id).then_some(content)
 }

@@ -84,7 +84,14 @@ fn a_training_is_moved_three_times_and_learns_the_same() {
     assert!(expected.lines().count() > 60 && expected.contains("weights "), "{expected}");
 
     cluster.submit("moved", &training("0.3"));
-    for lines in [5, 15, 25] {
+    until_running(&cluster, "moved");
+    let [first, second] = [2, 7].map(|lines| {
+        until_line(&cluster, "moved", lines);
+        done(&cluster, &["checkpoint", "moved"]);
+        cluster.job("moved")["checkpoint"]["newBytes"].as_f64().expect("it is saved")
+    });
+    assert!(second < first * 0.22, "five epochs later {second} bytes are sent, of {first} at first");
+    for lines in [10, 20, 30] {
         let from = until_running(&cluster, "moved");
         until_line(&cluster, "moved", lines);
         let to = if from == "a1" { "a2" } else { "a1" };

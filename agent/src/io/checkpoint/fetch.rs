@@ -182,7 +182,7 @@ async fn manifest(
 
 /// A checkpoint that this node keeps, with the files that its manifest names.
 pub(super) struct Kept {
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
     manifest: Manifest,
 }
 
@@ -193,7 +193,13 @@ impl Kept {
         Some(Self { dir, manifest })
     }
 
-    fn files(&self) -> Vec<(PathBuf, &SavedFile)> {
+    /// The pod's last one.
+    pub(super) fn of(cache: &Path, pod: &PodId) -> Option<Self> {
+        let dirs = fs::read_dir(cache).into_iter().flatten().flatten().map(|dir| dir.path());
+        dirs.filter(|dir| super::named(dir).as_ref() == Some(pod)).find_map(Self::read)
+    }
+
+    pub(super) fn files(&self) -> Vec<(PathBuf, &SavedFile)> {
         let parts = Parts::new(self.dir.clone());
         places(&self.manifest, &self.manifest.template.volumes, &parts).unwrap_or_default()
     }

@@ -3,6 +3,7 @@
 //! holds a token good for this one transfer alone.
 
 mod chunks;
+mod earlier;
 mod fetch;
 mod http;
 mod pages;
@@ -59,15 +60,17 @@ impl Order {
     fn room(&self) -> Room {
         // What is made is made beside its place, and what is there already is linked to there.
         let beside = |dir: &Path| dir.parent().unwrap_or(dir).to_owned();
-        let (writes, network) = match self {
-            Order::Store(order) => (vec![order.dir.clone()], order.access.is_some()),
-            Order::Fetch(order) => (vec![beside(&order.dir), order.cache.clone()], true),
+        let (reads, writes, network) = match self {
+            Order::Store(order) => {
+                (vec![order.cache.clone()], vec![order.dir.clone()], order.access.is_some())
+            }
+            Order::Fetch(order) => (Vec::new(), vec![beside(&order.dir), order.cache.clone()], true),
             Order::Resume(order) => {
                 let Resume { dir, own, cache, log, .. } = &**order;
-                (vec![beside(dir), own.clone(), cache.clone(), log.clone()], false)
+                (Vec::new(), vec![beside(dir), own.clone(), cache.clone(), log.clone()], false)
             }
         };
-        Room { reads: Vec::new(), writes, capabilities: &[], network }
+        Room { reads, writes, capabilities: &[], network }
     }
 }
 
@@ -80,6 +83,8 @@ pub struct Store {
     pub access: Option<DepotAccess>,
     /// The checkpoint's directory, as the shim left it.
     pub dir: PathBuf,
+    /// A directory of earlier checkpoints: what differs from the pod's last one is what is sent.
+    pub cache: PathBuf,
     pub saved: Saved,
     pub node: NodeId,
     pub pod: PodId,

@@ -11,7 +11,7 @@ use berth_protocol::limits::CHUNK_BYTES_MAX;
 
 use crate::shim::checkpoint::rpc::{Fields, Value};
 
-const PAGE: u64 = 4096;
+pub const PAGE: u64 = 4096;
 /// `PE_PRESENT`: the pages are in the pages image.
 const PRESENT: u64 = 1 << 2;
 const MAGIC_BYTES: usize = 8;
@@ -92,6 +92,30 @@ pub fn cuts(bytes: u64, mappings: Option<&Vec<(u64, u64)>>) -> Vec<u32> {
     lengths
 }
 
+/// Which address of memory each byte of a file is of; of other files, its offset.
+pub struct Addresses(Vec<(u64, u64)>);
+
+impl Addresses {
+    pub fn of(bytes: u64, mappings: Option<&Vec<(u64, u64)>>) -> Self {
+        let mut starts = Vec::new();
+        let mut offset = 0_u64;
+        for (address, length) in mappings.into_iter().flatten() {
+            starts.push((offset, *address));
+            offset = offset.saturating_add(*length);
+        }
+        // As in `cuts`.
+        Self(if offset == bytes { starts } else { Vec::new() })
+    }
+
+    pub fn at(&self, offset: u64) -> u64 {
+        let behind = self.0.partition_point(|(start, _)| *start <= offset);
+        match behind.checked_sub(1).map(|last| self.0[last]) {
+            Some((start, address)) => address.saturating_add(offset - start),
+            None => offset,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -128,6 +152,12 @@ mod tests {
         assert_eq!(cuts(5000, Some(&mappings)), [5000]);
         assert_eq!(cuts((1 << 20) + 1, None), [1 << 20, 1]);
         assert!(cuts(0, None).is_empty());
+        let addresses = Addresses::of(259 * PAGE, Some(&mappings));
+        assert_eq!(
+            [0, PAGE, 2 * PAGE, 258 * PAGE].map(|at| addresses.at(at)),
+            [0xff000, 0x100_000, 0x600_000, 0x700_000]
+        );
+        assert_eq!(Addresses::of(5000, Some(&mappings)).at(4096), 4096);
     }
 
     proptest! {

@@ -1,7 +1,7 @@
 //! A checkpoint of this node's into the depot: cut, asked about, what lacks sent, and last the manifest, which makes
 //! it one.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,8 @@ use berth_protocol::message::node::DepotAccess;
 use berth_protocol::units::Bytes;
 use hyper::{Method, StatusCode};
 
-use super::http::Client;
+use super::earlier::{Base, Earlier, write_difference};
+use super::http::{Client, HttpError};
 use super::{Said, Store, TransferError, chunks, pages, say};
 use crate::shim::checkpoint::Parts;
 use crate::shim::sys;
@@ -47,10 +48,18 @@ pub async fn store(order: &Store, access: &DepotAccess) -> Result<CheckpointInfo
     let (id, bytes) = manifest.render().map_err(|e| TransferError::Unfit(e.to_string()))?;
     let mut client = Client::new(access, order.rate);
     let all: BTreeSet<ChunkId> = manifest.chunks().map(|(id, _)| id).collect();
-    let mut lacking = lacking(&mut client, &all).await?;
+    let mut lacking = ask(&mut client, &all).await?;
+    let mut bases = bases(&mut client, order, &parts, &lacking).await?;
     let mut sent = 0;
     for _ in 0..TRIES_MAX {
-        sent += send(&mut client, &parts, &lacking).await?;
+        sent += match send(&mut client, &parts, &lacking, &bases).await {
+            // The depot has let go meanwhile what these differ from.
+            Err(TransferError::Depot(HttpError::Refused(StatusCode::CONFLICT))) if !bases.is_empty() => {
+                bases.clear();
+                continue;
+            }
+            sent => sent?,
+        };
         let path = format!("/v1/checkpoints/{}", id.hex());
         let bound = ChunkId::BYTES * CHUNKS_ASKED_MAX;
         match client.send(Method::PUT, &path, bytes.clone(), bound).await? {
@@ -80,10 +89,10 @@ pub async fn store(order: &Store, access: &DepotAccess) -> Result<CheckpointInfo
                 lacking =
                     read_ids(&ids).map_err(|e| TransferError::Unfit(e.to_string()))?.into_iter().collect();
             }
-            (status, _) => return Err(super::http::HttpError::Refused(status).into()),
+            (status, _) => return Err(HttpError::Refused(status).into()),
         }
     }
-    Err(super::http::HttpError::Refused(StatusCode::CONFLICT).into())
+    Err(HttpError::Refused(StatusCode::CONFLICT).into())
 }
 
 /// Makes a checkpoint outlast the machine's end, and fit to begin from without the depot.
@@ -203,11 +212,26 @@ fn describe(order: &Store) -> Result<(Manifest, Vec<Part>), TransferError> {
     Ok((manifest, parts))
 }
 
-/// Those of `all` that the depot has not.
-async fn lacking(
+/// What chunks that are to be sent can be said by: what stood in their places before, where the depot has it.
+async fn bases(
     client: &mut Client<'_>,
-    all: &BTreeSet<ChunkId>,
-) -> Result<BTreeSet<ChunkId>, TransferError> {
+    order: &Store,
+    parts: &[Part],
+    lacking: &BTreeSet<ChunkId>,
+) -> Result<BTreeMap<ChunkId, Base>, TransferError> {
+    let earlier = Earlier::of(&order.cache, &order.pod);
+    let mut found: BTreeMap<ChunkId, Base> = BTreeMap::new();
+    for part in parts {
+        let bases = earlier.bases(&order.dir, &part.path, &part.saved);
+        found.extend(bases.filter(|(id, _)| lacking.contains(id)).map(|(id, base)| (id, base.clone())));
+    }
+    let gone = ask(client, &found.values().map(|base| base.id).collect()).await?;
+    found.retain(|_, base| !gone.contains(&base.id));
+    Ok(found)
+}
+
+/// Those of `all` that the depot has not.
+async fn ask(client: &mut Client<'_>, all: &BTreeSet<ChunkId>) -> Result<BTreeSet<ChunkId>, TransferError> {
     let all: Vec<ChunkId> = all.iter().copied().collect();
     let mut found = BTreeSet::new();
     for asked in all.chunks(CHUNKS_ASKED_MAX) {
@@ -223,9 +247,12 @@ async fn send(
     client: &mut Client<'_>,
     parts: &[Part],
     wanted: &BTreeSet<ChunkId>,
+    bases: &BTreeMap<ChunkId, Base>,
 ) -> Result<u64, TransferError> {
     let mut left = wanted.clone();
     let (mut pack, mut sent) = (Vec::new(), 0_u64);
+    // What differences in the pack are to become is bounded like the pack.
+    let mut grown = 0;
     let total = sizes(parts, wanted);
     let mut done = 0_u64;
     for part in parts {
@@ -236,10 +263,19 @@ async fn send(
             if let Piece::Chunk { id, bytes } = piece
                 && left.remove(id)
             {
-                chunks::write_frame(&file, offset, *id, *bytes, &mut pack).map_err(wrong(&part.path))?;
+                let differs = match bases.get(id) {
+                    Some(base) => write_difference(&file, offset, (*id, *bytes), base, &mut pack),
+                    None => Ok(false),
+                };
+                if differs.map_err(wrong(&part.path))? {
+                    grown += *bytes as usize;
+                } else {
+                    chunks::write_frame(&file, offset, *id, *bytes, &mut pack).map_err(wrong(&part.path))?;
+                }
                 done += u64::from(*bytes);
-                if pack.len() + PACK_SLACK_BYTES > PACK_BYTES_MAX {
+                if pack.len() + grown + PACK_SLACK_BYTES > PACK_BYTES_MAX {
                     sent += post(client, &mut pack).await?;
+                    grown = 0;
                     say(&Said::Progress { done, total });
                 }
             }

@@ -6,6 +6,7 @@
 pub mod bucket;
 mod check;
 pub mod cipher;
+mod differences;
 mod index;
 pub mod packs;
 mod saved;
@@ -17,6 +18,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use berth_protocol::chunk::ChunkId;
 use berth_protocol::ids::{Digest, Epoch, Namespace, PodId};
 use berth_protocol::log::RecordError;
 use bytes::Bytes;
@@ -47,6 +49,8 @@ pub enum DepotError {
     Broken(String),
     #[error("it is no sequence of chunks: {0}")]
     Pack(#[from] PackError),
+    #[error("it differs from {} chunks that are not here", .0.len())]
+    Bases(Vec<ChunkId>),
     #[error("the checkpoints of namespace {namespace} would take more than {max} bytes, its quota")]
     Quota { namespace: Namespace, max: u64 },
     #[error(

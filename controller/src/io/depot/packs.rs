@@ -4,13 +4,15 @@
 //! Each frame is encrypted for itself, so that one can be read alone, and the table, which is the frames' headers once
 //! more, as the frame behind the last. At the end, in clear, stand their number (u32, little endian) and a magic word.
 
-use berth_protocol::chunk::{ChunkError, ChunkId, Encoding, FRAME_HEADER_BYTES, Frame};
+use berth_protocol::chunk::{self, ChunkError, ChunkId, Encoding, FRAME_HEADER_BYTES, Frame};
 use berth_protocol::limits::CHUNK_BYTES_MAX;
 use bytes::Bytes;
 
 use super::cipher::{Cipher, TAG_BYTES};
 
 const MAGIC: &[u8; 8] = b"berthpk2";
+/// As nodes compress.
+const ZSTD_LEVEL: i32 = 1;
 /// Number and magic word.
 pub const TAIL_BYTES: usize = 4 + MAGIC.len();
 
@@ -22,6 +24,8 @@ pub enum PackError {
     Compressed(ChunkId),
     #[error("chunk {expected} is {found} in truth: it was damaged on its way, send it again")]
     Digest { expected: ChunkId, found: ChunkId },
+    #[error("chunk {0} is only said to differ from another")]
+    Difference(ChunkId),
     #[error("its table is damaged")]
     Table,
 }
@@ -86,7 +90,30 @@ pub fn decode<'a>(frame: &Frame<'a>, buffer: &'a mut Vec<u8>) -> Result<&'a [u8]
                 _ => Err(PackError::Compressed(frame.id)),
             }
         }
+        Encoding::Xor => Err(PackError::Difference(frame.id)),
     }
+}
+
+/// The frame of a chunk that `frame` says the difference of, from the chunk that `base` is the frame of.
+pub fn apply(frame: &[u8], base: &[u8]) -> Result<Vec<u8>, PackError> {
+    let read = |bytes| Frame::read(bytes).map_err(|source| PackError::Frame { at: 0, source });
+    let ((frame, _), (base, _)) = (read(frame)?, read(base)?);
+    let (_, difference) = frame.difference().ok_or(PackError::Difference(frame.id))?;
+    let mut content = Vec::new();
+    let packed = Frame { encoding: Encoding::Zstd, bytes: difference, ..frame };
+    decode(&packed, &mut content)?;
+    chunk::xor(&mut content, decode(&base, &mut Vec::new())?);
+    let found = ChunkId::of(&content);
+    if found != frame.id {
+        return Err(PackError::Digest { expected: frame.id, found });
+    }
+    let packed = zstd::bulk::compress(&content, ZSTD_LEVEL).ok();
+    let packed = packed.filter(|packed| packed.len() < content.len());
+    let (encoding, bytes) =
+        packed.as_ref().map_or((Encoding::Raw, &content), |packed| (Encoding::Zstd, packed));
+    let mut out = Vec::with_capacity(FRAME_HEADER_BYTES + bytes.len());
+    Frame { encoding, bytes, ..frame }.write(&mut out);
+    Ok(out)
 }
 
 /// A pack as it lies in the bucket.
@@ -230,6 +257,41 @@ mod tests {
         }
 
         #[test]
+        fn a_difference_is_made_the_chunk_again_or_refused(
+            old in proptest::collection::vec(any::<u8>(), 1..3000),
+            new in proptest::collection::vec(any::<u8>(), 1..3000),
+            shared in 0..3000_usize,
+            at: prop::sample::Index,
+        ) {
+            let shared = shared.min(old.len()).min(new.len() - 1);
+            let new = [&old[..shared], &new[shared..]].concat();
+            let mut difference = new.clone();
+            chunk::xor(&mut difference, &old);
+            let base = ChunkId::of(&old);
+            let body = [base.as_bytes(), &zstd::bulk::compress(&difference, 1).unwrap()[..]].concat();
+            let frame = Frame {
+                id: ChunkId::of(&new),
+                encoding: Encoding::Xor,
+                content_bytes: new.len() as u32,
+                bytes: &body,
+            };
+            let (mut said, base) = (Vec::new(), frames(&[old]));
+            frame.write(&mut said);
+            // Where nothing is saved by it, it is no frame: its difference is as long as it is.
+            prop_assume!(Frame::read(&said).is_ok());
+            let applied = apply(&said, &base).unwrap();
+            let spans = verify(&applied).unwrap();
+            prop_assert_eq!(spans.iter().map(|span| span.id).collect::<Vec<_>>(), [frame.id]);
+            prop_assert!(matches!(verify(&said), Err(PackError::Difference(_))));
+            let at = FRAME_HEADER_BYTES + ChunkId::BYTES + at.index(body.len() - ChunkId::BYTES);
+            said[at] ^= 1;
+            // Some of zstd's bits mean nothing.
+            if let Ok(applied) = apply(&said, &base) {
+                prop_assert_eq!(verify(&applied).unwrap()[0].id, frame.id);
+            }
+        }
+
+        #[test]
         fn no_damage_goes_unseen(contents in contents(), at: prop::sample::Index, bit in 0..8_u8) {
             let mut bytes = frames(&contents);
             let at = at.index(bytes.len());
@@ -247,7 +309,7 @@ mod tests {
         #[test]
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300), frames in 0..300_u64) {
             let id = ChunkId::of(b"");
-            let _ = (verify(&bytes), table_bytes(&bytes), read_table(&cipher(), &id, &bytes, frames));
+            let _ = (verify(&bytes), apply(&bytes, &bytes), table_bytes(&bytes), read_table(&cipher(), &id, &bytes, frames));
         }
     }
 }

@@ -150,6 +150,7 @@ impl Depot {
 
     /// Keeps the chunks that `frames` are for the namespace, once each is what its id says.
     pub async fn add_chunks(&self, namespace: &Namespace, frames: Bytes) -> Result<(), DepotError> {
+        let frames = self.applied(namespace, frames).await?;
         let given = frames.clone();
         let verified = tokio::task::spawn_blocking(move || packs::verify(&given));
         let mut spans = verified.await.map_err(|error| DepotError::Broken(error.to_string()))??;

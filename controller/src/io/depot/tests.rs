@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use berth_protocol::checkpoint::{CheckpointKind, Needs};
-use berth_protocol::chunk::{ChunkId, Encoding, Frame};
+use berth_protocol::chunk::{self, ChunkId, Encoding, Frame};
 use berth_protocol::ids::{ContainerName, JobName, JobUid, NodeId, Run};
 use berth_protocol::job;
+use berth_protocol::limits::{CHUNK_BYTES_MAX, PACK_BYTES_MAX};
 use berth_protocol::manifest::{MANIFEST_VERSION, Manifest, Piece, SavedContainer, SavedFile};
 use berth_protocol::units::Timestamp;
 use proptest::prelude::*;
@@ -297,6 +298,64 @@ async fn no_namespace_learns_what_another_has_kept() {
     assert_ne!(packs[0].0.file_name(), packs[1].0.file_name());
     let same = packs[0].1.iter().zip(&packs[1].1).filter(|(a, b)| a == b).count();
     assert!(same < packs[0].1.len() / 10, "{same} bytes are the same");
+}
+
+/// Chunk 2 of `content`, said by what it differs from chunk `base`, whatever that is.
+fn difference(base: &[u8]) -> Bytes {
+    let whole = content(2);
+    let mut differs = whole.clone();
+    chunk::xor(&mut differs, base);
+    let packed = zstd::bulk::compress(&differs, 1).unwrap();
+    let body = [ChunkId::of(base).as_bytes(), &packed[..]].concat();
+    let (id, content_bytes) = (ChunkId::of(&whole), whole.len() as u32);
+    let mut out = Vec::new();
+    Frame { id, encoding: Encoding::Xor, content_bytes, bytes: &body }.write(&mut out);
+    out.into()
+}
+
+#[tokio::test]
+async fn a_difference_from_what_is_here_is_kept_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let depot = open(dir.path()).await;
+    let (other, two) = (Namespace::parse("other").unwrap(), ChunkId::of(&content(2)));
+    save(&depot, &lab()).await;
+    // Another namespace's chunks are as good as none.
+    for namespace in [&other, &lab()] {
+        let base = if *namespace == lab() { content(9) } else { content(1) };
+        let refused = depot.add_chunks(namespace, difference(&base)).await;
+        let Err(DepotError::Bases(lacking)) = refused else { panic!("{refused:?}") };
+        assert_eq!(lacking, [ChunkId::of(&base)]);
+        assert_eq!(depot.lacking(namespace, &[two]), [two]);
+    }
+    depot.add_chunks(&lab(), difference(&content(1))).await.unwrap();
+    let frame = depot.frame(&lab(), &two).await.unwrap().unwrap();
+    assert_eq!(packs::verify(&frame).unwrap()[0].id, two);
+    // What it differed from may go.
+    let all = depot.manifests();
+    depot.delete_manifest(&all[0].0).await.unwrap();
+    let saved = manifest(2, &[2].into());
+    let (id, bytes) = saved.render().unwrap();
+    assert_eq!(depot.keep_manifest(id, bytes.into(), &saved).await.unwrap(), Kept::New);
+    depot.collect(Duration::ZERO).await.unwrap();
+    assert_eq!(depot.lacking(&lab(), &[two, ChunkId::of(&content(1))]), [ChunkId::of(&content(1))]);
+}
+
+#[tokio::test]
+async fn differences_grow_to_a_pack_at_most() {
+    let dir = tempfile::tempdir().unwrap();
+    let depot = open(dir.path()).await;
+    let zeros = vec![0; CHUNK_BYTES_MAX];
+    let packed = zstd::bulk::compress(&zeros, 1).unwrap();
+    let body = [ChunkId::of(b"base").as_bytes(), &packed[..]].concat();
+    let content_bytes = CHUNK_BYTES_MAX as u32;
+    let frame = Frame { id: ChunkId::of(&zeros), encoding: Encoding::Xor, content_bytes, bytes: &body };
+    let mut out = Vec::new();
+    for _ in 0..=PACK_BYTES_MAX / CHUNK_BYTES_MAX {
+        frame.write(&mut out);
+    }
+    assert!(out.len() < 10_000);
+    let refused = depot.add_chunks(&lab(), out.into()).await;
+    assert!(matches!(refused, Err(DepotError::TooLarge { .. })), "{refused:?}");
 }
 
 #[tokio::test]

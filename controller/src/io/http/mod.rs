@@ -379,6 +379,7 @@ impl Service {
             | DepotError::NotALog { .. }
             | DepotError::Broken(_)
             | DepotError::Pack(_) => StatusCode::BAD_REQUEST,
+            DepotError::Bases(_) => StatusCode::CONFLICT,
             DepotError::Quota { .. } => StatusCode::INSUFFICIENT_STORAGE,
             DepotError::Bucket { .. } | DepotError::Url(_) => StatusCode::BAD_GATEWAY,
             DepotError::Io { .. } if error.is_disk_full() => StatusCode::INSUFFICIENT_STORAGE,

@@ -26,7 +26,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{Answer, INQUIRY_TIMEOUT, Inquiry, Service, clock, text};
 use crate::core::{Granted, Imported};
-use crate::io::depot::Kept;
+use crate::io::depot::{DepotError, Kept};
 
 const GRANT_BYTES_MAX: usize = 4096;
 /// Renewed by asking again.
@@ -188,6 +188,7 @@ impl Service {
         };
         match self.depot.add_chunks(namespace, frames).await {
             Ok(()) => text(StatusCode::CREATED, "kept"),
+            Err(DepotError::Bases(lacking)) => bytes(StatusCode::CONFLICT, chunk::write_ids(&lacking)),
             Err(error) => self.failed(&error),
         }
     }
