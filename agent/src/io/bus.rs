@@ -30,6 +30,9 @@ pub enum BusEvent {
     Message { topic: Topic, payload: Vec<u8> },
 }
 
+/// Above it a broker keeps a record of this subscriber, which members of a cluster that have lost one refuse to make anew;
+/// what is lost is said again anyway.
+const SUBSCRIBED: QoS = QoS::AtMostOnce;
 /// Messages that may wait for the connection; more are dropped and, where they matter, sent again.
 const QUEUE: usize = 512;
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
@@ -96,7 +99,7 @@ impl Bus {
                         }
                         (pause, said) = (RECONNECT_MIN, false);
                         let filters = filters.iter().cloned();
-                        let filters = filters.map(|filter| SubscribeFilter::new(filter, QoS::AtLeastOnce));
+                        let filters = filters.map(|filter| SubscribeFilter::new(filter, SUBSCRIBED));
                         // Ahead of what waits from before: the queue may be full, and must not keep this out.
                         connection.pending.push_front(Request::Subscribe(Subscribe::new_many(filters)));
                         continue;

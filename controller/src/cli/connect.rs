@@ -24,6 +24,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
 use super::config::Settings;
+use crate::io::bus::SUBSCRIBED;
 
 /// Requests on their way to the socket; more than any verb has under way.
 const REQUESTS_MAX: usize = 64;
@@ -179,8 +180,7 @@ impl Session {
     }
 
     fn subscribe(&mut self) -> anyhow::Result<()> {
-        let filters =
-            self.filters.iter().map(|filter| SubscribeFilter::new(filter.clone(), QoS::AtLeastOnce));
+        let filters = self.filters.iter().map(|filter| SubscribeFilter::new(filter.clone(), SUBSCRIBED));
         self.client.try_subscribe_many(filters.collect::<Vec<_>>()).context("cannot subscribe")
     }
 
