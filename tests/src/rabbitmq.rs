@@ -6,12 +6,15 @@ use std::net::TcpStream;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::ports::free_ports;
 
 /// Debian's own in PATH gives root away for a user that it made.
 const SERVER: &str = "/usr/lib/rabbitmq/bin/rabbitmq-server";
+
+/// In which a member is there.
+const PATIENCE: Duration = Duration::from_secs(90);
 
 /// A cluster; dropping it ends its members.
 pub struct RabbitMq {
@@ -23,7 +26,8 @@ pub struct RabbitMq {
 }
 
 impl RabbitMq {
-    /// Of `count` members, whose data and logs are in `dir`. They find each other while the caller goes on.
+    /// Of `count` members, whose data and logs are in `dir`. One after the other: those that look for the others at one time
+    /// may each wait for one of them for ever.
     pub fn start(count: usize, dir: &Path) -> Self {
         let ports = free_ports(2 * count + 1);
         let (members, others) = ports.split_at(count);
@@ -40,10 +44,11 @@ impl RabbitMq {
             names: names_child.expect("epmd starts: apt install rabbitmq-server"),
         };
         // Whoever does not find it ends.
-        while TcpStream::connect(("127.0.0.1", *names)).is_err() {
-            std::thread::park_timeout(Duration::from_millis(20));
+        wait_for(*names);
+        for member in 0..count {
+            cluster.revive(member);
+            wait_for(members[member]);
         }
-        (0..count).for_each(|n| cluster.revive(n));
         cluster
     }
 
@@ -60,9 +65,17 @@ impl RabbitMq {
         }
     }
 
-    /// Does it take clients? It does once it belongs to the cluster.
-    pub fn is_up(&self, member: usize) -> bool {
-        TcpStream::connect(("127.0.0.1", self.members[member])).is_ok()
+    /// Waits until it takes clients, as it does once it belongs to the cluster.
+    pub fn wait_for(&self, member: usize) {
+        wait_for(self.members[member]);
+    }
+}
+
+fn wait_for(port: u16) {
+    let end = Instant::now() + PATIENCE;
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        assert!(Instant::now() < end, "nothing listens on port {port} within {} s", PATIENCE.as_secs());
+        std::thread::park_timeout(Duration::from_millis(20));
     }
 }
 
@@ -85,7 +98,7 @@ fn command((member, count): (usize, usize), mqtt: u16, peer: u16, names: u16, di
     let home = dir.join(format!("rabbitmq{member}"));
     std::fs::create_dir_all(&home).expect("a directory");
     let (config, plugins) = (home.join("rabbitmq.conf"), home.join("plugins"));
-    // Whoever comes first looks for the others no longer than it must; each of them then waits for its turn to join it.
+    // The first finds nobody, and need not look for long.
     let text = format!(
         "listeners.tcp = none\n\
          mqtt.listeners.tcp.1 = 127.0.0.1:{mqtt}\n\

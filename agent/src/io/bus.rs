@@ -64,7 +64,7 @@ impl Bus {
         // After so many attempts.
         let at = move |attempt| {
             let (host, port) = brokers.host(attempt);
-            let mut options = MqttOptions::new(&name, host, *port);
+            let mut options = MqttOptions::new(brokers.client_id(&name, attempt), host, *port);
             options.set_clean_session(true);
             options.set_keep_alive(KEEP_ALIVE);
             options.set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX);

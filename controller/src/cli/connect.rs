@@ -106,7 +106,7 @@ impl Session {
         let tls = url.is_tls().then(|| settings.tls()).transpose()?;
         let at = move |attempt| {
             let (host, port) = url.host(attempt);
-            let mut options = MqttOptions::new(name.as_str(), host, *port);
+            let mut options = MqttOptions::new(url.client_id(name.as_str(), attempt), host, *port);
             options.set_keep_alive(KEEP_ALIVE).set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX);
             if let Some((user, password)) = url.login() {
                 options.set_credentials(user, password);

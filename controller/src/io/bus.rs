@@ -83,7 +83,7 @@ impl BusOptions {
     /// How to connect to whom it is to be after so many attempts.
     fn at(&self, attempt: usize) -> MqttOptions {
         let (host, port) = self.url.host(attempt);
-        let mut mqtt = MqttOptions::new(&self.client_id, host, *port);
+        let mut mqtt = MqttOptions::new(self.url.client_id(&self.client_id, attempt), host, *port);
         mqtt.set_clean_session(true)
             .set_keep_alive(KEEP_ALIVE)
             .set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX);

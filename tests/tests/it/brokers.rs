@@ -32,9 +32,6 @@ impl Ground {
         let histories = cluster.dir.path().join("histories");
         std::fs::create_dir(&histories).expect("a directory");
         let rabbitmq = RabbitMq::start(NODES.len(), cluster.dir.path());
-        for member in 0..NODES.len() {
-            until(&format!("member {member} is up"), 90, || rabbitmq.is_up(member).then_some(()));
-        }
         cluster.brokers = rabbitmq.members.clone();
         let listener = listen(&cluster, rabbitmq.members[2]);
         cluster.start_controller();
@@ -147,7 +144,7 @@ fn members_of_a_broker_cluster_die_and_nothing_is_lost() {
     ground.has_lost("controller", 1);
     ground.has_lost("a1", 1);
     ground.rabbitmq.revive(0);
-    until("it is back", 90, || ground.rabbitmq.is_up(0).then_some(()));
+    ground.rabbitmq.wait_for(0);
     // A member like the others: who knows no other is answered through it.
     let all = std::mem::replace(&mut ground.cluster.brokers, vec![ground.rabbitmq.members[0]]);
     let file = ground.file("returned", "a3", SHORT);
