@@ -71,6 +71,12 @@ impl BrokerUrl {
         &self.hosts[attempt % self.hosts.len()]
     }
 
+    /// How a client of that name calls itself after so many attempts: to a cluster, otherwise each time. What its members
+    /// undo of a connection that one of them had they undo late, and by the client's id.
+    pub fn client_id(&self, name: &str, attempt: usize) -> String {
+        if attempt == 0 || self.hosts.len() == 1 { name.to_owned() } else { format!("{name}.{attempt}") }
+    }
+
     /// Name and password.
     pub fn login(&self) -> Option<&(String, String)> {
         self.login.as_ref()
@@ -174,5 +180,8 @@ mod tests {
         let url = BrokerUrl::parse("mqtt://a:1,b:2").unwrap();
         let tried: Vec<u16> = (0..5).map(|attempt| url.host(attempt).1).collect();
         assert_eq!(tried, [1, 2, 1, 2, 1]);
+        let ids = [0, 1, 2].map(|attempt| url.client_id("n", attempt));
+        assert_eq!(ids, ["n", "n.1", "n.2"]);
+        assert_eq!(BrokerUrl::default().client_id("n", 7), "n");
     }
 }

@@ -73,12 +73,16 @@ pub enum Rule {
     SpecsNameDigests,
     /// A record of the ledger is read if it is what was written. Else: what a power cut leaves of the last one counts.
     LedgerSums,
+    /// A record of the store is read if it is what was written. Else: what a disk has changed in it is acted upon.
+    StoreSums,
+    /// A job of which a record cannot be read is left alone. Else: its pods begin anew beside those that run.
+    DamagedSetAside,
     /// A checkpoint is in the depot before it is told. Else: a pod is to go on from one that is nowhere.
     CheckpointFirst,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 32] = [
+    pub const ALL: [Rule; 34] = [
         Rule::GrantsNameEpochs,
         Rule::GrantsCountFromSend,
         Rule::StartNeedsGrant,
@@ -110,6 +114,8 @@ impl Rule {
         Rule::RestoredWaits,
         Rule::SpecsNameDigests,
         Rule::LedgerSums,
+        Rule::StoreSums,
+        Rule::DamagedSetAside,
         Rule::CheckpointFirst,
     ];
 

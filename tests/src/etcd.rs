@@ -1,8 +1,9 @@
 //! Real members of etcd: what starts them, and a cluster of them on loopback, gone with its handle.
 
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+
+use crate::ports::free_ports;
 
 /// A cluster; dropping it ends its members.
 pub struct Etcd {
@@ -62,11 +63,8 @@ pub fn url<'a>(clients: impl Iterator<Item = &'a str>) -> String {
 impl Etcd {
     /// Of `count` members, whose data and logs are in `dir`.
     pub fn start(count: usize, dir: &Path, tls: Option<&Tls>) -> Self {
-        let held: Vec<TcpListener> =
-            (0..2 * count).map(|_| TcpListener::bind("127.0.0.1:0").expect("loopback has ports")).collect();
-        let addresses: Vec<String> =
-            held.iter().map(|port| port.local_addr().expect("it is bound").to_string()).collect();
-        drop(held);
+        let ports = free_ports(2 * count).into_iter();
+        let addresses: Vec<String> = ports.map(|port| format!("127.0.0.1:{port}")).collect();
         let (members, peers) = addresses.split_at(count);
         let pairs = members.iter().zip(peers);
         let places: Vec<Place> =

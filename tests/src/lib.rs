@@ -9,6 +9,8 @@ pub mod mosquitto;
 pub mod node;
 pub mod oracle;
 pub mod plan;
+pub mod ports;
+pub mod rabbitmq;
 pub mod soak;
 mod wishes;
 pub mod world;

@@ -22,6 +22,8 @@ pub struct Oracle {
     changes: BTreeMap<String, BTreeSet<String>>,
     /// Jobs that the controller has forgotten: what they take of a node it cannot know.
     lost: BTreeSet<JobUid>,
+    /// Jobs with a damaged record, what they are called, and the epoch at which each of their pods was then.
+    damaged: BTreeMap<JobUid, (String, BTreeMap<u32, Epoch>)>,
     /// What it placed before it forgot them may begin where it was placed, though it has gone on elsewhere since.
     epochs_from: Epoch,
 }
@@ -65,6 +67,11 @@ impl Oracle {
                         ));
                     }
                 }
+                if let Some((_, epochs)) = self.damaged.get(&key.pod.uid)
+                    && epochs.get(&key.pod.index).is_none_or(|placed| key.epoch > *placed)
+                {
+                    return Err(format!("{key} executes, begun though a record of its job is damaged"));
+                }
                 let first = || (key.epoch, node.id.clone());
                 let (newest, on) = self.epochs.entry(key.pod.clone()).or_insert_with(first);
                 if key.epoch == *newest && node.id != *on {
@@ -93,9 +100,29 @@ impl Oracle {
     /// submitted `again`.
     pub fn rolled_back(&mut self, epochs_from: Epoch, lost: impl Iterator<Item = JobUid>, again: &[&str]) {
         self.epochs_from = epochs_from;
+        self.damaged.clear();
         self.lost.extend(lost);
         self.accepted.retain(|job| !again.contains(&job.as_str()));
         self.statuses.clear();
+    }
+
+    /// A record of the job cannot be read: its pods are left as they are, and nobody expects it to end.
+    pub fn damaged(&mut self, job: String, uid: JobUid, mut epochs: BTreeMap<u32, Epoch>) {
+        // What a restored store knows nothing of may run, too.
+        for (pod, (epoch, _)) in self.epochs.iter().filter(|(pod, _)| pod.uid == uid) {
+            let placed = epochs.entry(pod.index).or_insert(*epoch);
+            *placed = (*placed).max(*epoch);
+        }
+        self.lost.insert(uid.clone());
+        self.damaged.insert(uid, (job, epochs));
+    }
+
+    pub fn is_damaged(&self, uid: &JobUid) -> bool {
+        self.damaged.contains_key(uid)
+    }
+
+    pub fn has_accepted(&self, job: &str) -> bool {
+        self.accepted.contains(job)
     }
 
     pub fn accepted(&mut self, job: &str) {
@@ -137,9 +164,10 @@ impl Oracle {
         Ok(())
     }
 
-    /// Every accepted job has come to the end that its program has.
+    /// Every accepted job whose records are whole has come to the end that its program has.
     pub fn converged(&self, expect: &BTreeMap<String, Expect>) -> Result<(), String> {
-        for job in &self.accepted {
+        let damaged = |job: &&String| self.damaged.values().any(|(name, _)| name == *job);
+        for job in self.accepted.iter().filter(|job| !damaged(job)) {
             let phase = self.statuses.get(job).map(|status| status.phase);
             let wanted = expect.get(job).copied();
             if !wanted.is_some_and(|wanted| wanted.is(phase)) {

@@ -100,6 +100,9 @@ impl Plan {
         if rng.u8(0..4) == 0 {
             plan.items.push(Item::Mishap(crate::world::rollback(&mut rng, count, span)));
         }
+        if rng.u8(0..6) == 0 {
+            plan.items.push(Item::Mishap(crate::world::damage(&mut rng, span)));
+        }
         plan
     }
 

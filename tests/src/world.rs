@@ -1,5 +1,6 @@
 //! One history: a controller, some nodes, a network that loses, doubles, delays and reorders, and what its plan says.
 
+mod damage;
 mod faults;
 mod leaders;
 mod network;
@@ -12,6 +13,7 @@ use berth_controller::core::{Effect, Event as ControllerEvent, Quote};
 use berth_protocol::ids::{ClusterName, JobName, Namespace, NodeId};
 use berth_protocol::topic::{JobTopic, Topic};
 
+pub(crate) use self::damage::damage;
 pub(crate) use self::faults::{Fault, mishap};
 use self::leaders::Seat;
 pub(crate) use self::leaders::deposition;
@@ -76,6 +78,8 @@ pub struct World {
     /// The seat whose controller leads, as the store has it.
     leader: Option<usize>,
     store: BTreeMap<String, Vec<u8>>,
+    /// What the disk has in place of records of it, with their sums.
+    spoilt: BTreeMap<String, Vec<u8>>,
     term: u64,
     backup: Option<Backup>,
     pub(crate) nodes: Vec<Node>,
@@ -119,6 +123,7 @@ impl World {
             seats: Seat::both(),
             leader: None,
             store: BTreeMap::new(),
+            spoilt: BTreeMap::new(),
             term: 0,
             backup: None,
             links: nodes.iter().map(|_| Link::new(&mut rng)).collect(),

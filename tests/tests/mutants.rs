@@ -4,8 +4,7 @@
 //!
 //! | of | by |
 //! |---|---|
-//! | specs on the wire, the agent's ledger, checkpoints told of | the mutants below |
-//! | the store's records | `controller/io/store/seal`; what becomes of a damaged one: `controller/core/tests/damage` |
+//! | specs on the wire, the agent's ledger, the store's records, checkpoints told of | the mutants below |
 //! | chunks and manifests | `agent/io/checkpoint/chunks`, `controller/io/depot/packs`, `protocol/manifest` |
 //! | blobs | `agent/io/depot`, `controller/tests/http` |
 //! | images | `agent/tests/image` |
@@ -51,6 +50,8 @@ const RULES: [(Rule, u64); Rule::ALL.len()] = [
     (Rule::RestoredWaits, 31),
     (Rule::SpecsNameDigests, 58),
     (Rule::LedgerSums, 469),
+    (Rule::StoreSums, 3),
+    (Rule::DamagedSetAside, 3),
     (Rule::CheckpointFirst, 10),
 ];
 const SEEDS_MAX: u64 = 1_000;

@@ -30,6 +30,9 @@ pub enum BusEvent {
     Message { topic: Topic, payload: Vec<u8> },
 }
 
+/// Above it a broker keeps a record of this subscriber, which members of a cluster that have lost one refuse to make anew;
+/// what is lost is said again anyway.
+const SUBSCRIBED: QoS = QoS::AtMostOnce;
 /// Messages that may wait for the connection; more are dropped and, where they matter, sent again.
 const QUEUE: usize = 512;
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
@@ -61,7 +64,7 @@ impl Bus {
         // After so many attempts.
         let at = move |attempt| {
             let (host, port) = brokers.host(attempt);
-            let mut options = MqttOptions::new(&name, host, *port);
+            let mut options = MqttOptions::new(brokers.client_id(&name, attempt), host, *port);
             options.set_clean_session(true);
             options.set_keep_alive(KEEP_ALIVE);
             options.set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX);
@@ -96,7 +99,7 @@ impl Bus {
                         }
                         (pause, said) = (RECONNECT_MIN, false);
                         let filters = filters.iter().cloned();
-                        let filters = filters.map(|filter| SubscribeFilter::new(filter, QoS::AtLeastOnce));
+                        let filters = filters.map(|filter| SubscribeFilter::new(filter, SUBSCRIBED));
                         // Ahead of what waits from before: the queue may be full, and must not keep this out.
                         connection.pending.push_front(Request::Subscribe(Subscribe::new_many(filters)));
                         continue;

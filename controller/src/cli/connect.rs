@@ -24,6 +24,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
 use super::config::Settings;
+use crate::io::bus::SUBSCRIBED;
 
 /// Requests on their way to the socket; more than any verb has under way.
 const REQUESTS_MAX: usize = 64;
@@ -105,7 +106,7 @@ impl Session {
         let tls = url.is_tls().then(|| settings.tls()).transpose()?;
         let at = move |attempt| {
             let (host, port) = url.host(attempt);
-            let mut options = MqttOptions::new(name.as_str(), host, *port);
+            let mut options = MqttOptions::new(url.client_id(name.as_str(), attempt), host, *port);
             options.set_keep_alive(KEEP_ALIVE).set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX);
             if let Some((user, password)) = url.login() {
                 options.set_credentials(user, password);
@@ -179,8 +180,7 @@ impl Session {
     }
 
     fn subscribe(&mut self) -> anyhow::Result<()> {
-        let filters =
-            self.filters.iter().map(|filter| SubscribeFilter::new(filter.clone(), QoS::AtLeastOnce));
+        let filters = self.filters.iter().map(|filter| SubscribeFilter::new(filter.clone(), SUBSCRIBED));
         self.client.try_subscribe_many(filters.collect::<Vec<_>>()).context("cannot subscribe")
     }
 

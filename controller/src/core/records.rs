@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use berth_protocol::ids::{Digest, JobName, JobUid, Namespace, NodeId, RequestId, SecretName, Term};
 use berth_protocol::job::PodTemplate;
 use berth_protocol::join::InvitationId;
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::tls::Party;
 use berth_protocol::units::Timestamp;
 use serde::Serialize;
@@ -132,7 +133,10 @@ pub(super) fn load(
             match kind {
                 "job" | "run" | "pod" => {
                     let uid = name.split_once('/').map_or(name, |(uid, _)| uid);
-                    aside.jobs.insert(JobUid::parse(uid).map_err(|_| unknown())?);
+                    let uid = JobUid::parse(uid).map_err(|_| unknown())?;
+                    if kept(Rule::DamagedSetAside) {
+                        aside.jobs.insert(uid);
+                    }
                 }
                 "node" => {
                     let node = NodeId::parse(name).map_err(|_| unknown())?;

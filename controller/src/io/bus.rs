@@ -36,6 +36,9 @@ const INCOMING_RESERVE: usize = 16;
 const OUTGOING_MESSAGES_MAX: usize = 1024;
 /// A topic, its length and the packet's header.
 const PUBLISH_OVERHEAD_BYTES: usize = 2 + 2 + 5;
+/// Above it a broker keeps a record of each subscriber, which members of a cluster that have lost one refuse to make anew;
+/// what is lost is said again anyway.
+pub const SUBSCRIBED: QoS = QoS::AtMostOnce;
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT_SECS: u64 = 5;
 const RECONNECT_MIN: Duration = Duration::from_millis(50);
@@ -80,7 +83,7 @@ impl BusOptions {
     /// How to connect to whom it is to be after so many attempts.
     fn at(&self, attempt: usize) -> MqttOptions {
         let (host, port) = self.url.host(attempt);
-        let mut mqtt = MqttOptions::new(&self.client_id, host, *port);
+        let mut mqtt = MqttOptions::new(self.url.client_id(&self.client_id, attempt), host, *port);
         mqtt.set_clean_session(true)
             .set_keep_alive(KEEP_ALIVE)
             .set_max_packet_size(PACKET_BYTES_MAX, PACKET_BYTES_MAX);
@@ -274,7 +277,7 @@ impl Connection {
     /// Asks for everything anew: the session is a clean one.
     fn subscribe(&mut self) {
         let filters = self.options.filters.iter();
-        let filters = filters.map(|path| SubscribeFilter { path: path.clone(), qos: QoS::AtLeastOnce });
+        let filters = filters.map(|path| SubscribeFilter { path: path.clone(), qos: SUBSCRIBED });
         self.connection.pending.push_back(Request::Subscribe(Subscribe::new_many(filters)));
     }
 

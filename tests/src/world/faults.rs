@@ -95,6 +95,8 @@ pub(crate) enum Fault {
     /// A backup of the store is made; it takes the place of the store.
     Backup,
     Restore,
+    /// A disk changes one record of the store.
+    Spoil(u64),
 }
 
 impl Fault {
@@ -363,6 +365,7 @@ impl World {
             Fault::Together(n) => self.links[n].side = None,
             Fault::Backup => self.back_up(),
             Fault::Restore => self.restore()?,
+            Fault::Spoil(seed) => self.spoil(seed),
         }
         Ok(())
     }

@@ -171,6 +171,7 @@ impl World {
         }
         if kept(Rule::StoreFirst) || dies.is_none() {
             for Write { key, value } in writes {
+                self.check_write(&key)?;
                 match value {
                     Some(value) => self.store.insert(key, value),
                     None => self.store.remove(&key),
@@ -333,11 +334,11 @@ impl World {
             ca: None,
             seed: self.rng.u64(..),
         };
-        let entries: Vec<_> =
-            self.store.iter().map(|(key, value)| (key.clone(), Some(value.clone()))).collect();
+        let entries = self.entries();
         let (now, now_ms, term) = (self.seats[n].now(self.now_ms), self.now_ms, self.term);
         let controller =
             Controller::load(config, entries, now).map_err(|error| format!("cannot load: {error}"))?;
+        self.check_aside(&controller)?;
         let seat = &mut self.seats[n];
         seat.end();
         (seat.controller, seat.term, seat.renewed) = (Some(controller), term, now_ms);

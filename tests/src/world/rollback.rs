@@ -33,13 +33,17 @@ pub(crate) fn rollback(rng: &mut fastrand::Rng, nodes: usize, span: u64) -> Vec<
     faults
 }
 
-fn number(record: Option<&Vec<u8>>, field: &str) -> u64 {
+pub(super) fn number(record: Option<&Vec<u8>>, field: &str) -> u64 {
     let record = record.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(bytes).ok());
     record.and_then(|record| record[field].as_u64()).unwrap_or_default()
 }
 
 impl World {
     pub(super) fn back_up(&mut self) {
+        // One of what is left would lack a job.
+        if !self.spoilt.is_empty() {
+            return;
+        }
         self.backup = Some(Backup { records: self.store.clone(), term: self.term, lacks: BTreeSet::new() });
     }
 
@@ -50,6 +54,7 @@ impl World {
             return Ok(());
         }
         self.end_all();
+        self.spoilt.clear();
         let entries: Vec<_> =
             backup.records.iter().map(|(key, value)| (key.clone(), Some(value.clone()))).collect();
         let now = self.seats[0].now(self.now_ms);

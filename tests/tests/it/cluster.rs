@@ -1,12 +1,13 @@
 //! A private cluster of the real programs on loopback, in a temporary directory, gone with the test.
 
 use std::fs::File;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use berth_tests::mosquitto;
+use berth_tests::ports::free_ports;
 use serde_json::Value;
 
 /// The programs, built beside this test.
@@ -19,10 +20,7 @@ pub fn program(name: &str) -> PathBuf {
 
 /// A port that was free a moment ago.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .and_then(|listener| listener.local_addr())
-        .expect("loopback has ports")
-        .port()
+    free_ports(1)[0]
 }
 
 /// Waits for a condition; panics with `what` when it does not come.
@@ -75,8 +73,8 @@ pub struct Cluster {
     /// Where controllers keep their records, other than embedded.
     pub store: Option<String>,
     pub mosquitto: Option<Daemon>,
-    /// Where another broker listens that everybody may go to.
-    pub spare: Option<u16>,
+    /// Where brokers listen, other than the controller's own, in the order in which whoever is started next tries them.
+    pub brokers: Vec<u16>,
     pub agents: Vec<Daemon>,
     /// Its members have certificates; the first admin's is there.
     pub admin: Option<PathBuf>,
@@ -106,7 +104,7 @@ impl Cluster {
             controller: None,
             store: None,
             mosquitto: None,
-            spare: None,
+            brokers: Vec::new(),
             agents: Vec::new(),
             admin: None,
         }
@@ -170,19 +168,13 @@ impl Cluster {
     }
 
     pub fn start_mosquitto(&mut self) {
+        if self.brokers.is_empty() {
+            self.brokers.push(self.port);
+        }
         self.mosquitto = Some(self.mosquitto_at("mosquitto", self.port));
     }
 
-    /// One more, which everybody is told of who starts from now on.
-    pub fn name_spare(&mut self) {
-        self.spare = Some(free_port());
-    }
-
-    pub fn start_spare(&self) -> Daemon {
-        self.mosquitto_at("spare", self.spare.expect("it is named"))
-    }
-
-    fn mosquitto_at(&self, name: &str, port: u16) -> Daemon {
+    pub fn mosquitto_at(&self, name: &str, port: u16) -> Daemon {
         let dir = self.dir.path().join(name);
         std::fs::create_dir_all(&dir).expect("a directory");
         let mut command =
@@ -191,8 +183,10 @@ impl Cluster {
     }
 
     pub fn url(&self) -> String {
-        let spare = self.spare.map(|port| format!(",127.0.0.1:{port}")).unwrap_or_default();
-        format!("mqtt://127.0.0.1:{}{spare}", self.port)
+        let own = [self.port];
+        let ports = if self.brokers.is_empty() { &own[..] } else { &self.brokers };
+        let hosts: Vec<String> = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+        format!("mqtt://{}", hosts.join(","))
     }
 
     fn log_path(&self, name: &str) -> PathBuf {
@@ -221,7 +215,7 @@ impl Cluster {
             command.arg("--config").arg(self.dir.path().join("controller.toml"));
             return Daemon::start(name, &mut command, &self.log_path(name));
         }
-        let broker = if self.mosquitto.is_some() { self.url() } else { "embedded".into() };
+        let broker = if self.brokers.is_empty() { "embedded".into() } else { self.url() };
         let mut command = Command::new(program("berth-controller"));
         command.args(["--dev", "--cluster", "default", "--broker", &broker, "--data-dir"]);
         command.arg(self.dir.path().join(name));

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::cluster::{Cluster, until};
+use crate::cluster::{Cluster, free_port, until};
 use crate::disk::Disk;
 
 /// Prints numbers for a while; its log tells whether anything was lost or begun anew.
@@ -54,14 +54,15 @@ fn a_restarted_mosquitto_costs_nothing() {
 fn a_dead_broker_is_left_for_the_next_one_named() {
     let mut cluster = Cluster::empty();
     cluster.start_mosquitto();
-    cluster.name_spare();
+    let spare = free_port();
+    cluster.brokers.push(spare);
     cluster.start_controller();
     cluster.agent("a1", &[]);
     cluster.submit("counter", COUNTER);
     cluster.until_phase("counter", "Running", 30);
     drop(cluster.mosquitto.take());
     // Not before: these two are no cluster, and who had to wait for the first would be alone at the other.
-    let _spare = cluster.start_spare();
+    let _spare = cluster.mosquitto_at("spare", spare);
     let job = cluster.until_phase("counter", "Succeeded", 90);
     assert_eq!((&job["evictions"], &job["failures"]), (&0.into(), &0.into()), "{job:#}");
     whole(&cluster.logs("counter"));

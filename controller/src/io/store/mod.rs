@@ -6,7 +6,7 @@
 mod choice;
 mod etcd;
 mod journal;
-mod seal;
+pub mod seal;
 mod sqlite;
 
 use std::fs::File;
