@@ -11,6 +11,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::{self, PemObject as _};
 use serde::{Deserialize, Serialize};
 
+use crate::delegation::Delegation;
 use crate::hex;
 use crate::ids::{ClusterName, Digest, Namespace, NodeId, UserName};
 use crate::sign::{Key, PublicKey, Signature};
@@ -172,8 +173,13 @@ pub struct Membership {
     pub certificate: String,
     /// Until when the latter is good.
     pub expires: Timestamp,
-    /// Whose orders nodes obey.
-    pub controller: PublicKey,
+    /// Of the cluster's root: nodes obey whom that names. Where it was set up before there were roots, the controller's
+    /// own key.
+    #[serde(alias = "controller")]
+    pub root: PublicKey,
+    /// Whom it has named last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delegation: Option<Delegation>,
     /// `mqtts://HOST:PORT`
     pub broker: String,
     /// Where the controller answers HTTP: `https://HOST:PORT`
@@ -209,6 +215,25 @@ pub struct MemberStatus {
     pub admin: bool,
     #[serde(default)]
     pub roles: Roles,
+}
+
+/// The key that signs the controller's orders, as everybody of the cluster may know it. A cluster of before there were roots
+/// has none that could be replaced.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct KeyStatus {
+    pub cluster: ClusterName,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<PublicKey>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delegation: Option<Delegation>,
+}
+
+/// A key that the controller has drawn, for the root to name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DrawnKey {
+    pub key: PublicKey,
 }
 
 /// Whom an invitation is for.

@@ -11,6 +11,7 @@ use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use crate::delegation::Delegation;
 use crate::hex;
 use crate::ids::ClusterName;
 use crate::topic::Topic;
@@ -147,11 +148,21 @@ pub(crate) fn framed(parts: &[&[u8]]) -> Vec<u8> {
 pub struct Signer {
     cluster: ClusterName,
     key: Key,
+    delegation: Option<Delegation>,
 }
 
 impl Signer {
     pub fn new(cluster: ClusterName, key: Key) -> Self {
-        Self { cluster, key }
+        Self { cluster, key, delegation: None }
+    }
+
+    /// Shows beside each signature why its key may sign.
+    pub fn delegated(cluster: ClusterName, key: Key, delegation: Delegation) -> Self {
+        Self { cluster, key, delegation: Some(delegation) }
+    }
+
+    pub fn delegation(&self) -> Option<&Delegation> {
+        self.delegation.as_ref()
     }
 
     pub fn public(&self) -> PublicKey {
@@ -174,6 +185,7 @@ mod tests {
     use crate::codec::{decode, encode, sign, verify};
     use crate::ids::NodeId;
     use crate::topic::NodeTopic;
+    use crate::units::{Millis, Timestamp};
 
     fn cluster(name: &str) -> ClusterName {
         ClusterName::parse(name).unwrap()
@@ -212,7 +224,7 @@ mod tests {
         let plain = encode(&lease, &[1, 2]).unwrap();
         let signed = sign(&signer, &lease, &plain).unwrap();
         assert_eq!(decode::<Vec<u32>>(&lease, &signed).unwrap(), [1, 2]);
-        assert_eq!(verify(&cluster("lab"), &lease, &signed).unwrap(), key(1).public());
+        assert_eq!(verify(&cluster("lab"), &lease, &signed).unwrap().by, key(1).public());
 
         let refused = |cluster: &ClusterName, topic: &Topic, bytes: &[u8]| {
             verify(cluster, topic, bytes).unwrap_err().kind()
@@ -242,8 +254,12 @@ mod tests {
     fn the_envelope_has_room_for_a_signature() {
         let spec = topic("a1", NodeTopic::Spec);
         let plain = encode(&spec, &"x".repeat(crate::limits::SPEC_BYTES_MAX)).unwrap();
-        let signed = sign(&Signer::new(cluster("lab"), key(1)), &spec, &plain).unwrap();
+        let (lab, of, far) = (cluster("lab"), key(1).public(), Timestamp(u64::MAX / 2));
+        let delegation = Delegation::new(&key(2), &lab, of, Some(u64::MAX - 1), far, Millis(1));
+        let signer = Signer::delegated(lab.clone(), key(1), delegation.clone());
+        let signed = sign(&signer, &spec, &plain).unwrap();
         assert!(signed.len() - plain.len() < crate::limits::ENVELOPE_BYTES_MAX);
-        assert!(verify(&cluster("lab"), &spec, &signed).is_ok() && decode::<String>(&spec, &signed).is_ok());
+        assert_eq!(verify(&lab, &spec, &signed).unwrap().delegation, Some(delegation));
+        assert!(decode::<String>(&spec, &signed).is_ok());
     }
 }

@@ -223,6 +223,8 @@ pub async fn renew(data_dir: PathBuf, mut membership: Membership, shown: Arc<Sho
 async fn renewed(data_dir: &Path, membership: &Membership, shown: &Shown) -> Result<Membership> {
     let authority = membership.url.strip_prefix("https://").context("its controller has no address")?;
     let new = ask(shown.client(), authority, "/v1/renew", b"{}".to_vec()).await?;
+    // The root is whom this node was told of as it joined: a certificate vouches for no other.
+    let new = Membership { root: membership.root, ..new };
     let key: Key = identity::key(data_dir)?;
     shown.renew(&new, &key)?;
     identity::keep_membership(data_dir, &new)?;

@@ -95,7 +95,7 @@ pub fn authority(identity: &Identity) -> anyhow::Result<String> {
         .to_owned())
 }
 
-async fn ask<T: serde::de::DeserializeOwned>(
+pub async fn ask<T: serde::de::DeserializeOwned>(
     settings: &Settings,
     method: Method,
     path: &str,

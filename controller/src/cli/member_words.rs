@@ -22,6 +22,24 @@ pub enum NodeVerb {
 }
 
 #[derive(Debug, Subcommand)]
+pub enum KeysVerb {
+    /// Have the controller sign with another key, which the cluster's root names
+    Rotate(Rotate),
+    /// Show the root and the key in use
+    Show,
+}
+
+#[derive(Debug, Args)]
+pub struct Rotate {
+    /// The root's file, as `berth-controller init` left it
+    #[arg(long, value_name = "FILE")]
+    pub root: PathBuf,
+    /// How long the key is good [default: 365d]
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub life: Option<Duration>,
+}
+
+#[derive(Debug, Subcommand)]
 pub enum SecretVerb {
     /// Set a secret, at most 64 KiB: of a file, or of what is piped in, byte for byte
     Set {

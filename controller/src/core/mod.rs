@@ -13,6 +13,7 @@ mod expiry;
 mod faults;
 mod fit;
 mod inventory;
+pub mod keys;
 pub mod lead;
 mod lifecycle;
 pub mod manage;
@@ -198,6 +199,8 @@ pub struct Counters {
     pub prices: u64,
     /// Silence is held to be the controller's own blindness.
     pub blind: bool,
+    /// Until when the key that signs orders is good, where it has an end.
+    pub key_expires: Option<Timestamp>,
     /// Records of the store that are damaged, and jobs that are set aside for it.
     pub damaged: (usize, usize),
 }
@@ -226,6 +229,8 @@ pub struct Controller {
     hold: Option<Hold>,
     set_aside: SetAside,
     audit: Audit,
+    /// When the end of the signing key was last spoken of in the log.
+    key_spoken_of: Option<Timestamp>,
     dirty: Dirty,
 }
 
@@ -290,6 +295,7 @@ impl Controller {
             hold,
             set_aside,
             audit: Audit::default(),
+            key_spoken_of: None,
             dirty: Dirty::default(),
         };
         controller.resume(now);
@@ -518,6 +524,7 @@ impl Controller {
         self.timers.arm(Timer::Sweep, now.boot.plus(SWEEP));
         self.let_imported_go(now);
         self.forget_invitations(now);
+        self.speak_of_key(now);
         self.other_versions.clear();
         self.effect(Effect::TidyDepot);
         let since = Timestamp(now.wall.0.saturating_sub(AUDIT_KEPT.0));
@@ -579,6 +586,7 @@ impl Controller {
             write(records::RESTORED.to_owned(), self.cluster.restored.as_ref().map(records::bytes));
         }
         self.counters.blind = self.blind;
+        self.counters.key_expires = self.key_expires();
         self.counters.damaged = (self.set_aside.damaged.len(), self.set_aside.jobs.len());
         self.dirty.follow = held_back;
         dirty.step

@@ -44,6 +44,8 @@ pub enum Note {
     },
     /// Two machines say that they are it.
     NodeCloned(NodeId),
+    /// Of the key that signs orders, near or past.
+    KeyEnds(String),
     /// A pod moves without what was to be there before it.
     StagingFailed {
         namespace: Namespace,
@@ -66,6 +68,7 @@ impl Note {
                 | Self::OtherVersion { .. }
                 | Self::StagingFailed { .. }
                 | Self::NodeCloned(_)
+                | Self::KeyEnds(_)
         )
     }
 }
@@ -97,6 +100,7 @@ impl fmt::Display for Note {
                 "what pod {namespace}/{pod} needs could not be brought to node {node} ahead of it: {why}; it moves \
                  without"
             ),
+            Self::KeyEnds(ending) => f.write_str(ending),
             Self::OtherVersion { node, why } => write!(f, "node {node} is refused: {why}"),
             Self::NodeStays(node) => write!(f, "node {node} stays after all, and takes pods again"),
             Self::NodeCloned(node) => write!(

@@ -10,6 +10,7 @@ mod kills;
 mod members;
 mod offline;
 mod policy;
+mod rotation;
 mod secrets;
 mod several;
 mod staging;

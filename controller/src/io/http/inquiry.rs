@@ -3,9 +3,11 @@
 use std::net::IpAddr;
 
 use berth_protocol::chunk::GrantRequest;
+use berth_protocol::delegation::Delegation;
 use berth_protocol::ids::{Epoch, Namespace, NodeId, PodId};
-use berth_protocol::join::{InvitationStatus, JoinRequest, MemberStatus};
+use berth_protocol::join::{InvitationStatus, JoinRequest, KeyStatus, MemberStatus};
 use berth_protocol::message::query::SecretRow;
+use berth_protocol::sign::PublicKey;
 use berth_protocol::tls::Party;
 use tokio::sync::oneshot;
 
@@ -43,6 +45,21 @@ pub enum Inquiry {
     Change {
         by: Actor,
         change: Change,
+        reply: oneshot::Sender<Result<(), NotChanged>>,
+    },
+    Key {
+        by: Actor,
+        reply: oneshot::Sender<Result<KeyStatus, Denied>>,
+    },
+    /// Answered with one that is kept until the root has named it, or another is drawn.
+    DrawKey {
+        by: Actor,
+        reply: oneshot::Sender<Result<PublicKey, NotChanged>>,
+    },
+    /// Answered once what was drawn signs, or why not.
+    RotateKey {
+        by: Actor,
+        delegation: Box<Delegation>,
         reply: oneshot::Sender<Result<(), NotChanged>>,
     },
     Invitations {
