@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 
 use rustls::pki_types::CertificateDer;
@@ -14,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::delegation::Delegation;
 use crate::hex;
 use crate::ids::{ClusterName, Digest, Namespace, NodeId, UserName};
-use crate::sign::{Key, PublicKey, Signature};
+use crate::sign::{Fingerprint, Key, PublicKey, Signature};
 use crate::tls::{Credentials, Party};
 use crate::units::Timestamp;
 
@@ -197,6 +198,38 @@ impl Membership {
     }
 }
 
+/// The answer to one that has to wait for an admin's word, and asks again meanwhile.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MustWait {
+    pub node: NodeId,
+    /// Then its invitation is over.
+    pub until: Timestamp,
+}
+
+/// A machine that waits, as those who may let it in see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WaitingStatus {
+    pub node: NodeId,
+    /// Of its key: the machine shows the same.
+    pub fingerprint: Fingerprint,
+    pub since: Timestamp,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<IpAddr>,
+    /// It belongs once it has asked again.
+    pub approved: bool,
+}
+
+/// What is said of a machine that waits. By `POST /v1/waiting/{node}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Approval {
+    /// Only where its key is that one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<Fingerprint>,
+}
+
 /// An invitation, as those who may make them see it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -204,6 +237,11 @@ pub struct InvitationStatus {
     pub id: InvitationId,
     pub who: Invited,
     pub expires: Timestamp,
+    /// Whoever shows it waits for an admin's word.
+    #[serde(default)]
+    pub approve: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<WaitingStatus>,
 }
 
 /// A member, as those who may know see it.

@@ -6,6 +6,7 @@
 //! generation, session and seq.
 
 use std::fmt;
+use std::str::FromStr;
 
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
@@ -22,6 +23,7 @@ const MESSAGE: &[u8] = b"berth message 1";
 pub const SEED_BYTES: usize = 32;
 const KEY_BYTES: usize = 32;
 const SIGNATURE_BYTES: usize = 64;
+const FINGERPRINT_BYTES: usize = 16;
 
 /// The public half of a key, 64 hexadecimal digits as text.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -37,6 +39,13 @@ impl PublicKey {
     /// So much of it as tells it from others, for people.
     pub fn short(&self) -> String {
         hex::encode(&self.0[..8])
+    }
+
+    /// For people to compare.
+    pub fn fingerprint(&self) -> Fingerprint {
+        let mut bytes = [0; FINGERPRINT_BYTES];
+        bytes.copy_from_slice(&self.0[..FINGERPRINT_BYTES]);
+        Fingerprint(bytes)
     }
 
     /// As certificates have it (RFC 8410, 4): a SubjectPublicKeyInfo, DER.
@@ -68,6 +77,45 @@ impl PublicKey {
 
     pub(crate) fn has_signed_text(&self, text: &[u8], signature: &Signature) -> bool {
         UnparsedPublicKey::new(&ED25519, &self.0).verify(text, &signature.0).is_ok()
+    }
+}
+
+/// So much of a key as people compare, by eye or ear: 128 bits, eight groups of four hexadecimal digits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Fingerprint([u8; FINGERPRINT_BYTES]);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("this is no fingerprint: eight groups of four digits or letters from a to f, with `-` between them")]
+pub struct FingerprintError;
+
+impl fmt::Display for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let groups = self.0.as_chunks::<2>().0.iter().map(|group| hex::encode(group));
+        f.write_str(&groups.collect::<Vec<_>>().join("-"))
+    }
+}
+
+impl FromStr for Fingerprint {
+    type Err = FingerprintError;
+
+    fn from_str(text: &str) -> Result<Self, FingerprintError> {
+        let read = hex::decode(&text.replace('-', "")).map(Self);
+        read.filter(|read| read.to_string() == text).ok_or(FingerprintError)
+    }
+}
+
+impl TryFrom<String> for Fingerprint {
+    type Error = FingerprintError;
+
+    fn try_from(text: String) -> Result<Self, FingerprintError> {
+        text.parse()
+    }
+}
+
+impl From<Fingerprint> for String {
+    fn from(fingerprint: Fingerprint) -> String {
+        fingerprint.to_string()
     }
 }
 
@@ -215,6 +263,12 @@ mod tests {
             assert!(read(bad).is_err(), "{bad}");
         }
         assert!(!format!("{key:?}").contains("4ccd08"), "a secret is not printed");
+        let fingerprint = key.public().fingerprint();
+        assert_eq!(fingerprint.to_string(), "3d40-17c3-e843-895a-92b7-0aa7-4d1b-7ebc");
+        assert_eq!(fingerprint.to_string().parse(), Ok(fingerprint));
+        for bad in ["", "3d40", &public[..32], "3D40-17c3-e843-895a-92b7-0aa7-4d1b-7ebc"] {
+            assert_eq!(bad.parse::<Fingerprint>(), Err(FingerprintError), "{bad}");
+        }
     }
 
     #[test]

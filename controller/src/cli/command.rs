@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 pub use super::job_words::{Run, Submit};
 pub use super::member_words::{
-    InviteNode, InviteUser, KeysVerb, NodeVerb, Rotate, SecretVerb, SetUser, UserVerb,
+    Approve, InviteNode, InviteUser, KeysVerb, NodeVerb, Rotate, SecretVerb, SetUser, UserVerb,
 };
 pub use super::saved_words::{
     Checkpoint, CheckpointVerb, Defrag, Drain, Fork, Migrate, NodeNames, Restore, Take, copies_for_fork,
@@ -220,6 +220,9 @@ node takes no new pods until `berth uncordon`.")]
     #[command(after_help = "Examples:
   berth node token                     a line to run on a new machine, good once
   berth node token gpu-7               for that node alone: also to come back after weeks away
+  berth node token --approve           and the machine waits until it is approved
+  berth node tokens                    who waits, with which key
+  berth node approve gpu-8
   berth node remove gpu-7")]
     Node {
         #[command(subcommand)]

@@ -2,9 +2,10 @@
 //! key that signs orders.
 
 use berth_protocol::delegation::Delegation;
-use berth_protocol::ids::{Namespace, SecretName, UserName};
-use berth_protocol::join::{InvitationId, Invited, Role, Roles, UserChange};
+use berth_protocol::ids::{Namespace, NodeId, SecretName, UserName};
+use berth_protocol::join::{Approval, InvitationId, Invited, Role, Roles, UserChange};
 use berth_protocol::limits::{INVITATIONS_MAX, ROLES_MAX};
+use berth_protocol::sign::Fingerprint;
 use berth_protocol::tls::Party;
 
 use super::callers::{Actor, Denied};
@@ -22,6 +23,8 @@ pub enum Change {
     Secret(Namespace, SecretName, Option<String>),
     /// Another key signs orders: by which delegation, and its seed, sealed.
     Rotate(Box<Delegation>, String),
+    /// A machine that waits is let in; none: it is not.
+    Approve(NodeId, Option<Approval>),
 }
 
 /// Why a change is not made, for whoever asked for it.
@@ -31,6 +34,8 @@ pub enum NotChanged {
     Denied(#[from] Denied),
     #[error(transparent)]
     NotRotated(#[from] NotRotated),
+    #[error("the machine that waits as {0} has the key {1}: it is another machine, and is to be denied")]
+    OtherKey(NodeId, Fingerprint),
     #[error("there is no {0}")]
     Unknown(String),
     #[error(
@@ -67,6 +72,8 @@ pub fn about(change: &Change) -> (&'static str, String) {
             (what, format!("secret {namespace}/{name}"))
         }
         Change::Set(user, change) => ("set", format!("user {user} {}", granted(change))),
+        Change::Approve(node, Some(_)) => ("approve", format!("node {node}")),
+        Change::Approve(node, None) => ("deny", format!("node {node}")),
         Change::Rotate(delegation, _) => {
             let Delegation { key, serial, expires, .. } = &**delegation;
             ("rotate", format!("the controller's key to {}, serial {serial}, until {expires}", key.short()))
@@ -141,6 +148,7 @@ impl Controller {
                     return Err(NotChanged::TooManyRoles);
                 }
             }
+            Change::Approve(node, approval) => self.may_approve(by, node, approval.as_ref())?,
             Change::Rotate(delegation, _) => self.may_rotate(by, delegation)?,
             Change::Secret(namespace, name, sealed) => {
                 self.known(by)?.may(namespace, Role::Submit)?;
@@ -205,6 +213,7 @@ impl Controller {
                 let member = self.cluster.members.get(&party).cloned();
                 self.set_member(party, member.map(|member| changed(member, &change)));
             }
+            Change::Approve(node, approval) => self.approve(&node, approval),
             Change::Rotate(delegation, sealed) => self.rotate(*delegation, sealed),
             Change::Secret(namespace, name, sealed) => self.set_secret(now, actor, (namespace, name), sealed),
         }

@@ -2,6 +2,7 @@
 //! draws no randomness: `io` hands it events and carries out what it answers.
 
 mod admit;
+pub mod approval;
 mod audit;
 mod blindness;
 mod callers;
@@ -94,6 +95,8 @@ pub enum Event {
     Change(Actor, Change),
     /// As `may_join` has allowed.
     Joined(Actor, Joined),
+    /// Likewise, once an admin has said so.
+    Waits(Actor, Joined),
     /// Somebody has asked over HTTP for what they may not, or what cannot be: it is written down.
     Refused {
         actor: Actor,
@@ -352,6 +355,7 @@ impl Controller {
                 Event::Imported(imported) => self.imported(now, *imported),
                 Event::Change(actor, change) => self.change(now, &actor, change),
                 Event::Joined(actor, joined) => self.joined(now, &actor, joined),
+                Event::Waits(actor, joined) => self.waits(now, &actor, joined),
                 Event::Refused { actor, what, on, why } => self.audit_refused(now, &actor, what, on, why),
                 Event::Tick => {}
             }

@@ -1,11 +1,12 @@
 //! What HTTP asks the loop for.
 
 use berth_protocol::delegation::Delegation;
-use berth_protocol::join::JoinRequest;
+use berth_protocol::join::{JoinRequest, MustWait};
 use berth_protocol::sign::{Key, Signer};
 use berth_protocol::tls::Party;
 
 use super::{Daemon, RunError};
+use crate::core::approval::Admission;
 use crate::core::keys::NotRotated;
 use crate::core::manage::{Change, NotChanged, about};
 use crate::core::members::Joined;
@@ -76,7 +77,11 @@ impl Daemon {
                 let joined = self.controller.may_join(clock::now(), &request);
                 let JoinRequest { id, key, .. } = *request;
                 match joined.clone() {
-                    Ok(party) => {
+                    Ok(Admission::Waits(MustWait { node, .. })) => {
+                        let (by, party) = (Actor { party: None, from }, Party::Node(node));
+                        self.step([Event::Waits(by, Joined { id, party, key })]).await?;
+                    }
+                    Ok(Admission::Joins(party)) => {
                         let by = Actor { party: Some(party.clone()), from };
                         self.step([Event::Joined(by, Joined { id, party: party.clone(), key })]).await?;
                         self.tell_doors(party, "has joined the cluster");
@@ -135,7 +140,11 @@ impl Daemon {
         let whom = match &change {
             Change::Remove(party) => Some((party.clone(), "was removed from the cluster")),
             Change::Set(user, _) => Some((Party::User(user.clone()), "has other roles now")),
-            Change::Invite(..) | Change::Uninvite(_) | Change::Secret(..) | Change::Rotate(..) => None,
+            Change::Invite(..)
+            | Change::Uninvite(_)
+            | Change::Secret(..)
+            | Change::Rotate(..)
+            | Change::Approve(..) => None,
         };
         self.step([Event::Change(by, change)]).await?;
         if let Some((party, what)) = whom {

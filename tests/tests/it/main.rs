@@ -1,5 +1,6 @@
 //! The real programs, real brokers, real containers, seen from outside as a user sees them.
 
+mod approval;
 mod checkpoints;
 mod cluster;
 mod disk;

@@ -1,8 +1,6 @@
 //! The controller signs with another key, and whoever has the old one orders nothing.
 
-use std::path::Path;
 use std::process::{Command, Output};
-use std::time::Duration;
 
 use berth_controller::io::ca::Ca;
 use berth_controller::io::store::{self, StoreChoice};

@@ -8,9 +8,9 @@ use berth_protocol::ids::{Epoch, Namespace, NodeId, PodId};
 use berth_protocol::join::{InvitationStatus, JoinRequest, KeyStatus, MemberStatus};
 use berth_protocol::message::query::SecretRow;
 use berth_protocol::sign::PublicKey;
-use berth_protocol::tls::Party;
 use tokio::sync::oneshot;
 
+use crate::core::approval::Admission;
 use crate::core::manage::{Change, NotChanged};
 use crate::core::members::NotJoined;
 use crate::core::secrets::{NoSecrets, PodSecrets};
@@ -75,11 +75,11 @@ pub enum Inquiry {
         namespace: Namespace,
         reply: oneshot::Sender<Result<Vec<SecretRow>, Denied>>,
     },
-    /// Answered once it is recorded that it belongs, as whom, or why it does not.
+    /// Answered once it is recorded that it belongs, or waits, as whom, or why it does not.
     Join {
         from: Option<IpAddr>,
         request: Box<JoinRequest>,
-        reply: oneshot::Sender<Result<Party, NotJoined>>,
+        reply: oneshot::Sender<Result<Admission, NotJoined>>,
     },
     /// What a node may have for a pod.
     SecretsOf {

@@ -17,6 +17,7 @@ use serde_json::json;
 use tokio::sync::{oneshot, watch};
 
 use super::{Answer, HEADER_TIMEOUT, INQUIRY_TIMEOUT, Inquiry, Service, Visitor, clock, saved, text};
+use crate::core::approval::Admission;
 use crate::core::manage::{Change, NotChanged};
 use crate::core::members::{Invitation, NotJoined};
 use crate::core::{Actor, Denied};
@@ -75,6 +76,7 @@ pub(super) enum Route {
     Invitations,
     Invitation(InvitationId),
     Key,
+    Waiting(NodeId),
     Members,
     Node(NodeId),
     User(UserName),
@@ -88,6 +90,7 @@ impl Route {
             ["v1", "invitations"] => Self::Invitations,
             ["v1", "invitations", id] => Self::Invitation(id.parse().ok()?),
             ["v1", "key"] => Self::Key,
+            ["v1", "waiting", node] => Self::Waiting(NodeId::parse(node).ok()?),
             ["v1", "members"] => Self::Members,
             ["v1", "nodes", node] => Self::Node(NodeId::parse(node).ok()?),
             ["v1", "users", user] => Self::User(UserName::parse(user).ok()?),
@@ -103,6 +106,8 @@ struct Invite {
     who: Invited,
     #[serde(default)]
     life: Option<Millis>,
+    #[serde(default)]
+    approve: bool,
 }
 
 pub(super) fn json_answer<T: Serialize>(status: StatusCode, value: &T) -> Answer {
@@ -133,6 +138,11 @@ impl Service {
                 self.tell(self.ask(|reply| Inquiry::Invitations { by, reply }).await)
             }
             (Route::Invitation(id), Method::DELETE) => self.change(by, Change::Uninvite(id)).await,
+            (Route::Waiting(node), Method::POST) => match self.whole_json(request).await {
+                Ok(approval) => self.change(by, Change::Approve(node, Some(approval))).await,
+                Err(answer) => answer,
+            },
+            (Route::Waiting(node), Method::DELETE) => self.change(by, Change::Approve(node, None)).await,
             (Route::Key, Method::GET) => self.tell(self.ask(|reply| Inquiry::Key { by, reply }).await),
             (Route::Key, Method::POST) => {
                 let drawn = self.ask(|reply| Inquiry::DrawKey { by, reply }).await;
@@ -175,9 +185,10 @@ impl Service {
         let status = match why {
             NotChanged::Denied(denied) => return self.denied(denied),
             NotChanged::Unknown(_) => StatusCode::NOT_FOUND,
-            NotChanged::LastAdmin(_) | NotChanged::TooManyRoles | NotChanged::NotRotated(_) => {
-                StatusCode::CONFLICT
-            }
+            NotChanged::LastAdmin(_)
+            | NotChanged::TooManyRoles
+            | NotChanged::NotRotated(_)
+            | NotChanged::OtherKey(..) => StatusCode::CONFLICT,
             NotChanged::TooManyTokens => StatusCode::TOO_MANY_REQUESTS,
             NotChanged::SecretsFull => StatusCode::INSUFFICIENT_STORAGE,
         };
@@ -213,6 +224,7 @@ impl Service {
         };
         let (id, secret) = (InvitationId::from_bytes(id), Secret::from_bytes(secret));
         let invitation = Invitation::new(secret.digest(), asked.who, clock::now(), life);
+        let invitation = Invitation { approve: asked.approve, ..invitation };
         let expires = invitation.expires;
         let change = Change::Invite(id, invitation);
         match self.ask(|reply| Inquiry::Change { by, change, reply }).await {
@@ -236,14 +248,19 @@ impl Service {
         };
         let key = request.key;
         match self.ask(|reply| Inquiry::Join { from, request: Box::new(request), reply }).await {
-            Some(Ok(party)) => self.certificate(hall, &party, &key),
+            Some(Ok(Admission::Joins(party))) => self.certificate(hall, &party, &key),
+            Some(Ok(Admission::Waits(told))) => json_answer(StatusCode::ACCEPTED, &told),
             Some(Err(why)) => {
                 self.refusals.refuse("join", format_args!("one to join: {why}"));
                 let status = match why {
                     NotJoined::NotInvited | NotJoined::Unproven => StatusCode::UNAUTHORIZED,
                     NotJoined::Full => StatusCode::INSUFFICIENT_STORAGE,
                     NotJoined::Nobody => StatusCode::BAD_REQUEST,
-                    NotJoined::Other(_) | NotJoined::NoNode(_) | NotJoined::Taken(_) => StatusCode::CONFLICT,
+                    NotJoined::Other(_)
+                    | NotJoined::NoNode(_)
+                    | NotJoined::Taken(_)
+                    | NotJoined::TokenWaits
+                    | NotJoined::NameWaits(_) => StatusCode::CONFLICT,
                 };
                 text(status, why.to_string())
             }
