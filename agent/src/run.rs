@@ -118,7 +118,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         tracing::error!("{damaged} damaged records in the ledger were passed over: is the disk failing?");
     }
     let key = identity::key(&config.data_dir)?;
-    let authority = Authority::open(&config.data_dir)?;
+    let authority = Authority::open(&config.data_dir, &config.cluster)?;
     let shown =
         config.membership.as_ref().map(|membership| Shown::new(membership, &key)).transpose()?.map(Arc::new);
     let bridge = Bridge::open(Path::new(network::SLOTS_DIR), &config.data_dir, &config.reach)

@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 
 use crate::broker_config::{BrokerConfig, BrokerConfigError};
 use crate::config::{ConfigError, Place};
-use crate::core::{LoadError, SetAside, restored};
+use crate::core::{LoadError, SetAside, keys, restored};
 use crate::init::{Init, InitError};
 use crate::io::clock;
 use crate::io::store::{self, Contents, Op, Store, StoreChoice, StoreError};
@@ -175,8 +175,9 @@ async fn fix(choice: &StoreChoice, dir: &Path, cluster: &ClusterName) -> Result<
         let uid = name.split_once('/').map_or(name, |(uid, _)| uid);
         match kind {
             "job" | "run" | "pod" => aside.jobs.iter().any(|job| job.as_str() == uid),
-            // The node's next hello writes it anew; until then it says that pods are there.
-            "node" => false,
+            // The node's next hello writes it anew; until then it says that pods are there. Without the key that signs orders
+            // members would be told of another root.
+            "node" | "key" => false,
             _ => lost.contains(key),
         }
     };
@@ -231,6 +232,12 @@ fn restore(dir: &Path, file: &Path) -> Result<(String, bool), AdminError> {
          for a minute after the controller's start"
             .to_owned(),
     );
+    if keys::in_entries(&contents.entries).is_ok_and(|key| key.is_some()) {
+        told.push(
+            "if the controller's key was rotated since, nodes refuse the one that is back: `berth keys rotate` once more"
+                .to_owned(),
+        );
+    }
     Ok((told.join("\n"), true))
 }
 

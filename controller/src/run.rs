@@ -11,15 +11,16 @@ use std::time::{Duration, Instant};
 
 use berth_protocol::chain::chain;
 use berth_protocol::codec;
+use berth_protocol::delegation::Delegation;
 use berth_protocol::ids::Term;
-use berth_protocol::sign::Signer;
+use berth_protocol::sign::{SEED_BYTES, Signer};
 use berth_protocol::topic::Topic;
 use berth_protocol::units::Timestamp;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use self::doors::{Belonging, belonging, connect};
-pub use self::doors::{about, signer};
+pub use self::doors::{KeyError, about, signer};
 use crate::config::Config;
 use crate::core::{self, Controller, Effect, Event, SetAside, Write};
 use crate::io::broker::{Broker, BrokerError};
@@ -61,6 +62,8 @@ pub enum RunError {
     Depot(#[from] DepotError),
     #[error(transparent)]
     Http(#[from] HttpError),
+    #[error(transparent)]
+    Key(#[from] KeyError),
     #[error("this controller cannot show who it is")]
     Ca(#[from] CaError),
     #[error("this controller cannot show who it is")]
@@ -78,6 +81,10 @@ pub struct Daemon {
     bus: Bus,
     /// Of what agents are told.
     signer: Signer,
+    /// Why its key may sign, for those that join.
+    delegation: watch::Sender<Option<Delegation>>,
+    /// The seed of one that the root may name next.
+    drawn: Option<[u8; SEED_BYTES]>,
     events: BusEvents,
     inquiries: mpsc::Receiver<Inquiry>,
     /// What comes of work that the core asked for and that takes its time: the depot's contents, prices.
@@ -108,8 +115,9 @@ impl Daemon {
         let (ask, inquiries) = mpsc::channel(INQUIRIES_MAX);
         let secret = store.identity().secret;
         let entries = store.list().await?;
-        let signer = signer(&config.cluster, &secret);
-        let belonging = belonging(&config, &secret, signer.public())?;
+        let (signer, root) = signer(&config.cluster, &secret, &entries)?;
+        let (delegation, told) = watch::channel(signer.delegation().cloned());
+        let belonging = belonging(&config, &secret, root, told)?;
         let members = belonging.as_ref().map(|belonging| belonging.hall.tls.members.clone());
         let ca = belonging.as_ref().map(|belonging| belonging.hall.ca.pem());
         let (hall, gate, own) = match belonging {
@@ -145,6 +153,9 @@ impl Daemon {
                 "the store was restored: nothing is placed for {wait}, no pod before those of its job that it knows nothing of have stopped"
             );
         }
+        if let Some(ending) = controller.key_ending(clock::now()) {
+            tracing::warn!("{ending}");
+        }
         let (broker, bus) = connect(&config, &store, &refusals, gate, own)?;
         let (bus, events) = Bus::connect(bus, refusals);
         let http = tokio::spawn(http.run());
@@ -156,6 +167,8 @@ impl Daemon {
             depot,
             bus,
             signer,
+            delegation,
+            drawn: None,
             events,
             inquiries,
             results,

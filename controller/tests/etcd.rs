@@ -4,6 +4,8 @@
 mod line;
 #[path = "../../tests/src/etcd.rs"]
 mod members;
+#[path = "../../tests/src/ports.rs"]
+mod ports;
 
 use std::path::{Path, PathBuf};
 

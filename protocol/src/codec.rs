@@ -2,7 +2,8 @@
 //!
 //! What users exchange with the controller is plain JSON, in what they say with a signature around it where they have a key
 //! (`request`). What the controller and agents exchange travels in an
-//! envelope, `{"v":1,"body":…}`, whose further fields, `key` and `sig`, say whose the body is. The cores read
+//! envelope, `{"v":1,"body":…}`, whose further fields, `key` and `sig`, say whose the body is, and `delegation` why a
+//! controller's key may say so. The cores read
 //! bodies; signing and verifying is what is done last on the way out and first on the way in.
 //!
 //! Within a version fields are added, never changed or taken away: what is not known is passed over, what is not there
@@ -12,6 +13,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use crate::delegation::Delegation;
 use crate::ids::ClusterName;
 use crate::limits::{ENVELOPE_BYTES_MAX, MESSAGE_BYTES_MAX, SPEC_BYTES_MAX};
 use crate::sign::{PublicKey, Signature, Signer};
@@ -62,8 +64,18 @@ struct Envelope<'a> {
     key: Option<PublicKey>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     sig: Option<Signature>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    delegation: Option<Delegation>,
     #[serde(borrow)]
     body: &'a RawValue,
+}
+
+/// Who has signed a message, and what that key shows for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Signed {
+    pub by: PublicKey,
+    /// Whether the root has said so is not known yet.
+    pub delegation: Option<Delegation>,
 }
 
 /// The largest body that may travel on `topic`.
@@ -85,7 +97,7 @@ pub fn encode<T: Serialize>(topic: &Topic, message: &T) -> Result<Vec<u8>, Codec
     if !matches!(topic, Topic::Node { .. }) {
         return Ok(Box::<str>::from(body).into_string().into_bytes());
     }
-    let envelope = Envelope { v: ENVELOPE_VERSION, key: None, sig: None, body: &body };
+    let envelope = Envelope { v: ENVELOPE_VERSION, key: None, sig: None, delegation: None, body: &body };
     serde_json::to_vec(&envelope).map_err(CodecError::Unwritable)
 }
 
@@ -111,18 +123,23 @@ fn opened<'a>(topic: &Topic, payload: &'a [u8]) -> Result<Envelope<'a>, CodecErr
 /// Signs an encoded message between controller and agents.
 pub fn sign(signer: &Signer, topic: &Topic, payload: &[u8]) -> Result<Vec<u8>, CodecError> {
     let plain: Envelope = serde_json::from_slice(payload).map_err(CodecError::Malformed)?;
-    let signed =
-        Envelope { key: Some(signer.public()), sig: Some(signer.sign(topic, plain.body.get())), ..plain };
+    let signed = Envelope {
+        key: Some(signer.public()),
+        sig: Some(signer.sign(topic, plain.body.get())),
+        delegation: signer.delegation().cloned(),
+        ..plain
+    };
     serde_json::to_vec(&signed).map_err(CodecError::Unwritable)
 }
 
 /// The key that has signed what came on `topic`, to be asked before it is decoded. Whether that is a key which may say so,
 /// others know.
-pub fn verify(cluster: &ClusterName, topic: &Topic, payload: &[u8]) -> Result<PublicKey, CodecError> {
-    let Envelope { key: Some(key), sig: Some(sig), body, .. } = opened(topic, payload)? else {
+pub fn verify(cluster: &ClusterName, topic: &Topic, payload: &[u8]) -> Result<Signed, CodecError> {
+    let Envelope { key: Some(by), sig: Some(sig), delegation, body, .. } = opened(topic, payload)? else {
         return Err(CodecError::Unsigned);
     };
-    if key.has_signed(cluster, topic, body.get(), &sig) { Ok(key) } else { Err(CodecError::Forged) }
+    let signed = Signed { by, delegation };
+    if by.has_signed(cluster, topic, body.get(), &sig) { Ok(signed) } else { Err(CodecError::Forged) }
 }
 
 #[cfg(test)]

@@ -5,15 +5,17 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::{self, PemObject as _};
 use serde::{Deserialize, Serialize};
 
+use crate::delegation::Delegation;
 use crate::hex;
 use crate::ids::{ClusterName, Digest, Namespace, NodeId, UserName};
-use crate::sign::{Key, PublicKey, Signature};
+use crate::sign::{Fingerprint, Key, PublicKey, Signature};
 use crate::tls::{Credentials, Party};
 use crate::units::Timestamp;
 
@@ -172,8 +174,13 @@ pub struct Membership {
     pub certificate: String,
     /// Until when the latter is good.
     pub expires: Timestamp,
-    /// Whose orders nodes obey.
-    pub controller: PublicKey,
+    /// Of the cluster's root: nodes obey whom that names. Where it was set up before there were roots, the controller's
+    /// own key.
+    #[serde(alias = "controller")]
+    pub root: PublicKey,
+    /// Whom it has named last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delegation: Option<Delegation>,
     /// `mqtts://HOST:PORT`
     pub broker: String,
     /// Where the controller answers HTTP: `https://HOST:PORT`
@@ -191,6 +198,38 @@ impl Membership {
     }
 }
 
+/// The answer to one that has to wait for an admin's word, and asks again meanwhile.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MustWait {
+    pub node: NodeId,
+    /// Then its invitation is over.
+    pub until: Timestamp,
+}
+
+/// A machine that waits, as those who may let it in see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WaitingStatus {
+    pub node: NodeId,
+    /// Of its key: the machine shows the same.
+    pub fingerprint: Fingerprint,
+    pub since: Timestamp,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<IpAddr>,
+    /// It belongs once it has asked again.
+    pub approved: bool,
+}
+
+/// What is said of a machine that waits. By `POST /v1/waiting/{node}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Approval {
+    /// Only where its key is that one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<Fingerprint>,
+}
+
 /// An invitation, as those who may make them see it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -198,6 +237,11 @@ pub struct InvitationStatus {
     pub id: InvitationId,
     pub who: Invited,
     pub expires: Timestamp,
+    /// Whoever shows it waits for an admin's word.
+    #[serde(default)]
+    pub approve: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<WaitingStatus>,
 }
 
 /// A member, as those who may know see it.
@@ -209,6 +253,25 @@ pub struct MemberStatus {
     pub admin: bool,
     #[serde(default)]
     pub roles: Roles,
+}
+
+/// The key that signs the controller's orders, as everybody of the cluster may know it. A cluster of before there were roots
+/// has none that could be replaced.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct KeyStatus {
+    pub cluster: ClusterName,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<PublicKey>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delegation: Option<Delegation>,
+}
+
+/// A key that the controller has drawn, for the root to name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DrawnKey {
+    pub key: PublicKey,
 }
 
 /// Whom an invitation is for.

@@ -7,6 +7,7 @@ pub mod chain;
 pub mod checkpoint;
 pub mod chunk;
 pub mod codec;
+pub mod delegation;
 pub mod hex;
 pub mod ids;
 pub mod image;

@@ -157,3 +157,5 @@ pub const POD_SECRETS_BYTES_MAX: usize = 1024 * 1024;
 pub const INVITATIONS_MAX: usize = 1_000;
 /// How long one may be taken, where nothing else is said.
 pub const INVITATION_MS: u64 = 15 * 60 * 1_000;
+/// How long a machine that an admin has to approve waits for that. Of each invitation at most one waits.
+pub const WAITING_MS: u64 = 24 * 60 * 60 * 1_000;

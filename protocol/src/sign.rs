@@ -6,11 +6,13 @@
 //! generation, session and seq.
 
 use std::fmt;
+use std::str::FromStr;
 
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use crate::delegation::Delegation;
 use crate::hex;
 use crate::ids::ClusterName;
 use crate::topic::Topic;
@@ -21,6 +23,7 @@ const MESSAGE: &[u8] = b"berth message 1";
 pub const SEED_BYTES: usize = 32;
 const KEY_BYTES: usize = 32;
 const SIGNATURE_BYTES: usize = 64;
+const FINGERPRINT_BYTES: usize = 16;
 
 /// The public half of a key, 64 hexadecimal digits as text.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -36,6 +39,13 @@ impl PublicKey {
     /// So much of it as tells it from others, for people.
     pub fn short(&self) -> String {
         hex::encode(&self.0[..8])
+    }
+
+    /// For people to compare.
+    pub fn fingerprint(&self) -> Fingerprint {
+        let mut bytes = [0; FINGERPRINT_BYTES];
+        bytes.copy_from_slice(&self.0[..FINGERPRINT_BYTES]);
+        Fingerprint(bytes)
     }
 
     /// As certificates have it (RFC 8410, 4): a SubjectPublicKeyInfo, DER.
@@ -67,6 +77,45 @@ impl PublicKey {
 
     pub(crate) fn has_signed_text(&self, text: &[u8], signature: &Signature) -> bool {
         UnparsedPublicKey::new(&ED25519, &self.0).verify(text, &signature.0).is_ok()
+    }
+}
+
+/// So much of a key as people compare, by eye or ear: 128 bits, eight groups of four hexadecimal digits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Fingerprint([u8; FINGERPRINT_BYTES]);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("this is no fingerprint: eight groups of four digits or letters from a to f, with `-` between them")]
+pub struct FingerprintError;
+
+impl fmt::Display for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let groups = self.0.as_chunks::<2>().0.iter().map(|group| hex::encode(group));
+        f.write_str(&groups.collect::<Vec<_>>().join("-"))
+    }
+}
+
+impl FromStr for Fingerprint {
+    type Err = FingerprintError;
+
+    fn from_str(text: &str) -> Result<Self, FingerprintError> {
+        let read = hex::decode(&text.replace('-', "")).map(Self);
+        read.filter(|read| read.to_string() == text).ok_or(FingerprintError)
+    }
+}
+
+impl TryFrom<String> for Fingerprint {
+    type Error = FingerprintError;
+
+    fn try_from(text: String) -> Result<Self, FingerprintError> {
+        text.parse()
+    }
+}
+
+impl From<Fingerprint> for String {
+    fn from(fingerprint: Fingerprint) -> String {
+        fingerprint.to_string()
     }
 }
 
@@ -147,11 +196,21 @@ pub(crate) fn framed(parts: &[&[u8]]) -> Vec<u8> {
 pub struct Signer {
     cluster: ClusterName,
     key: Key,
+    delegation: Option<Delegation>,
 }
 
 impl Signer {
     pub fn new(cluster: ClusterName, key: Key) -> Self {
-        Self { cluster, key }
+        Self { cluster, key, delegation: None }
+    }
+
+    /// Shows beside each signature why its key may sign.
+    pub fn delegated(cluster: ClusterName, key: Key, delegation: Delegation) -> Self {
+        Self { cluster, key, delegation: Some(delegation) }
+    }
+
+    pub fn delegation(&self) -> Option<&Delegation> {
+        self.delegation.as_ref()
     }
 
     pub fn public(&self) -> PublicKey {
@@ -174,6 +233,7 @@ mod tests {
     use crate::codec::{decode, encode, sign, verify};
     use crate::ids::NodeId;
     use crate::topic::NodeTopic;
+    use crate::units::{Millis, Timestamp};
 
     fn cluster(name: &str) -> ClusterName {
         ClusterName::parse(name).unwrap()
@@ -203,6 +263,12 @@ mod tests {
             assert!(read(bad).is_err(), "{bad}");
         }
         assert!(!format!("{key:?}").contains("4ccd08"), "a secret is not printed");
+        let fingerprint = key.public().fingerprint();
+        assert_eq!(fingerprint.to_string(), "3d40-17c3-e843-895a-92b7-0aa7-4d1b-7ebc");
+        assert_eq!(fingerprint.to_string().parse(), Ok(fingerprint));
+        for bad in ["", "3d40", &public[..32], "3D40-17c3-e843-895a-92b7-0aa7-4d1b-7ebc"] {
+            assert_eq!(bad.parse::<Fingerprint>(), Err(FingerprintError), "{bad}");
+        }
     }
 
     #[test]
@@ -212,7 +278,7 @@ mod tests {
         let plain = encode(&lease, &[1, 2]).unwrap();
         let signed = sign(&signer, &lease, &plain).unwrap();
         assert_eq!(decode::<Vec<u32>>(&lease, &signed).unwrap(), [1, 2]);
-        assert_eq!(verify(&cluster("lab"), &lease, &signed).unwrap(), key(1).public());
+        assert_eq!(verify(&cluster("lab"), &lease, &signed).unwrap().by, key(1).public());
 
         let refused = |cluster: &ClusterName, topic: &Topic, bytes: &[u8]| {
             verify(cluster, topic, bytes).unwrap_err().kind()
@@ -242,8 +308,12 @@ mod tests {
     fn the_envelope_has_room_for_a_signature() {
         let spec = topic("a1", NodeTopic::Spec);
         let plain = encode(&spec, &"x".repeat(crate::limits::SPEC_BYTES_MAX)).unwrap();
-        let signed = sign(&Signer::new(cluster("lab"), key(1)), &spec, &plain).unwrap();
+        let (lab, of, far) = (cluster("lab"), key(1).public(), Timestamp(u64::MAX / 2));
+        let delegation = Delegation::new(&key(2), &lab, of, Some(u64::MAX - 1), far, Millis(1));
+        let signer = Signer::delegated(lab.clone(), key(1), delegation.clone());
+        let signed = sign(&signer, &spec, &plain).unwrap();
         assert!(signed.len() - plain.len() < crate::limits::ENVELOPE_BYTES_MAX);
-        assert!(verify(&cluster("lab"), &spec, &signed).is_ok() && decode::<String>(&spec, &signed).is_ok());
+        assert_eq!(verify(&lab, &spec, &signed).unwrap().delegation, Some(delegation));
+        assert!(decode::<String>(&spec, &signed).is_ok());
     }
 }

@@ -1,5 +1,5 @@
-//! Who this agent is, and whose orders it obeys: its own key, made at its first start, and its controller's, both in the
-//! data directory. The secret half of the agent's key never leaves it.
+//! Who this agent is, and whose orders it obeys: its own key, made at its first start, the root's of its cluster, and whom
+//! that has named last, all in the data directory. The secret half of the agent's key never leaves it.
 
 use std::fs;
 use std::io;
@@ -7,10 +7,16 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use berth_protocol::codec::Signed;
+use berth_protocol::delegation::{Delegation, Distrust, Trust};
+use berth_protocol::ids::ClusterName;
 use berth_protocol::join::Membership;
 use berth_protocol::sign::{Key, PublicKey, SEED_BYTES};
 use berth_protocol::tls::Clients;
+use berth_protocol::units::Timestamp;
 use rustls::{ClientConfig, ServerConfig};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::clock;
 use crate::shim::sys;
@@ -18,8 +24,10 @@ use crate::shim::sys;
 const DIR: &str = "identity";
 /// The seed's bytes.
 const KEY: &str = "key";
-/// The controller's public key, as JSON.
+/// The public key of the first controller that was heard, as JSON, where this node joined no cluster.
 const CONTROLLER: &str = "controller.json";
+/// The latest delegation that was heard.
+const DELEGATION: &str = "delegation.json";
 /// What the controller said when this node joined.
 const MEMBERSHIP: &str = "membership.json";
 
@@ -37,11 +45,8 @@ pub enum IdentityError {
 /// Why an order is not obeyed, though its signature is good.
 #[derive(Debug, thiserror::Error)]
 pub enum Untrusted {
-    #[error(
-        "the message is signed by key {by}, and this node belongs to the controller of key {own}; if that was set up \
-         anew, stop the agent and remove its data directory"
-    )]
-    Stranger { by: String, own: String },
+    #[error(transparent)]
+    Distrust(#[from] Distrust),
     #[error("the controller that it comes from cannot be remembered, so it is not obeyed: {0}")]
     Unwritten(#[from] io::Error),
 }
@@ -50,7 +55,7 @@ impl Untrusted {
     /// A word for counters.
     pub fn kind(&self) -> &'static str {
         match self {
-            Self::Stranger { .. } => "other-controller",
+            Self::Distrust(why) => why.kind(),
             Self::Unwritten(_) => "unwritten",
         }
     }
@@ -86,9 +91,7 @@ pub fn key(data_dir: &Path) -> Result<Key, IdentityError> {
 
 /// What this node has from the cluster that it joined; none where it joined none.
 pub fn membership(data_dir: &Path) -> Result<Option<Membership>, IdentityError> {
-    let path = data_dir.join(DIR).join(MEMBERSHIP);
-    let read = read(&path)?.map(|bytes| serde_json::from_slice(&bytes)).transpose();
-    read.map_err(|_| IdentityError::Damaged { path })
+    read_json(data_dir.join(DIR).join(MEMBERSHIP))
 }
 
 /// Puts it where `membership` finds it.
@@ -139,48 +142,70 @@ fn configs(
     configs.map_err(|error| BadCertificate(error.to_string()))
 }
 
-/// Knows whose orders are obeyed: the controller's of the cluster that this node joined; where it joined none, the first
-/// that is heard is the node's, and no other after it.
+/// Knows whose orders are obeyed: whom the root of the cluster that this node joined has named last; where it joined none,
+/// the first controller that is heard is the node's, and no other after it.
 pub struct Authority {
     dir: PathBuf,
-    own: Option<PublicKey>,
+    cluster: ClusterName,
+    /// There is a root whose word counts.
+    joined: bool,
+    trust: Option<Trust>,
 }
 
 impl Authority {
-    pub fn open(data_dir: &Path) -> Result<Self, IdentityError> {
+    pub fn open(data_dir: &Path, cluster: &ClusterName) -> Result<Self, IdentityError> {
         let dir = data_dir.join(DIR);
-        let path = dir.join(CONTROLLER);
-        if let Some(membership) = membership(data_dir)? {
-            return Ok(Self { dir, own: Some(membership.controller) });
-        }
-        let own = read(&path)?.map(|bytes| serde_json::from_slice(&bytes)).transpose();
-        Ok(Self { dir, own: own.map_err(|_| IdentityError::Damaged { path })? })
+        let cluster = cluster.clone();
+        let Some(Membership { root, delegation: told, .. }) = membership(data_dir)? else {
+            let first: Option<PublicKey> = read_json(dir.join(CONTROLLER))?;
+            let trust = first.map(|first| Trust::new(cluster.clone(), first));
+            return Ok(Self { dir, cluster, joined: false, trust });
+        };
+        let mut trust = Trust::new(cluster.clone(), root);
+        // What was heard since it joined; of another root, where it has joined another cluster since, it says nothing.
+        let heard: Option<Delegation> = read_json(dir.join(DELEGATION))?;
+        told.into_iter().chain(heard).for_each(|delegation| trust.learn(delegation));
+        Ok(Self { dir, cluster, joined: true, trust: Some(trust) })
     }
 
-    /// Is this the controller's key? The first one is on disk before this returns.
-    pub fn check(&mut self, by: PublicKey) -> Result<(), Untrusted> {
-        match &self.own {
-            Some(own) if *own == by => Ok(()),
-            Some(own) => Err(Untrusted::Stranger { by: by.short(), own: own.short() }),
-            None => {
-                let text = serde_json::to_vec(&by).map_err(io::Error::from)?;
-                sys::write_durably(&self.dir, CONTROLLER, &text)?;
-                self.own = Some(by);
-                Ok(())
-            }
+    /// Does it speak for the controller? What is learnt from it is on disk before this returns.
+    pub fn check(&mut self, signed: Signed) -> Result<(), Untrusted> {
+        let Some(trust) = &mut self.trust else {
+            sys::write_durably(&self.dir, CONTROLLER, &json(&signed.by)?)?;
+            self.trust = Some(Trust::new(self.cluster.clone(), signed.by));
+            return Ok(());
+        };
+        if let Some(later) = trust.judge(&signed.by, signed.delegation.filter(|_| self.joined))? {
+            sys::write_durably(&self.dir, DELEGATION, &json(&later)?)?;
+            let (key, until) = (later.key.short(), later.expires);
+            tracing::info!("the controller's key is {key} from now on, by the cluster's root, until {until}");
+            trust.learn(later);
         }
+        Ok(())
     }
+
+    /// May whoever speaks for it order something new?
+    pub fn may_order(&self, now: Timestamp) -> Result<(), Untrusted> {
+        Ok(self.trust.as_ref().map_or(Ok(()), |trust| trust.may_order(now))?)
+    }
+}
+
+fn read_json<T: DeserializeOwned>(path: PathBuf) -> Result<Option<T>, IdentityError> {
+    let read = read(&path)?.map(|bytes| serde_json::from_slice(&bytes)).transpose();
+    read.map_err(|_| IdentityError::Damaged { path })
+}
+
+fn json<T: Serialize>(value: &T) -> io::Result<Vec<u8>> {
+    Ok(serde_json::to_vec(value)?)
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
-    use super::*;
+    use berth_protocol::units::Millis;
 
-    fn of(n: u8) -> PublicKey {
-        PublicKey::from_bytes([n; 32])
-    }
+    use super::*;
 
     #[test]
     fn a_key_is_made_once_and_is_its_owners_alone() {
@@ -196,18 +221,110 @@ mod tests {
         assert!(matches!(key(dir.path()), Err(IdentityError::Damaged { .. })));
     }
 
+    fn by(n: u8, delegation: Option<Delegation>) -> Signed {
+        Signed { by: key_of(n).public(), delegation }
+    }
+
+    fn key_of(n: u8) -> Key {
+        Key::from_seed(&[n; SEED_BYTES])
+    }
+
+    fn lab() -> ClusterName {
+        ClusterName::parse("lab").unwrap()
+    }
+
+    /// By the root 1, for the key `n`.
+    fn delegated(n: u8, serial: u64) -> Delegation {
+        let life = Millis(3_600_000);
+        Delegation::new(&key_of(1), &lab(), key_of(n).public(), Some(serial - 1), Timestamp(7), life)
+    }
+
+    fn refusal(authority: &mut Authority, signed: Signed) -> &'static str {
+        authority.check(signed).unwrap_err().kind()
+    }
+
     #[test]
     fn the_first_controller_heard_is_obeyed_and_no_other() {
         let dir = tempfile::tempdir().unwrap();
         key(dir.path()).unwrap();
-        let mut authority = Authority::open(dir.path()).unwrap();
+        let mut authority = Authority::open(dir.path(), &lab()).unwrap();
+        // Whatever it shows of a root that this node knows nothing of.
+        let of_some_root = |n: u8| {
+            let key = key_of(n).public();
+            Delegation::new(&key_of(9), &lab(), key, Some(n.into()), Timestamp(7), Millis(1))
+        };
         for _ in 0..2 {
-            assert!(authority.check(of(1)).is_ok());
-            assert!(matches!(authority.check(of(2)), Err(Untrusted::Stranger { .. })));
+            assert!(authority.check(by(1, Some(of_some_root(1)))).is_ok());
+            assert!(authority.check(by(1, None)).is_ok());
+            assert_eq!(refusal(&mut authority, by(2, None)), "other-controller");
+            assert_eq!(refusal(&mut authority, by(2, Some(of_some_root(2)))), "other-controller");
             // After a restart as well.
-            authority = Authority::open(dir.path()).unwrap();
+            authority = Authority::open(dir.path(), &lab()).unwrap();
         }
         fs::write(dir.path().join(DIR).join(CONTROLLER), "\"torn").unwrap();
-        assert!(matches!(Authority::open(dir.path()), Err(IdentityError::Damaged { .. })));
+        assert!(matches!(Authority::open(dir.path(), &lab()), Err(IdentityError::Damaged { .. })));
+    }
+
+    /// One that has joined the cluster of root 1, and was told then that the key 2 speaks for it.
+    fn joined(dir: &Path) -> Authority {
+        key(dir).unwrap();
+        let membership = Membership {
+            cluster: lab(),
+            party: "a1".parse().unwrap(),
+            ca: String::new(),
+            certificate: String::new(),
+            expires: Timestamp(0),
+            root: key_of(1).public(),
+            delegation: Some(delegated(2, 10)),
+            broker: String::new(),
+            url: String::new(),
+        };
+        keep_membership(dir, &membership).unwrap();
+        Authority::open(dir, &lab()).unwrap()
+    }
+
+    #[test]
+    fn the_latest_key_is_on_disk_before_it_is_obeyed() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut authority = joined(dir.path());
+        assert!(authority.check(by(2, None)).is_ok());
+        assert_eq!(refusal(&mut authority, by(1, None)), "other-controller", "the root is away");
+        assert!(authority.check(by(3, Some(delegated(3, 11)))).is_ok());
+        for _ in 0..2 {
+            assert!(authority.check(by(3, None)).is_ok());
+            assert_eq!(refusal(&mut authority, by(2, Some(delegated(2, 10)))), "replaced-key");
+            assert_eq!(refusal(&mut authority, by(2, None)), "other-controller");
+            authority = Authority::open(dir.path(), &lab()).unwrap();
+        }
+        // Joined again, with an older word than was heard meanwhile.
+        let mut authority = joined(dir.path());
+        assert_eq!(refusal(&mut authority, by(2, Some(delegated(2, 10)))), "replaced-key");
+
+        let file = dir.path().join(DIR).join(DELEGATION);
+        fs::write(&file, "{torn").unwrap();
+        assert!(matches!(Authority::open(dir.path(), &lab()), Err(IdentityError::Damaged { .. })));
+        // What cannot be kept is not obeyed.
+        fs::remove_file(&file).unwrap();
+        let mut authority = joined(dir.path());
+        fs::create_dir_all(file.join("in the way")).unwrap();
+        assert_eq!(refusal(&mut authority, by(3, Some(delegated(3, 11)))), "unwritten");
+        assert!(authority.check(by(2, None)).is_ok());
+    }
+
+    #[test]
+    fn a_membership_of_before_there_were_roots_pins_the_controllers_own_key() {
+        let dir = tempfile::tempdir().unwrap();
+        joined(dir.path());
+        let file = dir.path().join(DIR).join(MEMBERSHIP);
+        let mut old: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        let old = old.as_object_mut().unwrap();
+        old.remove("delegation");
+        let pinned = old.remove("root").unwrap();
+        old.insert("controller".to_owned(), pinned);
+        fs::write(&file, serde_json::to_vec(&old).unwrap()).unwrap();
+        let mut authority = Authority::open(dir.path(), &lab()).unwrap();
+        assert!(authority.check(by(1, None)).is_ok());
+        assert_eq!(refusal(&mut authority, by(2, None)), "other-controller");
+        assert!(authority.may_order(Timestamp(u64::MAX)).is_ok());
     }
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use berth_protocol::broker::BrokerUrl;
 use berth_protocol::codec;
 use berth_protocol::ids::{NodeId, SessionNonce};
-use berth_protocol::join::{JoinRequest, JoinToken, Membership};
+use berth_protocol::join::{JoinRequest, JoinToken, Membership, MustWait};
 use berth_protocol::message::node::{Heartbeat, Lease};
 use berth_protocol::sign::{Key, Signer};
 use berth_protocol::tls::{Party, is_of_ca, joining};
@@ -19,7 +19,7 @@ use berth_protocol::units::Millis;
 use bytes::Bytes;
 use clap::Parser;
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::{Method, Request};
+use hyper::{Method, Request, StatusCode};
 use rustls::ClientConfig;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
@@ -33,6 +33,8 @@ use crate::config::{DATA_DIR, host_name};
 
 const WITHIN: Duration = Duration::from_secs(20);
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
+/// One that waits to be approved asks so often.
+const ASKED_AGAIN: Duration = Duration::from_secs(2);
 /// Of a token on stdin: several times the longest.
 const TOKEN_BYTES_MAX: u64 = 4096;
 /// A certificate is renewed this long before its end, of the 30 days that it is good.
@@ -55,7 +57,8 @@ const UNIT: &str = "berth-agent.service";
   berth-agent join - <token            the token from stdin: arguments are seen by every user of the machine
 
 `berth node token` at the controller prints the line. The machine's key is made here and never leaves it. Where the
-package's unit is there it is enabled and started. A machine that was away for so long that its certificate has ended
+package's unit is there it is enabled and started. With a token from `berth node token --approve` it waits for an admin's
+word, and says what is to be compared. A machine that was away for so long that its certificate has ended
 joins again, with a token from `berth node token NODE`; its pods and their records stay."
 )]
 struct Args {
@@ -102,8 +105,7 @@ async fn join(args: Args) -> Result<String> {
     let key = identity::key(&data_dir)?;
     let host = NodeId::parse(&host_name()).ok();
     let request = JoinRequest::new(&token, node.map(Party::Node), host, &key);
-    let membership =
-        ask(joining(token.ca)?, &token.controller, "/v1/join", serde_json::to_vec(&request)?).await?;
+    let membership = admitted(&token, &request).await?;
     let Party::Node(node) = &membership.party else {
         bail!("the token is for a user: `berth login TOKEN`");
     };
@@ -117,6 +119,34 @@ async fn join(args: Args) -> Result<String> {
         Some(Err(why)) => format!("{told}; {UNIT} does not start: {why}"),
         None => format!("{told}; start it: berth-agent --data-dir {}", data_dir.display()),
     })
+}
+
+/// Shows the token, and waits where an admin has to say that this machine is let in.
+async fn admitted(token: &JoinToken, request: &JoinRequest) -> Result<Membership> {
+    let (tls, body) = (joining(token.ca)?, serde_json::to_vec(request)?);
+    let mut waits = false;
+    loop {
+        match ask(tls.clone(), &token.controller, "/v1/join", body.clone()).await {
+            Ok(Answer::Told(membership)) => return Ok(*membership),
+            Ok(Answer::Refused(why)) if waits => {
+                bail!("an admin has denied this machine, or none has approved it in time: {why}")
+            }
+            Ok(Answer::Refused(why)) => bail!("the controller refuses: {why}"),
+            Ok(Answer::Waits(MustWait { node, until })) if !waits => {
+                eprintln!(
+                    "berth-agent: this machine waits, until {until}, for an admin to say `berth node approve {node}`. To be \
+                     compared with what `berth node tokens` shows there, the fingerprint of its key:\n  {}",
+                    request.key.fingerprint()
+                );
+                waits = true;
+            }
+            Ok(Answer::Waits(_)) => {}
+            // Its controller may be starting anew.
+            Err(_) if waits => {}
+            Err(error) => return Err(error),
+        }
+        tokio::time::sleep(ASKED_AGAIN).await;
+    }
 }
 
 /// Says whether the controller hears this node through the broker, and is heard: brokers acknowledge what their rules then
@@ -222,15 +252,33 @@ pub async fn renew(data_dir: PathBuf, mut membership: Membership, shown: Arc<Sho
 
 async fn renewed(data_dir: &Path, membership: &Membership, shown: &Shown) -> Result<Membership> {
     let authority = membership.url.strip_prefix("https://").context("its controller has no address")?;
-    let new = ask(shown.client(), authority, "/v1/renew", b"{}".to_vec()).await?;
+    let new = match ask(shown.client(), authority, "/v1/renew", b"{}".to_vec()).await? {
+        Answer::Told(new) => *new,
+        Answer::Refused(why) => bail!("the controller refuses: {why}"),
+        Answer::Waits(_) => bail!("the controller's answer is none to this: is it of another version?"),
+    };
+    let new = under_its_root(membership, new);
     let key: Key = identity::key(data_dir)?;
     shown.renew(&new, &key)?;
     identity::keep_membership(data_dir, &new)?;
     Ok(new)
 }
 
-/// Asks the controller at `HOST:PORT`; a refusal is an error in its words.
-async fn ask(tls: Arc<ClientConfig>, authority: &str, path: &str, body: Vec<u8>) -> Result<Membership> {
+/// The root is the one that this node was told of as it joined: whoever makes certificates puts no other in its place.
+fn under_its_root(before: &Membership, renewed: Membership) -> Membership {
+    Membership { root: before.root, ..renewed }
+}
+
+/// What the controller answers to one that joins, or renews its certificate.
+enum Answer {
+    Told(Box<Membership>),
+    Waits(MustWait),
+    /// In its words.
+    Refused(String),
+}
+
+/// Asks the controller at `HOST:PORT`.
+async fn ask(tls: Arc<ClientConfig>, authority: &str, path: &str, body: Vec<u8>) -> Result<Answer> {
     let exchange = async {
         let (host, _) =
             authority.rsplit_once(':').with_context(|| format!("`{authority}` is not HOST:PORT"))?;
@@ -248,13 +296,39 @@ async fn ask(tls: Arc<ClientConfig>, authority: &str, path: &str, body: Vec<u8>)
         let answer = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
         let answer =
             answer.map_err(|error| anyhow::anyhow!("the controller's answer broke off: {error}"))?.to_bytes();
-        if !status.is_success() {
-            bail!("the controller refuses: {}", String::from_utf8_lossy(&answer).trim());
-        }
-        serde_json::from_slice(&answer)
-            .context("the controller's answer cannot be read: is it of another version?")
+        let read = match status {
+            StatusCode::ACCEPTED => serde_json::from_slice(&answer).map(Answer::Waits),
+            status if status.is_success() => serde_json::from_slice(&answer).map(Answer::Told),
+            _ => Ok(Answer::Refused(String::from_utf8_lossy(&answer).trim().to_owned())),
+        };
+        read.context("the controller's answer cannot be read: is it of another version?")
     };
     tokio::time::timeout(WITHIN, exchange)
         .await
         .with_context(|| format!("the controller at {authority} does not answer"))?
+}
+
+#[cfg(test)]
+mod tests {
+    use berth_protocol::ids::ClusterName;
+    use berth_protocol::sign::PublicKey;
+    use berth_protocol::units::Timestamp;
+
+    use super::*;
+
+    #[test]
+    fn a_renewed_certificate_brings_no_other_root() {
+        let membership = |root, expires| Membership {
+            cluster: ClusterName::parse("lab").unwrap(),
+            party: "a1".parse().unwrap(),
+            ca: String::new(),
+            certificate: String::new(),
+            expires: Timestamp(expires),
+            root: PublicKey::from_bytes([root; 32]),
+            delegation: None,
+            broker: String::new(),
+            url: String::new(),
+        };
+        assert_eq!(under_its_root(&membership(1, 1), membership(9, 2)), membership(1, 2));
+    }
 }

@@ -8,6 +8,7 @@ use super::{Agency, Input};
 use crate::core::Event;
 use crate::core::ledger::PodKey;
 use crate::io::bus::BusEvent;
+use crate::io::clock;
 use crate::io::identity::Untrusted;
 use crate::task::Order;
 
@@ -62,6 +63,9 @@ impl Agency {
         payload: &[u8],
     ) -> Result<Option<Input>, Refused> {
         self.authority.check(codec::verify(&self.config.cluster, topic, payload)?)?;
+        if kind != NodeTopic::Lease {
+            self.authority.may_order(clock::now().wall)?;
+        }
         Ok(Some(match kind {
             NodeTopic::Desired => Input::Event(Event::Desired(codec::decode(topic, payload)?)),
             NodeTopic::Lease => Input::Event(Event::Lease(codec::decode(topic, payload)?)),

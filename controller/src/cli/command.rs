@@ -10,7 +10,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
 pub use super::job_words::{Run, Submit};
-pub use super::member_words::{InviteNode, InviteUser, NodeVerb, SecretVerb, SetUser, UserVerb};
+pub use super::member_words::{
+    Approve, InviteNode, InviteUser, KeysVerb, NodeVerb, Rotate, SecretVerb, SetUser, UserVerb,
+};
 pub use super::saved_words::{
     Checkpoint, CheckpointVerb, Defrag, Drain, Fork, Migrate, NodeNames, Restore, Take, copies_for_fork,
 };
@@ -218,6 +220,9 @@ node takes no new pods until `berth uncordon`.")]
     #[command(after_help = "Examples:
   berth node token                     a line to run on a new machine, good once
   berth node token gpu-7               for that node alone: also to come back after weeks away
+  berth node token --approve           and the machine waits until it is approved
+  berth node tokens                    who waits, with which key
+  berth node approve gpu-8
   berth node remove gpu-7")]
     Node {
         #[command(subcommand)]
@@ -233,6 +238,19 @@ node takes no new pods until `berth uncordon`.")]
     User {
         #[command(subcommand)]
         verb: UserVerb,
+    },
+    /// Replace the key by which nodes know the controller's orders
+    #[command(after_help = "Examples:
+  berth keys show
+  berth keys rotate --root /media/stick/root.key
+
+For an admin, on whichever machine has the root's file: the file's content stays
+there. The controller draws the new key and signs with it at once; nothing is
+restarted, no pod is touched. Once a year, and whenever a machine that had the
+old key, or a backup of the store, may have been read by others.")]
+    Keys {
+        #[command(subcommand)]
+        verb: KeysVerb,
     },
     /// Keep what jobs may mount and nobody may read: keys, passwords
     #[command(after_help = "Examples:

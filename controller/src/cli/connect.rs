@@ -321,6 +321,9 @@ impl Session {
             let page: Page<Value> =
                 serde_json::from_value(value).context("the controller's reply is not a page")?;
             rows.extend(page.rows);
+            if let Some(notice) = page.notice.filter(|_| after.is_none()) {
+                eprintln!("berth: {notice}");
+            }
             if page.next.is_none() || page.next == after {
                 return Ok(rows);
             }

@@ -4,8 +4,8 @@ use std::io::{BufRead as _, Read as _, Write as _};
 
 use anyhow::Context as _;
 use berth_protocol::join::{
-    InvitationId, InvitationStatus, Invited, JoinRequest, JoinToken, MemberStatus, Membership, Roles,
-    UserChange, first_roles,
+    Approval, InvitationId, InvitationStatus, Invited, JoinRequest, JoinToken, MemberStatus, Membership,
+    Roles, UserChange, WaitingStatus, first_roles,
 };
 use berth_protocol::sign::{Key, SEED_BYTES};
 use berth_protocol::tls::{Party, joining};
@@ -14,7 +14,7 @@ use hyper::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::command::{Format, InviteNode, InviteUser, NodeVerb, SetUser, UserVerb};
+use super::command::{Approve, Format, InviteNode, InviteUser, NodeVerb, SetUser, UserVerb};
 use super::config::Settings;
 use super::identity::Identity;
 use super::table::Table;
@@ -95,7 +95,7 @@ pub fn authority(identity: &Identity) -> anyhow::Result<String> {
         .to_owned())
 }
 
-async fn ask<T: serde::de::DeserializeOwned>(
+pub async fn ask<T: serde::de::DeserializeOwned>(
     settings: &Settings,
     method: Method,
     path: &str,
@@ -110,10 +110,26 @@ async fn ask<T: serde::de::DeserializeOwned>(
 
 pub async fn node(settings: &Settings, verb: NodeVerb) -> anyhow::Result<u8> {
     match verb {
-        NodeVerb::Token(InviteNode { node, life }) => {
-            invite(settings, Invited::Node(node), life.map(super::connect::millis), "berth-agent join").await
+        NodeVerb::Token(InviteNode { node, approve, life }) => {
+            let life = life.map(super::connect::millis);
+            let asked = json!({"who": Invited::Node(node), "life": life, "approve": approve});
+            invite(settings, &asked, "berth-agent join").await
         }
         NodeVerb::Tokens => tokens(settings).await,
+        NodeVerb::Approve(Approve { node, fingerprint }) => {
+            let approval = Approval { fingerprint };
+            let _: Value = ask(settings, Method::POST, &format!("/v1/waiting/{node}"), &approval).await?;
+            writeln!(std::io::stdout(), "node {node} is let in, as soon as it asks again")?;
+            Ok(0)
+        }
+        NodeVerb::Deny { node } => {
+            let _: Value = ask(settings, Method::DELETE, &format!("/v1/waiting/{node}"), &json!({})).await?;
+            writeln!(
+                std::io::stdout(),
+                "node {node} is not let in, and its token is good for nothing any more"
+            )?;
+            Ok(0)
+        }
         NodeVerb::Revoke { id } => revoke(settings, id).await,
         NodeVerb::Remove { node } => {
             let _: Value = ask(settings, Method::DELETE, &format!("/v1/nodes/{node}"), &json!({})).await?;
@@ -133,7 +149,8 @@ pub async fn user(settings: &Settings, verb: UserVerb) -> anyhow::Result<u8> {
             // An admin has every role without being told so.
             let roles = if roles.is_empty() && !admin { first_roles() } else { roles.into_iter().collect() };
             let who = Invited::User { user, admin, roles };
-            invite(settings, who, life.map(super::connect::millis), "berth login").await
+            let asked = json!({"who": who, "life": life.map(super::connect::millis)});
+            invite(settings, &asked, "berth login").await
         }
         UserVerb::Set(SetUser { user, roles, admin, no_admin }) => {
             let change = UserChange {
@@ -172,14 +189,8 @@ pub async fn user(settings: &Settings, verb: UserVerb) -> anyhow::Result<u8> {
     }
 }
 
-async fn invite(
-    settings: &Settings,
-    who: Invited,
-    life: Option<Millis>,
-    command: &str,
-) -> anyhow::Result<u8> {
-    let body = json!({"who": who, "life": life});
-    let made: Invitation = ask(settings, Method::POST, "/v1/invitations", &body).await?;
+async fn invite(settings: &Settings, asked: &Value, command: &str) -> anyhow::Result<u8> {
+    let made: Invitation = ask(settings, Method::POST, "/v1/invitations", asked).await?;
     match settings.format {
         Format::Table | Format::Wide => {
             writeln!(std::io::stdout(), "{command} {}", made.token)?;
@@ -197,14 +208,23 @@ async fn tokens(settings: &Settings) -> anyhow::Result<u8> {
         print_value(settings.format, &serde_json::to_value(&open)?)?;
         return Ok(0);
     }
-    let mut table = Table::new(vec!["ID", "FOR", "EXPIRES"]);
-    for InvitationStatus { id, who, expires } in open {
+    let mut table = Table::new(vec!["ID", "FOR", "EXPIRES", "WAITS", "KEY", "FROM"]);
+    for InvitationStatus { id, who, expires, approve, waiting } in open {
         let who = match who {
             Invited::Node(None) => "any node".to_owned(),
             Invited::Node(Some(node)) => format!("node {node}"),
             Invited::User { user, admin, roles } => format!("user {user} ({})", told(admin, &roles)),
         };
-        table.push(vec![id.to_string().into(), who.into(), expires.to_string().into()]);
+        let none = || "-".to_owned();
+        let (waits, key, from) = match waiting {
+            Some(WaitingStatus { node, fingerprint, from, approved, .. }) => {
+                let waits = if approved { format!("{node} (approved)") } else { node.to_string() };
+                (waits, fingerprint.to_string(), from.map_or_else(none, |from| from.to_string()))
+            }
+            None => (if approve { "nobody yet".to_owned() } else { none() }, none(), none()),
+        };
+        let cells = [id.to_string(), who, expires.to_string(), waits, key, from];
+        table.push(cells.into_iter().map(Into::into).collect());
     }
     print(&table)
 }

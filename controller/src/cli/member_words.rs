@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use berth_protocol::ids::{Namespace, NodeId, SecretName, UserName};
 use berth_protocol::join::{InvitationId, Role, RoleError};
+use berth_protocol::sign::Fingerprint;
 use clap::{Args, Subcommand};
 
 use super::command::duration;
@@ -13,12 +14,34 @@ use super::command::duration;
 pub enum NodeVerb {
     /// Make a token, good once: the line that a new machine runs
     Token(InviteNode),
-    /// List the tokens that are still good, for nodes and users
+    /// List the tokens that are still good, for nodes and users, and the machines that wait to be approved
     Tokens,
+    /// Let a machine in that waits: its agent shows the fingerprint of its key, and so does `tokens`
+    Approve(Approve),
+    /// Do not let it in; its token is good for nothing any more
+    Deny { node: NodeId },
     /// Take a token back
     Revoke { id: InvitationId },
     /// Take a machine out of the cluster: nothing that it says is heard any more
     Remove { node: NodeId },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum KeysVerb {
+    /// Have the controller sign with another key, which the cluster's root names
+    Rotate(Rotate),
+    /// Show the root and the key in use
+    Show,
+}
+
+#[derive(Debug, Args)]
+pub struct Rotate {
+    /// The root's file, as `berth-controller init` left it
+    #[arg(long, value_name = "FILE")]
+    pub root: PathBuf,
+    /// How long the key is good [default: 365d]
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub life: Option<Duration>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -36,9 +59,20 @@ pub enum SecretVerb {
 }
 
 #[derive(Debug, Args)]
+pub struct Approve {
+    pub node: NodeId,
+    /// Only if its key is this one, as its agent shows it
+    #[arg(long, value_name = "DIGITS")]
+    pub fingerprint: Option<Fingerprint>,
+}
+
+#[derive(Debug, Args)]
 pub struct InviteNode {
     /// For this node alone, also where it belongs already: then the machine takes its place
     pub node: Option<NodeId>,
+    /// The machine waits, for 24 hours, until an admin has compared its key and approved it
+    #[arg(long)]
+    pub approve: bool,
     /// How long it is good [default: 15m, at most 24h]
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub life: Option<Duration>,

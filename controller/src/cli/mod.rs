@@ -24,12 +24,14 @@ pub(crate) mod identity;
 mod interrupts;
 mod job_words;
 mod jobfile;
+mod keys;
 mod logs;
 mod member;
 mod member_words;
 mod node;
 mod order;
 mod render;
+pub(crate) mod root;
 mod run;
 mod saved_words;
 mod secret;
@@ -87,6 +89,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
             Verb::Login { token } => member::login(&settings, &token).await,
             Verb::Node { verb } => member::node(&settings, verb).await,
             Verb::User { verb } => member::user(&settings, verb).await,
+            Verb::Keys { verb } => keys::keys(&settings, verb).await,
             Verb::Secret { verb } => secret::secret(&settings, verb).await,
             Verb::Audit(args) => audit::audit(&settings, args).await,
             Verb::Submit(args) => submit::submit(&settings, args).await,

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::checkpoints::{Checkpoint, Saved};
 use super::drain::Drain;
 pub(super) use super::epoch::{Assignment, Charge, Ending, EpochLog, Output};
+use super::keys::SigningKey;
 use super::members::{Invitation, Members};
 use super::requests::Requests;
 use super::restored::Restored;
@@ -42,6 +43,8 @@ pub(super) struct Cluster {
     /// Where the store is one that was restored.
     pub restored: Option<Restored>,
     pub members: Members,
+    /// Of what nodes are told, where the root has named it.
+    pub signing_key: Option<SigningKey>,
     pub secrets: BTreeMap<(Namespace, SecretName), Secret>,
     pub invitations: BTreeMap<InvitationId, Invitation>,
     /// Statuses `Rejected` out there, and until when.

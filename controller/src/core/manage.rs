@@ -1,11 +1,15 @@
-//! What admins and users change of the cluster itself, over HTTPS: members, their roles, tokens, secrets.
+//! What admins and users change of the cluster itself, over HTTPS: members, their roles, tokens, secrets, the
+//! key that signs orders.
 
-use berth_protocol::ids::{Namespace, SecretName, UserName};
-use berth_protocol::join::{InvitationId, Invited, Role, Roles, UserChange};
+use berth_protocol::delegation::Delegation;
+use berth_protocol::ids::{Namespace, NodeId, SecretName, UserName};
+use berth_protocol::join::{Approval, InvitationId, Invited, Role, Roles, UserChange};
 use berth_protocol::limits::{INVITATIONS_MAX, ROLES_MAX};
+use berth_protocol::sign::Fingerprint;
 use berth_protocol::tls::Party;
 
 use super::callers::{Actor, Denied};
+use super::keys::NotRotated;
 use super::members::{Invitation, Member};
 use super::{Controller, Now, Write, records};
 
@@ -17,6 +21,10 @@ pub enum Change {
     Set(UserName, UserChange),
     /// Its value, sealed; none: it is removed.
     Secret(Namespace, SecretName, Option<String>),
+    /// Another key signs orders: by which delegation, and its seed, sealed.
+    Rotate(Box<Delegation>, String),
+    /// A machine that waits is let in; none: it is not.
+    Approve(NodeId, Option<Approval>),
 }
 
 /// Why a change is not made, for whoever asked for it.
@@ -24,6 +32,10 @@ pub enum Change {
 pub enum NotChanged {
     #[error(transparent)]
     Denied(#[from] Denied),
+    #[error(transparent)]
+    NotRotated(#[from] NotRotated),
+    #[error("the machine that waits as {0} has the key {1}: it is another machine, and is to be denied")]
+    OtherKey(NodeId, Fingerprint),
     #[error("there is no {0}")]
     Unknown(String),
     #[error(
@@ -60,6 +72,12 @@ pub fn about(change: &Change) -> (&'static str, String) {
             (what, format!("secret {namespace}/{name}"))
         }
         Change::Set(user, change) => ("set", format!("user {user} {}", granted(change))),
+        Change::Approve(node, Some(_)) => ("approve", format!("node {node}")),
+        Change::Approve(node, None) => ("deny", format!("node {node}")),
+        Change::Rotate(delegation, _) => {
+            let Delegation { key, serial, expires, .. } = &**delegation;
+            ("rotate", format!("the controller's key to {}, serial {serial}, until {expires}", key.short()))
+        }
     }
 }
 
@@ -130,6 +148,8 @@ impl Controller {
                     return Err(NotChanged::TooManyRoles);
                 }
             }
+            Change::Approve(node, approval) => self.may_approve(by, node, approval.as_ref())?,
+            Change::Rotate(delegation, _) => self.may_rotate(by, delegation)?,
             Change::Secret(namespace, name, sealed) => {
                 self.known(by)?.may(namespace, Role::Submit)?;
                 self.has_room_for_secret(namespace, name, sealed.as_deref())?;
@@ -193,6 +213,8 @@ impl Controller {
                 let member = self.cluster.members.get(&party).cloned();
                 self.set_member(party, member.map(|member| changed(member, &change)));
             }
+            Change::Approve(node, approval) => self.approve(&node, approval),
+            Change::Rotate(delegation, sealed) => self.rotate(*delegation, sealed),
             Change::Secret(namespace, name, sealed) => self.set_secret(now, actor, (namespace, name), sealed),
         }
     }

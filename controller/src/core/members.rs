@@ -13,6 +13,7 @@ use berth_protocol::tls::Party;
 use berth_protocol::units::{Millis, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use super::approval::{Admission, Waiting};
 use super::callers::{Actor, Denied};
 use super::manage::named;
 use super::{Controller, Now, Write, records};
@@ -78,11 +79,16 @@ pub struct Invitation {
     pub secret: Digest,
     pub who: Invited,
     pub expires: Timestamp,
+    /// A machine that shows it waits for an admin's word.
+    #[serde(default)]
+    pub approve: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<Waiting>,
 }
 
 impl Invitation {
     pub fn new(secret: Digest, who: Invited, now: Now, life: Millis) -> Self {
-        Self { secret, who, expires: now.wall.plus(life) }
+        Self { secret, who, expires: now.wall.plus(life), approve: false, waiting: None }
     }
 }
 
@@ -106,6 +112,12 @@ pub enum NotJoined {
          one's place, with a token for it from `berth node token {0}`"
     )]
     Taken(NodeId),
+    #[error(
+        "another machine has shown this token, and waits to be approved: was it yours? ask for a new one"
+    )]
+    TokenWaits,
+    #[error("another machine waits to be approved as {0}: join by another name with --node")]
+    NameWaits(NodeId),
     #[error("the cluster has {MEMBERS_MAX} members, as many as it may")]
     Full,
 }
@@ -183,15 +195,17 @@ impl Controller {
             id: *id,
             who: invitation.who.clone(),
             expires: invitation.expires,
+            approve: invitation.approve,
+            waiting: invitation.waiting.as_ref().map(Waiting::status),
         };
         good.map(status).collect()
     }
 
-    /// As whom one that shows an invitation would belong.
+    /// As whom one that shows an invitation would belong, and whether it does so at once.
     ///
     /// # Errors
     /// It would not, and why.
-    pub fn may_join(&self, now: Now, request: &JoinRequest) -> Result<Party, NotJoined> {
+    pub fn may_join(&self, now: Now, request: &JoinRequest) -> Result<Admission, NotJoined> {
         let invitation = self.cluster.invitations.get(&request.id);
         let invitation = invitation.filter(|invitation| {
             invitation.expires > now.wall && invitation.secret == request.secret.digest()
@@ -218,7 +232,7 @@ impl Controller {
         if !members.contains_key(&party) && members.len() >= MEMBERS_MAX {
             return Err(NotJoined::Full);
         }
-        Ok(party)
+        self.admission(now, invitation, party, request)
     }
 
     fn free_name(&self, node: NodeId, request: &JoinRequest) -> Result<NodeId, NotJoined> {

@@ -2,6 +2,7 @@
 //! draws no randomness: `io` hands it events and carries out what it answers.
 
 mod admit;
+pub mod approval;
 mod audit;
 mod blindness;
 mod callers;
@@ -13,6 +14,7 @@ mod expiry;
 mod faults;
 mod fit;
 mod inventory;
+pub mod keys;
 pub mod lead;
 mod lifecycle;
 pub mod manage;
@@ -93,6 +95,8 @@ pub enum Event {
     Change(Actor, Change),
     /// As `may_join` has allowed.
     Joined(Actor, Joined),
+    /// Likewise, once an admin has said so.
+    Waits(Actor, Joined),
     /// Somebody has asked over HTTP for what they may not, or what cannot be: it is written down.
     Refused {
         actor: Actor,
@@ -198,6 +202,8 @@ pub struct Counters {
     pub prices: u64,
     /// Silence is held to be the controller's own blindness.
     pub blind: bool,
+    /// Until when the key that signs orders is good, where it has an end.
+    pub key_expires: Option<Timestamp>,
     /// Records of the store that are damaged, and jobs that are set aside for it.
     pub damaged: (usize, usize),
 }
@@ -226,6 +232,8 @@ pub struct Controller {
     hold: Option<Hold>,
     set_aside: SetAside,
     audit: Audit,
+    /// When the end of the signing key was last spoken of in the log.
+    key_spoken_of: Option<Timestamp>,
     dirty: Dirty,
 }
 
@@ -290,6 +298,7 @@ impl Controller {
             hold,
             set_aside,
             audit: Audit::default(),
+            key_spoken_of: None,
             dirty: Dirty::default(),
         };
         controller.resume(now);
@@ -346,6 +355,7 @@ impl Controller {
                 Event::Imported(imported) => self.imported(now, *imported),
                 Event::Change(actor, change) => self.change(now, &actor, change),
                 Event::Joined(actor, joined) => self.joined(now, &actor, joined),
+                Event::Waits(actor, joined) => self.waits(now, &actor, joined),
                 Event::Refused { actor, what, on, why } => self.audit_refused(now, &actor, what, on, why),
                 Event::Tick => {}
             }
@@ -518,6 +528,7 @@ impl Controller {
         self.timers.arm(Timer::Sweep, now.boot.plus(SWEEP));
         self.let_imported_go(now);
         self.forget_invitations(now);
+        self.speak_of_key(now);
         self.other_versions.clear();
         self.effect(Effect::TidyDepot);
         let since = Timestamp(now.wall.0.saturating_sub(AUDIT_KEPT.0));
@@ -579,6 +590,7 @@ impl Controller {
             write(records::RESTORED.to_owned(), self.cluster.restored.as_ref().map(records::bytes));
         }
         self.counters.blind = self.blind;
+        self.counters.key_expires = self.key_expires();
         self.counters.damaged = (self.set_aside.damaged.len(), self.set_aside.jobs.len());
         self.dirty.follow = held_back;
         dirty.step

@@ -4,6 +4,7 @@
 use std::fmt;
 
 use berth_protocol::ids::{Namespace, NodeId, PodName};
+use berth_protocol::sign::Fingerprint;
 use berth_protocol::units::Millis;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +38,11 @@ pub enum Note {
         pods: usize,
     },
     NodeStays(NodeId),
+    /// For an admin's word.
+    NodeWaits {
+        node: NodeId,
+        fingerprint: Fingerprint,
+    },
     /// Its messages are not read.
     OtherVersion {
         node: NodeId,
@@ -44,6 +50,8 @@ pub enum Note {
     },
     /// Two machines say that they are it.
     NodeCloned(NodeId),
+    /// Of the key that signs orders, near or past.
+    KeyEnds(String),
     /// A pod moves without what was to be there before it.
     StagingFailed {
         namespace: Namespace,
@@ -66,6 +74,7 @@ impl Note {
                 | Self::OtherVersion { .. }
                 | Self::StagingFailed { .. }
                 | Self::NodeCloned(_)
+                | Self::KeyEnds(_)
         )
     }
 }
@@ -97,6 +106,11 @@ impl fmt::Display for Note {
                 "what pod {namespace}/{pod} needs could not be brought to node {node} ahead of it: {why}; it moves \
                  without"
             ),
+            Self::NodeWaits { node, fingerprint } => write!(
+                f,
+                "a machine waits to be let in as node {node}, with key {fingerprint}: `berth node approve {node}`, or deny"
+            ),
+            Self::KeyEnds(ending) => f.write_str(ending),
             Self::OtherVersion { node, why } => write!(f, "node {node} is refused: {why}"),
             Self::NodeStays(node) => write!(f, "node {node} stays after all, and takes pods again"),
             Self::NodeCloned(node) => write!(

@@ -26,6 +26,8 @@ use super::{Controller, Effect, Now, fit};
 const TOKEN_LIFE: Millis = Millis(600_000);
 /// What a page's rows may take, so that the reply around them fits a message.
 const ROWS_BYTES_MAX: usize = MESSAGE_BYTES_MAX - 2 * 1024;
+/// What stands around a page's rows, a notice included.
+const PAGE_FRAME_BYTES: usize = 1024;
 /// What stands around the sources of logs: the depot's address and token.
 const LOGS_FRAME_BYTES: usize = 4 * 1024;
 /// What stands between a job's status and its file.
@@ -44,7 +46,11 @@ pub(super) fn value<T: Serialize>(answer: &T) -> Answer {
 
 /// Rows, each with the word that asks for what comes after it, until a page is full.
 pub(super) fn page<T: Serialize>(rows: impl Iterator<Item = (String, T)>) -> Answer {
-    let (mut kept, mut bytes, mut last, mut next) = (Vec::new(), 0, None, None);
+    value(&filled(rows)?)
+}
+
+fn filled<T: Serialize>(rows: impl Iterator<Item = (String, T)>) -> Result<Page<Value>, QueryError> {
+    let (mut kept, mut bytes, mut last, mut next) = (Vec::new(), PAGE_FRAME_BYTES, None, None);
     for (key, row) in rows {
         let row = value(&row)?;
         let size = row.to_string().len() + 1;
@@ -56,7 +62,7 @@ pub(super) fn page<T: Serialize>(rows: impl Iterator<Item = (String, T)>) -> Ans
         kept.push(row);
         last = Some(key);
     }
-    value(&Page { rows: kept, next })
+    Ok(Page { rows: kept, next, notice: None })
 }
 
 /// What an answer to the question may tell, where it may be asked at all.
@@ -252,7 +258,8 @@ impl Controller {
             Query::Nodes { after } => {
                 let nodes =
                     self.cluster.nodes.keys().filter(|id| after.as_deref().is_none_or(|a| id.as_str() > a));
-                page(nodes.filter_map(|id| Some((id.to_string(), self.node_status(id)?))))
+                let nodes = filled(nodes.filter_map(|id| Some((id.to_string(), self.node_status(id)?))))?;
+                value(&Page { notice: self.key_ending(now), ..nodes })
             }
             Query::Node { node } => {
                 let has = self.cluster.nodes.get(&node).map(|node| &node.record.inventory);

@@ -2,7 +2,7 @@
 //!
 //! `job/{uid}` the file accepted, `run/{uid}` how it fares, `pod/{uid}/{index}` a pod placed at least once,
 //! `checkpoint/{digest's digits}` one that the depot holds and a pod names, or that was imported,
-//! `node/{node}`, `outbox/{node}`, `member/{party}`, `invitation/{id}`, `secret/{ns}/{name}`, `request/{id}` when a command took effect, `rejected/{ns}/{job}` until when its
+//! `node/{node}`, `outbox/{node}`, `member/{party}`, `invitation/{id}`, `secret/{ns}/{name}`, `key/signing` what signs orders, `request/{id}` when a command took effect, `rejected/{ns}/{job}` until when its
 //! status says so, `audit/…` what was asked for, which is not loaded. Keys sort so that a job comes before what belongs to it.
 
 use std::collections::BTreeSet;
@@ -116,6 +116,8 @@ impl SetAside {
 
 /// The one key of its kind.
 pub(super) const RESTORED: &str = "restored/store";
+/// Likewise.
+pub(super) const SIGNING_KEY: &str = "key/signing";
 
 /// The state that the entries say, in whatever order they come, without what is damaged: a job is taken whole or not
 /// at all.
@@ -183,6 +185,7 @@ pub(super) fn load(
             }
             // Of a backup, or of one that was looked into whole.
             ("audit", _) => {}
+            ("key", "signing") => cluster.signing_key = Some(read(&key, &value)?),
             ("restored", "store") => cluster.restored = Some(read(&key, &value)?),
             ("request", id) => {
                 let id = RequestId::parse(id).map_err(|_| unknown())?;

@@ -316,7 +316,7 @@ impl Connection {
         }
         let Topic::Node { .. } = topic else { return Ok((None, None)) };
         match codec::verify(&self.options.cluster, topic, payload) {
-            Ok(key) => Ok((Some(key.into()), None)),
+            Ok(signed) => Ok((Some(signed.by.into()), None)),
             // Its signature may be of another kind. The core says what becomes of the node.
             Err(CodecError::Version(_)) => Ok((None, None)),
             Err(error) => Err(error),

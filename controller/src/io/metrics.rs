@@ -94,6 +94,10 @@ impl Collector for Scrape {
         number(&mut to, "damaged_records", "Records of the store that cannot be read", records as u64)?;
         let help = "Jobs that are not loaded because a record of theirs cannot be read";
         number(&mut to, "jobs_set_aside", help, jobs as u64)?;
+        if let Some(expires) = core.key_expires {
+            let help = "When the key that signs orders expires, in seconds since 1970";
+            number(&mut to, "controller_key_expires_seconds", help, expires.0 / 1000)?;
+        }
         gauge(&mut to, "blind", "1 while silence is held to be the controller's own blindness", core.blind)?;
         gauge(&mut to, "bus_up", "1 while the broker is connected", self.report.bus_up)
     }

@@ -3,14 +3,18 @@
 use std::sync::Arc;
 
 use berth_protocol::broker::BrokerUrl;
+use berth_protocol::delegation::Delegation;
 use berth_protocol::ids::ClusterName;
 use berth_protocol::sign::{Key, PublicKey, Signer};
 use berth_protocol::tls::Clients;
 use berth_protocol::topic::filter;
 use rustls::ClientConfig;
+use tokio::sync::watch;
 
 use super::RunError;
 use crate::config::{Admission, BrokerChoice, Config};
+use crate::core::LoadError;
+use crate::core::keys::{self, SigningKey};
 use crate::io::broker::{Broker, BrokerOptions, CONTROLLER_CLIENT_ID};
 use crate::io::bus::BusOptions;
 use crate::io::ca::Ca;
@@ -19,15 +23,41 @@ use crate::io::http::{About, Hall};
 use crate::io::members::Members;
 use crate::io::metrics::Refusals;
 use crate::io::random;
-use crate::io::store::Store;
+use crate::io::store::{Entries, Store};
+use crate::io::vault::Vault;
 use crate::io::vouch::Voucher;
 
-/// What the key is for that is drawn from the store's secret.
+/// What the key is for that is drawn from the store's secret, where the root has named none.
 const SIGNING: &str = "berth controller signing 1";
 
-/// Signs what controllers of a store with this secret say.
-pub fn signer(cluster: &ClusterName, secret: &[u8; 32]) -> Signer {
-    Signer::new(cluster.clone(), Key::derived(secret, SIGNING))
+#[derive(Debug, thiserror::Error)]
+pub enum KeyError {
+    #[error(
+        "the key that signs orders is damaged: `berth-controller restore` puts a backup in the store's place; then rotate it"
+    )]
+    Damaged(#[source] LoadError),
+    #[error(
+        "the key that signs orders is sealed with another store's secret: `berth-controller restore` puts a backup in the \
+         store's place; then rotate it"
+    )]
+    Sealed,
+}
+
+/// Signs what controllers of this store say; and whom their members know for it.
+pub fn signer(
+    cluster: &ClusterName,
+    secret: &[u8; 32],
+    entries: &Entries,
+) -> Result<(Signer, PublicKey), KeyError> {
+    let Some(SigningKey { root, delegation, sealed }) =
+        keys::in_entries(entries).map_err(KeyError::Damaged)?
+    else {
+        let signer = Signer::new(cluster.clone(), Key::derived(secret, SIGNING));
+        let own = signer.public();
+        return Ok((signer, own));
+    };
+    let seed = Vault::of(secret).open_seed(&sealed).ok_or(KeyError::Sealed)?;
+    Ok((Signer::delegated(cluster.clone(), Key::from_seed(&seed), delegation), root))
 }
 
 /// What a controller that lets members alone in shows and asks for at its doors.
@@ -42,9 +72,11 @@ pub(super) struct Belonging {
 pub(super) fn belonging(
     config: &Config,
     secret: &[u8; 32],
-    controller: PublicKey,
+    root: PublicKey,
+    delegation: watch::Receiver<Option<Delegation>>,
 ) -> Result<Option<Belonging>, RunError> {
-    let (Admission::Members { hosts }, Some(about)) = (&config.admission, about(config, controller)) else {
+    let about = about(config, root, delegation);
+    let (Admission::Members { hosts }, Some(about)) = (&config.admission, about) else {
         return Ok(None);
     };
     let ca = Ca::of(secret, &config.cluster)?;
@@ -59,9 +91,13 @@ pub(super) fn belonging(
 }
 
 /// What this controller says of itself; none with `--dev`.
-pub fn about(config: &Config, controller: PublicKey) -> Option<About> {
+pub fn about(
+    config: &Config,
+    root: PublicKey,
+    delegation: watch::Receiver<Option<Delegation>>,
+) -> Option<About> {
     let (broker, url) = (config.members_broker()?, config.members_url()?);
-    Some(About { cluster: config.cluster.clone(), controller, broker, url })
+    Some(About { cluster: config.cluster.clone(), root, delegation, broker, url })
 }
 
 /// The broker, where it is ours, and how to connect to it.

@@ -1,14 +1,20 @@
 //! What HTTP asks the loop for.
 
-use berth_protocol::join::JoinRequest;
+use berth_protocol::delegation::Delegation;
+use berth_protocol::join::{JoinRequest, MustWait};
+use berth_protocol::sign::{Key, Signer};
 use berth_protocol::tls::Party;
 
 use super::{Daemon, RunError};
-use crate::core::manage::{Change, about};
+use crate::core::approval::Admission;
+use crate::core::keys::NotRotated;
+use crate::core::manage::{Change, NotChanged, about};
 use crate::core::members::Joined;
 use crate::core::{Actor, Event};
 use crate::io::clock;
 use crate::io::http::{Inquiry, Report};
+use crate::io::random;
+use crate::io::vault::Vault;
 
 impl Daemon {
     pub(super) async fn answer(&mut self, inquiry: Inquiry) -> Result<(), RunError> {
@@ -31,6 +37,25 @@ impl Daemon {
                 }
                 let _ = reply.send(may);
             }
+            Inquiry::Key { by, reply } => {
+                let _ = reply.send(self.controller.key_told(&by));
+            }
+            Inquiry::DrawKey { by, reply } => {
+                let drawn = match self.controller.may_draw_key(&by) {
+                    Ok(()) => {
+                        let seed = self.drawn.insert(random::bytes()?);
+                        Ok(Key::from_seed(seed).public())
+                    }
+                    Err(why) => {
+                        self.refused(by, ("draw", "another key for the controller".to_owned()), &why).await?;
+                        Err(why)
+                    }
+                };
+                let _ = reply.send(drawn);
+            }
+            Inquiry::RotateKey { by, delegation, reply } => {
+                let _ = reply.send(self.rotate(by, delegation).await?);
+            }
             Inquiry::Invitations { by, reply } => {
                 let told = self.controller.invitations_told(clock::now(), &by);
                 if let Err(why) = &told {
@@ -52,7 +77,11 @@ impl Daemon {
                 let joined = self.controller.may_join(clock::now(), &request);
                 let JoinRequest { id, key, .. } = *request;
                 match joined.clone() {
-                    Ok(party) => {
+                    Ok(Admission::Waits(MustWait { node, .. })) => {
+                        let (by, party) = (Actor { party: None, from }, Party::Node(node));
+                        self.step([Event::Waits(by, Joined { id, party, key })]).await?;
+                    }
+                    Ok(Admission::Joins(party)) => {
                         let by = Actor { party: Some(party.clone()), from };
                         self.step([Event::Joined(by, Joined { id, party: party.clone(), key })]).await?;
                         self.tell_doors(party, "has joined the cluster");
@@ -75,12 +104,47 @@ impl Daemon {
         Ok(())
     }
 
+    /// The key that was drawn last signs from now on, where the root has named it so: recorded first.
+    async fn rotate(
+        &mut self,
+        by: Actor,
+        delegation: Box<Delegation>,
+    ) -> Result<Result<(), NotChanged>, RunError> {
+        let drawn = self.drawn.filter(|seed| Key::from_seed(seed).public() == delegation.key);
+        let vault = Vault::of(&self.store.identity().secret);
+        let sealed = drawn.map(|seed| vault.seal_seed(&seed)).transpose()?.unwrap_or_default();
+        let change = Change::Rotate(delegation.clone(), sealed);
+        let may = self.controller.may_change(&by, &change);
+        let seed = match may.and_then(|()| drawn.ok_or(NotRotated::NotDrawn.into())) {
+            Ok(seed) => seed,
+            Err(why) => {
+                self.refused(by, about(&change), &why).await?;
+                return Ok(Err(why));
+            }
+        };
+        self.change(by, change).await?;
+        tracing::info!(
+            "key {} signs orders from now on, by the cluster's root, until {}",
+            delegation.key.short(),
+            delegation.expires
+        );
+        self.drawn = None;
+        let cluster = self.signer.cluster().clone();
+        self.signer = Signer::delegated(cluster, Key::from_seed(&seed), (*delegation).clone());
+        self.delegation.send_replace(Some(*delegation));
+        Ok(Ok(()))
+    }
+
     /// Recorded first; then the doors know.
     async fn change(&mut self, by: Actor, change: Change) -> Result<(), RunError> {
         let whom = match &change {
             Change::Remove(party) => Some((party.clone(), "was removed from the cluster")),
             Change::Set(user, _) => Some((Party::User(user.clone()), "has other roles now")),
-            Change::Invite(..) | Change::Uninvite(_) | Change::Secret(..) => None,
+            Change::Invite(..)
+            | Change::Uninvite(_)
+            | Change::Secret(..)
+            | Change::Rotate(..)
+            | Change::Approve(..) => None,
         };
         self.step([Event::Change(by, change)]).await?;
         if let Some((party, what)) = whom {

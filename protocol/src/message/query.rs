@@ -228,6 +228,9 @@ pub struct Page<T> {
     pub rows: Vec<T>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
+    /// What whoever asks should know besides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notice: Option<String>,
 }
 
 /// A job's status and the file it came from.

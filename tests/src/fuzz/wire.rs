@@ -5,6 +5,7 @@ use std::fmt::Debug;
 
 use berth_protocol::chunk::{Frame, GrantRequest};
 use berth_protocol::codec::{decode, encode, verify};
+use berth_protocol::delegation::{Delegation, Trust};
 use berth_protocol::ids::{ClientId, ClusterName, Digest, JobName, Namespace, NodeId};
 use berth_protocol::log::{LogMessage, read_record};
 use berth_protocol::manifest::Manifest;
@@ -14,6 +15,7 @@ use berth_protocol::message::node::{
 use berth_protocol::message::query::{QueryReply, QueryRequest};
 use berth_protocol::message::user::{Answer, JobCommand, JobStatus, NodeStatus};
 use berth_protocol::request;
+use berth_protocol::sign::PublicKey;
 use berth_protocol::token;
 use berth_protocol::topic::{JobTopic, NodeTopic, Topic};
 use berth_protocol::units::Timestamp;
@@ -26,6 +28,7 @@ pub fn wire(bytes: &[u8]) {
     messages(bytes);
     checkpoints(bytes);
     tokens(bytes);
+    delegations(bytes);
 }
 
 fn topic(bytes: &[u8]) {
@@ -94,6 +97,15 @@ fn tokens(bytes: &[u8]) {
     let (secret, now) = ([7; 32], Timestamp(0));
     let opened = token::verify(&secret, text, now);
     assert!(opened.is_err() || token::verify(&[8; 32], text, now).is_err(), "two secrets open {text}");
+}
+
+fn delegations(bytes: &[u8]) {
+    let Ok(read) = serde_json::from_slice::<Delegation>(bytes) else { return };
+    let written = serde_json::to_vec(&read).expect("what was read can be written");
+    assert_eq!(serde_json::from_slice::<Delegation>(&written).expect("what is written can be read"), read);
+    let (Ok(lab), root) = (ClusterName::parse("lab"), PublicKey::from_bytes([7; 32])) else { return };
+    let trust = Trust::new(lab, root);
+    assert!(trust.judge(&read.key.clone(), Some(read)).is_err(), "named by nobody");
 }
 
 fn there_and_back<T: DeserializeOwned + Serialize + PartialEq + Debug>(topic: &Topic, bytes: &[u8]) {

@@ -157,7 +157,7 @@ impl Cluster {
         self.init_with(&[])
     }
 
-    fn init_with(&self, flags: &[&str]) -> Output {
+    pub fn init_with(&self, flags: &[&str]) -> Output {
         let dir = self.dir.path();
         let mut command = Command::new(program("berth-controller"));
         command.args(["init", "--host", "127.0.0.1", "--config"]).arg(dir.join("controller.toml"));

@@ -1,5 +1,6 @@
 //! The real programs, real brokers, real containers, seen from outside as a user sees them.
 
+mod approval;
 mod brokers;
 mod checkpoints;
 mod cluster;
@@ -11,6 +12,7 @@ mod kills;
 mod members;
 mod offline;
 mod policy;
+mod rotation;
 mod secrets;
 mod several;
 mod staging;

@@ -1,13 +1,17 @@
 //! Who belongs, and by what invitation.
 
 use berth_protocol::ids::{NodeId, UserName};
-use berth_protocol::join::{InvitationId, Invited, JoinRequest, JoinToken, Roles, Secret};
+use berth_protocol::join::{
+    Approval, InvitationId, Invited, JoinRequest, JoinToken, MustWait, Roles, Secret,
+};
+use berth_protocol::limits::WAITING_MS;
 use berth_protocol::message::node::Bye;
 use berth_protocol::sign::Key;
 use berth_protocol::tls::Party;
 use berth_protocol::topic::{NodeTopic, Topic};
-use berth_protocol::units::Millis;
+use berth_protocol::units::{Millis, Timestamp};
 
+use super::super::approval::Admission;
 use super::super::manage::{Change, NotChanged};
 use super::super::members::{Invitation, Joined, NotJoined, are_in, first_admin};
 use super::super::{Actor, Config, Controller, Event};
@@ -56,10 +60,39 @@ impl Closed {
 
     /// As `io` does it.
     fn join(&mut self, now: u64, request: &JoinRequest) -> Result<Party, NotJoined> {
-        let party = self.controller.may_join(at(now), request)?;
-        let joined = Joined { id: request.id, party: party.clone(), key: request.key };
-        self.step(now, Event::Joined(Actor::default(), joined));
-        Ok(party)
+        let (id, key) = (request.id, request.key);
+        match self.controller.may_join(at(now), request)? {
+            Admission::Joins(party) => {
+                let joined = Joined { id, party: party.clone(), key };
+                self.step(now, Event::Joined(Actor::default(), joined));
+                Ok(party)
+            }
+            Admission::Waits(told) => panic!("it waits: {told:?}"),
+        }
+    }
+
+    /// Likewise, of one that is to wait: until when.
+    fn wait(&mut self, now: u64, request: &JoinRequest) -> Result<Timestamp, NotJoined> {
+        let (id, key) = (request.id, request.key);
+        match self.controller.may_join(at(now), request)? {
+            Admission::Joins(party) => panic!("{party} joins"),
+            Admission::Waits(MustWait { node, until }) => {
+                self.step(now, Event::Waits(Actor::default(), Joined { id, party: Party::Node(node), key }));
+                Ok(until)
+            }
+        }
+    }
+
+    /// A token whose machine has to be approved.
+    fn invite_to_wait(&mut self, n: u8) -> JoinToken {
+        let token = self.invite(n, Invited::Node(None));
+        let invitation = Invitation::new(token.secret.digest(), Invited::Node(None), at(0), LIFE);
+        self.change(0, Change::Invite(token.id, Invitation { approve: true, ..invitation }));
+        token
+    }
+
+    fn may(&self, who: &str, change: &Change) -> Result<(), NotChanged> {
+        self.controller.may_change(&Actor { party: Some(party(who)), from: None }, change)
     }
 
     /// Whether what this key says as the node is looked at.
@@ -162,4 +195,73 @@ fn a_name_is_one_keys_until_an_admin_gives_it_away() {
     assert_eq!(may_remove(&closed, &bob, "user:bob"), Err(NotChanged::LastAdmin(bob.clone())));
     assert!(matches!(may_remove(&closed, &bob, "a9"), Err(NotChanged::Unknown(_))));
     assert_eq!(may_remove(&closed, &bob, "host"), Ok(()));
+}
+
+#[test]
+fn one_that_has_to_be_approved_waits_for_an_admins_word() {
+    let mut closed = Closed::new();
+    let token = closed.invite_to_wait(1);
+    let asks = request(&token, Some("a1"), 2);
+    let until = at(5 + WAITING_MS).wall;
+    assert_eq!(closed.wait(5, &asks), Ok(until));
+    assert!(!closed.hears("a1", &key(2)));
+    // It asks again and again, and nothing more is written; also beyond the token's own life, and a restart.
+    closed.restart();
+    let audit = |closed: &Closed| closed.store.keys().filter(|key| key.starts_with("audit/")).count();
+    let before = audit(&closed);
+    assert_eq!(closed.wait(LIFE.0 + 5, &asks), Ok(until));
+    assert_eq!(audit(&closed), before);
+    let told = closed.controller.invitations(at(LIFE.0 + 5));
+    let waiting = told[0].waiting.as_ref().unwrap();
+    assert_eq!((waiting.fingerprint, waiting.approved), (key(2).public().fingerprint(), false));
+
+    // The token is the first one's that showed it, under the name that it had then; and so is the name.
+    let stolen = request(&token, Some("a2"), 3);
+    assert_eq!(closed.wait(6, &stolen), Err(NotJoined::TokenWaits));
+    assert_eq!(closed.wait(6, &request(&token, Some("a9"), 2)), Err(NotJoined::Other(party("a1"))));
+    let second = closed.invite_to_wait(2);
+    let name = NodeId::parse("a1").unwrap();
+    assert_eq!(closed.wait(6, &request(&second, Some("a1"), 3)), Err(NotJoined::NameWaits(name.clone())));
+
+    // By an admin, for the key that was compared.
+    let approve = |n: Option<u8>| {
+        let fingerprint = n.map(|n| key(n).public().fingerprint());
+        Change::Approve(name.clone(), Some(Approval { fingerprint }))
+    };
+    let own = key(2).public().fingerprint();
+    assert!(matches!(closed.may("user:eve", &approve(None)), Err(NotChanged::Denied(_))));
+    assert!(matches!(closed.may("a1", &approve(None)), Err(NotChanged::Denied(_))));
+    assert_eq!(closed.may("user:root", &approve(Some(3))), Err(NotChanged::OtherKey(name.clone(), own)));
+    let nobody = Change::Approve(NodeId::parse("a7").unwrap(), None);
+    assert!(matches!(closed.may("user:root", &nobody), Err(NotChanged::Unknown(_))));
+    assert_eq!(closed.may("user:root", &approve(Some(2))), Ok(()));
+    closed.change(7, approve(Some(2)));
+    closed.restart();
+    assert_eq!(closed.join(8, &asks), Ok(party("a1")));
+    assert!(closed.hears("a1", &key(2)));
+    assert_eq!(closed.join(9, &asks), Err(NotJoined::NotInvited), "once");
+}
+
+#[test]
+fn one_that_is_denied_or_forgotten_is_not_let_in() {
+    let mut closed = Closed::new();
+    let token = closed.invite_to_wait(1);
+    let asks = request(&token, Some("a1"), 2);
+    closed.wait(5, &asks).unwrap();
+    let deny = Change::Approve(NodeId::parse("a1").unwrap(), None);
+    assert!(matches!(closed.may("user:eve", &deny), Err(NotChanged::Denied(_))));
+    assert_eq!(closed.may("user:root", &deny), Ok(()));
+    closed.change(6, deny);
+    closed.restart();
+    assert_eq!(closed.wait(7, &asks), Err(NotJoined::NotInvited));
+    assert!(!closed.hears("a1", &key(2)));
+
+    let token = closed.invite_to_wait(2);
+    let asks = request(&token, Some("a2"), 3);
+    closed.wait(5, &asks).unwrap();
+    closed.step(4 + WAITING_MS, Event::Tick);
+    assert!(closed.store.keys().any(|key| key.starts_with("invitation/")));
+    assert_eq!(closed.wait(5 + WAITING_MS, &asks), Err(NotJoined::NotInvited));
+    closed.step(5 + WAITING_MS + 3_600_000, Event::Tick);
+    assert!(!closed.store.keys().any(|key| key.starts_with("invitation/")));
 }

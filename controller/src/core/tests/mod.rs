@@ -11,6 +11,7 @@ mod members;
 mod packing;
 mod policy;
 mod restored;
+mod rotation;
 mod scenarios;
 mod scheduling;
 mod secrets;

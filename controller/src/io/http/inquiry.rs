@@ -3,12 +3,14 @@
 use std::net::IpAddr;
 
 use berth_protocol::chunk::GrantRequest;
+use berth_protocol::delegation::Delegation;
 use berth_protocol::ids::{Epoch, Namespace, NodeId, PodId};
-use berth_protocol::join::{InvitationStatus, JoinRequest, MemberStatus};
+use berth_protocol::join::{InvitationStatus, JoinRequest, KeyStatus, MemberStatus};
 use berth_protocol::message::query::SecretRow;
-use berth_protocol::tls::Party;
+use berth_protocol::sign::PublicKey;
 use tokio::sync::oneshot;
 
+use crate::core::approval::Admission;
 use crate::core::manage::{Change, NotChanged};
 use crate::core::members::NotJoined;
 use crate::core::secrets::{NoSecrets, PodSecrets};
@@ -45,6 +47,21 @@ pub enum Inquiry {
         change: Change,
         reply: oneshot::Sender<Result<(), NotChanged>>,
     },
+    Key {
+        by: Actor,
+        reply: oneshot::Sender<Result<KeyStatus, Denied>>,
+    },
+    /// Answered with one that is kept until the root has named it, or another is drawn.
+    DrawKey {
+        by: Actor,
+        reply: oneshot::Sender<Result<PublicKey, NotChanged>>,
+    },
+    /// Answered once what was drawn signs, or why not.
+    RotateKey {
+        by: Actor,
+        delegation: Box<Delegation>,
+        reply: oneshot::Sender<Result<(), NotChanged>>,
+    },
     Invitations {
         by: Actor,
         reply: oneshot::Sender<Result<Vec<InvitationStatus>, Denied>>,
@@ -58,11 +75,11 @@ pub enum Inquiry {
         namespace: Namespace,
         reply: oneshot::Sender<Result<Vec<SecretRow>, Denied>>,
     },
-    /// Answered once it is recorded that it belongs, as whom, or why it does not.
+    /// Answered once it is recorded that it belongs, or waits, as whom, or why it does not.
     Join {
         from: Option<IpAddr>,
         request: Box<JoinRequest>,
-        reply: oneshot::Sender<Result<Party, NotJoined>>,
+        reply: oneshot::Sender<Result<Admission, NotJoined>>,
     },
     /// What a node may have for a pod.
     SecretsOf {

@@ -3,8 +3,9 @@
 
 use std::net::IpAddr;
 
+use berth_protocol::delegation::Delegation;
 use berth_protocol::ids::{ClusterName, NodeId, UserName};
-use berth_protocol::join::{InvitationId, Invited, JoinRequest, JoinToken, Membership, Secret};
+use berth_protocol::join::{DrawnKey, InvitationId, Invited, JoinRequest, JoinToken, Membership, Secret};
 use berth_protocol::limits::INVITATION_MS;
 use berth_protocol::sign::PublicKey;
 use berth_protocol::tls::Party;
@@ -13,9 +14,10 @@ use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use super::{Answer, HEADER_TIMEOUT, INQUIRY_TIMEOUT, Inquiry, Service, Visitor, clock, saved, text};
+use crate::core::approval::Admission;
 use crate::core::manage::{Change, NotChanged};
 use crate::core::members::{Invitation, NotJoined};
 use crate::core::{Actor, Denied};
@@ -37,8 +39,10 @@ pub struct Hall {
 #[derive(Debug, Clone)]
 pub struct About {
     pub cluster: ClusterName,
-    /// Of its orders' signatures.
-    pub controller: PublicKey,
+    /// Whom its members are to know by.
+    pub root: PublicKey,
+    /// Whom that has named last.
+    pub delegation: watch::Receiver<Option<Delegation>>,
     /// `mqtts://HOST:PORT`
     pub broker: String,
     /// `https://HOST:PORT`
@@ -49,14 +53,16 @@ impl About {
     /// What one has that belongs.
     pub fn membership(&self, ca: &Ca, party: &Party, key: &PublicKey) -> Result<Membership, CaError> {
         let life = Millis(u64::try_from(ca::MEMBERS.as_millis()).unwrap_or(u64::MAX));
-        let Self { cluster, controller, broker, url } = self.clone();
+        let Self { cluster, root, delegation, broker, url } = self.clone();
+        let delegation = delegation.borrow().clone();
         Ok(Membership {
             cluster,
             party: party.clone(),
             ca: ca.pem(),
             certificate: ca.member(party, key)?,
             expires: clock::now().wall.plus(life),
-            controller,
+            root,
+            delegation,
             broker,
             url,
         })
@@ -69,6 +75,8 @@ pub(super) enum Route {
     Renew,
     Invitations,
     Invitation(InvitationId),
+    Key,
+    Waiting(NodeId),
     Members,
     Node(NodeId),
     User(UserName),
@@ -81,6 +89,8 @@ impl Route {
             ["v1", "renew"] => Self::Renew,
             ["v1", "invitations"] => Self::Invitations,
             ["v1", "invitations", id] => Self::Invitation(id.parse().ok()?),
+            ["v1", "key"] => Self::Key,
+            ["v1", "waiting", node] => Self::Waiting(NodeId::parse(node).ok()?),
             ["v1", "members"] => Self::Members,
             ["v1", "nodes", node] => Self::Node(NodeId::parse(node).ok()?),
             ["v1", "users", user] => Self::User(UserName::parse(user).ok()?),
@@ -96,6 +106,8 @@ struct Invite {
     who: Invited,
     #[serde(default)]
     life: Option<Millis>,
+    #[serde(default)]
+    approve: bool,
 }
 
 pub(super) fn json_answer<T: Serialize>(status: StatusCode, value: &T) -> Answer {
@@ -126,6 +138,23 @@ impl Service {
                 self.tell(self.ask(|reply| Inquiry::Invitations { by, reply }).await)
             }
             (Route::Invitation(id), Method::DELETE) => self.change(by, Change::Uninvite(id)).await,
+            (Route::Waiting(node), Method::POST) => match self.whole_json(request).await {
+                Ok(approval) => self.change(by, Change::Approve(node, Some(approval))).await,
+                Err(answer) => answer,
+            },
+            (Route::Waiting(node), Method::DELETE) => self.change(by, Change::Approve(node, None)).await,
+            (Route::Key, Method::GET) => self.tell(self.ask(|reply| Inquiry::Key { by, reply }).await),
+            (Route::Key, Method::POST) => {
+                let drawn = self.ask(|reply| Inquiry::DrawKey { by, reply }).await;
+                self.made(drawn.map(|drawn| drawn.map(|key| DrawnKey { key })))
+            }
+            (Route::Key, Method::PUT) => match self.whole_json(request).await {
+                Ok(delegation) => {
+                    let rotated = self.ask(|reply| Inquiry::RotateKey { by, delegation, reply }).await;
+                    self.made(rotated.map(|rotated| rotated.map(|()| json!({}))))
+                }
+                Err(answer) => answer,
+            },
             (Route::Members, Method::GET) => {
                 self.tell(self.ask(|reply| Inquiry::Members { by, reply }).await)
             }
@@ -140,8 +169,13 @@ impl Service {
     }
 
     pub(super) async fn change(&self, by: Actor, change: Change) -> Answer {
-        match self.ask(|reply| Inquiry::Change { by, change, reply }).await {
-            Some(Ok(())) => json_answer(StatusCode::OK, &json!({})),
+        let changed = self.ask(|reply| Inquiry::Change { by, change, reply }).await;
+        self.made(changed.map(|changed| changed.map(|()| json!({}))))
+    }
+
+    fn made<T: Serialize>(&self, made: Option<Result<T, NotChanged>>) -> Answer {
+        match made {
+            Some(Ok(made)) => json_answer(StatusCode::OK, &made),
             Some(Err(why)) => self.not_changed(&why),
             None => busy(),
         }
@@ -151,7 +185,10 @@ impl Service {
         let status = match why {
             NotChanged::Denied(denied) => return self.denied(denied),
             NotChanged::Unknown(_) => StatusCode::NOT_FOUND,
-            NotChanged::LastAdmin(_) | NotChanged::TooManyRoles => StatusCode::CONFLICT,
+            NotChanged::LastAdmin(_)
+            | NotChanged::TooManyRoles
+            | NotChanged::NotRotated(_)
+            | NotChanged::OtherKey(..) => StatusCode::CONFLICT,
             NotChanged::TooManyTokens => StatusCode::TOO_MANY_REQUESTS,
             NotChanged::SecretsFull => StatusCode::INSUFFICIENT_STORAGE,
         };
@@ -187,6 +224,7 @@ impl Service {
         };
         let (id, secret) = (InvitationId::from_bytes(id), Secret::from_bytes(secret));
         let invitation = Invitation::new(secret.digest(), asked.who, clock::now(), life);
+        let invitation = Invitation { approve: asked.approve, ..invitation };
         let expires = invitation.expires;
         let change = Change::Invite(id, invitation);
         match self.ask(|reply| Inquiry::Change { by, change, reply }).await {
@@ -210,14 +248,19 @@ impl Service {
         };
         let key = request.key;
         match self.ask(|reply| Inquiry::Join { from, request: Box::new(request), reply }).await {
-            Some(Ok(party)) => self.certificate(hall, &party, &key),
+            Some(Ok(Admission::Joins(party))) => self.certificate(hall, &party, &key),
+            Some(Ok(Admission::Waits(told))) => json_answer(StatusCode::ACCEPTED, &told),
             Some(Err(why)) => {
                 self.refusals.refuse("join", format_args!("one to join: {why}"));
                 let status = match why {
                     NotJoined::NotInvited | NotJoined::Unproven => StatusCode::UNAUTHORIZED,
                     NotJoined::Full => StatusCode::INSUFFICIENT_STORAGE,
                     NotJoined::Nobody => StatusCode::BAD_REQUEST,
-                    NotJoined::Other(_) | NotJoined::NoNode(_) | NotJoined::Taken(_) => StatusCode::CONFLICT,
+                    NotJoined::Other(_)
+                    | NotJoined::NoNode(_)
+                    | NotJoined::Taken(_)
+                    | NotJoined::TokenWaits
+                    | NotJoined::NameWaits(_) => StatusCode::CONFLICT,
                 };
                 text(status, why.to_string())
             }
