@@ -47,7 +47,7 @@ impl RabbitMq {
         wait_for(*names);
         for member in 0..count {
             cluster.revive(member);
-            wait_for(members[member]);
+            cluster.wait_for(member);
         }
         cluster
     }
