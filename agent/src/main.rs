@@ -34,15 +34,13 @@ fn main() -> ExitCode {
         std::env::args_os().enumerate().filter(|(n, _)| !doctor || *n != 1).map(|(_, arg)| arg),
     );
     let config = match Config::from_args(args) {
+        config if doctor => return io::doctor::main(config),
         Ok(config) => config,
         Err(error) => {
             eprintln!("berth-agent: {error:#}");
             return ExitCode::from(2);
         }
     };
-    if doctor {
-        return io::doctor::main(&config);
-    }
     logging::init();
     match serve(config) {
         Ok(()) => ExitCode::SUCCESS,

@@ -3,7 +3,7 @@
 
 use berth_tests::world;
 
-const PAST: [(u64, &str); 15] = [
+const PAST: [(u64, &str); 16] = [
     (425, "what the ledger before had carried out was taken for never begun, after a power cut"),
     (52, "a copy of a disk whose ledger was lost was taken for the node while that ran its pods"),
     (
@@ -24,6 +24,7 @@ const PAST: [(u64, &str); 15] = [
     (526, "a restored store let begin where it was placed what had gone on elsewhere since"),
     (27685, "the third session of a new ledger, the first to be answered, was taken for another machine's"),
     (25803, "a shim that went on when its agent died did not look at the clock"),
+    (103345, "a pod that stood still to leave was asked for another checkpoint, and stood for ever"),
     (11830, "a machine paused twice was expected to wait for a lease that it never had"),
 ];
 

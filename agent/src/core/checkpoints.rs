@@ -115,11 +115,9 @@ impl Agent {
         if none || entry.desired.checkpoint == 0 {
             return Leaving::Now { at_once: false };
         }
-        match checkpoints.stored {
-            Some((level, event)) if level >= entry.desired.checkpoint && checkpoints.hold => {
-                let recorded = self.ledger.outbox.front().is_none_or(|waiting| waiting.n > event);
-                if recorded { Leaving::Now { at_once: true } } else { Leaving::NotYet }
-            }
+        let recorded = |event| self.ledger.outbox.front().is_none_or(|waiting| waiting.n > event);
+        match checkpoints.stands_behind() {
+            Some(event) if recorded(event) => Leaving::Now { at_once: true },
             _ => Leaving::NotYet,
         }
     }
@@ -264,8 +262,7 @@ impl Agent {
 
 /// An end by order behind a checkpoint that the controller has recorded.
 pub(super) fn name_end(entry: &PodEntry, outcome: &mut Outcome) {
-    let left = entry.desired.goal == Goal::Vacate
-        && entry.checkpoints.stored.is_some_and(|(level, _)| level >= entry.desired.checkpoint);
+    let left = entry.desired.goal == Goal::Vacate && entry.checkpoints.stands_behind().is_some();
     if left && outcome.cause == Cause::Eviction {
         outcome.reason = Some(VACATED.to_owned());
         outcome.message = Some("saved, and taken off its node".to_owned());

@@ -198,6 +198,13 @@ impl Checkpoints {
         (self.saving, self.unasked, self.hold, self.saved) = (false, false, false, None);
     }
 
+    /// The event that told of the checkpoint behind which the pod has stood still since: nothing has happened that it does
+    /// not hold, whatever level was asked for meanwhile.
+    pub fn stands_behind(&self) -> Option<u64> {
+        let stands = self.hold && !self.saving && self.saved.is_none();
+        self.stored.filter(|_| stands).map(|(_, event)| event)
+    }
+
     /// The level of the one under way.
     pub fn level(&self) -> u64 {
         if self.unasked { OWN_LEVELS + self.own } else { self.tried }

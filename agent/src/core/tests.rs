@@ -649,6 +649,32 @@ fn a_pod_that_leaves_stands_until_its_checkpoint_is_recorded() {
 }
 
 #[test]
+fn a_pod_that_stands_behind_its_checkpoint_leaves_whatever_else_is_asked_for() {
+    let template = template(RestartPolicy::Never);
+    for asked_early in [true, false] {
+        let mut bench = Bench::running(&template);
+        bench.level = 1;
+        bench.desired(&[(key(0, 1), Goal::Vacate, &template)]);
+        bench.report(&key(0, 1), saved(1));
+        bench.report(&key(0, 1), Report::Paused { run: Run(1), fenced: false });
+        let ask = |bench: &mut Bench| {
+            bench.level = 2;
+            bench.desired(&[(key(0, 1), Goal::Vacate, &template)])
+        };
+        if asked_early {
+            assert_eq!(ask(&mut bench), [] as [&str; 0]);
+        }
+        bench.event(stored(1));
+        let mut lines = bench.grant();
+        lines.extend(ask(&mut bench));
+        assert!(lines.contains(&"stop u-0.1 0s".to_owned()), "{lines:?}");
+        bench.exited(&key(0, 1), 1, Cause::Eviction, 137);
+        let reason = bench.disk.pods[&key(0, 1)].ended.as_ref().unwrap().outcome.reason.clone();
+        assert_eq!(reason.as_deref(), Some(VACATED));
+    }
+}
+
+#[test]
 fn a_pod_that_stays_after_all_is_let_go() {
     let template = template(RestartPolicy::Never);
     let mut bench = Bench::running(&template);

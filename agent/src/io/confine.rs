@@ -74,6 +74,16 @@ pub fn confine(room: &Room) -> Result<(), ConfineError> {
     Ok(())
 }
 
+/// The kernel's version of Landlock, where it has one that lets files be renamed between directories.
+pub fn landlock_version() -> Option<i32> {
+    const ASK: libc::c_long = 1;
+    // SAFETY: without a ruleset nothing is read and nothing made; the kernel answers with a number.
+    let version = unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<libc::c_void>(), 0_usize, ASK)
+    };
+    i32::try_from(version).ok().filter(|version| *version >= ABI::V2 as i32)
+}
+
 fn landlock(room: &Room) -> Result<(), RulesetError> {
     // Renames between directories want their own right, without which there is nothing to be had from the rest.
     let mut ruleset = Ruleset::default()

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use berth_protocol::broker::BrokerUrl;
 
+use super::confine;
 use super::probe::{criu, cuda, nvidia};
 use crate::config::Config;
 use crate::shim::cgroup::Layout;
@@ -18,19 +19,25 @@ const CONNECT_MAX: Duration = Duration::from_secs(3);
 type Finding = (&'static str, Result<String, String>);
 
 /// Prints a line a finding; the code is 1 where anything is missing.
-pub fn main(config: &Config) -> ExitCode {
-    let findings = [
+pub fn main(config: anyhow::Result<Config>) -> ExitCode {
+    let mut findings = vec![
         ("rights", root()),
         ("control groups", control_groups()),
         ("overlay file system", overlay()),
-        ("criu", criu(config)),
+        ("confinement", confinement()),
         ("memory of GPUs", cuda()),
         ("tar", program("tar", "CRIU and checkpoints need it: install tar")),
         ("gzip", program("gzip", "CRIU needs it for /dev/shm and the like: install gzip")),
-        // Whoever else might write it has kept the agent from starting.
-        ("policy", Ok(config.policy.granted.to_string())),
-        ("broker", broker(&config.broker)),
     ];
+    match config {
+        Ok(config) => findings.extend([
+            ("criu", criu(&config)),
+            // Whoever else might write it keeps the agent from starting.
+            ("policy", Ok(config.policy.granted.to_string())),
+            ("broker", broker(&config.broker)),
+        ]),
+        Err(error) => findings.push(("configuration", Err(format!("{error:#}; the agent does not start")))),
+    }
     let print = |(what, found): &Finding| match found {
         Ok(fine) => println!("ok       {what}: {fine}"),
         Err(wrong) => println!("missing  {what}: {wrong}"),
@@ -59,6 +66,15 @@ fn overlay() -> Result<String, String> {
     match known.lines().any(|line| line.ends_with("\toverlay")) {
         true => Ok("known to the kernel".to_owned()),
         false => Err("the kernel does not know it (yet): modprobe overlay".to_owned()),
+    }
+}
+
+fn confinement() -> Result<String, String> {
+    match confine::landlock_version() {
+        Some(version) => Ok(format!("Landlock, version {version}")),
+        None => Err("this kernel has no Landlock that serves (Linux 5.19 and later have, where `lsm=` names it): what reads \
+             images reaches more files than its own"
+            .to_owned()),
     }
 }
 

@@ -6,13 +6,10 @@
 use std::collections::BTreeSet;
 
 use berth_protocol::checkpoint::CheckpointInfo;
-use berth_protocol::chunk::{GrantFor, GrantRequest};
-use berth_protocol::ids::{Digest, Epoch, JobUid, Namespace, NodeId, PodId};
+use berth_protocol::ids::{Digest, Epoch, JobUid, NodeId, PodId};
 use berth_protocol::job::{Checkpoint as Policy, CheckpointMode, JobSpec};
-use berth_protocol::message::node::{ChunkServer, ServerIdentity};
 use berth_protocol::message::user::{CheckpointFailure, CheckpointStatus};
 use berth_protocol::pod::{Goal, PodPhase, RESTORE_FAILED};
-use berth_protocol::tls::Party;
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::{Deserialize, Serialize};
 
@@ -129,21 +126,18 @@ pub(super) enum Leaving {
     Restore,
 }
 
-/// What a node is told that may save or load.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Granted {
-    /// The pod's.
-    pub namespace: Namespace,
-    /// The depot's address, and by what it is known.
-    pub url: String,
-    pub tls: Option<ServerIdentity>,
-    /// Likewise another node that has the chunks too.
-    pub holder: Option<(ChunkServer, Option<ServerIdentity>)>,
-}
-
 impl Job {
     fn policy(&self) -> &Policy {
         &self.file.spec.pod.checkpoint
+    }
+
+    /// Is the pod to leave, and stands still since its checkpoint was taken for that?
+    pub(super) fn is_saved_to_leave(&self, index: u32) -> bool {
+        let (Some(assignment), Some(pod)) = (self.assignment(index), self.pod(index)) else { return false };
+        assignment.goal == Goal::Vacate
+            && assignment.asked > 0
+            && assignment.asked == assignment.answered
+            && pod.saved.trouble.is_none()
     }
 }
 
@@ -288,9 +282,12 @@ impl Controller {
         }
     }
 
-    /// Orders a checkpoint of a placed pod, unless one is under way.
+    /// Orders a checkpoint of a placed pod, unless one is under way, or it stands still behind its last.
     pub(super) fn ask_checkpoint(&mut self, id: &PodId) {
-        let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
+        let Some(job) = self.cluster.jobs.get_mut(&id.uid).filter(|job| !job.is_saved_to_leave(id.index))
+        else {
+            return;
+        };
         let Some(assignment) = job.assignment_mut(id.index) else { return };
         if assignment.asked > assignment.answered {
             return;
@@ -323,39 +320,6 @@ impl Controller {
                 self.effect(Effect::DeleteCheckpoint(id));
             }
         }
-    }
-
-    /// Where this node finds chunks, if it may save or load this pod.
-    pub fn grant(&self, node: &NodeId, asked: &GrantRequest) -> Option<Granted> {
-        let here = self.cluster.nodes.get(node)?.pods.get(&asked.pod) == Some(&asked.epoch);
-        let job = self.cluster.jobs.get(&asked.pod.uid)?;
-        let assignment = job.assignment(asked.pod.index)?;
-        let may = match asked.what {
-            GrantFor::Save => here,
-            GrantFor::Load { checkpoint } => {
-                here && assignment.from == Some(checkpoint) || self.is_staged(node, asked, checkpoint)
-            }
-        };
-        may.then(|| {
-            let holder = match asked.what {
-                GrantFor::Load { checkpoint } => self.holder(&checkpoint).filter(|(id, _)| *id != node),
-                GrantFor::Save => None,
-            };
-            Granted {
-                namespace: job.file.spec.namespace.clone(),
-                url: self.config.depot_url.clone(),
-                tls: self.identity_of(Party::Controller),
-                holder: holder
-                    .map(|(id, server)| (server.clone(), self.identity_of(Party::Node(id.clone())))),
-            }
-        })
-    }
-
-    /// The node that took the checkpoint, where it serves what it keeps.
-    fn holder(&self, checkpoint: &Digest) -> Option<(&NodeId, &ChunkServer)> {
-        let id = self.cluster.checkpoints.get(checkpoint)?.node.as_ref()?;
-        let node = self.cluster.nodes.get(id).filter(|node| node.liveness == Liveness::Online)?;
-        Some((id, node.session.as_ref()?.chunks.as_ref()?))
     }
 
     /// The checkpoint could not be started there: another node, or the same once more where it is the only one, then

@@ -13,6 +13,7 @@ mod epoch;
 mod expiry;
 mod faults;
 mod fit;
+mod granted;
 mod inventory;
 pub mod keys;
 pub mod lead;
@@ -51,8 +52,9 @@ use serde::de::DeserializeOwned;
 
 use self::audit::Audit;
 pub use self::callers::{Actor, Author, Denied, Signing};
-pub use self::checkpoints::{Granted, Imported};
+pub use self::checkpoints::Imported;
 use self::cluster::Cluster;
+pub use self::granted::Granted;
 use self::manage::Change;
 use self::members::{Joined, STRANGER};
 pub use self::notes::Note;

@@ -108,6 +108,7 @@ impl Controller {
             .filter(|i| {
                 job.assignment(**i)
                     .is_some_and(|a| matches!(a.phase, PodPhase::Running | PodPhase::Checkpointing))
+                    && !job.is_saved_to_leave(**i)
             })
             .copied()
             .collect();
