@@ -3,7 +3,7 @@
 
 use berth_tests::world;
 
-const PAST: [(u64, &str); 16] = [
+const PAST: [(u64, &str); 17] = [
     (425, "what the ledger before had carried out was taken for never begun, after a power cut"),
     (52, "a copy of a disk whose ledger was lost was taken for the node while that ran its pods"),
     (
@@ -25,6 +25,10 @@ const PAST: [(u64, &str); 16] = [
     (27685, "the third session of a new ledger, the first to be answered, was taken for another machine's"),
     (25803, "a shim that went on when its agent died did not look at the clock"),
     (103345, "a pod that stood still to leave was asked for another checkpoint, and stood for ever"),
+    (
+        110110,
+        "what the controller before a restored store acknowledged late was waited for by the one after it",
+    ),
     (11830, "a machine paused twice was expected to wait for a lease that it never had"),
 ];
 

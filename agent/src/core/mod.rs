@@ -19,7 +19,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use berth_protocol::checkpoint::CheckpointInfo;
-use berth_protocol::ids::{BootId, Digest, Generation, HardwareId, LedgerId, Run, SessionNonce, StoreId};
+use berth_protocol::ids::{
+    BootId, Digest, Generation, HardwareId, LedgerId, Run, SessionNonce, StoreId, Term,
+};
 use berth_protocol::image::Images;
 use berth_protocol::job::PodTemplate;
 use berth_protocol::limits;
@@ -29,6 +31,7 @@ use berth_protocol::message::node::{
 };
 use berth_protocol::pod::{Goal, POLICY_REFUSED};
 use berth_protocol::resources::{GpuShare, Inventory, Usage};
+use berth_protocol::rule::{Rule, kept};
 use berth_protocol::units::{BootMs, Bytes, Millis, Timestamp};
 
 use crate::policy::Granted;
@@ -290,6 +293,11 @@ pub struct Agent {
     resend_at: Option<BootMs>,
     /// The operator was told of a controller that this node does not belong to.
     said_foreign: bool,
+    /// The highest that any controller was heard in. What an earlier one said and comes late counts no more: a later one may
+    /// have a store that knows less, as a backup does, and waits for what the earlier has acknowledged.
+    heard: Term,
+    /// As the last hello told it.
+    said_acked: Option<u64>,
     /// Of why the controller does not take this session, the last that the operator was told.
     said_refused: Option<String>,
     leaving: Option<Leaves>,
@@ -324,6 +332,8 @@ impl Agent {
             sent_event: 0,
             resend_at: None,
             said_foreign: false,
+            heard: Term::default(),
+            said_acked: None,
             said_refused: None,
             leaving: None,
             leaving_since: None,
@@ -490,6 +500,7 @@ impl Agent {
 
     fn hello(&mut self, now: Now) {
         let Some(ledger) = self.ledger.id.clone() else { return };
+        self.said_acked = Some(self.ledger.acked());
         self.act(Action::Hello(Box::new(Hello {
             nonce: self.nonce.clone(),
             previous: self.previous.clone(),
@@ -589,7 +600,15 @@ impl Agent {
             }
             return;
         }
-        if lease.hello {
+        self.heard = self.heard.max(self.ledger.term);
+        if lease.term < self.heard && kept(Rule::TermsOutrank) {
+            return;
+        }
+        let changes = self.heard < lease.term;
+        self.heard = self.heard.max(lease.term);
+        // Acknowledged by another since the hello, it would be waited for.
+        let untold = changes && self.said_acked.is_some_and(|said| said != self.ledger.acked());
+        if lease.hello || untold {
             self.sent_event = 0;
             self.hello(now);
         }

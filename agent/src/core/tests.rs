@@ -220,10 +220,16 @@ impl Bench {
 
     /// Grants all that the last heartbeat asked for, and acknowledges all events.
     fn grant(&mut self) -> Vec<String> {
+        let lease = self.answer(1);
+        self.event(Event::Lease(lease))
+    }
+
+    /// What a controller of this term says to the last heartbeat.
+    fn answer(&self, term: u64) -> Lease {
         let heartbeat = self.heartbeat.clone().unwrap();
-        let lease = Lease {
+        Lease {
             store: StoreId::parse("s").unwrap(),
-            term: Term(1),
+            term: Term(term),
             nonce: heartbeat.nonce,
             seq: heartbeat.seq,
             covers: Covers::All(heartbeat.held),
@@ -232,8 +238,7 @@ impl Bench {
             depot: None,
             hello: false,
             refused: None,
-        };
-        self.event(Event::Lease(lease))
+        }
     }
 
     fn prepared(&mut self, key: &PodKey) -> Vec<String> {
@@ -616,6 +621,30 @@ fn a_level_is_taken_once_and_what_failed_is_said() {
     let said = bench.report(&key(0, 1), failed);
     assert!(said.iter().any(|line| line.starts_with("tell u-0.1 checkpointfailed")), "{said:?}");
     assert_eq!(bench.desired(&orders), [] as [&str; 0], "a level that failed is not tried again");
+}
+
+/// Whose store is a backup knows less than the one before it acknowledged.
+#[test]
+fn a_later_controller_hears_of_all_that_an_earlier_one_has_not_acknowledged_in_time() {
+    let mut bench = Bench::running(&template(RestartPolicy::Never));
+    bench.grant();
+    let before = bench.disk.acked();
+    bench.event(Event::Inventory(Box::new(Inventory { memory: Bytes(7), ..inventory() })));
+    assert_eq!(bench.disk.outbox.len(), 1);
+    let late = bench.answer(1);
+    // The later one asks who is there, and is told; what the earlier one said then comes too late.
+    let asks = Lease { acked: before, hello: true, ..bench.answer(2) };
+    assert!(bench.event(Event::Lease(asks)).contains(&"hello".to_owned()));
+    bench.event(Event::Lease(late));
+    assert_eq!((bench.disk.acked(), bench.disk.outbox.len()), (before, 1));
+    // Where it came in time, a later one hears how far they are as it is first heard.
+    let acked = bench.answer(2);
+    bench.event(Event::Lease(acked));
+    assert_eq!(bench.disk.outbox.len(), 0);
+    let first = Lease { acked: before, ..bench.answer(3) };
+    assert!(bench.event(Event::Lease(first)).contains(&"hello".to_owned()));
+    let again = Lease { acked: before, ..bench.answer(3) };
+    assert!(!bench.event(Event::Lease(again)).contains(&"hello".to_owned()), "once");
 }
 
 #[test]
