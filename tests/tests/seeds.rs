@@ -3,7 +3,7 @@
 
 use berth_tests::world;
 
-const PAST: [(u64, &str); 17] = [
+const PAST: [(u64, &str); 18] = [
     (425, "what the ledger before had carried out was taken for never begun, after a power cut"),
     (52, "a copy of a disk whose ledger was lost was taken for the node while that ran its pods"),
     (
@@ -28,6 +28,10 @@ const PAST: [(u64, &str); 17] = [
     (
         110110,
         "what the controller before a restored store acknowledged late was waited for by the one after it",
+    ),
+    (
+        120053,
+        "what was placed anew on a node was not named to it, since its epoch before was about to count as gone there",
     ),
     (11830, "a machine paused twice was expected to wait for a lease that it never had"),
 ];
