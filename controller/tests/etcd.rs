@@ -56,6 +56,15 @@ impl Ground {
         Store::open(&self.choice(), &self.data(controller), &cluster()).await.unwrap()
     }
 
+    /// A leader that reaches one member alone, and that by a line.
+    async fn lead_over_a_line(&self) -> (Line, Store, Term) {
+        let line = Line::to(&self.etcd.members[0]);
+        let choice = StoreChoice::parse(&members::url([line.address.as_str()].into_iter())).unwrap();
+        let mut leader = Store::open(&choice, &self.data("a"), &cluster()).await.unwrap();
+        let term = leader.campaign().await.unwrap();
+        (line, leader, term)
+    }
+
     async fn client(&self) -> etcd_client::Client {
         etcd_client::Client::connect(&self.etcd.members, None).await.unwrap()
     }
@@ -169,11 +178,8 @@ fn a_journal_is_completed_by_the_next_leader_if_it_was_written_whole() {
 #[test]
 fn a_write_that_was_said_again_does_nothing_when_it_comes_late() {
     let ground = Ground::new();
-    let line = Line::to(&ground.etcd.members[0]);
-    let choice = StoreChoice::parse(&members::url([line.address.as_str()].into_iter())).unwrap();
     runtime().block_on(async {
-        let mut leader = Store::open(&choice, &ground.data("a"), &cluster()).await.unwrap();
-        let term = leader.campaign().await.unwrap();
+        let (line, leader, term) = ground.lead_over_a_line().await;
         // A small one, what a large one writes down first, and a part of a large one.
         for (records, bytes) in [(1, "first"), (200, "first"), (200, "entry/x/000")] {
             let filled = |value: &str| {
@@ -192,11 +198,8 @@ fn a_write_that_was_said_again_does_nothing_when_it_comes_late() {
 #[test]
 fn a_write_whose_answer_is_lost_has_happened() {
     let ground = Ground::new();
-    let line = Line::to(&ground.etcd.members[0]);
-    let choice = StoreChoice::parse(&members::url([line.address.as_str()].into_iter())).unwrap();
     runtime().block_on(async {
-        let mut leader = Store::open(&choice, &ground.data("a"), &cluster()).await.unwrap();
-        let term = leader.campaign().await.unwrap();
+        let (line, leader, term) = ground.lead_over_a_line().await;
         for value in ["one", "two", "three"] {
             line.lose_answer(value);
             leader.txn(term, vec![put("x", value.as_bytes())]).await.unwrap();

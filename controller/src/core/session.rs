@@ -1,6 +1,6 @@
 //! Which sessions of agents are believed, and which of their heartbeats are granted anything.
 
-use berth_protocol::ids::{NodeId, PodId};
+use berth_protocol::ids::{Epoch, NodeId, PodId};
 use berth_protocol::limits::{LEASE_MARGIN_MS, LOST_AFTER_MS};
 use berth_protocol::message::node::{Heartbeat, Hello};
 use berth_protocol::rule::{Rule, kept};
@@ -31,6 +31,13 @@ pub(super) enum Liveness {
     Silent,
     /// Its pods are replaced as their leases end.
     Lost,
+}
+
+impl Session {
+    /// Is this very epoch of the pod about to count as gone here? One that was placed since is another.
+    pub fn lacks(&self, pod: &PodId, epoch: Epoch) -> bool {
+        self.absent.get(pod) == Some(&epoch)
+    }
 }
 
 /// Is this the recorded session, or the next one of the same agent (fencing, rule 15)? It names the last one in which it

@@ -119,10 +119,10 @@ impl Controller {
 
     fn desired_pods(&self, node: &Node) -> Vec<DesiredPod> {
         // What is about to count as gone would begin anew by what it was granted before, where a restored store has it.
-        let absent = |(pod, epoch): &(&PodId, &Epoch)| {
-            node.session.as_ref().is_some_and(|session| session.absent.get(*pod) == Some(*epoch))
-        };
-        let placed = node.pods.iter().filter(|named| !absent(named)).filter_map(|(pod, epoch)| {
+        let absent =
+            |pod: &PodId, epoch| node.session.as_ref().is_some_and(|session| session.lacks(pod, epoch));
+        let placed = node.pods.iter().filter(|(pod, epoch)| !absent(pod, **epoch));
+        let placed = placed.filter_map(|(pod, epoch)| {
             let assignment = self.cluster.jobs.get(&pod.uid)?.assignment(pod.index)?;
             Some(DesiredPod {
                 pod: pod.clone(),
@@ -193,8 +193,8 @@ impl Controller {
             }
             // What is about to count as gone must not start again meanwhile, nor what may run elsewhere.
             None => {
-                let absent = |pod: &PodId, epoch: &Epoch| session.absent.get(pod) == Some(epoch);
-                let there = pods.iter().filter(|(pod, epoch)| !absent(pod, epoch) && !doubtful.contains(pod));
+                let lacking = |pod: &PodId, epoch| session.lacks(pod, epoch) || doubtful.contains(pod);
+                let there = pods.iter().filter(|(pod, epoch)| !lacking(pod, **epoch));
                 Covers::Pairs(there.map(|(pod, epoch)| (pod.clone(), *epoch)).collect())
             }
         };

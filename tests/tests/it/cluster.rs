@@ -124,18 +124,24 @@ impl Cluster {
     /// Likewise, on a Mosquitto with the configuration that the controller writes for it.
     pub fn of_members_on_mosquitto() -> Self {
         let mut cluster = Self::empty();
-        cluster.admin = Some(cluster.dir.path().join("admin"));
-        let made = cluster.init_with(&["--broker", &format!("mqtts://127.0.0.1:{}", cluster.port)]);
-        assert!(made.status.success(), "{}", text(&made));
-        // Started by root it reads its files as another user.
-        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        std::fs::set_permissions(cluster.dir.path(), open).expect("its directory is ours");
-        let written = cluster.configure_mosquitto();
-        assert!(written.status.success(), "{}", text(&written));
-        cluster.start_configured_mosquitto();
+        cluster.set_up_on_mosquitto(&[]);
         cluster.start_controller();
         until("the controller answers", 30, || cluster.json(&["get", "nodes"]));
         cluster
+    }
+
+    /// All but the controller is there.
+    pub fn set_up_on_mosquitto(&mut self, more: &[&str]) {
+        self.admin = Some(self.dir.path().join("admin"));
+        let broker = format!("mqtts://127.0.0.1:{}", self.port);
+        let made = self.init_with(&[&["--broker", &broker], more].concat());
+        assert!(made.status.success(), "{}", text(&made));
+        // Started by root it reads its files as another user.
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(self.dir.path(), open).expect("its directory is ours");
+        let written = self.configure_mosquitto();
+        assert!(written.status.success(), "{}", text(&written));
+        self.start_configured_mosquitto();
     }
 
     pub fn configure_mosquitto(&self) -> Output {

@@ -215,15 +215,7 @@ fn leads(cluster: &Cluster, name: &str) -> Option<()> {
 fn whoever_leads_next_signs_with_it() {
     let mut cluster = Cluster::empty();
     let etcd = Etcd::start(1, cluster.dir.path(), None);
-    cluster.admin = Some(cluster.dir.path().join("admin"));
-    let url = format!("mqtts://127.0.0.1:{}", cluster.port);
-    let made = cluster.init_with(&["--broker", &url, "--store", &etcd.url()]);
-    assert!(made.status.success(), "{}", text(&made));
-    let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    std::fs::set_permissions(cluster.dir.path(), open).expect("its directory is ours");
-    let written = cluster.configure_mosquitto();
-    assert!(written.status.success(), "{}", text(&written));
-    cluster.start_configured_mosquitto();
+    cluster.set_up_on_mosquitto(&["--store", &etcd.url()]);
 
     let mut first = controller(&cluster, "first", cluster.http);
     until("the first leads", 30, || leads(&cluster, "first"));

@@ -33,42 +33,47 @@ impl Earlier {
     /// Nothing where this node keeps none of the pod's.
     pub fn of(cache: &Path, pod: &PodId) -> Self {
         let Some(kept) = Kept::of(cache, pod) else { return Self::default() };
-        let mut chunks = BTreeMap::new();
-        for (path, saved) in kept.files() {
-            let Ok(name) = path.strip_prefix(&kept.dir).map(Path::to_owned) else { continue };
-            for (address, id, place) in addressed(&path, saved) {
-                chunks.insert((name.clone(), address), Base { id, place });
-            }
-        }
-        Self(chunks)
+        let files = kept.files();
+        Self(addressed(&kept.dir, files.iter().map(|(path, saved)| (path.as_path(), *saved))).collect())
     }
 
-    /// What stood where the chunks of this file of the checkpoint in `dir` stand now.
+    /// What stood where these files of the checkpoint in `dir` have chunks now.
     pub fn bases<'a>(
-        &'a self,
+        &self,
         dir: &Path,
-        path: &Path,
-        saved: &SavedFile,
-    ) -> impl Iterator<Item = (ChunkId, &'a Base)> {
-        let name = path.strip_prefix(dir).unwrap_or(path).to_owned();
-        let all = if self.0.is_empty() { Vec::new() } else { addressed(path, saved) };
-        all.into_iter().filter_map(move |(address, id, _)| Some((id, self.0.get(&(name.clone(), address))?)))
+        files: impl Iterator<Item = (&'a Path, &'a SavedFile)>,
+    ) -> BTreeMap<ChunkId, Base> {
+        // Without any the pagemaps need not be read.
+        let files = files.filter(|_| !self.0.is_empty());
+        let stood = |(at, now): ((PathBuf, u64), Base)| Some((now.id, self.0.get(&at)?.clone()));
+        addressed(dir, files).filter_map(stood).collect()
     }
 }
 
-/// A file's chunks, each with the address in memory that it is of, where the file is of memory; with its offset else.
-fn addressed(path: &Path, saved: &SavedFile) -> Vec<(u64, ChunkId, Place)> {
-    let mappings = path.parent().and_then(|images| pages::mappings(images).ok()).unwrap_or_default();
-    let addresses = pages::Addresses::of(saved.bytes, mappings.get(&saved.name));
-    let (mut found, mut offset) = (Vec::new(), 0);
-    for piece in &saved.pieces {
-        if let Piece::Chunk { id, bytes } = piece {
-            let place = Place { path: path.to_owned(), offset, bytes: *bytes };
-            found.push((addresses.at(offset), *id, place));
+/// The chunks of a checkpoint's files, each by its file and the address in memory that it is of, where that is of memory; by
+/// its offset else.
+fn addressed<'a>(
+    dir: &Path,
+    files: impl Iterator<Item = (&'a Path, &'a SavedFile)>,
+) -> impl Iterator<Item = ((PathBuf, u64), Base)> {
+    let mut mappings = BTreeMap::new();
+    files.flat_map(move |(path, saved)| {
+        let images = path.parent().unwrap_or(dir);
+        // Once for all images of a container: it may have hundreds.
+        let mappings =
+            mappings.entry(images.to_owned()).or_insert_with(|| pages::mappings(images).unwrap_or_default());
+        let addresses = pages::Addresses::of(saved.bytes, mappings.get(&saved.name));
+        let name = path.strip_prefix(dir).unwrap_or(path);
+        let (mut found, mut offset) = (Vec::new(), 0);
+        for piece in &saved.pieces {
+            if let Piece::Chunk { id, bytes } = piece {
+                let place = Place { path: path.to_owned(), offset, bytes: *bytes };
+                found.push(((name.to_owned(), addresses.at(offset)), Base { id: *id, place }));
+            }
+            offset += piece.bytes();
         }
-        offset += piece.bytes();
-    }
-    found
+        found
+    })
 }
 
 /// Appends the chunk at `offset` of `file` to `out` as its difference from `base`; false: it is better sent whole.

@@ -219,12 +219,10 @@ async fn bases(
     parts: &[Part],
     lacking: &BTreeSet<ChunkId>,
 ) -> Result<BTreeMap<ChunkId, Base>, TransferError> {
-    let earlier = Earlier::of(&order.cache, &order.pod);
-    let mut found: BTreeMap<ChunkId, Base> = BTreeMap::new();
-    for part in parts {
-        let bases = earlier.bases(&order.dir, &part.path, &part.saved);
-        found.extend(bases.filter(|(id, _)| lacking.contains(id)).map(|(id, base)| (id, base.clone())));
-    }
+    let touched = parts.iter().filter(|part| part.saved.chunks().any(|(id, _)| lacking.contains(&id)));
+    let touched = touched.map(|part| (part.path.as_path(), &part.saved));
+    let mut found = Earlier::of(&order.cache, &order.pod).bases(&order.dir, touched);
+    found.retain(|id, _| lacking.contains(id));
     let gone = ask(client, &found.values().map(|base| base.id).collect()).await?;
     found.retain(|_, base| !gone.contains(&base.id));
     Ok(found)
