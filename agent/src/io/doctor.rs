@@ -36,7 +36,7 @@ pub fn main(config: anyhow::Result<Config>) -> ExitCode {
             ("policy", Ok(config.policy.granted.to_string())),
             ("broker", broker(&config.broker)),
         ]),
-        Err(error) => findings.push(("configuration", Err(format!("{error:#}; the agent does not start")))),
+        Err(error) => findings.push(("configuration", Err(format!("the agent does not start: {error:#}")))),
     }
     let print = |(what, found): &Finding| match found {
         Ok(fine) => println!("ok       {what}: {fine}"),

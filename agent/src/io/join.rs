@@ -124,26 +124,26 @@ async fn join(args: Args) -> Result<String> {
 /// Shows the token, and waits where an admin has to say that this machine is let in.
 async fn admitted(token: &JoinToken, request: &JoinRequest) -> Result<Membership> {
     let (tls, body) = (joining(token.ca)?, serde_json::to_vec(request)?);
-    let mut waits = false;
+    let mut waits_until = None;
     loop {
         match ask(tls.clone(), &token.controller, "/v1/join", body.clone()).await {
             Ok(Answer::Told(membership)) => return Ok(*membership),
-            Ok(Answer::Refused(why)) if waits => {
+            Ok(Answer::Refused(why)) if waits_until.is_some() => {
                 bail!("an admin has denied this machine, or none has approved it in time: {why}")
             }
             Ok(Answer::Refused(why)) => bail!("the controller refuses: {why}"),
-            Ok(Answer::Waits(MustWait { node, until })) if !waits => {
-                eprintln!(
-                    "berth-agent: this machine waits, until {until}, for an admin to say `berth node approve {node}`. To be \
-                     compared with what `berth node tokens` shows there, the fingerprint of its key:\n  {}",
-                    request.key.fingerprint()
-                );
-                waits = true;
+            Ok(Answer::Waits(MustWait { node, until })) => {
+                if waits_until.replace(until).is_none() {
+                    eprintln!(
+                        "berth-agent: this machine waits, until {until}, for an admin to say `berth node approve {node}`. To be \
+                         compared with what `berth node tokens` shows there, the fingerprint of its key:\n  {}",
+                        request.key.fingerprint()
+                    );
+                }
             }
-            Ok(Answer::Waits(_)) => {}
-            // Its controller may be starting anew.
-            Err(_) if waits => {}
-            Err(error) => return Err(error),
+            // While it waits its controller may be starting anew.
+            Err(error) if waits_until.is_none_or(|until| until < clock::now().wall) => return Err(error),
+            Err(_) => {}
         }
         tokio::time::sleep(ASKED_AGAIN).await;
     }
