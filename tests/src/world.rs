@@ -88,6 +88,8 @@ pub struct World {
     /// The controller is killed in the middle of its next step that says something, after so many messages.
     controller_dies_after: Option<usize>,
     pub(crate) jobs: Vec<Job>,
+    /// One of them is submitted as one that goes on without a controller.
+    works_alone: bool,
     pub(crate) oracle: Oracle,
     calm: bool,
     cluster: ClusterName,
@@ -131,6 +133,7 @@ impl World {
             depot,
             nodes,
             jobs: Vec::new(),
+            works_alone: false,
             oracle: Oracle::default(),
             calm: false,
             cluster: ClusterName::parse("sim").expect("a name"),
@@ -158,6 +161,7 @@ impl World {
                 self.at(job.at, Due::Submit(n));
                 job.again.into_iter().for_each(|at| self.at(at, Due::Resubmit(n)));
                 self.oracle.changed(&job.name, job.file.clone());
+                self.works_alone |= job.file.contains("do: continue");
                 self.jobs.push(job.clone());
             }
             Item::Mishap(faults) => faults.iter().for_each(|(at, fault)| self.at(*at, Due::Fault(*fault))),

@@ -3,7 +3,7 @@
 
 use berth_tests::world;
 
-const PAST: [(u64, &str); 18] = [
+const PAST: [(u64, &str); 24] = [
     (425, "what the ledger before had carried out was taken for never begun, after a power cut"),
     (52, "a copy of a disk whose ledger was lost was taken for the node while that ran its pods"),
     (
@@ -33,6 +33,18 @@ const PAST: [(u64, &str); 18] = [
         120053,
         "what was placed anew on a node was not named to it, since its epoch before was about to count as gone there",
     ),
+    (
+        105482,
+        "an agent that had begun twice since a backup was not known by the store that was restored from it",
+    ),
+    (106213, "what an agent had been acknowledged was waited for, since its hello was on its way for longer"),
+    (128090, "a machine whose copy had counted more sessions was never taken in again"),
+    (
+        7086,
+        "the events of a machine that came back beside its copy were taken for those that the copy had told",
+    ),
+    (66168, "what a node held as its hello was made had ended as a restored store heard it, and began anew"),
+    (46867, "a pod sent where its checkpoint could not be started was barred from there, and from all else"),
     (11830, "a machine paused twice was expected to wait for a lease that it never had"),
 ];
 

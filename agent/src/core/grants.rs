@@ -120,6 +120,7 @@ mod tests {
             depot: None,
             hello: false,
             refused: None,
+            session: None,
         }
     }
 

@@ -17,6 +17,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::task::Saved;
 
+/// A backup of the controller's store that is older than this many sessions of the agent is not known to be of it.
+const KNOWN_MAX: usize = 32;
+
 /// One placement of a pod: the unit that an agent holds.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PodKey {
@@ -259,8 +262,8 @@ pub struct Ledger {
     pub session: u64,
     pub nonce: Option<SessionNonce>,
     pub hardware: Option<HardwareId>,
-    /// The last session that the controller has answered.
-    pub known: Option<SessionNonce>,
+    /// The last sessions that the controller has answered, the newest last.
+    pub known: VecDeque<SessionNonce>,
     pub store: Option<StoreId>,
     pub term: Term,
     pub generation: Generation,
@@ -280,7 +283,11 @@ impl Ledger {
                 self.nonce = Some(nonce.clone());
                 self.hardware.clone_from(hardware);
             }
-            Record::Known { nonce } => self.known = Some(nonce.clone()),
+            Record::Known { nonce } => {
+                self.known.push_back(nonce.clone());
+                let more = self.known.len().saturating_sub(KNOWN_MAX);
+                self.known.drain(..more);
+            }
             Record::Orders { store, term, generation } => {
                 self.store = Some(store.clone());
                 self.term = *term;
@@ -315,14 +322,15 @@ impl Ledger {
 
     /// The fewest records that make this ledger.
     pub fn snapshot(&self) -> Vec<Record> {
-        let mut records = Vec::with_capacity(self.pods.len() + self.specs.len() + self.outbox.len() + 4);
+        let counts = [self.known.len(), self.pods.len(), self.specs.len(), self.outbox.len(), 4];
+        let mut records = Vec::with_capacity(counts.iter().sum());
         records.extend(self.id.clone().map(|ledger| Record::Created { ledger }));
         records.extend(self.nonce.clone().map(|nonce| Record::Session {
             number: self.session,
             nonce,
             hardware: self.hardware.clone(),
         }));
-        records.extend(self.known.clone().map(|nonce| Record::Known { nonce }));
+        records.extend(self.known.iter().cloned().map(|nonce| Record::Known { nonce }));
         records.extend(self.store.clone().map(|store| Record::Orders {
             store,
             term: self.term,

@@ -276,7 +276,8 @@ pub struct Agent {
     hardware: HardwareId,
     boot: BootId,
     nonce: SessionNonce,
-    previous: Option<SessionNonce>,
+    /// Those before that the controller has answered, the newest last.
+    before: Vec<SessionNonce>,
     chunks: Option<ChunkServer>,
     inventory: Inventory,
     granted: Granted,
@@ -296,8 +297,6 @@ pub struct Agent {
     /// The highest that any controller was heard in. What an earlier one said and comes late counts no more: a later one may
     /// have a store that knows less, as a backup does, and waits for what the earlier has acknowledged.
     heard: Term,
-    /// As the last hello told it.
-    said_acked: Option<u64>,
     /// Of why the controller does not take this session, the last that the operator was told.
     said_refused: Option<String>,
     leaving: Option<Leaves>,
@@ -315,7 +314,7 @@ impl Agent {
     pub fn start(ledger: Ledger, identity: Identity, inventory: Inventory, now: Now) -> (Self, Step) {
         let mut agent = Self {
             // None as long as none of this ledger's has heard anything, however many there were.
-            previous: ledger.known.clone(),
+            before: ledger.known.iter().cloned().collect(),
             hardware: identity.hardware,
             boot: identity.boot,
             nonce: identity.nonce.clone(),
@@ -333,7 +332,6 @@ impl Agent {
             resend_at: None,
             said_foreign: false,
             heard: Term::default(),
-            said_acked: None,
             said_refused: None,
             leaving: None,
             leaving_since: None,
@@ -500,10 +498,14 @@ impl Agent {
 
     fn hello(&mut self, now: Now) {
         let Some(ledger) = self.ledger.id.clone() else { return };
-        self.said_acked = Some(self.ledger.acked());
+        let (previous, earlier) = match self.before.split_last() {
+            Some((previous, earlier)) => (Some(previous.clone()), earlier.to_vec()),
+            None => (None, Vec::new()),
+        };
         self.act(Action::Hello(Box::new(Hello {
             nonce: self.nonce.clone(),
-            previous: self.previous.clone(),
+            previous,
+            earlier,
             session: self.ledger.session,
             hardware: self.hardware.clone(),
             boot: self.boot.clone(),
@@ -511,6 +513,7 @@ impl Agent {
             store: self.ledger.store.clone(),
             term: self.ledger.term,
             generation: self.ledger.generation,
+            heard: Some(self.heard),
             events_acked: self.ledger.acked(),
             events_last: self.ledger.last_event,
             pods: self.working(now),
@@ -579,6 +582,7 @@ impl Agent {
             term: self.ledger.term,
             generation: self.applied(),
             held,
+            events_acked: self.ledger.acked(),
             usage: Usage::default(),
             pulls: pulls.collect(),
             saves: saves.collect(),
@@ -598,17 +602,14 @@ impl Agent {
                 self.warn(format!("the controller refuses this node: {why}"));
                 self.said_refused = Some(why);
             }
-            return;
+            return self.count_on(now, lease.session);
         }
         self.heard = self.heard.max(self.ledger.term);
         if lease.term < self.heard && kept(Rule::TermsOutrank) {
             return;
         }
-        let changes = self.heard < lease.term;
         self.heard = self.heard.max(lease.term);
-        // Acknowledged by another since the hello, it would be waited for.
-        let untold = changes && self.said_acked.is_some_and(|said| said != self.ledger.acked());
-        if lease.hello || untold {
+        if lease.hello {
             self.sent_event = 0;
             self.hello(now);
         }
@@ -618,7 +619,7 @@ impl Agent {
         }
         let Some(grown) = self.grants.receive(now.boot, &self.nonce, &lease) else { return };
         self.settle_in();
-        if !lease.hello && self.ledger.known.as_ref() != Some(&self.nonce) {
+        if !lease.hello && self.ledger.known.back() != Some(&self.nonce) {
             self.record(Record::Known { nonce: self.nonce.clone() });
         }
         let acks = self.ledger.id.as_ref() == Some(&lease.ledger)
@@ -646,6 +647,16 @@ impl Agent {
             let period = if waiting { limits::HEARTBEAT_RETRY_MS } else { limits::HEARTBEAT_MS };
             self.next_heartbeat = self.last_heartbeat.plus(Millis(period));
         }
+    }
+
+    /// The controller knows as late a session of this node, or a later one, which is another machine's or was begun on a
+    /// disk that is lost. It takes none that came before.
+    fn count_on(&mut self, now: Now, known: Option<u64>) {
+        let known = known.filter(|known| *known >= self.ledger.session);
+        let Some(number) = known.and_then(|known| known.checked_add(1)) else { return };
+        let (nonce, hardware) = (self.nonce.clone(), self.ledger.hardware.clone());
+        self.record(Record::Session { number, nonce, hardware });
+        self.hello(now);
     }
 
     /// Another store than the one this node belongs to; said once.

@@ -23,6 +23,7 @@ struct Bench {
     disk: Ledger,
     now: Now,
     generation: u64,
+    hello: Option<Hello>,
     heartbeat: Option<Heartbeat>,
     /// What the next orders name as to come.
     stage: Vec<Stage>,
@@ -108,8 +109,18 @@ impl Bench {
         let now = Now { wall, boot: BootMs(1_000_000) };
         let (agent, step) = Agent::start(disk.clone(), identity, inventory(), now);
         let (generation, began, gpus) = (disk.generation.0, Vec::new(), Vec::new());
-        let mut bench =
-            Self { agent, disk, now, generation, level: 0, heartbeat: None, stage: Vec::new(), gpus, began };
+        let mut bench = Self {
+            agent,
+            disk,
+            now,
+            generation,
+            level: 0,
+            hello: None,
+            heartbeat: None,
+            stage: Vec::new(),
+            gpus,
+            began,
+        };
         bench.began = bench.take(step);
         bench.event(Event::BusUp);
         bench
@@ -124,7 +135,10 @@ impl Bench {
         let mut lines = Vec::new();
         for action in step.actions {
             lines.push(match action {
-                Action::Hello(_) => "hello".into(),
+                Action::Hello(hello) => {
+                    self.hello = Some(*hello);
+                    "hello".into()
+                }
                 Action::Heartbeat(heartbeat) => {
                     self.heartbeat = Some(*heartbeat);
                     continue;
@@ -238,6 +252,7 @@ impl Bench {
             depot: None,
             hello: false,
             refused: None,
+            session: None,
         }
     }
 
@@ -632,19 +647,65 @@ fn a_later_controller_hears_of_all_that_an_earlier_one_has_not_acknowledged_in_t
     bench.event(Event::Inventory(Box::new(Inventory { memory: Bytes(7), ..inventory() })));
     assert_eq!(bench.disk.outbox.len(), 1);
     let late = bench.answer(1);
-    // The later one asks who is there, and is told; what the earlier one said then comes too late.
+    // The later one asks who is there, and is told; what the earlier one says then comes too late.
     let asks = Lease { acked: before, hello: true, ..bench.answer(2) };
     assert!(bench.event(Event::Lease(asks)).contains(&"hello".to_owned()));
     bench.event(Event::Lease(late));
     assert_eq!((bench.disk.acked(), bench.disk.outbox.len()), (before, 1));
-    // Where it came in time, a later one hears how far they are as it is first heard.
+    // Where it came in time, the next heartbeat tells a later one how far they are.
     let acked = bench.answer(2);
     bench.event(Event::Lease(acked));
     assert_eq!(bench.disk.outbox.len(), 0);
-    let first = Lease { acked: before, ..bench.answer(3) };
-    assert!(bench.event(Event::Lease(first)).contains(&"hello".to_owned()));
-    let again = Lease { acked: before, ..bench.answer(3) };
-    assert!(!bench.event(Event::Lease(again)).contains(&"hello".to_owned()), "once");
+    bench.wait(10_000);
+    assert_eq!(bench.heartbeat.as_ref().unwrap().events_acked, before + 1);
+}
+
+#[test]
+fn a_session_names_those_before_it_that_the_controller_has_answered() {
+    let mut disk = Ledger::default();
+    let mut last = None;
+    for session in 1..=40 {
+        let mut bench = Bench::on(disk, session);
+        // The third is never answered.
+        if session != 3 {
+            bench.grant();
+        }
+        (disk, last) = (bench.disk, bench.hello);
+    }
+    let hello = last.unwrap();
+    assert_eq!(hello.previous.unwrap().as_str(), "n39");
+    let earlier: Vec<&str> = hello.earlier.iter().map(|nonce| nonce.as_str()).collect();
+    assert_eq!((earlier.len(), earlier[0], earlier[30]), (31, "n8", "n38"), "as many as are kept");
+    let disk = disk.snapshot().iter().fold(Ledger::default(), |mut disk, record| {
+        disk.apply(record);
+        disk
+    });
+    assert_eq!(disk.known.len(), 32, "a snapshot keeps them");
+    let mut second = Bench::on(Ledger::default(), 1);
+    second.grant();
+    let third = Bench::on(second.disk, 2);
+    let fourth = Bench::on(third.disk, 3).hello.unwrap();
+    assert_eq!((fourth.previous.unwrap().as_str(), fourth.earlier), ("n1", Vec::new()), "not one unanswered");
+}
+
+#[test]
+fn where_a_later_session_is_known_this_one_counts_on_from_that() {
+    let mut bench = Bench::running(&template(RestartPolicy::Never));
+    let refused = |bench: &Bench, session| {
+        Event::Lease(Lease { refused: Some("no".to_owned()), session, ..bench.answer(1) })
+    };
+    let session = bench.disk.session;
+    for known in [None, Some(session - 1), Some(u64::MAX)] {
+        let said = refused(&bench, known);
+        assert!(!bench.event(said).contains(&"hello".to_owned()), "{known:?}");
+        assert_eq!(bench.disk.session, session);
+    }
+    for known in [session, session + 7] {
+        let said = refused(&bench, Some(known));
+        assert!(bench.event(said).contains(&"hello".to_owned()));
+        assert_eq!(bench.disk.session, known + 1);
+        assert_eq!(bench.hello.as_ref().unwrap().session, bench.disk.session);
+    }
 }
 
 #[test]

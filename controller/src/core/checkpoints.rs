@@ -13,7 +13,7 @@ use berth_protocol::pod::{Goal, PodPhase, RESTORE_FAILED};
 use berth_protocol::units::{BootMs, Millis, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use super::cluster::{Job, Liveness, Pod};
+use super::cluster::{Job, Pod};
 use super::timers::Timer;
 use super::{Controller, Effect, Now};
 
@@ -96,6 +96,19 @@ impl Saved {
     pub fn forget_failures(&mut self) {
         self.failed_tries = 0;
         self.failed_on.clear();
+    }
+
+    /// Whoever says where it is to go has it tried there, again if need be.
+    pub fn send_to(&mut self, node: Option<NodeId>) {
+        if let Some(node) = &node {
+            self.failed_on.remove(node);
+            self.faulty_on.remove(node);
+        }
+        self.target = node;
+    }
+
+    pub fn has_failed_on(&self, node: &NodeId) -> bool {
+        self.failed_on.contains(node) || self.faulty_on.contains(node)
     }
 
     /// What the pod goes on from.
@@ -326,15 +339,7 @@ impl Controller {
     /// the checkpoint before, then from the start.
     pub(super) fn restore_failed(&mut self, id: &PodId, node: &NodeId, from: Digest, why: Option<&str>) {
         self.counters.restore_failures += 1;
-        let others: Vec<NodeId> = self.cluster.nodes.keys().filter(|other| *other != node).cloned().collect();
-        let elsewhere = others.iter().any(|other| {
-            self.unfit_for(&from, other).is_empty()
-                && self
-                    .cluster
-                    .nodes
-                    .get(other)
-                    .is_some_and(|n| n.liveness == Liveness::Online && !n.record.cordoned)
-        });
+        let elsewhere = self.has_elsewhere(id, Some(node));
         let Some(job) = self.cluster.jobs.get_mut(&id.uid) else { return };
         job.change(id.index, |pod| {
             let saved = &mut pod.saved;

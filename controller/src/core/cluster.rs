@@ -424,6 +424,17 @@ pub(super) struct Outbox {
     pub since: (Term, Generation),
 }
 
+impl Outbox {
+    /// The agent says that its events up to this one were acknowledged, and keeps them no longer. Those of which this one
+    /// does not know were acknowledged by a controller whose store had more than this one, a backup, has: they are lost,
+    /// and waiting for them would be waiting for ever. True: there are such.
+    pub fn told_acked(&mut self, acked: u64) -> bool {
+        let more = self.acked < acked;
+        self.acked = self.acked.max(acked);
+        more
+    }
+}
+
 pub(super) struct Node {
     pub record: NodeRecord,
     pub outbox: Option<Outbox>,

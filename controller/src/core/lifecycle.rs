@@ -293,7 +293,7 @@ impl Controller {
                 let why = ending.message.clone();
                 job.change(id.index, |pod| {
                     if let Some(Leaving::Migrate { to }) = &was.leaving {
-                        pod.saved.target = Some(to.clone());
+                        pod.saved.send_to(Some(to.clone()));
                     }
                     pod.state = PodState::Waiting { until: None, last: Some(Box::new(ending)) };
                 });

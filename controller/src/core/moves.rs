@@ -254,7 +254,7 @@ impl Controller {
         }
         self.change_saved(&uid.pod(0), |saved| {
             saved.checkpoints.push(id);
-            saved.target = node;
+            saved.send_to(node);
         });
         self.reconcile(now, &uid);
         uid
@@ -267,7 +267,7 @@ impl Controller {
             saved.checkpoints.insert(0, id);
             saved.unusable.remove(&id);
             saved.forget_failures();
-            saved.target = node;
+            saved.send_to(node);
         });
         let assignment = self.cluster.jobs.get_mut(uid).and_then(|job| job.assignment_mut(index));
         if let Some(assignment) = assignment {

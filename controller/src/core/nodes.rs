@@ -16,7 +16,7 @@ use berth_protocol::units::{BootMs, Millis, Timestamp};
 use super::cluster::{Liveness, Node, NodeRecord, Outbox, Output, Session};
 use super::lifecycle::Gone;
 use super::notes::Note;
-use super::session::{cloned, follows, refusal, why_withheld};
+use super::session::{UNHEARING, cloned, follows, refusal, why_withheld};
 use super::timers::Timer;
 use super::{Controller, Now};
 
@@ -61,7 +61,11 @@ impl Controller {
     pub(super) fn hello(&mut self, now: Now, id: &NodeId, hello: Hello, by: Option<PublicKey>) {
         // Another store's node would obey none of our orders; its agent says so, and how to enrol it anew.
         let foreign = hello.store.as_ref().is_some_and(|store| *store != self.config.store);
+        // A pod that such a one names may have ended since: a restored store would have it begin anew.
+        let unhearing =
+            self.cluster.restored.is_some() && hello.heard.is_some_and(|heard| heard < self.config.term);
         let refused = self.cluster.nodes.get(id).and_then(|node| refusal(node, &hello, by, now));
+        let refused = refused.or(unhearing.then_some(UNHEARING));
         if let Some(why) = refused.or(foreign.then_some("other-store")) {
             return self.turn_away(now, id, &hello, why);
         }
@@ -96,13 +100,13 @@ impl Controller {
         let drain = node.record.drain.take().filter(|_| !stranger);
         let cordoned = node.record.cordoned && !stranger;
         node.record = NodeRecord { cordoned, drain, heard_us, ..record };
-        if let Some(outbox) =
-            node.outbox.as_mut().filter(|outbox| same_ledger && outbox.acked < hello.events_acked)
-        {
-            // By a controller whose store had more than this one, a backup, has: those events are lost, and waiting for
-            // them would be waiting for ever.
-            outbox.acked = hello.events_acked;
-            self.dirty.outboxes.insert(id.clone());
+        if let Some(outbox) = node.outbox.as_mut().filter(|_| same_ledger) {
+            if !follows {
+                // What another machine, or the same one before its disk was put back, has told is not what this one numbers.
+                outbox.acked = hello.events_acked;
+                self.dirty.outboxes.insert(id.clone());
+            }
+            self.dirty.outboxes.extend(outbox.told_acked(hello.events_acked).then(|| id.clone()));
         }
         if !same_ledger {
             node.outbox = Some(Outbox {
@@ -231,6 +235,9 @@ impl Controller {
         let heard_us = session.answered.is_some_and(|seq| beat.last_grant >= Some(seq));
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
         let cloned = cloned(node, now);
+        if let Some(outbox) = &mut node.outbox {
+            self.dirty.outboxes.extend(outbox.told_acked(beat.events_acked).then(|| id.clone()));
+        }
         if let Some(session) = &mut node.session {
             session.withheld = session.withheld.or(cloned);
         }

@@ -1,6 +1,6 @@
 //! Which sessions of agents are believed, and which of their heartbeats are granted anything.
 
-use berth_protocol::ids::{Epoch, NodeId, PodId};
+use berth_protocol::ids::{Epoch, NodeId, PodId, SessionNonce};
 use berth_protocol::limits::{LEASE_MARGIN_MS, LOST_AFTER_MS};
 use berth_protocol::message::node::{Heartbeat, Hello};
 use berth_protocol::rule::{Rule, kept};
@@ -23,6 +23,12 @@ pub(super) const OTHER_KEY: &str = "other-key";
 /// It has the key too, and another ledger.
 const OTHER_LEDGER: &str = "other-ledger";
 const OTHER_HARDWARE: &str = "other-hardware";
+/// Its session was begun before the recorded one, and may be of a time before it.
+const STALE: &str = "stale-hello";
+/// Once a heartbeat came, an older scan says nothing new.
+const REPEATED: &str = "repeated-hello";
+/// It may be from before the store was restored. One said since will come, when a heartbeat is answered.
+pub(super) const UNHEARING: &str = "unhearing-hello";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Liveness {
@@ -40,12 +46,14 @@ impl Session {
     }
 }
 
-/// Is this the recorded session, or the next one of the same agent (fencing, rule 15)? It names the last one in which it
-/// heard from the controller: the recorded one, or the one before as long as that has not heard anything.
+/// Is this the recorded session, or a later one of the same agent (fencing, rule 15)? It names those in which it heard from
+/// the controller: the recorded one is the last of them, or, as long as that has not heard anything, the one before is. More
+/// than one lies between where the record comes from a backup.
 pub(super) fn follows(record: &NodeRecord, hello: &Hello) -> bool {
-    hello.nonce == record.nonce
-        || hello.previous.as_ref() == Some(&record.nonce)
-        || !record.heard_us && hello.previous == record.previous
+    let names =
+        |nonce: &SessionNonce| hello.previous.as_ref() == Some(nonce) || hello.earlier.contains(nonce);
+    let before = || record.previous.as_ref().map_or(hello.previous.is_none(), names);
+    hello.nonce == record.nonce || names(&record.nonce) || !record.heard_us && before()
 }
 
 /// Both of two machines of one identity wait until one of them is gone.
@@ -63,7 +71,12 @@ impl Controller {
             self.heard_clone(now, id);
         }
         if let Some(words) = told(why) {
-            self.tell_refused(id, hello, words);
+            let record = self.cluster.nodes.get(id).map(|node| &node.record);
+            let later = record.filter(|known| {
+                matches!(why, STALE | CLONED) && known.nonce != hello.nonce && known.session >= hello.session
+            });
+            let session = later.map(|known| known.session);
+            self.tell_refused(id, hello, words, session);
         }
         self.refuse(why);
     }
@@ -96,6 +109,9 @@ fn told(refusal: &str) -> Option<&'static str> {
         OTHER_KEY | OTHER_LEDGER => Some(
             "another agent has this node's name: give this one another with --node. Where it takes that one's place, as \
              with a new data directory, it is taken a minute after the other was heard last",
+        ),
+        STALE => Some(
+            "a later session of it is known, as where its disk was put back or copied: it counts on from there",
         ),
         OTHER_HARDWARE => Some(
             "another machine has this node's name, and pods: give this one another with --node, or drain that one first",
@@ -130,7 +146,7 @@ pub(super) fn refusal(node: &Node, hello: &Hello, by: Option<PublicKey>, now: No
         return None;
     }
     if hello.session < node.record.session {
-        return Some("stale-hello");
+        return Some(STALE);
     }
     // A controller that has just begun does not know whether the recorded session lives. One that has been answered and says
     // hello anew does.
@@ -146,9 +162,9 @@ pub(super) fn refusal(node: &Node, hello: &Hello, by: Option<PublicKey>, now: No
     if equal || live && !follows(&node.record, hello) {
         return Some(CLONED);
     }
-    // Repeated by an agent that no lease has reached yet; once a heartbeat came, an older scan says nothing new.
+    // Repeated by an agent that no lease has reached yet.
     let heard = node.session.as_ref().is_some_and(|session| session.nonce == hello.nonce && session.seq > 0);
-    heard.then_some("stale-hello")
+    heard.then_some(REPEATED)
 }
 
 /// Why a session gets no grant for a heartbeat (fencing, rules 9 and 10). `lease`: the longest of its pods.

@@ -220,6 +220,7 @@ impl Controller {
             depot,
             hello: false,
             refused: None,
+            session: None,
         };
         self.publish(Topic::node(id, NodeTopic::Lease), &lease, false);
     }
@@ -241,12 +242,13 @@ impl Controller {
             depot: None,
             hello: true,
             refused: None,
+            session: None,
         };
         self.publish(Topic::node(id, NodeTopic::Lease), &lease, false);
     }
 
     /// Says to a session that its hello is not taken, and why: nothing is granted, nothing acknowledged.
-    pub(super) fn tell_refused(&mut self, id: &NodeId, hello: &Hello, why: &str) {
+    pub(super) fn tell_refused(&mut self, id: &NodeId, hello: &Hello, why: &str, session: Option<u64>) {
         let lease = Lease {
             store: self.config.store.clone(),
             term: self.config.term,
@@ -258,6 +260,7 @@ impl Controller {
             depot: None,
             hello: false,
             refused: Some(why.to_owned()),
+            session,
         };
         self.publish(Topic::node(id, NodeTopic::Lease), &lease, false);
     }

@@ -25,9 +25,13 @@ use crate::units::{BootMs, Bytes, Millis, Timestamp, is_zero};
 #[serde(rename_all = "camelCase")]
 pub struct Hello {
     pub nonce: SessionNonce,
-    /// The session before, where the data directory remembers it.
+    /// The last session before it in which the controller answered, where the data directory remembers it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<SessionNonce>,
+    /// Those before that one, oldest first, as many as are remembered: a controller whose store is a backup may have heard
+    /// of no later one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub earlier: Vec<SessionNonce>,
     /// Counts sessions, kept in the data directory.
     pub session: u64,
     pub hardware: HardwareId,
@@ -38,6 +42,9 @@ pub struct Hello {
     pub store: Option<StoreId>,
     pub term: Term,
     pub generation: Generation,
+    /// The highest term that this session has heard a controller say. A hello is not from before that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub heard: Option<Term>,
     /// Events of this ledger acknowledged to the agent, and the number of its last one. A pod that the scan does not
     /// find counts as gone only once the events up to the last are in: its result may be among them.
     pub events_acked: u64,
@@ -90,6 +97,9 @@ pub struct Heartbeat {
     pub generation: Generation,
     /// Of the (pod, epoch) pairs that the agent holds and wants a grant for: `held_digest`.
     pub held: Digest,
+    /// As in `Hello`: a hello may have been on its way for long.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub events_acked: u64,
     pub usage: Usage,
     /// Pulls under way.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -119,6 +129,7 @@ impl Heartbeat {
             term: Term(0),
             generation: Generation(0),
             held: held_digest([]),
+            events_acked: 0,
             usage: Usage::default(),
             pulls: Vec::new(),
             saves: Vec::new(),
@@ -204,6 +215,10 @@ pub struct Lease {
     /// It is no answer: the controller does not take this session's hello. A sentence for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
+    /// With a refusal: the number of the session that the controller knows of this node, where it is not below that of the
+    /// session refused, as where a copy of its disk was in use. That session counts on from there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<u64>,
 }
 
 /// What a grant covers.

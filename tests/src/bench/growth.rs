@@ -164,6 +164,7 @@ fn pass(jobs: usize) -> Result<f64> {
     let hello = Hello {
         nonce: SessionNonce::parse("nonce")?,
         previous: None,
+        earlier: Vec::new(),
         session: 1,
         hardware: HardwareId::parse("hardware")?,
         boot: BootId::parse("boot")?,
@@ -171,6 +172,7 @@ fn pass(jobs: usize) -> Result<f64> {
         store: None,
         term: Term(0),
         generation: Generation(0),
+        heard: None,
         events_acked: 0,
         events_last: 0,
         pods: Vec::new(),

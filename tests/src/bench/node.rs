@@ -88,6 +88,7 @@ impl Face {
         Hello {
             nonce: self.nonce.clone(),
             previous: None,
+            earlier: Vec::new(),
             session: 1,
             hardware: self.hardware.clone(),
             boot: self.boot.clone(),
@@ -95,6 +96,7 @@ impl Face {
             store,
             term: self.order.0,
             generation: self.order.1,
+            heard: None,
             events_acked,
             events_last,
             pods: pods.map(held).collect(),

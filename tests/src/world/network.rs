@@ -175,6 +175,7 @@ impl World {
         let Some(event) = read(kind, topic, payload) else { return Ok(()) };
         if let AgentEvent::Lease(lease) = &event
             && !lease.hello
+            && lease.refused.is_none()
         {
             self.links[n].answered = Some(lease.nonce.clone());
         }

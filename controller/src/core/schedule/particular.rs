@@ -61,6 +61,10 @@ impl Controller {
         };
         let Some((room, devices)) = rooms.iter().find_map(|room| Some((*room, fit(*room)?))) else {
             self.dirty.status.insert(uid.clone());
+            if self.forgive_nodes(&uid.pod(index)) {
+                self.scheduler.particular_wanted = true;
+                self.timers.arm(Timer::Schedule, now.boot);
+            }
             return;
         };
         let seat = Seat { room, devices };

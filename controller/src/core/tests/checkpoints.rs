@@ -355,6 +355,45 @@ fn a_restore_that_fails_is_tried_elsewhere_then_from_before_then_from_the_start(
     assert_eq!((end.phase, end.evictions, end.failures), (JobPhase::Succeeded, 0, 0));
 }
 
+/// Its checkpoint could not be started on the first node, and it is given to the second, which is out of reach.
+fn failed_on_the_first(world: &mut World) -> (NodeId, NodeId) {
+    world.submit(&long("a"));
+    running(world, "a");
+    world.run(30_000);
+    world.command("a", "s", "suspend");
+    world.until("it is saved", |w| w.depot.len() == 1 && status(w, "a").pods[0].phase == PodPhase::Pending);
+    let [first, second] = ["n1", "n2"].map(|node| NodeId::parse(node).unwrap());
+    world.agents.get_mut(&first).unwrap().restores_fail = true;
+    world.agents.get_mut(&second).unwrap().cut = true;
+    world.command("a", "r", "resume");
+    world.until("it is to go to the second", |w| status(w, "a").pods[0].node.as_ref() == Some(&second));
+    assert_eq!(world.controller.counters().restore_failures, 1);
+    world.agents.get_mut(&first).unwrap().restores_fail = false;
+    (first, second)
+}
+
+#[test]
+fn where_a_checkpoint_could_not_be_started_it_is_tried_again_once_no_other_node_is_left() {
+    let mut world = two_nodes();
+    let (first, _) = failed_on_the_first(&mut world);
+    world.run(120_000);
+    assert_eq!(status(&world, "a").pods[0].node, Some(first));
+    assert_eq!(ends(&mut world, "a").phase, JobPhase::Succeeded);
+    assert_eq!(world.controller.counters().restore_failures, 1);
+}
+
+#[test]
+fn who_sends_it_where_its_checkpoint_could_not_be_started_has_it_tried_there_again() {
+    let mut world = two_nodes();
+    let (first, second) = failed_on_the_first(&mut world);
+    let answer = world.command_with("a", "migrate", &format!(r#""node":"{first}""#));
+    assert_eq!(rejected(&answer).0, "accepted", "{answer:?}");
+    world.agents.get_mut(&second).unwrap().cut = false;
+    world.run(30_000);
+    assert_eq!(status(&world, "a").pods[0].node, Some(first));
+    assert_eq!(ends(&mut world, "a").phase, JobPhase::Succeeded);
+}
+
 #[test]
 fn copies_and_the_way_back() {
     let mut world = two_nodes();

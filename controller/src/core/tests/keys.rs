@@ -1,4 +1,4 @@
-//! Agents that have a node's name and not its key.
+//! Agents that have a node's name and not its key, or its key and not its past.
 
 use berth_protocol::ids::{LedgerId, NodeId, SessionNonce};
 use berth_protocol::message::node::{Bye, Covers, Heartbeat, Hello};
@@ -28,6 +28,7 @@ fn second(world: &mut World, node: &NodeId) -> Hello {
     Hello {
         nonce: SessionNonce::parse("second").unwrap(),
         previous: None,
+        earlier: Vec::new(),
         session: 1,
         ledger: LedgerId::parse("second").unwrap(),
         pods: Vec::new(),
@@ -101,4 +102,34 @@ fn what_another_key_says_of_a_node_changes_nothing() {
     assert_eq!(world.node(&node).state, NodeState::Online);
     assert_eq!(refused(&world), 2);
     assert_eq!(world.says(&node, NodeTopic::Heartbeat, KEY, &beat).len(), 1, "its own is answered");
+}
+
+#[test]
+fn a_session_begun_before_the_one_that_is_known_counts_on_from_that() {
+    let (mut world, node) = world();
+    let now: Hello = world.overheard(&node, NodeTopic::Hello);
+    // As where its disk was put back: what the controller has acknowledged since, it will number again.
+    let back = |session| Hello {
+        nonce: SessionNonce::parse("back").unwrap(),
+        previous: None,
+        session,
+        events_acked: 0,
+        events_last: 0,
+        pods: Vec::new(),
+        ..now.clone()
+    };
+    for session in [now.session - 1, now.session] {
+        let told = world.says(&node, NodeTopic::Hello, KEY, &back(session));
+        assert_eq!(told.iter().map(|lease| lease.session).collect::<Vec<_>>(), [Some(now.session)]);
+        assert!(told[0].refused.is_some());
+    }
+    assert_eq!(world.says(&node, NodeTopic::Hello, KEY, &now), [], "its own, said again");
+    // The other may be there as long as this.
+    assert!(world.says(&node, NodeTopic::Hello, KEY, &back(now.session + 1))[0].refused.is_some());
+    world.agents.get_mut(&node).unwrap().up = false;
+    world.run(70_000);
+    let taken = world.says(&node, NodeTopic::Hello, KEY, &back(now.session + 1));
+    assert!(taken.iter().all(|lease| lease.refused.is_none() && lease.acked == 0), "{taken:?}");
+    let known = &world.controller.cluster.nodes[&node];
+    assert_eq!((known.record.nonce.as_str(), known.outbox.as_ref().unwrap().acked), ("back", 0));
 }

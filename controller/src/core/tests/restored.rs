@@ -1,11 +1,13 @@
 //! A backup takes the place of a store that knew more.
 
 use berth_protocol::ids::{Epoch, NodeId, PodId};
-use berth_protocol::job::JobSpec;
+use berth_protocol::job::{DisconnectAction, JobSpec};
+use berth_protocol::message::node::Hello;
 use berth_protocol::message::user::JobPhase;
+use berth_protocol::topic::NodeTopic;
 
 use super::super::restored;
-use super::world::{World, at, inventory, spec};
+use super::world::{KEY, World, at, inventory, spec};
 
 fn long() -> JobSpec {
     let mut long = spec("long");
@@ -89,4 +91,59 @@ fn a_pod_that_was_placed_since_the_backup_is_not_placed_beside_itself() {
     world.submit(&next);
     world.run(5_000);
     assert_eq!(world.status("next").unwrap().phase, JobPhase::Running);
+}
+
+#[test]
+fn what_goes_on_alone_and_ended_since_the_backup_begins_anew_however_often_its_agent_began_since() {
+    let mut world = World::new();
+    let node = world.add("n1", inventory(1, 0));
+    let mut alone = long();
+    alone.pod.on_disconnect.action = DisconnectAction::Continue;
+    world.submit(&alone);
+    world.run(10_000);
+    let backup = world.store.clone();
+    for _ in 0..3 {
+        world.agents.get_mut(&node).unwrap().restart();
+        world.run(10_000);
+    }
+    world.run(90_000);
+    assert_eq!(world.status("long").unwrap().phase, JobPhase::Succeeded);
+    restore(&mut world, backup);
+    watch(&mut world);
+    assert_eq!(epoch(&world), Epoch(1_001));
+}
+
+#[test]
+fn events_that_an_earlier_controller_has_acknowledged_are_not_waited_for_though_an_old_hello_knows_of_none() {
+    let mut world = World::new();
+    let node = world.add("n1", inventory(1, 0));
+    let hello: Hello = world.overheard(&node, NodeTopic::Hello);
+    world.run(5_000);
+    let backup = world.store.clone();
+    world.submit(&long());
+    world.run(120_000);
+    assert!(world.agents[&node].events_acked > 0);
+    restore(&mut world, backup);
+    // Of a version that does not say what it has heard.
+    world.says(&node, NodeTopic::Hello, KEY, &Hello { heard: None, ..hello });
+    world.run(10_000);
+    world.submit(&long());
+    watch(&mut world);
+}
+
+#[test]
+fn what_a_node_said_before_the_restoration_and_comes_late_is_not_believed() {
+    let mut world = World::new();
+    let node = world.add("n1", inventory(1, 0));
+    world.submit(&long());
+    world.run(10_000);
+    let (backup, hello) = (world.store.clone(), world.overheard::<Hello>(&node, NodeTopic::Hello));
+    assert_eq!(hello.pods.len(), 1);
+    world.run(120_000);
+    assert_eq!(world.status("long").unwrap().phase, JobPhase::Succeeded);
+    restore(&mut world, backup);
+    world.says(&node, NodeTopic::Hello, KEY, &hello);
+    assert_eq!(world.controller.counters().refused.get("unhearing-hello"), Some(&1));
+    assert!(world.controller.cluster.nodes[&node].session.is_none());
+    watch(&mut world);
 }

@@ -143,12 +143,14 @@ pub struct Agent {
     pub inventory: Inventory,
     pub boot: u32,
     pub session: u64,
-    /// The last session that the controller answered.
-    pub known: Option<SessionNonce>,
+    /// The sessions that the controller answered, the newest last.
+    pub known: Vec<SessionNonce>,
     pub seq: u64,
     pub sent: BTreeMap<u64, u64>,
     pub beat_at: u64,
     pub hello_due: bool,
+    /// The highest term of a lease in this session.
+    pub heard: Term,
     pub last_grant: Option<u64>,
     pub order: (Term, Generation),
     pub pods: BTreeMap<PodId, Held>,
@@ -293,6 +295,7 @@ impl Agent {
 
     pub fn restart(&mut self) {
         self.session += 1;
+        self.heard = Term(0);
         (self.seq, self.beat_at, self.last_grant, self.hello_due) = (0, 0, None, true);
         self.sent.clear();
         self.staged.clear();
@@ -405,7 +408,8 @@ impl World {
             inventory,
             boot: 1,
             session: 0,
-            known: None,
+            heard: Term(0),
+            known: Vec::new(),
             seq: 0,
             sent: BTreeMap::new(),
             beat_at: 0,
@@ -675,11 +679,14 @@ impl World {
         if lease.nonce != agent.nonce() {
             return;
         }
+        agent.heard = agent.heard.max(lease.term);
         if lease.hello {
             agent.hello_due = true;
             return;
         }
-        agent.known = Some(lease.nonce.clone());
+        if agent.known.last() != Some(&lease.nonce) {
+            agent.known.push(lease.nonce.clone());
+        }
         let Some(sent) = agent.sent.get(&lease.seq).copied() else { return };
         agent.last_grant = agent.last_grant.max(Some(lease.seq));
         if lease.ledger == agent.ledger() {
@@ -751,9 +758,12 @@ impl World {
                 agent.end(now, &pod, cause, Some(code));
             }
             if agent.hello_due {
+                let before = agent.known.iter().filter(|known| **known != agent.nonce());
+                let mut earlier: Vec<SessionNonce> = before.cloned().collect();
                 let hello = Hello {
                     nonce: agent.nonce(),
-                    previous: agent.known.clone(),
+                    previous: earlier.pop(),
+                    earlier,
                     session: agent.session,
                     hardware: HardwareId::parse(&format!("hw-{id}")).unwrap(),
                     boot: BootId::parse(&format!("boot-{}", agent.boot)).unwrap(),
@@ -761,6 +771,7 @@ impl World {
                     store: Some(StoreId::parse("store-1").unwrap()),
                     term: agent.order.0,
                     generation: agent.order.1,
+                    heard: Some(agent.heard),
                     events_acked: agent.events_acked,
                     events_last: agent.events_last,
                     pods: agent
@@ -805,6 +816,7 @@ impl World {
                     term: agent.order.0,
                     generation: agent.order.1,
                     held: held_digest(agent.held()),
+                    events_acked: agent.events_acked,
                     usage: Usage::default(),
                     pulls: Vec::new(),
                     saves: Vec::new(),
