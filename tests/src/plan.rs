@@ -103,6 +103,10 @@ impl Plan {
         if rng.u8(0..6) == 0 {
             plan.items.push(Item::Mishap(crate::world::damage(&mut rng, span)));
         }
+        for _ in 0..rng.usize(0..6).saturating_sub(3) {
+            let (at, node) = (rng.u64(1_000..span), rng.usize(0..count));
+            plan.items.push(Item::Wish(vec![(at, Wish::Lost(node))]));
+        }
         plan
     }
 

@@ -17,6 +17,8 @@ pub(crate) enum Wish {
         job: usize,
         node: usize,
     },
+    /// An operator gives the machine up; as powered off, where it is for good.
+    Lost(usize),
     /// From the start.
     Restart {
         job: usize,
@@ -57,6 +59,7 @@ impl World {
         let (topic, payload) = match wish {
             Wish::Drain(n) => query(Query::Drain { node: id(*n), deadline: Some(Millis(40_000)) }),
             Wish::Uncordon(n) => query(Query::Uncordon { node: id(*n) }),
+            Wish::Lost(n) => query(Query::NodeLost { node: id(*n), powered_off: self.is_burnt(*n) }),
             Wish::Checkpoint(n) => command(*n, Command::Checkpoint, None, self.sequence),
             Wish::Migrate { job, node } => command(*job, Command::Migrate, Some(id(*node)), self.sequence),
             Wish::Restart { job, id } => command(*job, Command::Restart, None, u64::MAX - u64::from(*id)),

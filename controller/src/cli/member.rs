@@ -130,6 +130,7 @@ pub async fn node(settings: &Settings, verb: NodeVerb) -> anyhow::Result<u8> {
             )?;
             Ok(0)
         }
+        NodeVerb::Lost { node, powered_off } => super::node::lost(settings, node, powered_off).await,
         NodeVerb::Revoke { id } => revoke(settings, id).await,
         NodeVerb::Remove { node } => {
             let _: Value = ask(settings, Method::DELETE, &format!("/v1/nodes/{node}"), &json!({})).await?;

@@ -22,6 +22,20 @@ pub enum NodeVerb {
     Deny { node: NodeId },
     /// Take a token back
     Revoke { id: InvitationId },
+    /// Say that a silent machine will not be back soon: its pods go elsewhere as soon as their leases are over
+    ///
+    /// After a minute of silence that happens by itself, but where more than half of the nodes are silent at once. Pods that are
+    /// to `continue` without a controller stay until the machine is seen without them, or said to be off. A machine that is
+    /// heard again is taken back, and stops what has gone elsewhere.
+    #[command(
+        after_help = "Examples:\n  berth node lost n1\n  berth node lost n1 --powered-off    it has burnt, or its plug is pulled"
+    )]
+    Lost {
+        node: NodeId,
+        /// Nothing runs on it any more: pods that are to `continue` go elsewhere, too. If it is not so, they run twice
+        #[arg(long)]
+        powered_off: bool,
+    },
     /// Take a machine out of the cluster: nothing that it says is heard any more
     Remove { node: NodeId },
 }

@@ -1,4 +1,4 @@
-//! Verbs about nodes: `drain`, `cordon`, `uncordon`.
+//! Verbs about nodes: `drain`, `cordon`, `uncordon`, `node lost`.
 
 use std::io::{IsTerminal as _, Write as _};
 use std::time::Duration;
@@ -43,6 +43,14 @@ pub async fn cordon(settings: &Settings, args: NodeNames, cordoned: bool) -> any
         let value = session.query(query).await?;
         print(settings, &value, said)?;
     }
+    session.close().await;
+    Ok(0)
+}
+
+pub async fn lost(settings: &Settings, node: NodeId, powered_off: bool) -> anyhow::Result<u8> {
+    let mut session = Session::open(settings, Vec::new()).await?;
+    let value = session.query(Query::NodeLost { node, powered_off }).await?;
+    print(settings, &value, "is lost: its pods go elsewhere once their leases are over")?;
     session.close().await;
     Ok(0)
 }

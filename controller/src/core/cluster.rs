@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::checkpoints::{Checkpoint, Saved};
 use super::drain::Drain;
 pub(super) use super::epoch::{Assignment, Charge, Ending, EpochLog, Output};
+use super::given_up::GivenUp;
 use super::keys::SigningKey;
 use super::members::{Invitation, Members};
 use super::requests::Requests;
@@ -383,6 +384,8 @@ pub(super) struct NodeRecord {
     /// Pods of known jobs that the node holds at an epoch it should not: told to stop.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub strays: BTreeMap<PodId, Epoch>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub given_up: Option<GivenUp>,
     /// Nothing above is known: the stored record is damaged or lost, and the next hello replaces it.
     #[serde(skip)]
     pub unreadable: bool,
@@ -408,6 +411,7 @@ impl NodeRecord {
             cordoned: false,
             drain: None,
             strays: BTreeMap::new(),
+            given_up: None,
             unreadable: true,
         }
     }

@@ -13,6 +13,7 @@ mod epoch;
 mod expiry;
 mod faults;
 mod fit;
+mod given_up;
 mod granted;
 mod inventory;
 pub mod keys;

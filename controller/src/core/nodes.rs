@@ -32,10 +32,11 @@ const STATE_PAUSE: Millis = Millis(30_000);
 /// last run, so grants count from now.
 pub(super) fn forgotten_node(record: NodeRecord, now: Now) -> Node {
     let granted = if kept(Rule::NewLeaderWaits) { now.boot } else { BootMs::ZERO };
+    let liveness = if record.given_up.is_some() { Liveness::Lost } else { Liveness::Silent };
     Node {
         record,
         outbox: None,
-        liveness: Liveness::Silent,
+        liveness,
         session: None,
         heard: now.boot,
         granted,
@@ -83,6 +84,7 @@ impl Controller {
             cordoned: false,
             drain: None,
             strays: BTreeMap::new(),
+            given_up: None,
             unreadable: false,
         };
         let known = self.cluster.nodes.contains_key(id);
@@ -186,6 +188,9 @@ impl Controller {
     fn heard_from(&mut self, now: Now, id: &NodeId) {
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
         node.heard = now.boot;
+        if node.record.given_up.take().is_some() {
+            self.dirty.nodes.insert(id.clone());
+        }
         if node.liveness != Liveness::Online {
             node.liveness = Liveness::Online;
             self.note(Note::NodeOnline(id.clone()));
@@ -409,8 +414,12 @@ impl Controller {
         if !kept(Rule::ContinueUntilGone) {
             lease = lease.or(Some(Millis::ZERO));
         }
+        let given_up = node.record.given_up;
+        if given_up.is_some_and(|word| word.powered_off) {
+            lease = lease.or(Some(Millis::ZERO));
+        }
         let lease_over = node.granted.plus(lease?).plus(MARGIN);
-        let lost = node.heard.plus(assignment.lost_after);
+        let lost = given_up.map_or(node.heard.plus(assignment.lost_after), |_| BootMs::ZERO);
         Some(if kept(Rule::ReplaceAfterLease) { lease_over.max(lost) } else { lost })
     }
 
@@ -429,7 +438,7 @@ impl Controller {
         let drain = node.record.drain.as_ref().filter(|_| !node.pods.is_empty());
         let drain = drain.and_then(|drain| drain.deadline).map(|at| now.boot.plus(at.since(now.wall)));
         let mut due = [resend, node.ack, drain].into_iter().flatten().min();
-        if self.hears() {
+        if self.hears() || node.record.given_up.is_some() {
             due = [due, silence, pods].into_iter().flatten().min();
         }
         if let Some(at) = due {
@@ -450,7 +459,7 @@ impl Controller {
 
     fn judge_silence(&mut self, now: Now, id: &NodeId) {
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
-        let quiet = now.boot.since(node.heard);
+        let (quiet, given_up) = (now.boot.since(node.heard), node.record.given_up.is_some());
         if node.liveness == Liveness::Online && quiet >= SILENT_AFTER {
             node.liveness = Liveness::Silent;
             let note = Note::NodeSilent { node: id.clone(), pods: node.pods.len() };
@@ -459,7 +468,7 @@ impl Controller {
             self.refresh_room(id);
             self.judge_blindness(now);
         }
-        if !self.hears() {
+        if !self.hears() && !given_up {
             return;
         }
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
@@ -490,7 +499,7 @@ impl Controller {
     }
 
     /// The node's state shows in the status of its pods' jobs.
-    fn touch_pods(&mut self, id: &NodeId) {
+    pub(super) fn touch_pods(&mut self, id: &NodeId) {
         if let Some(node) = self.cluster.nodes.get(id) {
             self.dirty.status.extend(node.pods.keys().map(|pod| pod.uid.clone()));
         }

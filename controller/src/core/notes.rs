@@ -19,6 +19,12 @@ pub enum Note {
         quiet: Millis,
         pods: usize,
     },
+    NodeGivenUp {
+        node: NodeId,
+        quiet: Millis,
+        pods: usize,
+        powered_off: bool,
+    },
     /// More than half of the nodes fell silent at once, or the bus did.
     Blind {
         silent: usize,
@@ -68,6 +74,7 @@ impl Note {
             self,
             Self::NodeSilent { .. }
                 | Self::NodeLost { .. }
+                | Self::NodeGivenUp { .. }
                 | Self::Blind { .. }
                 | Self::InventoryCut { .. }
                 | Self::NodeLeaves { .. }
@@ -88,6 +95,13 @@ impl fmt::Display for Note {
                 write!(
                     f,
                     "node {node} is lost, silent for {quiet}; {pods} pods go elsewhere once their leases are over"
+                )
+            }
+            Self::NodeGivenUp { node, quiet, pods, powered_off } => {
+                let as_what = if *powered_off { ", as powered off" } else { "" };
+                write!(
+                    f,
+                    "node {node} was given up{as_what}, silent for {quiet}; {pods} pods go elsewhere once their leases are over"
                 )
             }
             Self::Blind { silent, nodes } => write!(

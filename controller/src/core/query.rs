@@ -85,6 +85,7 @@ fn sight(caller: &Caller, query: &Query) -> Result<Sight, Denied> {
         | Query::Cordon { .. }
         | Query::Uncordon { .. }
         | Query::Drain { .. }
+        | Query::NodeLost { .. }
         | Query::Defrag { .. } => caller.may_all().map(|()| Sight::All),
         Query::Nodes { .. } | Query::Node { .. } | Query::Version => Ok(Sight::All),
     }
@@ -97,6 +98,7 @@ fn acts(query: &Query) -> bool {
         Query::Cordon { .. }
             | Query::Uncordon { .. }
             | Query::Drain { .. }
+            | Query::NodeLost { .. }
             | Query::Defrag { execute: true, .. }
     )
 }
@@ -121,6 +123,8 @@ fn about(query: &Query) -> (&'static str, String) {
         Query::Cordon { node } => ("cordon", format!("node {node}")),
         Query::Uncordon { node } => ("uncordon", format!("node {node}")),
         Query::Drain { node, .. } => ("drain", format!("node {node}")),
+        Query::NodeLost { node, powered_off: false } => ("give up", format!("node {node}")),
+        Query::NodeLost { node, powered_off: true } => ("give up as powered off", format!("node {node}")),
         Query::Node { node } => ("view", format!("node {node}")),
         Query::Defrag { .. } => ("defrag", "all nodes".to_owned()),
         Query::Nodes { .. } | Query::Version => ("view", "the cluster".to_owned()),
@@ -294,6 +298,10 @@ impl Controller {
             Query::Drain { node, deadline } => {
                 let there = self.drain(now, &node, deadline);
                 self.node_after(there, &node)
+            }
+            Query::NodeLost { node, powered_off } => {
+                self.give_up(now, &node, powered_off)?;
+                self.node_after(true, &node)
             }
             Query::Defrag { moves, execute } => self.defrag(now, usize::from(moves), execute),
             Query::Version => value(&ControllerVersion {

@@ -64,6 +64,10 @@ pub enum Query {
     Uncordon { node: NodeId },
     /// `NodeStatus`: cordons, and moves every pod away; what is still there after `deadline` is stopped unsaved.
     Drain { node: NodeId, deadline: Option<Millis> },
+    /// `NodeStatus`: a silent node is lost at once, whatever else is silent; its pods go elsewhere once their leases are over.
+    /// `poweredOff`: nothing runs there, so those that were to `continue` go, too.
+    #[serde(rename_all = "camelCase")]
+    NodeLost { node: NodeId, powered_off: bool },
     /// `DefragPlan`: which of at most `moves` pods that run should go on elsewhere, so that the first waiting job that
     /// this helps fits, or else so that devices are fragmented less; with `execute` they go.
     Defrag { moves: u8, execute: bool },

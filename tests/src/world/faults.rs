@@ -371,6 +371,12 @@ impl World {
         Ok(())
     }
 
+    /// Nothing of that name is there any more.
+    pub(crate) fn is_burnt(&self, n: usize) -> bool {
+        let mut named = self.nodes.iter().zip(&self.links).filter(|(node, _)| node.id == self.nodes[n].id);
+        named.all(|(_, link)| link.burnt)
+    }
+
     /// The machines that were made from copies of this one's disk, and are not there for good.
     fn copies(&self, node: usize) -> impl Iterator<Item = usize> + use<> {
         let id = &self.nodes[node].id;

@@ -5,6 +5,7 @@ mod chaos;
 mod checkpoints;
 mod clocks;
 mod damage;
+mod given_up;
 mod images;
 mod keys;
 mod members;
