@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use berth_protocol::ids::{
-    BootId, Digest, Epoch, Generation, HardwareId, JobName, JobUid, LedgerId, Namespace, NodeId, PodId,
-    SecretName, SessionNonce, Term,
+    BootId, Digest, Epoch, Generation, HardwareId, JobName, JobUid, Namespace, NodeId, PodId, SecretName,
+    SessionNonce, Term,
 };
 use berth_protocol::job::JobSpec;
 use berth_protocol::join::InvitationId;
@@ -26,7 +26,7 @@ use super::requests::Requests;
 use super::restored::Restored;
 use super::schedule::place::ClassId;
 use super::secrets::Secret;
-pub(super) use super::session::Liveness;
+pub(super) use super::session::{Liveness, Outbox};
 
 #[derive(Default)]
 pub(super) struct Cluster {
@@ -414,28 +414,6 @@ impl NodeRecord {
             given_up: None,
             unreadable: true,
         }
-    }
-}
-
-/// How far a node's outbox is in; stored with every effect of its events.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Outbox {
-    pub ledger: LedgerId,
-    pub acked: u64,
-    /// What was ordered up to here may have been carried out by the ledger before.
-    #[serde(default)]
-    pub since: (Term, Generation),
-}
-
-impl Outbox {
-    /// The agent says that its events up to this one were acknowledged, and keeps them no longer. Those of which this one
-    /// does not know were acknowledged by a controller whose store had more than this one, a backup, has: they are lost,
-    /// and waiting for them would be waiting for ever. True: there are such.
-    pub fn told_acked(&mut self, acked: u64) -> bool {
-        let more = self.acked < acked;
-        self.acked = self.acked.max(acked);
-        more
     }
 }
 

@@ -34,6 +34,7 @@ mod saved;
 pub mod schedule;
 pub mod secrets;
 mod session;
+mod silence;
 mod staging;
 mod status;
 mod timers;

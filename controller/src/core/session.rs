@@ -1,11 +1,12 @@
 //! Which sessions of agents are believed, and which of their heartbeats are granted anything.
 
-use berth_protocol::ids::{Epoch, NodeId, PodId, SessionNonce};
+use berth_protocol::ids::{Epoch, Generation, LedgerId, NodeId, PodId, SessionNonce, Term};
 use berth_protocol::limits::{LEASE_MARGIN_MS, LOST_AFTER_MS};
 use berth_protocol::message::node::{Heartbeat, Hello};
 use berth_protocol::rule::{Rule, kept};
 use berth_protocol::sign::PublicKey;
 use berth_protocol::units::Millis;
+use serde::{Deserialize, Serialize};
 
 use super::cluster::{Node, NodeRecord, Session};
 use super::notes::Note;
@@ -37,6 +38,28 @@ pub(super) enum Liveness {
     Silent,
     /// Its pods are replaced as their leases end.
     Lost,
+}
+
+/// How far a node's outbox is in; stored with every effect of its events.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Outbox {
+    pub ledger: LedgerId,
+    pub acked: u64,
+    /// What was ordered up to here may have been carried out by the ledger before.
+    #[serde(default)]
+    pub since: (Term, Generation),
+}
+
+impl Outbox {
+    /// The agent says that its events up to this one were acknowledged, and keeps them no longer. Those of which this one
+    /// does not know were acknowledged by a controller whose store had more than this one, a backup, has: they are lost,
+    /// and waiting for them would be waiting for ever. True: there are such.
+    pub fn told_acked(&mut self, acked: u64) -> bool {
+        let more = self.acked < acked;
+        self.acked = self.acked.max(acked);
+        more
+    }
 }
 
 impl Session {
