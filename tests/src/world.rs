@@ -6,11 +6,11 @@ mod leaders;
 mod network;
 mod rollback;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use berth_agent::core::{Event as AgentEvent, Now as AgentNow};
 use berth_controller::core::{Effect, Event as ControllerEvent, Quote};
-use berth_protocol::ids::{ClusterName, JobName, Namespace, NodeId};
+use berth_protocol::ids::{ClusterName, Digest, JobName, Namespace, NodeId};
 use berth_protocol::topic::{JobTopic, Topic};
 
 pub(crate) use self::damage::damage;
@@ -85,6 +85,8 @@ pub struct World {
     pub(crate) nodes: Vec<Node>,
     links: Vec<Link>,
     depot: Depot,
+    /// Checkpoints that were let go.
+    gone: BTreeSet<Digest>,
     /// The controller is killed in the middle of its next step that says something, after so many messages.
     controller_dies_after: Option<usize>,
     pub(crate) jobs: Vec<Job>,
@@ -131,6 +133,7 @@ impl World {
             links: nodes.iter().map(|_| Link::new(&mut rng)).collect(),
             controller_dies_after: None,
             depot,
+            gone: BTreeSet::new(),
             nodes,
             jobs: Vec::new(),
             works_alone: false,
@@ -330,7 +333,10 @@ impl World {
                     let at = self.now_ms + network::delay(&mut self.rng, self.calm);
                     self.at(at, Due::Priced(quote));
                 }
-                Effect::DeleteCheckpoint(id) => drop(self.depot.borrow_mut().remove(&id)),
+                Effect::DeleteCheckpoint(id) => {
+                    self.depot.borrow_mut().remove(&id);
+                    self.gone.insert(id);
+                }
                 Effect::Note(note) => self.note(|| format!("note: {note}")),
                 Effect::DeleteLog { .. }
                 | Effect::DeleteBlob(_)

@@ -64,6 +64,8 @@ impl World {
         let named = backup.records.keys().filter_map(|key| key.strip_prefix("checkpoint/"));
         let named = named.filter_map(|hex| Digest::parse(&format!("sha256:{hex}")).ok());
         backup.lacks = named.filter(|id| !self.depot.borrow().contains_key(id)).collect();
+        // And a copy of a disk may tell anew of what was let go since.
+        backup.lacks.extend(&self.gone);
         let store = std::mem::replace(&mut self.store, std::mem::take(&mut backup.records));
         let lost = store.keys().filter(|key| !self.store.contains_key(*key));
         let lost: Vec<JobUid> =
