@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::cluster::{Cluster, free_port, until};
+use crate::cluster::{Cluster, free_port, text, until};
 use crate::disk::Disk;
 
 /// Prints numbers for a while; its log tells whether anything was lost or begun anew.
@@ -47,6 +47,29 @@ fn a_restarted_mosquitto_costs_nothing() {
     let job = cluster.until_phase("counter", "Succeeded", 90);
     assert_eq!((&job["evictions"], &job["failures"]), (&0.into(), &0.into()), "{job:#}");
     whole(&cluster.logs("counter"));
+}
+
+#[test]
+fn a_machine_that_has_burnt_is_given_up_with_what_would_go_on_without_a_controller() {
+    let mut cluster = Cluster::new();
+    let burnt = cluster.agent("a1", &[]);
+    cluster.submit("alone", "image: host\ncommand: [sleep, \"600\"]\nresources: {cpu: 100m, memory: 32Mi}\nonDisconnect: {do: continue}\n");
+    cluster.until_phase("alone", "Running", 30);
+    cluster.agent("a2", &[]);
+    let give_up = |cluster: &Cluster, flags: &[&str]| cluster.run(&[&["node", "lost", "a1"], flags].concat());
+    let refused = give_up(&cluster, &["--powered-off"]);
+    assert!(text(&refused).contains("node a1 is there, heard "), "{}", text(&refused));
+    cluster.agents[burnt].kill();
+    cluster.kill_shims("a1");
+    until("it is silent", 60, || give_up(&cluster, &[]).status.success().then_some(()));
+    let at = |cluster: &Cluster| cluster.job("alone")["pods"][0]["node"].clone();
+    assert_eq!(at(&cluster), "a1", "for all that is known it goes on there");
+    let given_up = give_up(&cluster, &["--powered-off"]);
+    assert_eq!(text(&given_up), "node a1 is lost: its pods go elsewhere once their leases are over\n");
+    until("it runs elsewhere", 30, || {
+        (at(&cluster) == "a2" && cluster.phase("alone") == "Running").then_some(())
+    });
+    assert_eq!(cluster.job("alone")["pods"][0]["epoch"], 2);
 }
 
 /// Nothing depends on what a broker remembers, so the next one need not know anything of the first.
