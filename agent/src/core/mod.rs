@@ -276,8 +276,6 @@ pub struct Agent {
     hardware: HardwareId,
     boot: BootId,
     nonce: SessionNonce,
-    /// Those before that the controller has answered, the newest last.
-    before: Vec<SessionNonce>,
     chunks: Option<ChunkServer>,
     inventory: Inventory,
     granted: Granted,
@@ -313,8 +311,6 @@ impl Agent {
     /// Begins a session on the ledger found on disk. The step holds its first records and the search for shims.
     pub fn start(ledger: Ledger, identity: Identity, inventory: Inventory, now: Now) -> (Self, Step) {
         let mut agent = Self {
-            // None as long as none of this ledger's has heard anything, however many there were.
-            before: ledger.known.iter().cloned().collect(),
             hardware: identity.hardware,
             boot: identity.boot,
             nonce: identity.nonce.clone(),
@@ -498,10 +494,10 @@ impl Agent {
 
     fn hello(&mut self, now: Now) {
         let Some(ledger) = self.ledger.id.clone() else { return };
-        let (previous, earlier) = match self.before.split_last() {
-            Some((previous, earlier)) => (Some(previous.clone()), earlier.to_vec()),
-            None => (None, Vec::new()),
-        };
+        // None as long as none of this ledger's has heard anything, however many there were.
+        let before = self.ledger.known.iter().filter(|known| **known != self.nonce);
+        let mut earlier: Vec<SessionNonce> = before.cloned().collect();
+        let previous = earlier.pop();
         self.act(Action::Hello(Box::new(Hello {
             nonce: self.nonce.clone(),
             previous,

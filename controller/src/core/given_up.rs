@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::cluster::Liveness;
 use super::notes::Note;
 use super::query::not_found;
+use super::silence::SILENT_AFTER;
 use super::{Controller, Now};
 
 /// An operator's word on a node; stored with it, until it is heard again.
@@ -28,7 +29,7 @@ impl Controller {
         if node.liveness == Liveness::Online {
             let message = format!(
                 "node {id} is there, heard {quiet} ago: `berth drain {id}` empties it. One that has just been switched off \
-                 counts as silent after 22 s"
+                 counts as silent after {SILENT_AFTER}"
             );
             return Err(QueryError { code: "NodeOnline".to_owned(), message });
         }

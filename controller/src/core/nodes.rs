@@ -13,7 +13,7 @@ use berth_protocol::units::{BootMs, Millis, Timestamp};
 use super::cluster::{Liveness, Node, NodeRecord, Outbox, Output, Session};
 use super::lifecycle::Gone;
 use super::notes::Note;
-use super::session::{UNHEARING, cloned, follows, refusal, why_withheld};
+use super::session::{cloned, follows, why_withheld};
 use super::{Controller, Now};
 
 const MARGIN: Millis = Millis(LEASE_MARGIN_MS);
@@ -53,14 +53,7 @@ pub(super) fn forgotten_node(record: NodeRecord, now: Now) -> Node {
 
 impl Controller {
     pub(super) fn hello(&mut self, now: Now, id: &NodeId, hello: Hello, by: Option<PublicKey>) {
-        // Another store's node would obey none of our orders; its agent says so, and how to enrol it anew.
-        let foreign = hello.store.as_ref().is_some_and(|store| *store != self.config.store);
-        // A pod that such a one names may have ended since: a restored store would have it begin anew.
-        let unhearing =
-            self.cluster.restored.is_some() && hello.heard.is_some_and(|heard| heard < self.config.term);
-        let refused = self.cluster.nodes.get(id).and_then(|node| refusal(node, &hello, by, now));
-        let refused = refused.or(unhearing.then_some(UNHEARING));
-        if let Some(why) = refused.or(foreign.then_some("other-store")) {
+        if let Some(why) = self.refused(now, id, &hello, by) {
             return self.turn_away(now, id, &hello, why);
         }
         let doubtful = self.doubtful(id, &hello);
@@ -96,12 +89,11 @@ impl Controller {
         let cordoned = node.record.cordoned && !stranger;
         node.record = NodeRecord { cordoned, drain, heard_us, ..record };
         if let Some(outbox) = node.outbox.as_mut().filter(|_| same_ledger) {
-            if !follows {
-                // What another machine, or the same one before its disk was put back, has told is not what this one numbers.
-                outbox.acked = hello.events_acked;
+            // What another machine, or the same one before its disk was put back, has told is not what this one numbers.
+            let acked = if follows { outbox.told(hello.events_acked) } else { hello.events_acked };
+            if outbox.set_acked(acked) {
                 self.dirty.outboxes.insert(id.clone());
             }
-            self.dirty.outboxes.extend(outbox.told_acked(hello.events_acked).then(|| id.clone()));
         }
         if !same_ledger {
             node.outbox = Some(Outbox {
@@ -233,8 +225,10 @@ impl Controller {
         let heard_us = session.answered.is_some_and(|seq| beat.last_grant >= Some(seq));
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
         let cloned = cloned(node, now);
-        if let Some(outbox) = &mut node.outbox {
-            self.dirty.outboxes.extend(outbox.told_acked(beat.events_acked).then(|| id.clone()));
+        if let Some(outbox) = &mut node.outbox
+            && outbox.set_acked(outbox.told(beat.events_acked))
+        {
+            self.dirty.outboxes.insert(id.clone());
         }
         if let Some(session) = &mut node.session {
             session.withheld = session.withheld.or(cloned);
@@ -305,9 +299,8 @@ impl Controller {
         }
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
         if let Some(outbox) = &mut node.outbox
-            && outbox.acked != acked
+            && outbox.set_acked(acked)
         {
-            outbox.acked = acked;
             self.dirty.outboxes.insert(id.clone());
         }
         node.ack.get_or_insert(now.boot.plus(ACK_PAUSE));

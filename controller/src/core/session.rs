@@ -28,8 +28,11 @@ const OTHER_HARDWARE: &str = "other-hardware";
 const STALE: &str = "stale-hello";
 /// Once a heartbeat came, an older scan says nothing new.
 const REPEATED: &str = "repeated-hello";
-/// It may be from before the store was restored. One said since will come, when a heartbeat is answered.
-pub(super) const UNHEARING: &str = "unhearing-hello";
+/// It may be from before the store was restored, and what it names may have ended since: that would begin anew. One said since
+/// will come, when a heartbeat is answered.
+const UNHEARING: &str = "unhearing-hello";
+/// Another store's node would obey none of our orders; its agent says so, and how to enrol it anew.
+const OTHER_STORE: &str = "other-store";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Liveness {
@@ -52,13 +55,16 @@ pub(super) struct Outbox {
 }
 
 impl Outbox {
-    /// The agent says that its events up to this one were acknowledged, and keeps them no longer. Those of which this one
-    /// does not know were acknowledged by a controller whose store had more than this one, a backup, has: they are lost,
-    /// and waiting for them would be waiting for ever. True: there are such.
-    pub fn told_acked(&mut self, acked: u64) -> bool {
-        let more = self.acked < acked;
-        self.acked = self.acked.max(acked);
-        more
+    /// How far it is in, by what the agent says of it. Events of which this one does not know were acknowledged by a controller
+    /// whose store had more than this one, a backup, has: the agent keeps them no longer, they are lost, and waiting for
+    /// them would be waiting for ever.
+    pub fn told(&self, acked: u64) -> u64 {
+        self.acked.max(acked)
+    }
+
+    /// False: it was so.
+    pub fn set_acked(&mut self, acked: u64) -> bool {
+        std::mem::replace(&mut self.acked, acked) != acked
     }
 }
 
@@ -88,6 +94,22 @@ pub(super) fn cloned(node: &Node, now: Now) -> Option<&'static str> {
 }
 
 impl Controller {
+    /// Why a hello, signed with this key, is not taken.
+    pub(super) fn refused(
+        &self,
+        now: Now,
+        id: &NodeId,
+        hello: &Hello,
+        by: Option<PublicKey>,
+    ) -> Option<&'static str> {
+        let known = self.cluster.nodes.get(id).and_then(|node| refusal(node, hello, by, now));
+        let foreign = || hello.store.as_ref().is_some_and(|store| *store != self.config.store);
+        let unhearing = || hello.heard.is_some_and(|heard| heard < self.config.term);
+        known
+            .or_else(|| foreign().then_some(OTHER_STORE))
+            .or_else(|| (self.cluster.restored.is_some() && unhearing()).then_some(UNHEARING))
+    }
+
     /// A hello is not taken: it is counted, and its sender told where it cannot know.
     pub(super) fn turn_away(&mut self, now: Now, id: &NodeId, hello: &Hello, why: &'static str) {
         if why == CLONED {
@@ -143,8 +165,8 @@ fn told(refusal: &str) -> Option<&'static str> {
     }
 }
 
-/// Why a known node's hello, signed with this key, is not taken.
-pub(super) fn refusal(node: &Node, hello: &Hello, by: Option<PublicKey>, now: Now) -> Option<&'static str> {
+/// The same of a known node's, by what is known of that.
+fn refusal(node: &Node, hello: &Hello, by: Option<PublicKey>, now: Now) -> Option<&'static str> {
     let same_ledger = node.outbox.as_ref().is_some_and(|outbox| outbox.ledger == hello.ledger);
     if node.record.unreadable {
         // Which machine it was is not known. Its ledger tells, where that is.

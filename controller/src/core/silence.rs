@@ -12,7 +12,7 @@ use super::timers::Timer;
 use super::{Controller, Now};
 
 /// Two heartbeats and some slack for their way.
-const SILENT_AFTER: Millis = Millis(2 * HEARTBEAT_MS + 2_000);
+pub(super) const SILENT_AFTER: Millis = Millis(2 * HEARTBEAT_MS + 2_000);
 const LOST_AFTER: Millis = Millis(LOST_AFTER_MS);
 const MARGIN: Millis = Millis(LEASE_MARGIN_MS);
 
@@ -52,7 +52,7 @@ impl Controller {
         let drain = node.record.drain.as_ref().filter(|_| !node.pods.is_empty());
         let drain = drain.and_then(|drain| drain.deadline).map(|at| now.boot.plus(at.since(now.wall)));
         let mut due = [resend, node.ack, drain].into_iter().flatten().min();
-        if self.hears() || node.record.given_up.is_some() {
+        if self.believes_silence(node) {
             due = [due, silence, pods].into_iter().flatten().min();
         }
         if let Some(at) = due {
@@ -71,9 +71,14 @@ impl Controller {
         self.watch(id, now);
     }
 
+    /// It is the node that says nothing, not the controller that hears nothing.
+    fn believes_silence(&self, node: &Node) -> bool {
+        self.hears() || node.record.given_up.is_some()
+    }
+
     fn judge_silence(&mut self, now: Now, id: &NodeId) {
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
-        let (quiet, given_up) = (now.boot.since(node.heard), node.record.given_up.is_some());
+        let quiet = now.boot.since(node.heard);
         if node.liveness == Liveness::Online && quiet >= SILENT_AFTER {
             node.liveness = Liveness::Silent;
             let note = Note::NodeSilent { node: id.clone(), pods: node.pods.len() };
@@ -82,7 +87,7 @@ impl Controller {
             self.refresh_room(id);
             self.judge_blindness(now);
         }
-        if !self.hears() && !given_up {
+        if !self.cluster.nodes.get(id).is_some_and(|node| self.believes_silence(node)) {
             return;
         }
         let Some(node) = self.cluster.nodes.get_mut(id) else { return };
@@ -99,8 +104,12 @@ impl Controller {
         };
         let over = |pod: &PodId| self.replaceable(node, pod).is_some_and(|at| at <= now.boot);
         let over: Vec<PodId> = node.pods.keys().filter(|pod| over(pod)).cloned().collect();
+        let quiet = Millis(quiet.0 / 1000 * 1000);
+        let message = match node.record.given_up {
+            Some(_) => format!("node {id} was given up, silent for {quiet}"),
+            None => format!("node {id} was silent for {quiet}"),
+        };
         for pod in over {
-            let message = format!("node {id} was silent for {}", Millis(quiet.0 / 1000 * 1000));
             // Should the node come back, it stops what it still holds.
             if let Some(node) = self.cluster.nodes.get_mut(id)
                 && let Some(epoch) = node.pods.get(&pod)
@@ -108,7 +117,7 @@ impl Controller {
                 node.record.strays.insert(pod.clone(), *epoch);
                 self.dirty.nodes.insert(id.clone());
             }
-            self.pod_gone(now, &pod, Gone::Vanished { reason: "NodeLost", message });
+            self.pod_gone(now, &pod, Gone::Vanished { reason: "NodeLost", message: message.clone() });
         }
     }
 }

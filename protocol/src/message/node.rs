@@ -42,7 +42,8 @@ pub struct Hello {
     pub store: Option<StoreId>,
     pub term: Term,
     pub generation: Generation,
-    /// The highest term that this session has heard a controller say. A hello is not from before that.
+    /// The highest term that this session has heard a controller say: the hello is not from before that. None: a version that
+    /// does not tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub heard: Option<Term>,
     /// Events of this ledger acknowledged to the agent, and the number of its last one. A pod that the scan does not

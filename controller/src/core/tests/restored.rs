@@ -30,6 +30,15 @@ fn pod(world: &World) -> PodId {
     world.controller.cluster.jobs.keys().next().unwrap().pod(0)
 }
 
+/// The job runs on the only node.
+fn begun(job: &JobSpec) -> (World, NodeId) {
+    let mut world = World::new();
+    let node = world.add("n1", inventory(1, 0));
+    world.submit(job);
+    world.run(10_000);
+    (world, node)
+}
+
 /// Until the job has ended; never does its pod run twice.
 fn watch(world: &mut World) {
     let pod = pod(world);
@@ -47,10 +56,7 @@ fn epoch(world: &World) -> Epoch {
 
 #[test]
 fn a_pod_that_has_moved_since_the_backup_gets_an_epoch_above_all() {
-    let mut world = World::new();
-    let first = world.add("n1", inventory(1, 0));
-    world.submit(&long());
-    world.run(10_000);
+    let (mut world, first) = begun(&long());
     let backup = world.store.clone();
     world.agents.get_mut(&first).unwrap().up = false;
     world.add("n2", inventory(1, 0));
@@ -95,12 +101,9 @@ fn a_pod_that_was_placed_since_the_backup_is_not_placed_beside_itself() {
 
 #[test]
 fn what_goes_on_alone_and_ended_since_the_backup_begins_anew_however_often_its_agent_began_since() {
-    let mut world = World::new();
-    let node = world.add("n1", inventory(1, 0));
     let mut alone = long();
     alone.pod.on_disconnect.action = DisconnectAction::Continue;
-    world.submit(&alone);
-    world.run(10_000);
+    let (mut world, node) = begun(&alone);
     let backup = world.store.clone();
     for _ in 0..3 {
         world.agents.get_mut(&node).unwrap().restart();
@@ -133,10 +136,7 @@ fn events_that_an_earlier_controller_has_acknowledged_are_not_waited_for_though_
 
 #[test]
 fn what_a_node_said_before_the_restoration_and_comes_late_is_not_believed() {
-    let mut world = World::new();
-    let node = world.add("n1", inventory(1, 0));
-    world.submit(&long());
-    world.run(10_000);
+    let (mut world, node) = begun(&long());
     let (backup, hello) = (world.store.clone(), world.overheard::<Hello>(&node, NodeTopic::Hello));
     assert_eq!(hello.pods.len(), 1);
     world.run(120_000);
