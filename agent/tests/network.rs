@@ -15,9 +15,8 @@ use world::*;
 /// This thread, and what it starts, becomes a node with its own network.
 fn become_node() {
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
-    // The first slots are not for it: /sys shows the bridges of this machine's own agents, ports and all. And its own
-    // addresses of IPv6 are good at once.
-    sh("ip link set lo up; ip route add blackhole 10.213.0.0/19
+    // Its own addresses of IPv6 are good at once.
+    sh("ip link set lo up
         echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad");
 }
 
@@ -219,6 +218,24 @@ fn the_nodes_network_is_the_nodes() {
     pod.task.template.network = Network::Host;
     let output = pod.succeed();
     assert!(output.contains(own.to_str().unwrap()), "{output}");
+}
+
+#[test]
+fn a_bridge_stays_as_long_as_a_pod_is_on_it() {
+    become_node();
+    let slots = tempfile::tempdir().unwrap();
+    let open = || Bridge::open(slots.path(), "/var/lib/a".as_ref(), &Reach::default()).unwrap();
+    let bridge = open();
+    let (slot, there) = (bridge.slot(), |name: &str| sh("ip -o link").contains(&format!(": {name}")));
+    let (name, link) = (format!("berth{slot}"), format!("bv0ad5{slot:02x}07"));
+    sh(&format!("ip link add {link} type veth peer name pod0; ip link set {link} master {name}"));
+    bridge.close();
+    assert!(there(&name));
+    let again = open();
+    assert_eq!(again.slot(), slot);
+    sh(&format!("ip link del {link}"));
+    again.close();
+    assert!(!there(&name));
 }
 
 #[test]

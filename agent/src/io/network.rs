@@ -13,6 +13,7 @@ use std::process::{Command, Stdio};
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::shim::netlink::{self, Netlink};
+use crate::shim::network::has_links;
 use crate::task::BridgeAddress;
 
 mod guard;
@@ -133,7 +134,7 @@ impl Bridge {
     /// Takes the bridge away unless pods are still on it; then the next start finds it again.
     pub fn close(self) {
         let name = name(self.slot);
-        if has_ports(&name) {
+        if has_pods(self.slot) {
             return;
         }
         let _ = Netlink::open().and_then(|link| link.send(vec![netlink::delete(&name)]));
@@ -155,11 +156,9 @@ fn there(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
-fn has_ports(bridge: &str) -> bool {
-    match fs::read_dir(format!("/sys/class/net/{bridge}/brif")) {
-        Ok(mut ports) => ports.next().is_some(),
-        Err(_) => false,
-    }
+/// Where it cannot be told the bridge stays.
+fn has_pods(slot: u8) -> bool {
+    has_links(gateway(slot)).unwrap_or(true)
 }
 
 /// The slot that is the owner's already, else the first that is nobody's.
@@ -179,7 +178,7 @@ fn claim(slots: &Path, owner: &Path) -> Result<Bridge, BridgeError> {
             return Ok(Bridge { slot, lock });
         }
         let unused = netlink::index(&name(slot)).is_none() && !route_overlaps(slot);
-        let left = !text.is_empty() && !has_ports(&name(slot));
+        let left = !text.is_empty() && !has_pods(slot);
         if free.is_none() && (unused || left) {
             free = Some((Bridge { slot, lock }, path));
         }

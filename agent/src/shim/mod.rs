@@ -18,7 +18,7 @@ pub mod lease;
 pub mod log;
 mod mountpoints;
 pub mod netlink;
-mod network;
+pub(crate) mod network;
 mod process;
 pub mod program;
 mod pump;

@@ -38,9 +38,18 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> NetworkError {
     move |source| NetworkError::Io { what, source }
 }
 
+/// So far the names of links are alike whose addresses are of one /24.
+const LINKS_OF_A_24: usize = "bv".len() + 6;
+
 /// The node's end of a pod's link, named for the address, which is unique on a node.
 fn node_link(address: Ipv4Addr) -> String {
     format!("bv{:08x}", u32::from(address))
+}
+
+/// Is the node's end of a pod's link there, of one with an address of the gateway's /24?
+pub fn has_links(gateway: Ipv4Addr) -> io::Result<bool> {
+    let subnet = &node_link(gateway)[..LINKS_OF_A_24];
+    Ok(nix::ifaddrs::getifaddrs()?.any(|interface| interface.interface_name.starts_with(subnet)))
 }
 
 /// Names the namespace of the pod's init by a file in the pod's directory, and wires it. Returns the file.

@@ -50,7 +50,14 @@ pub async fn cordon(settings: &Settings, args: NodeNames, cordoned: bool) -> any
 pub async fn lost(settings: &Settings, node: NodeId, powered_off: bool) -> anyhow::Result<u8> {
     let mut session = Session::open(settings, Vec::new()).await?;
     let value = session.query(Query::NodeLost { node, powered_off }).await?;
-    print(settings, &value, "is lost: its pods go elsewhere once their leases are over")?;
+    let said = match powered_off {
+        true => "is lost, and nothing runs there: its pods go elsewhere once their leases are over",
+        false => {
+            "is lost: its pods go elsewhere once their leases are over, but for those that are to `continue`; where it is off, \
+             say --powered-off"
+        }
+    };
+    print(settings, &value, said)?;
     session.close().await;
     Ok(0)
 }

@@ -65,7 +65,10 @@ fn a_machine_that_has_burnt_is_given_up_with_what_would_go_on_without_a_controll
     let at = |cluster: &Cluster| cluster.job("alone")["pods"][0]["node"].clone();
     assert_eq!(at(&cluster), "a1", "for all that is known it goes on there");
     let given_up = give_up(&cluster, &["--powered-off"]);
-    assert_eq!(text(&given_up), "node a1 is lost: its pods go elsewhere once their leases are over\n");
+    assert_eq!(
+        text(&given_up),
+        "node a1 is lost, and nothing runs there: its pods go elsewhere once their leases are over\n"
+    );
     until("it runs elsewhere", 30, || {
         (at(&cluster) == "a2" && cluster.phase("alone") == "Running").then_some(())
     });
