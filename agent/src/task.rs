@@ -288,7 +288,7 @@ pub mod file {
     pub const RUN_DIR: &str = "run";
     /// Containers' bundles, in directories of their names, which no other name here may be.
     pub const BUNDLES_DIR: &str = "run/bundles";
-    /// Hosts' paths as containers are given them, by the volume's place in the job's file.
+    /// Volumes as containers are given them, by their place in the job's file.
     pub const SHOWN_DIR: &str = "run/shown";
     /// The root of the pod's init: empty.
     pub const NOTHING_DIR: &str = "run/nothing";
@@ -298,6 +298,8 @@ pub mod file {
     pub const ETC_DIR: &str = "run/etc";
     /// The pod's network namespace, bound.
     pub const NETNS: &str = "run/netns";
+    /// The pod's other namespaces, bound, for those who could not find them in /proc.
+    pub const NAMESPACES_DIR: &str = "run/namespaces";
     /// What containers see as `/run/berth`.
     pub const BERTH_DIR: &str = "run/berth";
     /// Secrets, by name.

@@ -66,7 +66,7 @@ fn a_host_image_runs_and_leaves_nothing() {
     let expect = serde_json::json!({
         "namespace": "default", "job": "digits", "pod": format!("digits-{}", pod.task.pod.index),
         "index": pod.task.pod.index, "epoch": 1, "run": 1, "restarts": 0, "node": "node-1", "addresses": [],
-        "checkpointDir": "/run/berth/checkpoint",
+        "checkpointDir": "/run/berth/checkpoint", "userNamespace": false,
     });
     assert_eq!(facts, expect);
     assert!(!std::path::Path::new("/only-here").exists());

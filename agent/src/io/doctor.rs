@@ -12,6 +12,7 @@ use super::confine;
 use super::probe::{criu, cuda, nvidia};
 use crate::config::Config;
 use crate::shim::cgroup::Layout;
+use crate::shim::users;
 
 const CONNECT_MAX: Duration = Duration::from_secs(3);
 
@@ -35,6 +36,8 @@ pub fn main(config: anyhow::Result<Config>) -> ExitCode {
             // Whoever else might write it keeps the agent from starting.
             ("policy", Ok(config.policy.granted.to_string())),
             ("broker", broker(&config.broker)),
+            // The last: it leaves this process's children another clock.
+            ("users of pods", users(&config)),
         ]),
         Err(error) => findings.push(("configuration", Err(format!("the agent does not start: {error:#}")))),
     }
@@ -75,6 +78,15 @@ fn confinement() -> Result<String, String> {
         None => Err("this kernel has no Landlock that serves (Linux 5.19 and later have, where `lsm=` names it): what reads \
              images reaches more files than its own"
             .to_owned()),
+    }
+}
+
+fn users(config: &Config) -> Result<String, String> {
+    match users::check(&config.data_dir) {
+        Ok(()) => Ok("their own, but where docs/security.md says otherwise".to_owned()),
+        Err(why) => {
+            Err(format!("{why}; root in pods is root of this machine by number, with few of its rights"))
+        }
     }
 }
 

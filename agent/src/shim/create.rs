@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use berth_protocol::checkpoint::CheckpointKind;
@@ -19,12 +19,13 @@ use super::error::ShimError;
 use super::init::Init;
 use super::mountpoints;
 use super::network;
-use super::process;
-use super::rootfs::{self, Home, Inside};
+use super::process::{self, UserError};
+use super::rootfs::{self, Home, Inside, View};
 use super::seccomp;
 use super::secrets;
 use super::spec::{self, Pod};
 use super::sys;
+use super::users::{Range, Users};
 use crate::task::{ImageProcess, Root, SavedDevices, Task, file};
 
 /// The pod as it waits for its start.
@@ -39,32 +40,47 @@ pub struct Made {
 
 /// On an error the caller takes away what was made: the shim's mounts end with it, `end` removes the rest.
 pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimError> {
-    let own_network = spec::own_network(&task.template);
     rootfs::enter_private_mounts().map_err(ShimError::Namespace)?;
     rootfs::mount_run(dir)?;
-    let nothing = dir.join(file::NOTHING_DIR);
-    super::make_private_dir(&nothing).map_err(ShimError::io("make", &nothing))?;
-    let init = Init::spawn(&spec::hostname(task), own_network, &nothing).map_err(ShimError::Namespace)?;
+    let saved = task.restore.then(|| restore::read(task, dir)).transpose()?;
+    let init = begin(task, dir, saved.as_ref().map(|saved| saved.kind)).map_err(ShimError::Namespace)?;
+    let users = init.users.as_ref();
+    let own_network = spec::own_network(&task.template);
     let network = own_network.then(|| network::set_up(task, dir, &init)).transpose()?;
     network::write_files(task, dir).map_err(ShimError::io("write below", dir.join(file::ETC_DIR)))?;
-    prepare_berth(task, dir).map_err(ShimError::io("prepare /run/berth in", dir))?;
+    prepare_berth(task, dir, users).map_err(ShimError::io("prepare /run/berth in", dir))?;
     secrets::lay_out(task, dir)
         .map_err(ShimError::io("lay out secrets below", dir.join(file::SECRETS_DIR)))?;
-    rootfs::prepare_volumes(task, dir)?;
-    let saved = task.restore.then(|| restore::open(task, dir)).transpose()?;
+    rootfs::prepare_volumes(task, dir, users)?;
+    if task.restore {
+        restore::fill_volumes(task, dir)?;
+    }
     // What saved itself begins as any program does, with its files as they were.
     let saved = saved.filter(|saved| saved.kind == CheckpointKind::Criu);
     let state = dir.join(file::STATE_DIR);
-    super::make_private_dir(&state).map_err(ShimError::io("make", &state))?;
+    make_dir(&state).map_err(ShimError::io("make", &state))?;
     let specs = || task.template.containers.iter();
-    let furnished = specs().zip(&task.roots).map(|(spec, root)| furnish(task, dir, spec, root));
+    let furnished = specs().zip(&task.roots).map(|(spec, root)| furnish(task, dir, (spec, root), users));
     let furnished = furnished.collect::<Result<Vec<_>, _>>()?;
     super::make_groups(task)?;
+    if !cgroup.is_v2() {
+        for spec in specs() {
+            let own = super::container_cgroup(task, cgroup, &spec.name);
+            rootfs::mount_cgroups(&own.dirs(), &Home::new(dir, &spec.name))?;
+        }
+    }
+    let staged = users.map(|users| hand_over(dir, &init, users)).transpose();
+    let staged = staged.map_err(ShimError::io("hand over to the pod's users", dir))?;
     let pod = Pod {
         task,
         dir,
-        namespaces: PathBuf::from(init.namespace("")),
-        network,
+        seen: staged.as_deref().unwrap_or(dir),
+        users: users.is_some(),
+        namespaces: match &staged {
+            Some(staged) => staged.join(file::NAMESPACES_DIR),
+            None => PathBuf::from(init.namespace("")),
+        },
+        network: network.map(|name| staged.as_deref().unwrap_or(dir).join(name)),
         v2: cgroup.is_v2(),
         swap: cgroup.accounts_swap(),
         nofile_hard: nofile_hard(),
@@ -79,20 +95,51 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
                 let container = &saved.containers[index];
                 revivals.push(Revival::prepare(&pod, spec, container, &oci, own)?);
             }
-            None => containers.push(container(dir, spec, own, &oci)?),
+            None => containers.push(container(dir, spec, own, users, &oci)?),
         }
     }
     Ok(Made { init, containers, revivals, devices: saved.and_then(|saved| saved.devices) })
 }
 
+/// Makes the pod's namespaces; users of its own are among them where that is possible. `saved`: what it comes back from.
+fn begin(task: &Task, dir: &Path, saved: Option<CheckpointKind>) -> io::Result<Init> {
+    let nothing = dir.join(file::NOTHING_DIR);
+    make_dir(&nothing)?;
+    let spawn =
+        |range| Init::spawn(&spec::hostname(task), spec::own_network(&task.template), range, &nothing);
+    let Some(range) = Range::take(task, saved) else { return spawn(None) };
+    match spawn(Some(range)) {
+        Ok(init) if init.users.as_ref().is_some_and(|users| users.can_map(dir)) => Ok(init),
+        // The kernel may forbid it, or the file system below not be able to.
+        _ => spawn(None),
+    }
+}
+
+/// What the pod's root may change of what berth has made for it, and all that is to be seen by its processes.
+fn hand_over(dir: &Path, init: &Init, users: &Users) -> io::Result<PathBuf> {
+    users.give(&dir.join(file::ETC_DIR))?;
+    users.give(&dir.join(file::BERTH_DIR))?;
+    let secrets = dir.join(file::SECRETS_DIR);
+    if secrets.exists() {
+        users.give(&secrets)?;
+    }
+    rootfs::stage(dir, init)
+}
+
 /// Makes a container of what `furnish` and `describe` have left.
-fn container(dir: &Path, spec: &ContainerSpec, own: Cgroup, oci: &Value) -> Result<Container, ShimError> {
+fn container(
+    dir: &Path,
+    spec: &ContainerSpec,
+    own: Cgroup,
+    users: Option<&Users>,
+    oci: &Value,
+) -> Result<Container, ShimError> {
     let texts = |what: &Value| -> Vec<String> {
         what.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
     };
     let process = &oci["process"];
     let home = Home::new(dir, &spec.name);
-    mountpoints::settle(&home.rootfs(), oci)?;
+    mountpoints::settle(&home.rootfs(), users, oci)?;
     Container::create(container::Plan {
         name: &spec.name,
         home: &home,
@@ -106,7 +153,12 @@ fn container(dir: &Path, spec: &ContainerSpec, own: Cgroup, oci: &Value) -> Resu
 }
 
 /// A container whose processes have ended, made anew where it was, its files as they left them.
-pub fn again(dir: &Path, spec: &ContainerSpec, own: Cgroup) -> Result<Container, ShimError> {
+pub fn again(
+    dir: &Path,
+    spec: &ContainerSpec,
+    own: Cgroup,
+    users: Option<&Users>,
+) -> Result<Container, ShimError> {
     let state = dir.join(file::STATE_DIR).join(spec.name.as_str());
     match fs::remove_dir_all(&state) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(ShimError::io("clear", &state)(e)),
@@ -114,33 +166,38 @@ pub fn again(dir: &Path, spec: &ContainerSpec, own: Cgroup) -> Result<Container,
     }
     let home = Home::new(dir, &spec.name);
     let oci = dump::config(&home).map_err(ShimError::io("read the configuration in", home.dir()))?;
-    container(dir, spec, own, &oci)
+    container(dir, spec, own, users, &oci)
 }
 
 /// Makes a container's file system and finds out in it what its program is to be.
 fn furnish<'a>(
     task: &Task,
     dir: &Path,
-    spec: &'a ContainerSpec,
-    root: &'a Root,
+    (spec, root): (&'a ContainerSpec, &'a Root),
+    users: Option<&Users>,
 ) -> Result<spec::Container<'a>, ShimError> {
     let home = Home::new(dir, &spec.name);
-    super::make_private_dir(home.dir()).map_err(ShimError::io("make", home.dir()))?;
+    make_dir(home.dir()).map_err(ShimError::io("make", home.dir()))?;
     let parts = task.restore.then(|| Parts::to_restore(dir));
-    rootfs::mount_root(root, &home, parts.as_ref().map(|parts| parts.upper(&spec.name)).as_deref())?;
+    let written = parts.as_ref().map(|parts| parts.upper(&spec.name));
+    rootfs::mount_root(root, &home, View { users, written: written.as_deref() })?;
     if let Some(workspace) = &task.workspace {
         let written = parts.as_ref().map(|parts| parts.workspace(&spec.name));
-        rootfs::mount_workspace(workspace, &home, written.as_deref())?;
+        rootfs::mount_workspace(workspace, &home, View { users, written: written.as_deref() })?;
     }
     let none = ImageProcess::default();
     let image = match root {
         Root::Host => &none,
         Root::Image { config, .. } => config,
     };
-    let inside = Inside::open(&home.rootfs())?;
+    let inside = Inside::open(&home.rootfs(), users)?;
     let wanted = spec.user.as_deref().or(image.user.as_deref()).unwrap_or_default();
     let user = process::user(wanted, &inside.read("/etc/passwd"), &inside.read("/etc/group"))
         .map_err(|source| ShimError::User { container: spec.name.clone(), source })?;
+    if users.is_some() && !Users::has(&user) {
+        let source = UserError::Beyond { name: wanted.to_owned(), uid: user.uid, gid: user.gid };
+        return Err(ShimError::User { container: spec.name.clone(), source });
+    }
     let given_dir = spec.working_dir.as_deref().or(image.working_dir.as_deref());
     let cwd = given_dir.filter(|dir| dir.starts_with('/')).unwrap_or("/");
     inside.make_dirs(cwd, user.uid, user.gid).map_err(ShimError::io("make the working directory", cwd))?;
@@ -166,12 +223,9 @@ fn furnish<'a>(
     })
 }
 
-/// Shows a container its control groups and writes its configuration, which is returned.
+/// Writes a container's configuration, which is returned.
 fn describe(pod: &Pod, container: &spec::Container, own: &Cgroup) -> Result<Value, ShimError> {
     let home = Home::new(pod.dir, &container.spec.name);
-    if !own.is_v2() {
-        rootfs::mount_cgroups(&own.dirs(), &home)?;
-    }
     let oci = devices::inject(&pod.task.devices, spec::oci(pod, container, &own.absolute()))?;
     let config = home.dir().join("config.json");
     fs::write(&config, oci.to_string()).map_err(ShimError::io("write", &config))?;
@@ -180,11 +234,10 @@ fn describe(pod: &Pod, container: &spec::Container, own: &Cgroup) -> Result<Valu
 
 /// What a program may want to know about itself and its environment cannot say, since it may change, and where what it
 /// saves for itself is kept: in every container below `/run/berth`.
-fn prepare_berth(task: &Task, dir: &Path) -> io::Result<()> {
+fn prepare_berth(task: &Task, dir: &Path, users: Option<&Users>) -> io::Result<()> {
     let (berth, kept) = (dir.join(file::BERTH_DIR), dir.join(file::CHECKPOINT_DIR));
     clear(&kept)?;
     fs::create_dir(&berth)?;
-    rootfs::bind(&kept, &berth.join(file::CHECKPOINT_DIR), rootfs::HARMLESS)?;
     let archive = Parts::to_restore(dir).kept();
     if task.restore && archive.exists() {
         archive::unpack(&archive, &kept)?;
@@ -193,6 +246,7 @@ fn prepare_berth(task: &Task, dir: &Path) -> io::Result<()> {
     for dir in [&berth, &kept] {
         fs::set_permissions(dir, fs::Permissions::from_mode(0o1777))?;
     }
+    rootfs::show(&kept, &berth.join(file::CHECKPOINT_DIR), users, rootfs::HARMLESS)?;
     let template = &task.template;
     let facts = json!({
         "namespace": template.namespace,
@@ -204,9 +258,15 @@ fn prepare_berth(task: &Task, dir: &Path) -> io::Result<()> {
         "restarts": task.restarts + task.run.0.saturating_sub(1),
         "node": task.node,
         "addresses": network::addresses(task)?,
+        "userNamespace": users.is_some(),
         "checkpointDir": Path::new("/run/berth").join(file::CHECKPOINT_DIR),
     });
     fs::write(berth.join(file::POD), format!("{facts}\n"))
+}
+
+/// For whoever becomes a container to pass; what it is in is seen by nobody else.
+fn make_dir(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o711).create(path)
 }
 
 fn clear(dir: &Path) -> io::Result<()> {

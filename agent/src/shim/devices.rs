@@ -83,7 +83,7 @@ pub fn settle(pid: Pid, nodes: &[Value]) -> io::Result<()> {
     if nodes.is_empty() {
         return Ok(());
     }
-    let root = Inside::open(Path::new(&format!("/proc/{pid}/root"))).map_err(io::Error::other)?;
+    let root = Inside::of_process(pid)?;
     for node in nodes {
         let wrong = || io::Error::new(io::ErrorKind::InvalidInput, format!("{node} is no device node"));
         let path = Path::new(node["path"].as_str().ok_or_else(wrong)?);

@@ -12,18 +12,22 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 
+use super::users::{Range, Users};
 use super::{seccomp, sys};
 
 /// A pod's init, the shim's child.
 pub struct Init {
     pub pid: Pid,
     pub pidfd: OwnedFd,
+    /// The user namespace that owns the others, where the pod has its own.
+    pub users: Option<Users>,
 }
 
 impl Init {
-    /// Makes the pod's namespaces (pid, ipc, uts, time; net with `network`) and their first process. The calling
-    /// process must be single-threaded. `nothing` is an empty directory, its root. Returns once all is as it shall be.
-    pub fn spawn(hostname: &str, network: bool, nothing: &Path) -> io::Result<Self> {
+    /// Makes the pod's namespaces (pid, ipc, uts, time; net with `network`, user with a range of numbers for it) and
+    /// their first process. The calling process must be single-threaded. `nothing` is an empty directory, its root.
+    /// Returns once all is as it shall be.
+    pub fn spawn(hostname: &str, network: bool, range: Option<Range>, nothing: &Path) -> io::Result<Self> {
         // Children alone enter it, init and containers alike. Kernels before 5.6 have none.
         // SAFETY: no pointers.
         let time = unsafe { libc::unshare(libc::CLONE_NEWTIME) };
@@ -31,14 +35,20 @@ impl Init {
             return Err(io::Error::last_os_error());
         }
         let shim = sys::pidfd(nix::unistd::getpid().as_raw())?;
-        let (ready, done) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+        let pipe = || nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC);
+        let ((ready, done), (mapped, map)) = (pipe()?, pipe()?);
         let mut flags = libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
         if network {
             flags |= libc::CLONE_NEWNET;
         }
+        if range.is_some() {
+            flags |= libc::CLONE_NEWUSER;
+        }
         match fork_into(flags)? {
             0 => {
-                let code = match live(hostname, &shim, done, nothing) {
+                drop(map);
+                let mapped = range.is_some().then_some(mapped);
+                let code = match live(hostname, &shim, mapped, done, nothing) {
                     Ok(()) => 0,
                     Err(_) => 1,
                 };
@@ -46,13 +56,17 @@ impl Init {
                 unsafe { libc::_exit(code) }
             }
             pid => {
-                drop(done);
-                let pidfd = sys::pidfd(pid)?;
-                let mut byte = [0];
-                if nix::unistd::read(&ready, &mut byte)? == 0 {
-                    return Err(io::Error::other("the pod's init ended before it was ready"));
+                drop((done, mapped));
+                let mut init = Self { pid: Pid::from_raw(pid), pidfd: sys::pidfd(pid)?, users: None };
+                if let Some(range) = range {
+                    range.map(init.pid)?;
+                    nix::unistd::write(&map, b".")?;
+                    init.users = Some(Users::of(init.pid, range)?);
                 }
-                Ok(Self { pid: Pid::from_raw(pid), pidfd })
+                match nix::unistd::read(&ready, &mut [0])? {
+                    0 => Err(io::Error::other("the pod's init ended before it was ready")),
+                    _ => Ok(init),
+                }
             }
         }
     }
@@ -80,13 +94,33 @@ fn fork_into(flags: i32) -> io::Result<i32> {
     if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(pid as i32) }
 }
 
-/// What init does for ever. It holds no descriptor but these, and allocates nothing worth speaking of.
-fn live(hostname: &str, shim: &OwnedFd, done: OwnedFd, nothing: &Path) -> io::Result<()> {
-    // SAFETY: plain prctl calls with constants and a C string.
-    unsafe {
-        libc::prctl(libc::PR_SET_NAME, c"berth-init".as_ptr());
-        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+/// What init does for ever. It holds no descriptor but these, and allocates nothing worth speaking of. `mapped` speaks
+/// once its user namespace has numbers.
+fn live(
+    hostname: &str,
+    shim: &OwnedFd,
+    mapped: Option<OwnedFd>,
+    done: OwnedFd,
+    nothing: &Path,
+) -> io::Result<()> {
+    // SAFETY: a plain prctl call with a C string.
+    unsafe { libc::prctl(libc::PR_SET_NAME, c"berth-init".as_ptr()) };
+    // Only who it is as yet can reach it.
+    nix::unistd::chroot(nothing)?;
+    nix::unistd::chdir("/")?;
+    if let Some(mapped) = mapped {
+        if nix::unistd::read(&mapped, &mut [0])? == 0 {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        // Its pod's root, no longer the machine's.
+        let (uid, gid) = (nix::unistd::Uid::from_raw(0), nix::unistd::Gid::from_raw(0));
+        nix::unistd::setgroups(&[])?;
+        nix::unistd::setresgid(gid, gid, gid)?;
+        nix::unistd::setresuid(uid, uid, uid)?;
     }
+    // A change of user undoes it.
+    // SAFETY: a plain prctl call with constants.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
     let name = sys::c_string(hostname)?;
     // SAFETY: the pointer and the length belong together.
     if unsafe { libc::sethostname(name.as_ptr(), name.as_bytes().len()) } != 0 {
@@ -96,8 +130,6 @@ fn live(hostname: &str, shim: &OwnedFd, done: OwnedFd, nothing: &Path) -> io::Re
     mask.add(Signal::SIGCHLD);
     mask.thread_block()?;
     let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-    nix::unistd::chroot(nothing)?;
-    nix::unistd::chdir("/")?;
     sys::keep_capabilities(0)?;
     // Last: whoever has no more rights than this process could look into it otherwise, and hold it.
     sys::keep_memory_private()?;

@@ -31,6 +31,7 @@ mod supervisor;
 pub mod sys;
 #[cfg(test)]
 mod testing;
+pub(crate) mod users;
 
 use std::fs;
 use std::io::{self, Write};

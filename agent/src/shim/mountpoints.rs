@@ -16,14 +16,15 @@ use super::checkpoint::dump::is_bind;
 use super::error::ShimError;
 use super::rootfs::Inside;
 use super::sys;
+use super::users::Users;
 
 /// Where the kernel's own file systems go.
 const KERNELS: [&str; 3] = ["/dev", "/proc", "/sys"];
 
 /// Makes the kernel's directories plain ones in the container's root, and refuses mounts that do not stay where the
 /// job's file says: over the root, or into one of those by a link. `config` is the OCI configuration.
-pub fn settle(rootfs: &Path, config: &Value) -> Result<(), ShimError> {
-    let root = Inside::open(rootfs)?;
+pub fn settle(rootfs: &Path, users: Option<&Users>, config: &Value) -> Result<(), ShimError> {
+    let root = Inside::open(rootfs, users)?;
     for dir in KERNELS {
         root.make_mount_dir(dir.trim_start_matches('/')).map_err(ShimError::io("make in the image", dir))?;
     }
@@ -115,7 +116,7 @@ mod tests {
         }
         fs::create_dir_all(root.join("var/run")).unwrap();
         symlink("/", volume.join("top")).unwrap();
-        let of = |mounts: Vec<Value>| settle(&root, &json!({"mounts": mounts}));
+        let of = |mounts: Vec<Value>| settle(&root, None, &json!({"mounts": mounts}));
         for at in ["/data", "/data/new/deep", "/run/x", "/new", "/sys/fs/cgroup"] {
             assert!(of(vec![bind(&volume, at)]).is_ok(), "{at}");
         }

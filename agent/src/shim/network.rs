@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
 
@@ -52,8 +52,8 @@ pub fn has_links(gateway: Ipv4Addr) -> io::Result<bool> {
     Ok(nix::ifaddrs::getifaddrs()?.any(|interface| interface.interface_name.starts_with(subnet)))
 }
 
-/// Names the namespace of the pod's init by a file in the pod's directory, and wires it. Returns the file.
-pub fn set_up(task: &Task, dir: &Path, init: &Init) -> Result<PathBuf, NetworkError> {
+/// Names the namespace of the pod's init by a file in the pod's directory, and wires it. Returns the file's name there.
+pub fn set_up(task: &Task, dir: &Path, init: &Init) -> Result<&'static str, NetworkError> {
     let bound = dir.join(file::NETNS);
     File::create(&bound).map_err(io_error("cannot make the network namespace's file"))?;
     let source = init.namespace("net");
@@ -85,7 +85,7 @@ pub fn set_up(task: &Task, dir: &Path, init: &Init) -> Result<PathBuf, NetworkEr
         ]);
     }
     inside.send(requests).map_err(io_error("cannot set up the pod's links"))?;
-    Ok(bound)
+    Ok(file::NETNS)
 }
 
 /// Takes away the node's end of the link; that of the pod goes with it.

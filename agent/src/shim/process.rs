@@ -73,6 +73,11 @@ pub enum UserError {
     NoUser(String),
     #[error("group `{0}` is not in the image's /etc/group; give a number, or a name that is")]
     NoGroup(String),
+    #[error(
+        "user `{name}` is {uid}:{gid} with its groups in the image, beyond the numbers of a user namespace; name it by its \
+         number, and the pod has none"
+    )]
+    Beyond { name: String, uid: u32, gid: u32 },
 }
 
 /// `wanted` is `uid`, `name`, `uid:gid`, `name:group`; empty is root. `passwd` and `group` are the image's files.

@@ -6,12 +6,14 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use nix::sys::statvfs::{FsFlags, statvfs};
+
+use super::sys;
 
 const OWN: &str = "/proc/self/exe";
 
@@ -43,28 +45,10 @@ pub fn seal() -> io::Result<()> {
 
 /// The file on a mount of its own that is in nobody's tree, so that nobody can make it writable again.
 fn open_read_only() -> io::Result<OwnedFd> {
-    let path = c"/proc/self/exe";
-    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC as libc::c_uint;
-    // SAFETY: a C string; a new descriptor or -1 comes back.
-    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made it, and nobody else owns it.
-    let file = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
+    let file = sys::clone_mount(Path::new(OWN))?;
     // SAFETY: plain integers; zero is valid for each.
     let mut attr: libc::mount_attr = unsafe { std::mem::zeroed() };
     attr.attr_set = libc::MOUNT_ATTR_RDONLY;
-    // SAFETY: pointers to a constant and a local, with its size.
-    let set = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            file.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            &attr,
-            size_of_val(&attr),
-        )
-    };
-    if set != 0 { Err(io::Error::last_os_error()) } else { Ok(file) }
+    sys::set_mount(&file, &attr)?;
+    Ok(file)
 }

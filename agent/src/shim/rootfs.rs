@@ -14,10 +14,13 @@ use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::Mode;
+use nix::unistd::Pid;
 
 use super::checkpoint::archive;
 use super::error::ShimError;
+use super::init::Init;
 use super::sys;
+use super::users::{STAGE, Users};
 use crate::task::{Root, Task, file};
 
 /// Of what no program need be started from.
@@ -72,14 +75,18 @@ pub fn volume_dir(pod_dir: &Path, index: usize) -> PathBuf {
     pod_dir.join("volumes").join(index.to_string())
 }
 
-/// Where containers are given a host's path: as it was when the shim looked at it, whatever takes its name later.
+/// Where containers are given a volume: a host's path as it was when the shim looked at it, whatever takes its name
+/// later; others with their owners mapped where the pod has users of its own.
 pub fn shown_dir(pod_dir: &Path, index: usize) -> PathBuf {
     pod_dir.join(file::SHOWN_DIR).join(index.to_string())
 }
 
 /// A pod's files that end with its run: its configuration, records and mount points, and `/run/berth`, on which its
 /// programs may write.
-const RUN_OPTIONS: &str = "mode=700,size=4m,nr_inodes=4k";
+///
+/// Nobody but this process sees it, so that modes keep nobody out; those who become a container of the pod's, and are
+/// not the machine's root, have to pass.
+const RUN_OPTIONS: &str = "mode=711,size=4m,nr_inodes=4k";
 
 /// Makes `run/` in memory, for this mount namespace alone: it goes with the namespace whatever happens, and some thirty
 /// files on disk would take a third of the time of a pod's start.
@@ -117,17 +124,25 @@ fn layers(root: &Root, home: &Home) -> Result<Vec<PathBuf>, ShimError> {
     })
 }
 
+/// What becomes of owners in a container's file system, and of what was there before.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    /// Mapped for them, where the pod has its own.
+    pub users: Option<&'a Users>,
+    /// A checkpoint's archive of what was written.
+    pub written: Option<&'a Path>,
+}
+
 /// Mounts the container's root at `Home::rootfs`: empty of what an earlier run wrote, or with what a checkpoint's
 /// archive says was written.
-pub fn mount_root(root: &Root, home: &Home, written: Option<&Path>) -> Result<(), ShimError> {
-    overlay(&layers(root, home)?, &home.upper(), &home.on_disk("work"), &home.rootfs(), written)
+pub fn mount_root(root: &Root, home: &Home, view: View) -> Result<(), ShimError> {
+    overlay(&layers(root, home)?, home, ("upper", "work"), &home.rootfs(), view)
 }
 
 /// Mounts a writable view of the workspace at `Home::workspace`.
-pub fn mount_workspace(workspace: &Path, home: &Home, written: Option<&Path>) -> Result<(), ShimError> {
+pub fn mount_workspace(workspace: &Path, home: &Home, view: View) -> Result<(), ShimError> {
     let layers = [workspace.to_owned()];
-    let work = home.on_disk("workspace-work");
-    overlay(&layers, &home.workspace_upper(), &work, &home.workspace(), written)
+    overlay(&layers, home, ("workspace-upper", "workspace-work"), &home.workspace(), view)
 }
 
 /// Puts the container's own groups of each v1 hierarchy together at `Home::cgroups`, read-only.
@@ -145,13 +160,57 @@ pub fn mount_cgroups(groups: &[PathBuf], home: &Home) -> Result<(), ShimError> {
     Ok(())
 }
 
-/// Makes the directory `to` and shows `from` there.
-pub fn bind(from: &Path, to: &Path, flags: MsFlags) -> io::Result<()> {
-    fs::create_dir(to)?;
+/// Makes the directory `to` and shows `from` there, with owners mapped for `users`.
+pub fn show(from: &Path, to: &Path, users: Option<&Users>, flags: MsFlags) -> io::Result<()> {
+    let Some(users) = users else { return bind(from, to, flags) };
+    fs::create_dir_all(to)?;
+    users.show(from, to)?;
+    remount(to, flags)
+}
+
+fn bind(from: &Path, to: &Path, flags: MsFlags) -> io::Result<()> {
+    fs::create_dir_all(to)?;
     let none = None::<&str>;
     mount(Some(from), to, none, MsFlags::MS_BIND, none)?;
-    // The first call minds no flags.
-    Ok(mount(none, to, none, flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT, none)?)
+    remount(to, flags)
+}
+
+/// The call that binds minds no flags.
+fn remount(at: &Path, flags: MsFlags) -> io::Result<()> {
+    let none = None::<&str>;
+    Ok(mount(none, at, none, flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT, none)?)
+}
+
+/// Shows all of `run/` once more where processes without rights over the agent's directories can reach it, and names
+/// the namespaces of the pod's init there, which they could not open in /proc. Returns the pod's directory as they are
+/// to see it.
+pub fn stage(pod_dir: &Path, init: &Init) -> io::Result<PathBuf> {
+    let (run, none) = (pod_dir.join(file::RUN_DIR), None::<&str>);
+    let names = pod_dir.join(file::NAMESPACES_DIR);
+    fs::create_dir(&names)?;
+    for kind in ["user", "pid", "ipc", "uts"] {
+        let at = names.join(kind);
+        File::create(&at)?;
+        mount(Some(init.namespace(kind).as_str()), &at, none, MsFlags::MS_BIND, none)?;
+    }
+    let staged = staged();
+    fs::create_dir_all(&staged)?;
+    mount(Some(&run), &staged, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)?;
+    Ok(PathBuf::from(STAGE))
+}
+
+fn staged() -> PathBuf {
+    Path::new(STAGE).join(file::RUN_DIR)
+}
+
+/// Takes away all that this process has mounted for a pod.
+pub fn unmount_all(task: &Task, pod_dir: &Path) -> io::Result<()> {
+    unmount(&staged())?;
+    for index in 0..task.template.volumes.len() {
+        unmount(&volume_dir(pod_dir, index))?;
+    }
+    // With all that is mounted within.
+    unmount(&pod_dir.join(file::RUN_DIR))
 }
 
 /// The container's root as its run left it, read-only at `at`: for collecting outputs once the shim has gone.
@@ -175,11 +234,12 @@ pub fn unmount(at: &Path) -> io::Result<()> {
 
 fn overlay(
     layers: &[PathBuf],
-    upper: &Path,
-    work: &Path,
+    home: &Home,
+    (upper, work): (&str, &str),
     at: &Path,
-    written: Option<&Path>,
+    view: View,
 ) -> Result<(), ShimError> {
+    let (upper, work) = (&home.on_disk(upper), &home.on_disk(work));
     for fresh in [upper, work] {
         match fs::remove_dir_all(fresh) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(ShimError::io("clear", fresh)(e)),
@@ -194,15 +254,25 @@ fn overlay(
         std::os::unix::fs::chown(upper, Some(owner(&top).0), Some(owner(&top).1))
             .map_err(ShimError::io("set the owner of", upper))?;
     }
-    if let Some(archive) = written {
+    if let Some(archive) = view.written {
         archive::unpack(archive, upper).map_err(ShimError::io("bring back what was written in", upper))?;
     }
     // What a run has written counts for nothing after a crash, so it need not be synced. Linux 5.10 and later.
-    let mounted = match mount_overlay(layers, upper, work, at, MsFlags::empty(), ",volatile") {
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-            mount_overlay(layers, upper, work, at, MsFlags::empty(), "")
+    let mount = |layers: &[PathBuf], upper: &Path, work: &Path| {
+        let none = MsFlags::empty();
+        match mount_overlay(layers, upper, work, at, none, ",volatile") {
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+                mount_overlay(layers, upper, work, at, none, "")
+            }
+            other => other,
         }
-        other => other,
+    };
+    let mounted = match view.users {
+        None => mount(layers, upper, work),
+        Some(users) => mapped(users, home, layers, |layers, root| {
+            let name = |path: &Path| root.join(path.file_name().unwrap_or_default());
+            mount(layers, &name(upper), &name(work))
+        }),
     };
     mounted.map_err(|source| match layers.iter().find(|layer| !layer.exists()) {
         Some(path) => ShimError::LayerMissing { path: path.clone() },
@@ -211,6 +281,31 @@ fn overlay(
             ShimError::io(what, at)(source)
         }
     })
+}
+
+/// Calls `mount` with the places where layers, and the directory of what is written, have mapped owners meanwhile: an
+/// overlay keeps what it is made of, and works on it as who has mounted it, for whom there have to be numbers too.
+fn mapped(
+    users: &Users,
+    home: &Home,
+    layers: &[PathBuf],
+    mount: impl FnOnce(&[PathBuf], &Path) -> io::Result<()>,
+) -> io::Result<()> {
+    let at = home.bundle.join("mapped");
+    let places: Vec<PathBuf> = (0..=layers.len()).map(|index| at.join(index.to_string())).collect();
+    let (root, of_layers) = places.split_last().ok_or(io::ErrorKind::InvalidInput)?;
+    let show = || -> io::Result<()> {
+        for (from, to) in layers.iter().zip(of_layers).chain([(&home.root, root)]) {
+            fs::create_dir_all(to)?;
+            users.show(from, to)?;
+        }
+        users.as_root(|| mount(of_layers, root))
+    };
+    let shown = show();
+    for place in &places {
+        unmount(place)?;
+    }
+    shown
 }
 
 fn owner(metadata: &fs::Metadata) -> (u32, u32) {
@@ -243,45 +338,54 @@ fn fd_path(fd: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-/// Makes the pod's scratch volumes and checks that the others are there.
-pub fn prepare_volumes(task: &Task, pod_dir: &Path) -> Result<(), ShimError> {
+/// Makes the pod's scratch volumes, and shows them and the others where containers are given them.
+pub fn prepare_volumes(task: &Task, pod_dir: &Path, users: Option<&Users>) -> Result<(), ShimError> {
     for (index, volume) in task.template.volumes.iter().enumerate() {
-        let given = task.volumes.get(index).and_then(Option::as_ref);
-        match (&volume.source, given) {
+        let given = task.volumes.get(index).and_then(Option::as_deref);
+        let at = shown_dir(pod_dir, index);
+        let from = match (&volume.source, given) {
             (VolumeSource::Scratch(size), None) => {
-                let at = volume_dir(pod_dir, index);
-                make_dir(&at, 0o777)?;
-                // For any user of the container, as /tmp.
-                let mode = fs::Permissions::from_mode(0o1777);
-                fs::set_permissions(&at, mode).map_err(ShimError::io("set the mode of", &at))?;
-                if size.0 <= SCRATCH_MEMORY_BYTES_MAX {
-                    let options = format!("size={},mode=1777", size.0);
-                    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-                    mount(Some("scratch"), &at, Some("tmpfs"), flags, Some(options.as_str()))
-                        .map_err(|e| ShimError::io("mount a tmpfs at", &at)(e.into()))?;
-                }
+                let dir = volume_dir(pod_dir, index);
+                make_scratch(&dir, size.0)?;
+                dir
             }
             (VolumeSource::Host(_), Some(path)) if path.exists() => {
-                show(path, &shown_dir(pod_dir, index)).map_err(|source| match source.raw_os_error() {
+                show_as_found(path, &at).map_err(|source| match source.raw_os_error() {
                     Some(libc::ELOOP) => {
-                        ShimError::VolumeMoved { mount: volume.mount.clone(), path: path.clone() }
+                        ShimError::VolumeMoved { mount: volume.mount.clone(), path: path.to_owned() }
                     }
                     _ => ShimError::io("mount the volume's", path)(source),
                 })?;
+                continue;
             }
-            (_, Some(path)) if path.exists() => {}
+            (_, Some(path)) if path.exists() => path.to_owned(),
             (_, path) => {
-                let path = path.cloned().unwrap_or_default();
+                let path = path.map(Path::to_owned).unwrap_or_default();
                 return Err(ShimError::VolumeMissing { mount: volume.mount.clone(), path });
             }
-        }
+        };
+        show(&from, &at, users, MsFlags::empty()).map_err(ShimError::io("show the volume at", &from))?;
+    }
+    Ok(())
+}
+
+fn make_scratch(at: &Path, size: u64) -> Result<(), ShimError> {
+    make_dir(at, 0o777)?;
+    // For any user of the container, as /tmp.
+    let mode = fs::Permissions::from_mode(0o1777);
+    fs::set_permissions(at, mode).map_err(ShimError::io("set the mode of", at))?;
+    if size <= SCRATCH_MEMORY_BYTES_MAX {
+        let options = format!("size={size},mode=1777");
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        mount(Some("scratch"), at, Some("tmpfs"), flags, Some(options.as_str()))
+            .map_err(|e| ShimError::io("mount a tmpfs at", at)(e.into()))?;
     }
     Ok(())
 }
 
 /// Mounts a host's path at `at`. The daemon has found it allowed and free of links; what a pod that may write there has
 /// put into its place since then does not count.
-fn show(path: &Path, at: &Path) -> io::Result<()> {
+fn show_as_found(path: &Path, at: &Path) -> io::Result<()> {
     let file = sys::open_without_links(path, libc::O_PATH)?;
     let from = fd_path(&file);
     fs::create_dir_all(at.parent().unwrap_or(at))?;
@@ -294,21 +398,38 @@ fn show(path: &Path, at: &Path) -> io::Result<()> {
 }
 
 /// A container's root, for touching it from outside without ever leaving it, whatever links it holds.
-pub struct Inside(OwnedFd);
+pub struct Inside<'a> {
+    root: OwnedFd,
+    users: Option<&'a Users>,
+}
 
-impl Inside {
-    pub fn open(rootfs: &Path) -> Result<Self, ShimError> {
-        open_path(rootfs).map(Self).map_err(ShimError::io("open", rootfs))
+impl<'a> Inside<'a> {
+    pub fn open(rootfs: &Path, users: Option<&'a Users>) -> Result<Self, ShimError> {
+        let root = open_path(rootfs).map_err(ShimError::io("open", rootfs))?;
+        Ok(Self { root, users })
+    }
+
+    /// That of a process that is in its container: to look into, or change where the pod has no users of its own.
+    pub fn of_process(pid: Pid) -> io::Result<Self> {
+        Ok(Self { root: open_path(Path::new(&format!("/proc/{pid}/root")))?, users: None })
     }
 
     pub fn fd(&self) -> &OwnedFd {
-        &self.0
+        &self.root
+    }
+
+    /// By whom what `act` makes can be made.
+    fn as_root<T>(&self, act: impl FnOnce() -> T) -> T {
+        match self.users {
+            Some(users) => users.as_root(act),
+            None => act(),
+        }
     }
 
     /// The text of a file; empty where it is not there.
     pub fn read(&self, path: &str) -> String {
         let mut text = Vec::new();
-        let Ok(fd) = sys::open_in_root(&self.0, Path::new(path), libc::O_RDONLY | libc::O_NONBLOCK) else {
+        let Ok(fd) = sys::open_in_root(&self.root, Path::new(path), libc::O_RDONLY | libc::O_NONBLOCK) else {
             return String::new();
         };
         let _ = File::from(fd).take(IMAGE_FILE_BYTES_MAX).read_to_end(&mut text);
@@ -319,11 +440,13 @@ impl Inside {
     pub fn make_dirs(&self, path: &str, uid: u32, gid: u32) -> io::Result<()> {
         let mut at = PathBuf::from("/");
         for part in Path::new(path).components().skip(1) {
-            let parent = sys::open_in_root(&self.0, &at, libc::O_PATH | libc::O_DIRECTORY)?;
+            let parent = sys::open_in_root(&self.root, &at, libc::O_PATH | libc::O_DIRECTORY)?;
             at.push(part);
-            match nix::sys::stat::mkdirat(parent.as_fd(), part.as_os_str(), Mode::from_bits_truncate(0o755)) {
+            let mode = Mode::from_bits_truncate(0o755);
+            match self.as_root(|| nix::sys::stat::mkdirat(parent.as_fd(), part.as_os_str(), mode)) {
                 Ok(()) => {
-                    let owner = (Some(uid.into()), Some(gid.into()));
+                    let outside = |id| self.users.map_or(id, |users| users.outside(id));
+                    let owner = (Some(outside(uid).into()), Some(outside(gid).into()));
                     let flags = nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW;
                     nix::unistd::fchownat(parent.as_fd(), part.as_os_str(), owner.0, owner.1, flags)?;
                 }
@@ -337,19 +460,20 @@ impl Inside {
     /// Makes `name`, of the root itself, a directory to mount over, whatever else it is.
     pub fn make_mount_dir(&self, name: &str) -> io::Result<()> {
         let flags = nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW;
-        match nix::sys::stat::fstatat(self.0.as_fd(), name, flags) {
+        match nix::sys::stat::fstatat(self.root.as_fd(), name, flags) {
             Ok(stat) if stat.st_mode & libc::S_IFMT == libc::S_IFDIR => return Ok(()),
-            Ok(_) => nix::unistd::unlinkat(self.0.as_fd(), name, nix::unistd::UnlinkatFlags::NoRemoveDir)?,
+            Ok(_) => nix::unistd::unlinkat(self.root.as_fd(), name, nix::unistd::UnlinkatFlags::NoRemoveDir)?,
             Err(nix::Error::ENOENT) => {}
             Err(e) => return Err(e.into()),
         }
-        Ok(nix::sys::stat::mkdirat(self.0.as_fd(), name, Mode::from_bits_truncate(0o755))?)
+        let mode = Mode::from_bits_truncate(0o755);
+        Ok(self.as_root(|| nix::sys::stat::mkdirat(self.root.as_fd(), name, mode))?)
     }
 
     /// Makes `dir`/`name` a plain file to mount over, where it is a link that may lead to nothing.
     pub fn make_mount_file(&self, dir: &str, name: &str) -> io::Result<()> {
         self.make_dirs(dir, 0, 0)?;
-        let parent = sys::open_in_root(&self.0, Path::new(dir), libc::O_PATH | libc::O_DIRECTORY)?;
+        let parent = sys::open_in_root(&self.root, Path::new(dir), libc::O_PATH | libc::O_DIRECTORY)?;
         let flags = nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW;
         match nix::sys::stat::fstatat(parent.as_fd(), name, flags) {
             Ok(stat) if stat.st_mode & libc::S_IFMT == libc::S_IFLNK => {
@@ -361,7 +485,7 @@ impl Inside {
         }
         let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_WRONLY;
         let mode = Mode::from_bits_truncate(0o644);
-        nix::fcntl::openat(parent.as_fd(), name, flags, mode)?;
+        self.as_root(|| nix::fcntl::openat(parent.as_fd(), name, flags, mode))?;
         Ok(())
     }
 }

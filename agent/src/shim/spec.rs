@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use berth_protocol::job::{ContainerSpec, Network, PodTemplate, Volume, VolumeSource};
+use berth_protocol::job::{ContainerSpec, Network, PodTemplate, Volume};
 use berth_protocol::units::Bytes;
 use serde_json::{Value, json};
 
@@ -61,7 +61,11 @@ pub const OOM_SCORE_ADJ: i32 = 500;
 pub struct Pod<'a> {
     pub task: &'a Task,
     pub dir: &'a Path,
-    /// `/proc/<pid>/ns` of the pod's init.
+    /// `dir` as those see it who become the pod's containers: its `run/` is there.
+    pub seen: &'a Path,
+    /// Has it users of its own?
+    pub users: bool,
+    /// Where the namespaces of the pod's init have names.
     pub namespaces: PathBuf,
     /// The network namespace's file; `None`: the node's.
     pub network: Option<PathBuf>,
@@ -105,7 +109,7 @@ pub fn oci(pod: &Pod, container: &Container, cgroup: &Path) -> Value {
     let spec = container.spec;
     let caps: Vec<String> = capabilities(spec).iter().map(|name| format!("CAP_{name}")).collect();
     let mut namespaces = vec![json!({"type": "mount"}), json!({"type": "cgroup"})];
-    for kind in ["pid", "ipc", "uts"] {
+    for kind in pod.users.then_some("user").into_iter().chain(["pid", "ipc", "uts"]) {
         namespaces.push(json!({"type": kind, "path": pod.namespaces.join(kind)}));
     }
     namespaces.extend(pod.network.iter().map(|path| json!({"type": "network", "path": path})));
@@ -126,7 +130,7 @@ pub fn oci(pod: &Pod, container: &Container, cgroup: &Path) -> Value {
             },
             "rlimits": [{"type": "RLIMIT_NOFILE", "soft": hard.min(NOFILE_SOFT_MAX), "hard": hard}],
         },
-        "root": {"path": Home::new(pod.dir, &spec.name).rootfs(), "readonly": spec.read_only_root},
+        "root": {"path": Home::new(pod.seen, &spec.name).rootfs(), "readonly": spec.read_only_root},
         "mounts": mounts(pod, container),
         "linux": {
             "namespaces": namespaces,
@@ -182,9 +186,9 @@ fn mounts(pod: &Pod, container: &Container) -> Vec<Value> {
     ];
     all.push(cgroups(pod, spec));
     let harmless = ["nosuid", "nodev", "noexec"];
-    all.push(bind(pod.dir.join(file::BERTH_DIR), "/run/berth", &harmless));
+    all.push(bind(pod.seen.join(file::BERTH_DIR), "/run/berth", &harmless));
     for name in ["hostname", "hosts", "resolv.conf"] {
-        all.push(bind(pod.dir.join(file::ETC_DIR).join(name), format!("/etc/{name}"), &harmless));
+        all.push(bind(pod.seen.join(file::ETC_DIR).join(name), format!("/etc/{name}"), &harmless));
     }
     all.extend(container.device_files.iter().map(|path| bind(path, path, &["ro", "nosuid", "nodev"])));
     all.extend(volumes(pod, template));
@@ -193,10 +197,10 @@ fn mounts(pod: &Pod, container: &Container) -> Vec<Value> {
         template
             .workspace
             .as_ref()
-            .map(|workspace| bind(Home::new(pod.dir, &spec.name).workspace(), &workspace.path, &["nodev"])),
+            .map(|workspace| bind(Home::new(pod.seen, &spec.name).workspace(), &workspace.path, &["nodev"])),
     );
     all.extend(spec.secrets.iter().map(|secret| {
-        let from = pod.dir.join(file::SECRETS_DIR).join(secret.name.as_str());
+        let from = pod.seen.join(file::SECRETS_DIR).join(secret.name.as_str());
         bind(from, &secret.mount, &["ro", "nosuid", "nodev", "noexec"])
     }));
     all
@@ -208,24 +212,14 @@ fn cgroups(pod: &Pod, spec: &ContainerSpec) -> Value {
     let options = ["nosuid", "noexec", "nodev", "ro"];
     match pod.v2 {
         true => mount("cgroup", "/sys/fs/cgroup", &options),
-        false => bind(Home::new(pod.dir, &spec.name).cgroups(), "/sys/fs/cgroup", &options),
+        false => bind(Home::new(pod.seen, &spec.name).cgroups(), "/sys/fs/cgroup", &options),
     }
 }
 
 fn volumes(pod: &Pod, template: &PodTemplate) -> Vec<Value> {
-    let mut all: Vec<(&Volume, PathBuf)> = template
-        .volumes
-        .iter()
-        .enumerate()
-        .map(|(index, volume)| {
-            let from = match (&volume.source, pod.task.volumes.get(index).cloned().flatten()) {
-                (VolumeSource::Host(_), Some(_)) => rootfs::shown_dir(pod.dir, index),
-                (_, Some(given)) => given,
-                (_, None) => rootfs::volume_dir(pod.dir, index),
-            };
-            (volume, from)
-        })
-        .collect();
+    let shown = template.volumes.iter().enumerate();
+    let mut all: Vec<(&Volume, PathBuf)> =
+        shown.map(|(index, volume)| (volume, rootfs::shown_dir(pod.seen, index))).collect();
     // Outer ones first, so that they do not cover inner ones.
     all.sort_by_key(|(volume, _)| Path::new(&volume.mount).components().count());
     let options = |volume: &Volume| if volume.read_only { &["nodev", "ro"][..] } else { &["nodev"][..] };

@@ -198,6 +198,93 @@ fn open_how(at: RawFd, path: &Path, flags: i32, resolve: u64) -> io::Result<Owne
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
+/// A mount of what lies at `path`, in no tree yet; one of a directory in which something is mounted has nothing there.
+pub fn clone_mount(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_string(path)?;
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC as libc::c_uint;
+    // SAFETY: a C string that outlives the call; a new descriptor or -1 comes back.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made it, and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Sets a mount's attributes (Linux 5.12).
+pub fn set_mount(mount: &OwnedFd, attr: &libc::mount_attr) -> io::Result<()> {
+    let (fd, path) = (mount.as_raw_fd(), c"".as_ptr());
+    // SAFETY: a constant and a valid pointer, with its size.
+    let set = unsafe {
+        libc::syscall(libc::SYS_mount_setattr, fd, path, libc::AT_EMPTY_PATH, attr, size_of_val(attr))
+    };
+    if set != 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Puts a mount that is in no tree at `path`.
+pub fn attach_mount(mount: &OwnedFd, path: &Path) -> io::Result<()> {
+    let path = c_string(path)?;
+    let (fd, flags) = (mount.as_raw_fd(), libc::MOVE_MOUNT_F_EMPTY_PATH);
+    // SAFETY: C strings that outlive the call.
+    let moved = unsafe {
+        libc::syscall(libc::SYS_move_mount, fd, c"".as_ptr(), libc::AT_FDCWD, path.as_ptr(), flags)
+    };
+    if moved != 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Takes a byte of a file for this process alone, until it closes the file or ends; `false` where another has it.
+pub fn lock_byte(file: &File, at: i64) -> bool {
+    // SAFETY: plain integers; zero is valid for each.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = libc::F_WRLCK as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    (lock.l_start, lock.l_len) = (at as libc::off_t, 1);
+    // SAFETY: the pointer is to a local.
+    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLK, &lock) == 0 }
+}
+
+/// What `act` does with files is done as user and group `id`, whom nothing is forbidden. Of one thread.
+pub fn acting_as<T>(id: u32, act: impl FnOnce() -> T) -> T {
+    let become_owner = |id: u32| {
+        // SAFETY: no pointers.
+        unsafe {
+            libc::setfsgid(id);
+            libc::setfsuid(id);
+        }
+    };
+    become_owner(id);
+    // A change from 0 takes the rights over files; those that may be had are taken again. One back to 0 gives them.
+    let _ = raise_capabilities();
+    let done = act();
+    become_owner(0);
+    done
+}
+
+/// linux/capability.h: sets of 64 bits, in two halves of three words.
+#[repr(C)]
+struct CapabilityHeader {
+    version: u32,
+    pid: i32,
+}
+
+const CAPABILITIES_OF_THIS: CapabilityHeader = CapabilityHeader { version: 0x2008_0522, pid: 0 };
+
+/// Makes all capabilities that are permitted effective.
+fn raise_capabilities() -> io::Result<()> {
+    // Of each half the effective, the permitted and the inheritable ones.
+    let mut words = [0_u32; 6];
+    // SAFETY: pointers to a constant and a local of the sizes that this version has.
+    if unsafe { libc::syscall(libc::SYS_capget, &CAPABILITIES_OF_THIS, words.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    (words[0], words[3]) = (words[1], words[4]);
+    // SAFETY: as above.
+    match unsafe { libc::syscall(libc::SYS_capset, &CAPABILITIES_OF_THIS, words.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Keeps what this process has in memory from core dumps and from other processes of its user, until it becomes another
 /// program: keys are in there, or what leads out of a pod. Children inherit it until their exec.
 pub fn keep_memory_private() -> io::Result<()> {
@@ -210,20 +297,13 @@ pub fn keep_memory_private() -> io::Result<()> {
 
 /// Gives up every capability of this process's one thread but those of `bits`, for good: it could not get one back by an exec.
 pub fn keep_capabilities(bits: u64) -> io::Result<()> {
-    #[repr(C)]
-    struct Header {
-        version: u32,
-        pid: i32,
-    }
-    /// `_LINUX_CAPABILITY_VERSION_3` of linux/capability.h: sets of 64 bits, in two halves of three words.
-    const VERSION: u32 = 0x2008_0522;
     let (low, high) = (bits as u32, (bits >> 32) as u32);
     // Of each half the effective, the permitted and the inheritable ones.
-    let (header, kept) = (Header { version: VERSION, pid: 0 }, [low, low, 0, high, high, 0]);
+    let kept = [low, low, 0, high, high, 0];
     // SAFETY: constants, then two pointers to locals of the sizes that this version has.
     unsafe {
         if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
-            || libc::syscall(libc::SYS_capset, &header, kept.as_ptr()) != 0
+            || libc::syscall(libc::SYS_capset, &CAPABILITIES_OF_THIS, kept.as_ptr()) != 0
         {
             return Err(io::Error::last_os_error());
         }

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use berth_protocol::job::TcpPolicy;
 use nix::sys::stat::fstat;
@@ -144,7 +144,7 @@ pub fn plan(task: &Task, dir: &Path, container: &Container) -> io::Result<(Optio
     let home = Home::new(dir, &container.name);
     let config = config(&home)?;
     let pid = container.pid;
-    let root = Inside::open(&PathBuf::from(format!("/proc/{pid}/root"))).map_err(io::Error::other)?;
+    let root = Inside::of_process(pid)?;
     let all = mounts(&fs::read_to_string(format!("/proc/{pid}/mountinfo"))?);
     let mut options = Options::default();
     options.pid(pid.as_raw()).root(b"/").leave_running().ignore_cgroups().file_locks().link_remap();

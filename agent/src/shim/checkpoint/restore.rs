@@ -32,16 +32,22 @@ use super::rpc::{Call, Options};
 use super::{Parts, archive};
 use crate::task::{Saved, SavedContainer, Task};
 
-/// Reads what the shim that saved has said, and brings the scratch volumes' files back.
-pub fn open(task: &Task, dir: &Path) -> Result<Saved, ShimError> {
-    let parts = Parts::to_restore(dir);
-    let read = || -> io::Result<Saved> { Ok(serde_json::from_slice(&fs::read(parts.saved())?)?) };
+/// Reads what the shim that saved has said.
+pub fn read(task: &Task, dir: &Path) -> Result<Saved, ShimError> {
+    let read =
+        || -> io::Result<Saved> { Ok(serde_json::from_slice(&fs::read(Parts::to_restore(dir).saved())?)?) };
     let saved = read().map_err(ShimError::Checkpoint)?;
     let names = saved.containers.iter().map(|container| &container.name);
     if !names.eq(task.template.containers.iter().map(|container| &container.name)) {
         let other = io::Error::other("its containers are not the job's");
         return Err(ShimError::Checkpoint(other));
     }
+    Ok(saved)
+}
+
+/// Brings the files of scratch volumes back, and of those that are saved with the pod.
+pub fn fill_volumes(task: &Task, dir: &Path) -> Result<(), ShimError> {
+    let parts = Parts::to_restore(dir);
     for (index, (volume, given)) in task.template.volumes.iter().zip(&task.volumes).enumerate() {
         let at = match given {
             None => rootfs::volume_dir(dir, index),
@@ -55,7 +61,7 @@ pub fn open(task: &Task, dir: &Path) -> Result<Saved, ShimError> {
         archive::unpack(&parts.volume(index), &at)
             .map_err(ShimError::io("bring back what was written in", at))?;
     }
-    Ok(saved)
+    Ok(())
 }
 
 /// Removes all that is in a directory.

@@ -66,7 +66,7 @@ impl Asking {
 
 /// The file in the container, on whatever mount of its.
 fn is_there(container: &Container, path: &str) -> bool {
-    Inside::open(Path::new(&format!("/proc/{}/root", container.pid))).is_ok_and(|root| {
+    Inside::of_process(container.pid).is_ok_and(|root| {
         sys::open_in_root(root.fd(), Path::new(path), libc::O_PATH | libc::O_NOFOLLOW).is_ok()
     })
 }
@@ -75,7 +75,7 @@ fn is_there(container: &Container, path: &str) -> bool {
 fn remove(container: &Container, path: &str) -> io::Result<()> {
     let path = Path::new(path);
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(()) };
-    let root = Inside::open(Path::new(&format!("/proc/{}/root", container.pid))).map_err(io::Error::other)?;
+    let root = Inside::of_process(container.pid)?;
     let removed = sys::open_in_root(root.fd(), parent, libc::O_PATH | libc::O_DIRECTORY)
         .and_then(|dir| Ok(unlinkat(dir.as_fd(), name, UnlinkatFlags::NoRemoveDir)?));
     match removed {
@@ -191,7 +191,8 @@ impl Supervisor {
                 continue;
             }
             drain_rest(&mut container.pumps, &mut self.log, &container.name);
-            let made = create::again(&self.dir, spec, container.cgroup.clone());
+            let users = self.init.as_ref().and_then(|init| init.users.as_ref());
+            let made = create::again(&self.dir, spec, container.cgroup.clone(), users);
             match made.and_then(|made| made.start().map(|()| made)) {
                 Ok(made) => *container = made,
                 Err(error) => {

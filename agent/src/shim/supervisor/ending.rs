@@ -104,16 +104,9 @@ impl Supervisor {
     fn clean_up(&self, keep_written: bool) -> io::Result<()> {
         let ended = super::super::end(&self.task).map_err(io::Error::other);
         // Removing the files through a mount would remove what is mounted.
-        self.unmount().map_err(|e| io::Error::other(format!("cannot unmount: {e}")))?;
+        rootfs::unmount_all(&self.task, &self.dir)
+            .map_err(|e| io::Error::other(format!("cannot unmount: {e}")))?;
         super::super::clear(&self.dir, keep_written).map_err(io::Error::other)?;
         ended
-    }
-
-    fn unmount(&self) -> io::Result<()> {
-        for index in 0..self.task.template.volumes.len() {
-            rootfs::unmount(&rootfs::volume_dir(&self.dir, index))?;
-        }
-        // With all that is mounted within.
-        rootfs::unmount(&self.dir.join(file::RUN_DIR))
     }
 }
