@@ -126,6 +126,9 @@ struct Settings {
     /// The CRIU to use [default: the first that works of criu/criu beside this program, /usr/lib/berth/criu/criu, PATH]
     #[arg(long, env = "BERTH_CRIU", value_name = "PATH")]
     criu: Option<PathBuf>,
+    /// Give pods users of their own, where docs/security.md does not say otherwise [default: true]
+    #[arg(long, env = "BERTH_USER_NAMESPACES", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    user_namespaces: Option<bool>,
     /// Offer this much instead of the whole machine, as `cpu=2,memory=4Gi`
     #[arg(long, env = "BERTH_CAPACITY", value_name = "AMOUNTS")]
     capacity: Option<String>,
@@ -207,6 +210,8 @@ pub struct Config {
     pub policy: NodePolicy,
     pub reach: Reach,
     pub criu: Option<PathBuf>,
+    /// Pods may have users of their own.
+    pub user_namespaces: bool,
     pub capacity: Amounts,
     pub reserved: Amounts,
     pub mirrors: BTreeMap<String, Vec<String>>,
@@ -421,6 +426,7 @@ impl Config {
                 node_ports: pick!(node_ports).unwrap_or_default(),
             },
             criu: pick!(criu),
+            user_namespaces: pick!(user_namespaces).unwrap_or(true),
             capacity: Amounts::parse(&pick!(capacity).unwrap_or_default()).context("--capacity")?,
             reserved: Amounts::parse(&pick!(reserved).unwrap_or_default()).context("--reserved")?,
             mirrors,

@@ -58,6 +58,9 @@ pub struct Task {
     /// A CRIU that works here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub criu: Option<PathBuf>,
+    /// The pod may have users of its own.
+    #[serde(default)]
+    pub own_users: bool,
     /// Begin from the checkpoint in the pod's `restore/`, every byte of which was verified.
     #[serde(default)]
     pub restore: bool,
@@ -307,6 +310,8 @@ pub mod file {
     /// In it: facts that may change, a word that the pod is to save itself, and the checkpoint directory.
     pub const POD: &str = "pod.json";
     pub const SAVE: &str = "save";
+    /// That word before it is there.
+    pub const SAVE_WORD: &str = "run/save";
     pub const CHECKPOINT_DIR: &str = "checkpoint";
 
     pub fn exit(run: berth_protocol::ids::Run) -> String {

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use berth_agent::shim;
-use berth_agent::task::{ImageProcess, Order, Root};
+use berth_agent::task::{ImageProcess, Order, Report, Root};
 use berth_protocol::ids::VolumeName;
 use berth_protocol::job::{Volume, VolumeSource};
 use berth_protocol::units::{Bytes, Millis};
@@ -30,7 +30,7 @@ impl Image {
         fs::set_permissions(image.0.path(), fs::Permissions::from_mode(0o755)).unwrap();
         fs::create_dir(image.0.path().join("bin")).unwrap();
         fs::copy("/bin/busybox", image.0.path().join("bin/busybox")).unwrap();
-        for name in ["sh", "cat", "head", "ls", "mknod", "readlink"] {
+        for name in ["sh", "cat", "head", "ls", "ln", "mkfifo", "mknod", "readlink", "sleep"] {
             symlink("busybox", image.0.path().join("bin").join(name)).unwrap();
         }
         image
@@ -302,6 +302,34 @@ fn devices_of_an_image_or_of_its_own_making_open_to_nobody() {
          head -c 1 /dev/zero >/dev/null && echo zero";
     for mut pod in image.both(script) {
         assert_eq!(pod.succeed(), "zero\n");
+    }
+}
+
+#[test]
+fn the_word_to_save_itself_is_written_to_nothing_that_a_link_leads_to() {
+    let outside = Outside::new();
+    let victim = outside.0.path().join("ptmx");
+    let layer = Image::new();
+    // A pipe that nobody reads would hold the shim up.
+    for make in [format!("ln -s {}", victim.display()), "mkfifo".to_owned()] {
+        for mut pod in [Pod::new(""), layer.pod_with_users("")] {
+            let script = format!(
+                "trap 'cat /run/berth/save; exit 85' USR1; {make} /run/berth/save; echo up; while :; do sleep 0.01; done"
+            );
+            pod.main().command = shell(&script);
+            let policy = &mut pod.task.template.checkpoint;
+            (policy.signal, policy.grace) = (Some("SIGUSR1".to_owned()), Millis(10_000));
+            let mut agent = pod.start();
+            agent.running();
+            wait_for("output", || pod.output().contains("up"));
+            agent.order(&Order::Save { level: 7, hold: true });
+            agent.until(|report| matches!(report, Report::Saved { .. }).then_some(()));
+            outside.assert_untouched(&make);
+            assert_eq!(pod.output(), "up\n7\n", "{make}");
+            agent.order(&Order::Stop { grace: Millis(0) });
+            agent.exited();
+            pod.wait();
+        }
     }
 }
 

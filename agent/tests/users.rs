@@ -24,7 +24,7 @@ fn layer() -> tempfile::TempDir {
         fs::create_dir_all(path(dir)).unwrap();
     }
     fs::copy("/bin/busybox", path("bin/busybox")).unwrap();
-    for name in ["sh", "cat", "id", "ls", "stat", "touch", "chown", "rm", "mkdir", "sleep", "sed", "ping"] {
+    for name in ["sh", "cat", "id", "ls", "stat", "touch", "chown", "rm", "mkdir", "sleep", "grep"] {
         symlink("busybox", path("bin").join(name)).unwrap();
     }
     fs::write(
@@ -32,6 +32,7 @@ fn layer() -> tempfile::TempDir {
         "root:x:0:0::/root:/bin/sh\nada:x:1000:1000::/home/ada:/bin/sh\nfar:x:70000:1::/:\n",
     )
     .unwrap();
+    fs::write(path("etc/group"), "few:x:4:ada\nmany:x:70001:ada\n").unwrap();
     fs::write(path("home/ada/given"), "").unwrap();
     chown(path("home/ada"), Some(1000), Some(1000)).unwrap();
     chown(path("home/ada/given"), Some(1000), Some(1000)).unwrap();
@@ -51,9 +52,18 @@ fn volume(mount: &str, source: VolumeSource) -> Volume {
 
 /// The real user of a process.
 fn user(pid: i32) -> u32 {
+    numbers(pid, "Uid:")[0]
+}
+
+/// Those beside its first one.
+fn groups(pid: i32) -> Vec<u32> {
+    numbers(pid, "Groups:")
+}
+
+fn numbers(pid: i32, what: &str) -> Vec<u32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("Uid:\t")).unwrap();
-    line.split('\t').next().unwrap().parse().unwrap()
+    let line = status.lines().find_map(|line| line.strip_prefix(what)).unwrap();
+    line.split_whitespace().map(|number| number.parse().unwrap()).collect()
 }
 
 fn owner(path: PathBuf) -> (u32, u32) {
@@ -75,10 +85,23 @@ fn no_process_of_a_pod_is_a_user_of_the_machines() {
         wait_for("output", || pod.output().contains("up"));
         let first = user(pod.init_pid());
         assert_eq!(user(pod.container_pid()), first + inside);
-        assert!((0x4000_0000..0x7000_0000).contains(&first) && first % 65_536 == 0, "{first}");
+        for pid in [pod.init_pid(), pod.container_pid()] {
+            // Nor have they those of whoever has started the agent.
+            assert!(
+                groups(pid).iter().all(|group| (first..first + 65_536).contains(group)),
+                "{:?}",
+                groups(pid)
+            );
+        }
+        assert!((0x4000_0000..0x7000_0000).contains(&first) && first.is_multiple_of(65_536), "{first}");
         firsts.push(first);
     }
     assert_ne!(firsts[0], firsts[1], "pods share no numbers");
+    let mut without = pod(&[layer.path()], ALIVE);
+    without.task.own_users = false;
+    let mut agent = without.start();
+    agent.running();
+    assert_eq!((user(without.container_pid()), groups(without.container_pid())), (0, Vec::new()));
 }
 
 #[test]
@@ -154,6 +177,7 @@ fn what_is_the_nodes_stays_the_nodes_users() {
     );
     assert!(!has(&|pod| criu(pod, CheckpointMode::Auto)) && !has(&|pod| criu(pod, CheckpointMode::Criu)));
     assert!(!has(&|pod| pod.task.roots = vec![Root::Host]));
+    assert!(!has(&|pod| pod.task.own_users = false));
     assert!(!has(&|pod| pod.task.template.network = Network::Host));
     assert!(!has(&|pod| pod.main().capabilities = ["NET_ADMIN".to_owned()].into()));
     assert!(!has(&|pod| pod.main().user = Some("1:65536".to_owned())));
@@ -174,9 +198,13 @@ fn a_user_without_a_number_in_the_namespace_is_named() {
     assert_eq!(outcome.reason.as_deref(), Some("UserNotFound"));
     assert!(outcome.message.as_deref().unwrap().contains("user `far` is 70000:1"), "{outcome:?}");
     pod.assert_clean();
-    pod.main().user = Some("70000".to_owned());
+    pod.main().user = Some("70000:1".to_owned());
     pod.task.run = pod.task.run.next();
     assert!(pod.succeed().starts_with("uid=70000"), "{}", pod.output());
+    // A group that he has no need of.
+    pod.main().user = Some("ada".to_owned());
+    pod.task.run = pod.task.run.next();
+    assert!(pod.succeed().ends_with("groups=4(few)\n"), "{}", pod.output());
 }
 
 #[test]
@@ -234,4 +262,46 @@ fn where_owners_cannot_be_mapped_a_pod_runs_without_numbers_of_its_own() {
     assert_eq!(exit.outcome.exit_code, Some(0), "{exit:?}");
     assert!(output.contains("4294967295") && output.contains(r#""userNamespace":false"#), "{output}");
     fs::create_dir_all(&pod.dir).unwrap();
+}
+
+#[test]
+fn what_covers_a_part_of_proc_leaves_pods_without() {
+    use nix::mount::{MsFlags, mount};
+    use nix::sched::{CloneFlags, unshare};
+    let layer = layer();
+    let mut pod = pod(&[layer.path()], "cat /run/berth/pod.json");
+    // As lxcfs does for the containers that it serves; here for this thread and what it starts alone.
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+    mount(Some("/proc/uptime"), "/proc/cpuinfo", none, MsFlags::MS_BIND, none).unwrap();
+    let facts = pod.succeed();
+    assert!(facts.contains(r#""userNamespace":false"#), "{facts}");
+}
+
+#[test]
+fn a_volume_shows_what_is_mounted_in_it_and_keeps_its_flags() {
+    use nix::mount::{MsFlags, mount, umount};
+    let (layer, named) = (layer(), tempfile::tempdir().unwrap());
+    let below = named.path().join("below");
+    fs::create_dir(&below).unwrap();
+    let none = None::<&str>;
+    mount(Some("below"), &below, Some("tmpfs"), MsFlags::MS_NOEXEC, none).unwrap();
+    fs::write(below.join("there"), "").unwrap();
+    mount(none, &below, none, MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOEXEC, none).unwrap();
+    let outputs = [true, false].map(|own_users| {
+        let mut pod =
+            pod(&[layer.path()], "ls /v/below; touch /v/below/made 2>&1; grep /v/below /proc/self/mountinfo");
+        pod.task.own_users = own_users;
+        let source = VolumeSource::Named(VolumeName::parse("data").unwrap());
+        pod.task.template.volumes = vec![volume("/v", source)];
+        pod.task.volumes = vec![Some(named.path().to_owned())];
+        pod.run();
+        pod.output()
+    });
+    umount(&below).unwrap();
+    for output in outputs {
+        assert!(output.starts_with("there\ntouch: /v/below/made: Read-only file system\n"), "{output}");
+        assert!(output.contains(" ro,noexec,"), "{output}");
+    }
 }

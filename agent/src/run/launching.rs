@@ -37,6 +37,7 @@ impl Agency {
             cgroup_parent: self.cgroup_parent(),
             log_bytes_max: self.config.log_bytes_max,
             criu: self.criu.as_ref().map(|criu| criu.path.clone()),
+            own_users: self.config.user_namespaces,
             restore,
             restarts,
             scratch_bytes_max: self.config.scratch_bytes_max,

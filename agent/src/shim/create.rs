@@ -109,8 +109,8 @@ fn begin(task: &Task, dir: &Path, saved: Option<CheckpointKind>) -> io::Result<I
         |range| Init::spawn(&spec::hostname(task), spec::own_network(&task.template), range, &nothing);
     let Some(range) = Range::take(task, saved) else { return spawn(None) };
     match spawn(Some(range)) {
-        Ok(init) if init.users.as_ref().is_some_and(|users| users.can_map(dir)) => Ok(init),
-        // The kernel may forbid it, or the file system below not be able to.
+        Ok(init) if init.users.as_ref().is_some_and(|users| users.can_map_all(task, dir)) => Ok(init),
+        // The kernel may forbid it, or a file system not be able to.
         _ => spawn(None),
     }
 }
@@ -193,11 +193,11 @@ fn furnish<'a>(
     let inside = Inside::open(&home.rootfs(), users)?;
     let wanted = spec.user.as_deref().or(image.user.as_deref()).unwrap_or_default();
     let user = process::user(wanted, &inside.read("/etc/passwd"), &inside.read("/etc/group"))
+        .and_then(|user| {
+            let beyond = UserError::Beyond { name: wanted.to_owned(), uid: user.uid, gid: user.gid };
+            if users.is_some() { Users::admit(user).ok_or(beyond) } else { Ok(user) }
+        })
         .map_err(|source| ShimError::User { container: spec.name.clone(), source })?;
-    if users.is_some() && !Users::has(&user) {
-        let source = UserError::Beyond { name: wanted.to_owned(), uid: user.uid, gid: user.gid };
-        return Err(ShimError::User { container: spec.name.clone(), source });
-    }
     let given_dir = spec.working_dir.as_deref().or(image.working_dir.as_deref());
     let cwd = given_dir.filter(|dir| dir.starts_with('/')).unwrap_or("/");
     inside.make_dirs(cwd, user.uid, user.gid).map_err(ShimError::io("make the working directory", cwd))?;
@@ -246,7 +246,9 @@ fn prepare_berth(task: &Task, dir: &Path, users: Option<&Users>) -> io::Result<(
     for dir in [&berth, &kept] {
         fs::set_permissions(dir, fs::Permissions::from_mode(0o1777))?;
     }
-    rootfs::show(&kept, &berth.join(file::CHECKPOINT_DIR), users, rootfs::HARMLESS)?;
+    let shown = berth.join(file::CHECKPOINT_DIR);
+    rootfs::show(&kept, &shown, users)?;
+    rootfs::restrict(&shown, rootfs::HARMLESS)?;
     let template = &task.template;
     let facts = json!({
         "namespace": template.namespace,

@@ -8,8 +8,10 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
+use nix::mount::{MsFlags, mount};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
 use super::users::{Range, Users};
@@ -50,7 +52,7 @@ impl Init {
                 let mapped = range.is_some().then_some(mapped);
                 let code = match live(hostname, &shim, mapped, done, nothing) {
                     Ok(()) => 0,
-                    Err(_) => 1,
+                    Err(e) => e.raw_os_error().unwrap_or(libc::EIO),
                 };
                 // SAFETY: ends the child without running what belongs to the shim.
                 unsafe { libc::_exit(code) }
@@ -64,10 +66,19 @@ impl Init {
                     init.users = Some(Users::of(init.pid, range)?);
                 }
                 match nix::unistd::read(&ready, &mut [0])? {
-                    0 => Err(io::Error::other("the pod's init ended before it was ready")),
+                    0 => Err(init.why_it_ended()),
                     _ => Ok(init),
                 }
             }
+        }
+    }
+
+    /// Of one that has not come to be ready.
+    fn why_it_ended(&self) -> io::Error {
+        // It stays one to be waited for: whoever drops this would kill whatever has its number.
+        match waitid(Id::Pid(self.pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) {
+            Ok(WaitStatus::Exited(_, errno)) => io::Error::from_raw_os_error(errno),
+            _ => io::Error::other("the pod's init ended before it was ready"),
         }
     }
 
@@ -117,6 +128,7 @@ fn live(
         nix::unistd::setgroups(&[])?;
         nix::unistd::setresgid(gid, gid, gid)?;
         nix::unistd::setresuid(uid, uid, uid)?;
+        try_file_systems()?;
     }
     // A change of user undoes it.
     // SAFETY: a plain prctl call with constants.
@@ -153,6 +165,26 @@ fn live(
         while nix::unistd::read(&children, &mut buffer).is_ok() {}
         // SAFETY: a null status is allowed.
         while unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) } > 0 {}
+    }
+}
+
+/// Can processes of the pod's users have a /proc and a /sys? The kernel refuses both where the machine's own are covered in
+/// part, as in some containers.
+fn try_file_systems() -> io::Result<()> {
+    match fork_into(libc::CLONE_NEWNS)? {
+        0 => {
+            let (root, none) = (Path::new("/"), None::<&str>);
+            let try_one = |kind| mount(Some(kind), root, Some(kind), MsFlags::empty(), none);
+            // SAFETY: ends the child without running what belongs to the shim.
+            unsafe {
+                libc::_exit(try_one("proc").and_then(|()| try_one("sysfs")).map_or_else(|e| e as i32, |()| 0))
+            }
+        }
+        pid => match waitpid(Pid::from_raw(pid), None)? {
+            WaitStatus::Exited(_, 0) => Ok(()),
+            WaitStatus::Exited(_, errno) => Err(io::Error::from_raw_os_error(errno)),
+            _ => Err(io::ErrorKind::Interrupted.into()),
+        },
     }
 }
 

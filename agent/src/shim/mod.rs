@@ -103,6 +103,8 @@ fn prepare_process() -> io::Result<SigSet> {
         libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1);
         libc::prctl(libc::PR_SET_NAME, c"berth-shim".as_ptr());
     }
+    // Whoever has started the agent may have given it groups, which containers would keep.
+    nix::unistd::setgroups(&[])?;
     protect_from_oom();
     let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
     for signal in [Signal::SIGPIPE, Signal::SIGHUP, Signal::SIGINT] {

@@ -74,8 +74,8 @@ pub enum UserError {
     #[error("group `{0}` is not in the image's /etc/group; give a number, or a name that is")]
     NoGroup(String),
     #[error(
-        "user `{name}` is {uid}:{gid} with its groups in the image, beyond the numbers of a user namespace; name it by its \
-         number, and the pod has none"
+        "user `{name}` is {uid}:{gid} in the image, beyond the numbers of a user namespace; write `user: \"{uid}:{gid}\"`, and \
+         the pod has none"
     )]
     Beyond { name: String, uid: u32, gid: u32 },
 }

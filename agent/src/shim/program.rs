@@ -49,6 +49,6 @@ fn open_read_only() -> io::Result<OwnedFd> {
     // SAFETY: plain integers; zero is valid for each.
     let mut attr: libc::mount_attr = unsafe { std::mem::zeroed() };
     attr.attr_set = libc::MOUNT_ATTR_RDONLY;
-    sys::set_mount(&file, &attr)?;
+    sys::set_mounts(&file, &attr)?;
     Ok(file)
 }

@@ -154,29 +154,25 @@ pub fn mount_cgroups(groups: &[PathBuf], home: &Home) -> Result<(), ShimError> {
         let Some(name) = group.strip_prefix("/sys/fs/cgroup").ok().and_then(|path| path.iter().next()) else {
             continue;
         };
-        bind(group, &at.join(name), HARMLESS | MsFlags::MS_RDONLY)
+        let at = at.join(name);
+        show(group, &at, None)
+            .and_then(|()| restrict(&at, HARMLESS | MsFlags::MS_RDONLY))
             .map_err(ShimError::io("mount control groups at", &at))?;
     }
     Ok(())
 }
 
 /// Makes the directory `to` and shows `from` there, with owners mapped for `users`.
-pub fn show(from: &Path, to: &Path, users: Option<&Users>, flags: MsFlags) -> io::Result<()> {
-    let Some(users) = users else { return bind(from, to, flags) };
+pub fn show(from: &Path, to: &Path, users: Option<&Users>) -> io::Result<()> {
     fs::create_dir_all(to)?;
-    users.show(from, to)?;
-    remount(to, flags)
+    match users {
+        Some(users) => users.show(from, to),
+        None => Ok(mount(Some(from), to, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)?),
+    }
 }
 
-fn bind(from: &Path, to: &Path, flags: MsFlags) -> io::Result<()> {
-    fs::create_dir_all(to)?;
-    let none = None::<&str>;
-    mount(Some(from), to, none, MsFlags::MS_BIND, none)?;
-    remount(to, flags)
-}
-
-/// The call that binds minds no flags.
-fn remount(at: &Path, flags: MsFlags) -> io::Result<()> {
+/// Allows on a mount what `flags` leave.
+pub fn restrict(at: &Path, flags: MsFlags) -> io::Result<()> {
     let none = None::<&str>;
     Ok(mount(none, at, none, flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT, none)?)
 }
@@ -305,6 +301,7 @@ fn mapped(
     for place in &places {
         unmount(place)?;
     }
+    let _ = fs::remove_dir_all(&at);
     shown
 }
 
@@ -364,7 +361,7 @@ pub fn prepare_volumes(task: &Task, pod_dir: &Path, users: Option<&Users>) -> Re
                 return Err(ShimError::VolumeMissing { mount: volume.mount.clone(), path });
             }
         };
-        show(&from, &at, users, MsFlags::empty()).map_err(ShimError::io("show the volume at", &from))?;
+        show(&from, &at, users).map_err(ShimError::io("show the volume at", &from))?;
     }
     Ok(())
 }

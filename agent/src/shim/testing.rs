@@ -56,6 +56,7 @@ pub fn task() -> Task {
         log_bytes_max: Bytes(1 << 20),
         scratch_bytes_max: Bytes::ZERO,
         criu: None,
+        own_users: true,
         restore: false,
         restarts: 0,
     }

@@ -2,11 +2,12 @@
 //! as root they may do to their own pod. On disk everything stays as it would be without: images, what is written and
 //! named volumes are mounted for the pod with owners mapped, so that runs with and without a namespace share them.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::lchown;
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, lchown};
+use std::path::{Path, PathBuf};
 
 use berth_protocol::checkpoint::CheckpointKind;
 use berth_protocol::job::{CheckpointMode, ContainerSpec, VolumeSource};
@@ -52,7 +53,8 @@ fn wanted(task: &Task, saved: Option<CheckpointKind>) -> bool {
         let user = container.user.as_deref().or(config.user.as_deref()).unwrap_or_default();
         container.capabilities.is_empty() && !beyond(user)
     };
-    saved != Some(CheckpointKind::Criu)
+    task.own_users
+        && saved != Some(CheckpointKind::Criu)
         && !by_criu
         && !of_nodes
         && spec::own_network(template)
@@ -86,8 +88,12 @@ pub fn check(dir: &Path) -> Result<(), String> {
     }
     let there = dir.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/"));
     let range = Range::free().map_err(|e| format!("{STAGE}/{IN_USE}: {e}"))?;
-    let init = Init::spawn("doctor", false, range, there).map_err(|e| {
-        format!("a user namespace is refused: {e} (is /proc/sys/user/max_user_namespaces above 0?)")
+    let range = range.ok_or("every range of numbers is in use")?;
+    let init = Init::spawn("doctor", false, Some(range), Path::new("/")).map_err(|e| {
+        format!(
+            "a user namespace, or /proc and /sys in one, is refused: {e} (is /proc/sys/user/max_user_namespaces 0, or \
+             something mounted over a part of /proc or /sys?)"
+        )
     })?;
     match init.users.as_ref().is_some_and(|users| users.can_map(there)) {
         true => Ok(()),
@@ -97,7 +103,8 @@ pub fn check(dir: &Path) -> Result<(), String> {
     }
 }
 
-/// Numbers of the machine's that are one pod's alone, as long as its shim lives.
+/// Numbers of the machine's that are one pod's alone, as long as its shim lives. Where that was killed, what is left of the
+/// pod may have them a moment longer.
 pub struct Range {
     first: u32,
     _held: File,
@@ -114,8 +121,12 @@ impl Range {
 
     fn free() -> io::Result<Option<Self>> {
         fs::create_dir_all(STAGE)?;
+        // Whatever the mask of who makes it first: all pass, and nobody else's lock counts.
+        fs::set_permissions(STAGE, fs::Permissions::from_mode(0o711))?;
         let path = Path::new(STAGE).join(IN_USE);
-        let file = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path)?;
+        let file =
+            OpenOptions::new().create(true).truncate(false).read(true).write(true).mode(0o600).open(path)?;
+        file.set_permissions(fs::Permissions::from_mode(0o600))?;
         let range = (0..RANGES).find(|range| sys::lock_byte(&file, (*range).into()));
         Ok(range.map(|range| Self { first: FIRST + range * COUNT, _held: file }))
     }
@@ -145,13 +156,30 @@ impl Users {
         self.mapped(dir).is_ok()
     }
 
+    /// The same of all that a pod is given, each file system asked once.
+    pub fn can_map_all(&self, task: &Task, pod_dir: &Path) -> bool {
+        let layers = task.roots.iter().flat_map(|root| match root {
+            Root::Image { layers, .. } => layers.as_slice(),
+            Root::Host => &[],
+        });
+        let volumes = task.volumes.iter().flatten();
+        let mut asked = BTreeSet::new();
+        let mut of_layers = layers.chain(&task.workspace).map(PathBuf::as_path).chain([pod_dir]);
+        // Something may be mounted below a volume, which no other has.
+        volumes.into_iter().all(|volume| self.can_map(volume))
+            && of_layers.all(|dir| {
+                let device = fs::metadata(dir).map(|dir| dir.dev());
+                device.is_ok_and(|device| !asked.insert(device) || self.can_map(dir))
+            })
+    }
+
     fn mapped(&self, dir: &Path) -> io::Result<OwnedFd> {
         let tree = sys::clone_mount(dir)?;
         // SAFETY: plain integers; zero is valid for each.
         let mut attr: libc::mount_attr = unsafe { std::mem::zeroed() };
         attr.attr_set = libc::MOUNT_ATTR_IDMAP;
         attr.userns_fd = u64::from(self.namespace.as_raw_fd().unsigned_abs());
-        sys::set_mount(&tree, &attr)?;
+        sys::set_mounts(&tree, &attr)?;
         Ok(tree)
     }
 
@@ -179,8 +207,9 @@ impl Users {
         sys::acting_as(self.range.first, act)
     }
 
-    /// Does the namespace have all of a user's numbers?
-    pub fn has(user: &User) -> bool {
-        [user.uid, user.gid].iter().chain(&user.groups).all(|id| *id < COUNT)
+    /// The user as the namespace can have it, without groups that have no number there; `None` where itself has none.
+    pub fn admit(mut user: User) -> Option<User> {
+        user.groups.retain(|group| *group < COUNT);
+        (user.uid < COUNT && user.gid < COUNT).then_some(user)
     }
 }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -108,6 +109,7 @@ impl Pod {
             log_bytes_max: Bytes(16 << 20),
             scratch_bytes_max: Bytes(1 << 30),
             criu: None,
+            own_users: true,
             restore: false,
             restarts: 0,
         };
@@ -132,14 +134,13 @@ impl Pod {
 
     pub fn spawn(&mut self) -> &mut Self {
         fs::write(self.dir.join(file::TASK), serde_json::to_vec(&self.task).unwrap()).unwrap();
-        let shim = Command::new(env!("CARGO_BIN_EXE_berth-agent"))
-            .arg("shim")
-            .arg(&self.dir)
-            .envs(self.env.iter().map(|(name, value)| (name, value)))
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        self.shim = Some(shim);
+        let mut shim = Command::new(env!("CARGO_BIN_EXE_berth-agent"));
+        shim.arg("shim").arg(&self.dir).envs(self.env.iter().map(|(name, value)| (name, value)));
+        // As of somebody who has started the agent by hand.
+        let groups = || Ok(nix::unistd::setgroups(&[nix::unistd::Gid::from_raw(6)])?);
+        // SAFETY: one call of the kernel.
+        unsafe { shim.pre_exec(groups) };
+        self.shim = Some(shim.stdin(Stdio::null()).spawn().unwrap());
         self
     }
 

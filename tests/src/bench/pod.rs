@@ -58,6 +58,7 @@ impl Pod {
             log_bytes_max: Bytes(16 << 20),
             scratch_bytes_max: Bytes(8 << 30),
             criu: Some(criu.to_owned()),
+            own_users: true,
             restore: false,
             restarts: 0,
         };

@@ -25,8 +25,6 @@ const SAID_BYTES_MAX: usize = 300;
 const CAPABILITIES_MAX: u64 = 63;
 /// One that was killed is gone within this, or nothing can be done about it.
 const DEATH: Millis = Millis(2_000);
-/// linux/capability.h
-const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 
 /// One that runs, or has ended.
 pub struct Hook {
@@ -111,13 +109,7 @@ impl Entry {
             check(libc::setresuid(*uid, *uid, *uid))?;
         }
         if *uid == 0 {
-            let header = [CAPABILITY_VERSION_3, 0];
-            let word = |half: u32| (self.capabilities >> (32 * half)) as u32;
-            // Effective, permitted, inheritable; the lower halves of all, then the upper ones.
-            let sets = [word(0), word(0), 0, word(1), word(1), 0];
-            // SAFETY: the layout is linux/capability.h's, and both outlive the call.
-            let set = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) };
-            check(set as libc::c_int)?;
+            sys::keep_capabilities(self.capabilities)?;
         }
         // SAFETY: no pointers.
         check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;

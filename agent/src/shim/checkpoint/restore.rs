@@ -5,9 +5,10 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 
-use berth_protocol::ids::ContainerName;
+use berth_protocol::ids::{ContainerName, PodId};
 use berth_protocol::job::ContainerSpec;
 use berth_protocol::log::Stream;
 use berth_protocol::units::MilliCpu;
@@ -49,19 +50,45 @@ pub fn read(task: &Task, dir: &Path) -> Result<Saved, ShimError> {
 pub fn fill_volumes(task: &Task, dir: &Path) -> Result<(), ShimError> {
     let parts = Parts::to_restore(dir);
     for (index, (volume, given)) in task.template.volumes.iter().zip(&task.volumes).enumerate() {
-        let at = match given {
-            None => rootfs::volume_dir(dir, index),
+        let archive = parts.volume(index);
+        match given {
+            None => {
+                let at = rootfs::volume_dir(dir, index);
+                archive::unpack(&archive, &at)
+                    .map_err(ShimError::io("bring back what was written in", at))?;
+            }
             // What was written in it since belongs to work that is done again.
             Some(at) if volume.save => {
-                clear(at).map_err(ShimError::io("set back", at))?;
-                at.clone()
+                set_back(&archive, at, &task.pod).map_err(ShimError::io("set back", at))?;
             }
-            Some(_) => continue,
-        };
-        archive::unpack(&parts.volume(index), &at)
-            .map_err(ShimError::io("bring back what was written in", at))?;
+            Some(_) => {}
+        }
     }
     Ok(())
+}
+
+/// Puts what an archive holds in place of what is in a named volume. Other pods of the job may be at work there and make
+/// links of directories under `tar`'s hands, so that unpacks beside it; but where the volume is a disk of its own.
+fn set_back(archive: &Path, volume: &Path, pod: &PodId) -> io::Result<()> {
+    let parent = volume.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    if fs::metadata(parent)?.dev() != fs::metadata(volume)?.dev() {
+        clear(volume)?;
+        return archive::unpack(archive, volume);
+    }
+    // No volume's name begins so.
+    let beside = parent.join(format!(".restored-{pod}"));
+    fs::create_dir_all(&beside)?;
+    clear(&beside)?;
+    archive::unpack(archive, &beside)?;
+    clear(volume)?;
+    for entry in fs::read_dir(&beside)? {
+        let entry = entry?;
+        fs::rename(entry.path(), volume.join(entry.file_name()))?;
+    }
+    let own = fs::metadata(&beside)?;
+    chown(volume, Some(own.uid()), Some(own.gid()))?;
+    fs::set_permissions(volume, own.permissions())?;
+    fs::remove_dir(&beside)
 }
 
 /// Removes all that is in a directory.

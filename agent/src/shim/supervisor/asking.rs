@@ -109,8 +109,10 @@ impl Supervisor {
         let answer_by = begun.plus(policy.grace.saturating_sub(dump));
         saving.ahead = Ahead::Asking(Asking { answer_by, ready: false });
         self.asked = true;
-        // A full disk loses this word alone.
-        let _ = fs::write(self.dir.join(file::BERTH_DIR).join(file::SAVE), format!("{level}\n"));
+        // A full disk loses this word alone, and so does a pod that puts something else there. It may: what is written to
+        // by its name would be whatever a link of the pod's leads to.
+        let (word, at) = (self.dir.join(file::SAVE_WORD), self.dir.join(file::BERTH_DIR).join(file::SAVE));
+        let _ = fs::write(&word, format!("{level}\n")).and_then(|()| fs::rename(&word, at));
         let signal = policy.signal.as_deref().and_then(|name| Signal::from_str(name).ok());
         for container in self.containers.iter().filter(|container| container.exit.is_none()) {
             if let Some(signal) = signal {

@@ -208,7 +208,10 @@ impl Supervisor {
 
     /// The way to a dump, as far as nothing is stopped on it: whether there can be one.
     pub(super) fn quiesce(&mut self) {
-        match undumpable(&self.task) {
+        let users = self.init.as_ref().is_some_and(|init| init.users.is_some());
+        let users =
+            users.then(|| "the pod has users of its own, with whom CRIU could not bring it back".to_owned());
+        match undumpable(&self.task).or(users) {
             Some(why) => self.abort_saving(&format!("{why}; {INSTEAD}")),
             None if self.task.devices.is_empty() => self.run_quiesce(),
             None => self.survey_devices(false),
