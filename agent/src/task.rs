@@ -291,7 +291,7 @@ pub mod file {
     pub const RUN_DIR: &str = "run";
     /// Containers' bundles, in directories of their names, which no other name here may be.
     pub const BUNDLES_DIR: &str = "run/bundles";
-    /// Volumes as containers are given them, by their place in the job's file.
+    /// Volumes that containers are not given as they lie, by their place in the job's file.
     pub const SHOWN_DIR: &str = "run/shown";
     /// The root of the pod's init: empty.
     pub const NOTHING_DIR: &str = "run/nothing";

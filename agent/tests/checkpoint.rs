@@ -27,18 +27,30 @@ fn pod(criu: &Path, script: &str) -> Pod {
     pod
 }
 
+/// All mounts are shared with others, as systemd has them; for this thread and what it starts.
+fn share_mounts() {
+    use nix::mount::{MsFlags, mount};
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SHARED, none).unwrap();
+}
+
 #[test]
 fn a_counter_moves_again_and_again_without_a_gap() {
     let Some(criu) = criu() else { return };
     let script = format!("echo kept > /only-here; mkdir -p /dev/shm/x; echo 1 > /scratch/file; {COUNTER}");
     let mut now = pod(&criu, &script);
-    now.task.template.volumes = vec![Volume {
-        mount: "/scratch".to_owned(),
-        source: VolumeSource::Scratch(Bytes(1 << 20)),
-        read_only: false,
-        save: false,
-    }];
-    now.task.volumes = vec![None];
+    let (named, host) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let volume =
+        |mount: &str, source| Volume { mount: mount.to_owned(), source, read_only: false, save: false };
+    now.task.template.volumes = vec![
+        volume("/scratch", VolumeSource::Scratch(Bytes(1 << 20))),
+        volume("/large", VolumeSource::Scratch(Bytes(1 << 30))),
+        volume("/named", VolumeSource::Named(berth_protocol::ids::VolumeName::parse("data").unwrap())),
+        volume("/host", VolumeSource::Host(host.path().display().to_string())),
+    ];
+    now.task.volumes = vec![None, None, Some(named.path().to_owned()), Some(host.path().to_owned())];
+    share_mounts();
     // Whatever is left of a pod's processes comes to this one.
     // SAFETY: no pointers.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) };

@@ -51,12 +51,13 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
     prepare_berth(task, dir, users).map_err(ShimError::io("prepare /run/berth in", dir))?;
     secrets::lay_out(task, dir)
         .map_err(ShimError::io("lay out secrets below", dir.join(file::SECRETS_DIR)))?;
-    rootfs::prepare_volumes(task, dir, users)?;
+    let by_criu = saved.as_ref().is_some_and(|saved| saved.kind == CheckpointKind::Criu);
+    rootfs::prepare_volumes(task, dir, users, by_criu)?;
     if task.restore {
         restore::fill_volumes(task, dir)?;
     }
     // What saved itself begins as any program does, with its files as they were.
-    let saved = saved.filter(|saved| saved.kind == CheckpointKind::Criu);
+    let saved = saved.filter(|_| by_criu);
     let state = dir.join(file::STATE_DIR);
     make_dir(&state).map_err(ShimError::io("make", &state))?;
     let specs = || task.template.containers.iter();

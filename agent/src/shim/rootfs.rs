@@ -75,8 +75,8 @@ pub fn volume_dir(pod_dir: &Path, index: usize) -> PathBuf {
     pod_dir.join("volumes").join(index.to_string())
 }
 
-/// Where containers are given a volume: a host's path as it was when the shim looked at it, whatever takes its name
-/// later; others with their owners mapped where the pod has users of its own.
+/// Where a host's path is as it was when the shim looked at it, whatever takes its name later; and other volumes with
+/// their owners mapped, for a pod that has users of its own.
 pub fn shown_dir(pod_dir: &Path, index: usize) -> PathBuf {
     pod_dir.join(file::SHOWN_DIR).join(index.to_string())
 }
@@ -335,8 +335,14 @@ fn fd_path(fd: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-/// Makes the pod's scratch volumes, and shows them and the others where containers are given them.
-pub fn prepare_volumes(task: &Task, pod_dir: &Path, users: Option<&Users>) -> Result<(), ShimError> {
+/// Makes the pod's scratch volumes, checks that the others are there, and shows those that containers are not given as
+/// they lie. `by_criu`: the containers come back with the mounts that they had.
+pub fn prepare_volumes(
+    task: &Task,
+    pod_dir: &Path,
+    users: Option<&Users>,
+    by_criu: bool,
+) -> Result<(), ShimError> {
     for (index, volume) in task.template.volumes.iter().enumerate() {
         let given = task.volumes.get(index).and_then(Option::as_deref);
         let at = shown_dir(pod_dir, index);
@@ -347,7 +353,7 @@ pub fn prepare_volumes(task: &Task, pod_dir: &Path, users: Option<&Users>) -> Re
                 dir
             }
             (VolumeSource::Host(_), Some(path)) if path.exists() => {
-                show_as_found(path, &at).map_err(|source| match source.raw_os_error() {
+                show_as_found(path, &at, by_criu).map_err(|source| match source.raw_os_error() {
                     Some(libc::ELOOP) => {
                         ShimError::VolumeMoved { mount: volume.mount.clone(), path: path.to_owned() }
                     }
@@ -361,7 +367,9 @@ pub fn prepare_volumes(task: &Task, pod_dir: &Path, users: Option<&Users>) -> Re
                 return Err(ShimError::VolumeMissing { mount: volume.mount.clone(), path });
             }
         };
-        show(&from, &at, users).map_err(ShimError::io("show the volume at", &from))?;
+        if users.is_some() {
+            show(&from, &at, users).map_err(ShimError::io("show the volume at", &from))?;
+        }
     }
     Ok(())
 }
@@ -382,7 +390,11 @@ fn make_scratch(at: &Path, size: u64) -> Result<(), ShimError> {
 
 /// Mounts a host's path at `at`. The daemon has found it allowed and free of links; what a pod that may write there has
 /// put into its place since then does not count.
-fn show_as_found(path: &Path, at: &Path) -> io::Result<()> {
+///
+/// What the host mounts below it later is not seen: of mounts that take part in that CRIU sets up all that have one
+/// master by one of them, which fails unless that shows the directories of all others. What was saved while it
+/// did finds it as it was.
+fn show_as_found(path: &Path, at: &Path, by_criu: bool) -> io::Result<()> {
     let file = sys::open_without_links(path, libc::O_PATH)?;
     let from = fd_path(&file);
     fs::create_dir_all(at.parent().unwrap_or(at))?;
@@ -391,7 +403,11 @@ fn show_as_found(path: &Path, at: &Path) -> io::Result<()> {
         false => drop(File::create(at)?),
     }
     let none = None::<&str>;
-    Ok(mount(Some(from.as_str()), at, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)?)
+    mount(Some(from.as_str()), at, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)?;
+    if !by_criu {
+        mount(none, at, none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none)?;
+    }
+    Ok(())
 }
 
 /// A container's root, for touching it from outside without ever leaving it, whatever links it holds.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use berth_protocol::job::{ContainerSpec, Network, PodTemplate, Volume};
+use berth_protocol::job::{ContainerSpec, Network, PodTemplate, Volume, VolumeSource};
 use berth_protocol::units::Bytes;
 use serde_json::{Value, json};
 
@@ -217,9 +217,14 @@ fn cgroups(pod: &Pod, spec: &ContainerSpec) -> Value {
 }
 
 fn volumes(pod: &Pod, template: &PodTemplate) -> Vec<Value> {
-    let shown = template.volumes.iter().enumerate();
+    let given = |index| pod.task.volumes.get(index).cloned().flatten();
+    let from = |index, volume: &Volume| match volume.source {
+        VolumeSource::Host(_) => rootfs::shown_dir(pod.seen, index),
+        _ if pod.users => rootfs::shown_dir(pod.seen, index),
+        _ => given(index).unwrap_or_else(|| rootfs::volume_dir(pod.dir, index)),
+    };
     let mut all: Vec<(&Volume, PathBuf)> =
-        shown.map(|(index, volume)| (volume, rootfs::shown_dir(pod.seen, index))).collect();
+        template.volumes.iter().enumerate().map(|(index, volume)| (volume, from(index, volume))).collect();
     // Outer ones first, so that they do not cover inner ones.
     all.sort_by_key(|(volume, _)| Path::new(&volume.mount).components().count());
     let options = |volume: &Volume| if volume.read_only { &["nodev", "ro"][..] } else { &["nodev"][..] };

@@ -26,9 +26,18 @@ use std::time::Duration;
 
 use berth_agent::shim::checkpoint::rpc::{Call, Fields, Response, Value};
 
+/// Nanoseconds of CLOCK_MONOTONIC.
+fn now() -> i128 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a local.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+    i128::from(now.tv_sec) * 1_000_000_000 + i128::from(now.tv_nsec)
+}
+
 const MESSAGE_BYTES_MAX: usize = 256 << 10;
 
 fn main() -> ExitCode {
+    let called = now();
     let args: Vec<OsString> = std::env::args_os().collect();
     let dir = args.first().map(PathBuf::from).and_then(|path| Some(path.parent()?.to_owned()));
     let Some(dir) = dir else { return ExitCode::from(2) };
@@ -37,7 +46,7 @@ fn main() -> ExitCode {
     if args.get(1).is_some_and(|word| word == "swrk") {
         let fd = args.get(2).and_then(|fd| fd.to_str()?.parse().ok());
         let Some(fd) = fd else { return ExitCode::from(2) };
-        match stand_between(&dir, fd) {
+        match stand_between(&dir, fd, called) {
             Ok(true) => {}
             Ok(false) => return ExitCode::SUCCESS,
             Err(error) => {
@@ -70,7 +79,7 @@ fn send(fd: RawFd, message: &[u8]) {
 }
 
 /// Makes a sibling, which returns true and is to become criu, at the same number; passes on what is said until it ends.
-fn stand_between(dir: &Path, outer: RawFd) -> std::io::Result<bool> {
+fn stand_between(dir: &Path, outer: RawFd, called: i128) -> std::io::Result<bool> {
     let request = receive(outer).ok_or(std::io::ErrorKind::UnexpectedEof)?;
     let (call, images) = read(&request).ok_or(std::io::ErrorKind::InvalidData)?;
     let shim = std::os::unix::process::parent_id() as i32;
@@ -100,7 +109,7 @@ fn stand_between(dir: &Path, outer: RawFd) -> std::io::Result<bool> {
     };
     let between = Between { dir, call, criu, ended, shim, outer, inner: pair[0] };
     between.detach(images);
-    between.pass(&request);
+    between.pass(&request, called);
     Ok(false)
 }
 
@@ -159,8 +168,10 @@ impl Between<'_> {
         unsafe { libc::setsid() };
     }
 
-    fn pass(&self, request: &[u8]) {
-        self.told("begin");
+    /// What this process did since it was `called` is none of the shim's work: criu itself would have been at its own.
+    fn pass(&self, request: &[u8], called: i128) {
+        self.note("begin", "told", called);
+        self.spring("begin", "before");
         send(self.inner, request);
         self.answered("begin");
         let mut stage = None;
@@ -202,21 +213,17 @@ impl Between<'_> {
     }
 
     fn told(&self, stage: &str) {
-        self.note(stage, "told");
+        self.note(stage, "told", now());
         self.spring(stage, "before");
     }
 
     fn answered(&self, stage: &str) {
-        self.note(stage, "answered");
+        self.note(stage, "answered", now());
         self.spring(stage, "after");
     }
 
-    fn note(&self, stage: &str, what: &str) {
+    fn note(&self, stage: &str, what: &str, nanos: i128) {
         let Ok(mut trace) = OpenOptions::new().append(true).open(self.dir.join("trace")) else { return };
-        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: the pointer is to a local.
-        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
-        let nanos = i128::from(now.tv_sec) * 1_000_000_000 + i128::from(now.tv_nsec);
         let _ = trace.write_all(format!("{} {} {stage} {what} {nanos}\n", self.criu, self.call).as_bytes());
     }
 
