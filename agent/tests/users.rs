@@ -105,6 +105,20 @@ fn no_process_of_a_pod_is_a_user_of_the_machines() {
 }
 
 #[test]
+fn doctor_says_whether_they_can_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let said = |data: &Path| {
+        let mut doctor = std::process::Command::new(env!("CARGO_BIN_EXE_berth-agent"));
+        let output = doctor.args(["doctor", "--dev", "--data-dir"]).arg(data).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        text.lines().find(|line| line.contains("users of pods")).unwrap().to_owned()
+    };
+    assert!(said(dir.path()).starts_with("ok "), "{}", said(dir.path()));
+    let never = said(Path::new("/proc/berth"));
+    assert!(never.starts_with("missing ") && never.contains("cannot map owners"), "{never}");
+}
+
+#[test]
 fn on_disk_owners_are_as_ever() {
     let (below, above, named) = (layer(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     fs::set_permissions(above.path(), fs::Permissions::from_mode(0o755)).unwrap();

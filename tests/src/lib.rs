@@ -5,6 +5,7 @@
 pub mod bench;
 pub mod etcd;
 pub mod fuzz;
+pub mod image;
 pub mod mosquitto;
 pub mod node;
 pub mod oracle;

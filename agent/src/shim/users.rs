@@ -89,7 +89,7 @@ pub fn check(dir: &Path) -> Result<(), String> {
     let there = dir.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/"));
     let range = Range::free().map_err(|e| format!("{STAGE}/{IN_USE}: {e}"))?;
     let range = range.ok_or("every range of numbers is in use")?;
-    let init = Init::spawn("doctor", false, Some(range), Path::new("/")).map_err(|e| {
+    let init = Init::spawn("doctor", true, Some(range), Path::new(STAGE)).map_err(|e| {
         format!(
             "a user namespace, or /proc and /sys in one, is refused: {e} (is /proc/sys/user/max_user_namespaces 0, or \
              something mounted over a part of /proc or /sys?)"

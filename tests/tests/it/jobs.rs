@@ -2,6 +2,7 @@
 
 use std::process::{Child, Command, Stdio};
 
+use berth_tests::image::busybox_layout;
 use serde_json::json;
 
 use crate::cluster::{Cluster, text, until};
@@ -177,21 +178,6 @@ fn an_image_from_a_layout_runs_as_it_says() {
     let job = cluster.until_phase("nobox", "Failed", 30);
     let message = job["pods"][0]["message"].as_str().unwrap_or_default();
     assert!(message.contains("/nowhere/at/all"), "{job:#}");
-}
-
-/// An image with busybox and nothing else, made by umoci.
-pub fn busybox_layout(layout: &std::path::Path) {
-    let root = layout.with_extension("bundle");
-    let tag = format!("{}:latest", layout.display());
-    let script = format!(
-        "set -e; umoci init --layout {l}; umoci new --image {tag}; umoci unpack --image {tag} {r}; \
-         mkdir -p {r}/rootfs/bin; cp /bin/busybox {r}/rootfs/bin/; ln -s busybox {r}/rootfs/bin/sh; \
-         umoci repack --image {tag} {r}; umoci config --image {tag} --config.cmd sh --config.cmd -c --config.cmd 'echo from the image'",
-        l = layout.display(),
-        r = root.display()
-    );
-    let output = Command::new("sh").args(["-c", &script]).stdin(Stdio::null()).output().expect("sh starts");
-    assert!(output.status.success(), "{}", text(&output));
 }
 
 #[test]

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use berth_protocol::units::Timestamp;
+use berth_tests::image::busybox_layout;
 use serde_json::Value;
 
 use crate::cluster::{Cluster, text, until};
-use crate::jobs::busybox_layout;
 
 const NUMBERS: usize = 300;
 

@@ -41,7 +41,7 @@ impl Machine {
 
     /// Sets up a cluster of this machine alone, which joins it by the line that its admin is given.
     pub fn begin_cluster(&self) {
-        self.sh("echo 'allow-host-image = true' >>/etc/berth/agent.toml");
+        self.sh("printf '%s\\n' 'allow-host-image = true' 'allow-image-path = [\"/root/image\"]' >>/etc/berth/agent.toml");
         println!("{}", self.sh("berth-controller init --host localhost"));
         self.sh("systemctl daemon-reload && systemctl enable --now berth-controller");
         self.until("the controller makes a token", "berth node token >/root/line");
@@ -90,6 +90,15 @@ impl Machine {
 
     pub fn until_online(&self) {
         self.until("the node is online", "berth get nodes | grep -q ' online '");
+    }
+
+    /// Leaves an image with busybox in it, and returns what a job calls it.
+    pub fn copy_image(&self) -> &'static str {
+        let here = tempfile::tempdir().expect("a directory");
+        let layout = here.path().join("image");
+        berth_tests::image::busybox_layout(&layout);
+        self.vm(60, "copy", &[layout.to_str().expect("a plain path"), "/root/"]);
+        "oci:/root/image:latest"
     }
 
     /// The one beside the programs, where the package would have it.
@@ -152,7 +161,7 @@ pub fn missing() -> Option<String> {
     let found = |tool: &str| {
         std::env::var("PATH").unwrap_or_default().split(':').any(|dir| Path::new(dir).join(tool).exists())
     };
-    let tools = ["qemu-system-x86_64", "qemu-img", "mmdebstrap", "mke2fs", "ssh", "dpkg-deb"];
+    let tools = ["qemu-system-x86_64", "qemu-img", "mmdebstrap", "mke2fs", "ssh", "dpkg-deb", "umoci"];
     if let Some(tool) = tools.into_iter().find(|tool| !found(tool)) {
         return Some(format!("{tool} is missing; make setup installs it"));
     }

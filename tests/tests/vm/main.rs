@@ -25,6 +25,19 @@ fn packages_upgrades_and_reboots_on_a_real_host() {
     // By a BPF program: what a container was not given opens to nobody.
     let device = "mknod /x c 1 11 && echo made; (: </x) 2>/dev/null && echo opened; echo kept";
     assert_eq!(machine.sh(&format!("berth run --network none -- sh -c '{device}'")), "made\nkept\n");
+    // An image's root is none of the machine's, and what it writes nobody else's on disk.
+    let users =
+        "busybox cat /proc/self/uid_map; : >/told/made; busybox stat -c %u /told/made /run/berth/pod.json";
+    machine.submit_with(
+        "users",
+        users,
+        serde_json::json!({"image": machine.copy_image(), "checkpoint": {"mode": "none"}}),
+    );
+    machine.succeeded("users");
+    let said = machine.sh("berth logs users");
+    let words: Vec<&str> = said.split_whitespace().collect();
+    assert!(matches!(words[..], ["0", first, "65536", "0", "0"] if first != "0"), "{said}");
+    assert_eq!(machine.sh("stat -c %u /var/lib/berth/agent/volumes/default/users/told/made"), "0\n");
 
     // The agent is upgraded under a running job, and systemd reads everything anew: the job does not notice.
     machine.submit("long", "i=0; until [ -e /told/end ]; do i=$((i+1)); echo $i; sleep 0.1; done");
