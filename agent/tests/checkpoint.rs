@@ -461,6 +461,8 @@ fn hooks_run_in_the_container_around_a_dump() {
     wait_for("the resume hook", || lines(&now) == line(&now, "quiesce") + &line(&now, "resume"));
     wait_for("its end", || saved_again(&mut agent));
     wait_for("the resume hook", || lines(&now).lines().count() >= 4);
+    // What it has written does not say that it has ended: beside it the shim's children are an init and a container.
+    wait_for("its end", || now.children().len() == 2);
     fs::remove_dir_all(now.dir.join(file::CHECKPOINTS_DIR)).unwrap();
     let (next, agent) = moved(&mut now, &mut agent);
     wait_for("the resume hook where it goes on", || lines(&next) == line(&next, "resume"));

@@ -26,6 +26,7 @@ use super::secrets;
 use super::spec::{self, Pod};
 use super::sys;
 use super::users::{Range, Users};
+use super::volumes;
 use crate::task::{ImageProcess, Root, SavedDevices, Task, file};
 
 /// The pod as it waits for its start.
@@ -47,23 +48,29 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
     let users = init.users.as_ref();
     let own_network = spec::own_network(&task.template);
     let network = own_network.then(|| network::set_up(task, dir, &init)).transpose()?;
+    super::make_groups(task)?;
+    // What saved itself begins as any program does, with its files as they were.
+    let saved_by_criu = saved.filter(|saved| saved.kind == CheckpointKind::Criu);
+    let mut begun = None;
+    if let Some(first) = saved_by_criu.as_ref().and_then(|saved| saved.containers.first()) {
+        let name = network.map(|name| dir.join(name));
+        let own = super::container_cgroup(task, cgroup, &first.name);
+        // What fails here is tried again, and said, when its time has come.
+        begun = restore::begin(task, dir, &init, name.as_deref(), first, &own).ok();
+    }
     network::write_files(task, dir).map_err(ShimError::io("write below", dir.join(file::ETC_DIR)))?;
     prepare_berth(task, dir, users).map_err(ShimError::io("prepare /run/berth in", dir))?;
     secrets::lay_out(task, dir)
         .map_err(ShimError::io("lay out secrets below", dir.join(file::SECRETS_DIR)))?;
-    let by_criu = saved.as_ref().is_some_and(|saved| saved.kind == CheckpointKind::Criu);
-    rootfs::prepare_volumes(task, dir, users, by_criu)?;
+    volumes::prepare(task, dir, users, saved_by_criu.is_some())?;
     if task.restore {
         restore::fill_volumes(task, dir)?;
     }
-    // What saved itself begins as any program does, with its files as they were.
-    let saved = saved.filter(|_| by_criu);
     let state = dir.join(file::STATE_DIR);
     make_dir(&state).map_err(ShimError::io("make", &state))?;
     let specs = || task.template.containers.iter();
     let furnished = specs().zip(&task.roots).map(|(spec, root)| furnish(task, dir, (spec, root), users));
     let furnished = furnished.collect::<Result<Vec<_>, _>>()?;
-    super::make_groups(task)?;
     if !cgroup.is_v2() {
         for spec in specs() {
             let own = super::container_cgroup(task, cgroup, &spec.name);
@@ -91,15 +98,15 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
     for (index, (spec, furnished)) in specs().zip(&furnished).enumerate() {
         let own = super::container_cgroup(task, cgroup, &spec.name);
         let oci = describe(&pod, furnished, &own)?;
-        match &saved {
+        match &saved_by_criu {
             Some(saved) => {
                 let container = &saved.containers[index];
-                revivals.push(Revival::prepare(&pod, spec, container, &oci, own)?);
+                revivals.push(Revival::prepare(&pod, spec, container, &oci, (own, &init, begun.take()))?);
             }
             None => containers.push(container(dir, spec, own, users, &oci)?),
         }
     }
-    Ok(Made { init, containers, revivals, devices: saved.and_then(|saved| saved.devices) })
+    Ok(Made { init, containers, revivals, devices: saved_by_criu.and_then(|saved| saved.devices) })
 }
 
 /// Makes the pod's namespaces; users of its own are among them where that is possible. `saved`: what it comes back from.

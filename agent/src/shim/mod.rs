@@ -32,6 +32,7 @@ pub mod sys;
 #[cfg(test)]
 mod testing;
 pub(crate) mod users;
+mod volumes;
 
 use std::fs;
 use std::io::{self, Write};

@@ -201,7 +201,7 @@ impl Pod {
     }
 
     /// Of the shim: number and name.
-    fn children(&self) -> Vec<(i32, String)> {
+    pub fn children(&self) -> Vec<(i32, String)> {
         let shim = format!("PPid:\t{}", self.shim_pid());
         let pids = fs::read_dir("/proc").unwrap().flatten();
         let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());

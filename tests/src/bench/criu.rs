@@ -40,8 +40,8 @@ impl Traced {
         self.0.join("criu")
     }
 
-    /// For how long the last criu was at work, in milliseconds: from the request to its last word, but for the times
-    /// in which it waited for the shim.
+    /// For how long the last criu was at work, in milliseconds: from the request to its last word, and after a restore to
+    /// its end, but for the times in which it waited for the shim. Passing the request on is none of the shim's work.
     pub fn last(&self) -> Result<f64> {
         let text = fs::read_to_string(self.0.join("trace"))?;
         let mut works: BTreeMap<&str, (f64, Option<i64>)> = BTreeMap::new();
@@ -52,6 +52,7 @@ impl Traced {
             let nanos: i64 = nanos.parse()?;
             let (total, since) = works.entry(pid).or_default();
             match (stage, what) {
+                ("begin", "answered") => {}
                 ("begin", "told") | (_, "answered") => *since = Some(nanos),
                 _ => *total += since.take().map_or(0.0, |since| (nanos - since) as f64 / 1e6),
             }

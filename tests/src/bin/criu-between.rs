@@ -37,7 +37,6 @@ fn now() -> i128 {
 const MESSAGE_BYTES_MAX: usize = 256 << 10;
 
 fn main() -> ExitCode {
-    let called = now();
     let args: Vec<OsString> = std::env::args_os().collect();
     let dir = args.first().map(PathBuf::from).and_then(|path| Some(path.parent()?.to_owned()));
     let Some(dir) = dir else { return ExitCode::from(2) };
@@ -46,7 +45,7 @@ fn main() -> ExitCode {
     if args.get(1).is_some_and(|word| word == "swrk") {
         let fd = args.get(2).and_then(|fd| fd.to_str()?.parse().ok());
         let Some(fd) = fd else { return ExitCode::from(2) };
-        match stand_between(&dir, fd, called) {
+        match stand_between(&dir, fd) {
             Ok(true) => {}
             Ok(false) => return ExitCode::SUCCESS,
             Err(error) => {
@@ -79,8 +78,9 @@ fn send(fd: RawFd, message: &[u8]) {
 }
 
 /// Makes a sibling, which returns true and is to become criu, at the same number; passes on what is said until it ends.
-fn stand_between(dir: &Path, outer: RawFd, called: i128) -> std::io::Result<bool> {
+fn stand_between(dir: &Path, outer: RawFd) -> std::io::Result<bool> {
     let request = receive(outer).ok_or(std::io::ErrorKind::UnexpectedEof)?;
+    let asked = now();
     let (call, images) = read(&request).ok_or(std::io::ErrorKind::InvalidData)?;
     let shim = std::os::unix::process::parent_id() as i32;
     let mut pair = [0; 2];
@@ -109,7 +109,7 @@ fn stand_between(dir: &Path, outer: RawFd, called: i128) -> std::io::Result<bool
     };
     let between = Between { dir, call, criu, ended, shim, outer, inner: pair[0] };
     between.detach(images);
-    between.pass(&request, called);
+    between.pass(&request, asked);
     Ok(false)
 }
 
@@ -168,9 +168,9 @@ impl Between<'_> {
         unsafe { libc::setsid() };
     }
 
-    /// What this process did since it was `called` is none of the shim's work: criu itself would have been at its own.
-    fn pass(&self, request: &[u8], called: i128) {
-        self.note("begin", "told", called);
+    /// `asked` is when the request came: since then criu itself would have been at work.
+    fn pass(&self, request: &[u8], asked: i128) {
+        self.note("begin", "told", asked);
         self.spring("begin", "before");
         send(self.inner, request);
         self.answered("begin");
@@ -210,6 +210,10 @@ impl Between<'_> {
         let mut ended = libc::pollfd { fd: self.ended, events: libc::POLLIN, revents: 0 };
         // SAFETY: one.
         unsafe { libc::poll(&mut ended, 1, -1) };
+        // For this a shim waits, but not for the end of a dump.
+        if self.call == "restore" {
+            self.note("end", "told", now());
+        }
     }
 
     fn told(&self, stage: &str) {

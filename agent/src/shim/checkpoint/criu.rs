@@ -1,16 +1,15 @@
 //! One `criu swrk`: a process that does one dump or restore and tells its stages over a socket. Never waits; the
 //! supervisor's loop polls.
 
-use std::fs::File;
+use std::ffi::CString;
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, sigaction};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
-use nix::unistd::Pid;
+use nix::unistd::{ForkResult, Pid, fork};
 
 use super::super::sys;
 use super::rpc::{self, Call, Options, Response};
@@ -41,8 +40,11 @@ pub struct Criu {
     pidfd: OwnedFd,
     socket: OwnedFd,
     /// criu opens it as this process's descriptor.
-    _images: File,
+    images: File,
+    call: Call,
     log: PathBuf,
+    /// Until then it may still be on its way into control groups.
+    asked: bool,
     over: bool,
     /// It ended, or was ended, in the middle.
     broken_off: bool,
@@ -56,66 +58,95 @@ pub struct Place {
     pub cgroups: Vec<PathBuf>,
 }
 
+fn log_name(call: Call) -> &'static str {
+    match call {
+        Call::Dump => "dump.log",
+        _ => "restore.log",
+    }
+}
+
+/// In the child.
+fn become_criu(
+    shim: Pid,
+    fds: &[(RawFd, RawFd)],
+    place: &Place,
+    args: &[CString],
+) -> io::Result<std::convert::Infallible> {
+    let check = |code: libc::c_int| if code < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    // With the shim it ends: otherwise it waits for ever for tasks that died with their pod, and they, traced by it,
+    // never leave, nor their namespace's init.
+    sys::end_with(shim)?;
+    for dir in &place.cgroups {
+        File::options().write(true).open(dir.join("cgroup.procs"))?.write_all(b"0")?;
+    }
+    if !place.cgroups.is_empty() {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWCGROUP)?;
+    }
+    if let Some(time) = &place.time {
+        // SAFETY: no pointers.
+        check(unsafe { libc::setns(time.as_raw_fd(), libc::CLONE_NEWTIME) })?;
+    }
+    let nothing = File::options().read(true).write(true).open("/dev/null")?;
+    let standard = (0..=2).map(|number| (nothing.as_raw_fd(), number));
+    for (from, to) in standard.chain(fds.iter().copied()) {
+        // SAFETY: no pointers; the numbers are the standard ones, or beyond all that is open.
+        check(unsafe { libc::dup2(from, to) })?;
+    }
+    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    // SAFETY: no handler is installed.
+    unsafe { sigaction(Signal::SIGPIPE, &default) }?;
+    SigSet::empty().thread_set_mask()?;
+    Ok(nix::unistd::execvp(&args[0], args)?)
+}
+
 impl Criu {
-    /// Starts criu on `images`; `options` are what is asked of it beyond that and its log's name. `inherited` are to
-    /// be at `INHERITED_FD` and the numbers after it.
-    pub fn start(
+    /// Begins a criu that will be asked for something on `images`. `inherited` are to be at `INHERITED_FD` and the
+    /// numbers after it. Does not wait until it is ready, or has failed to be: entering control groups alone can take
+    /// the kernel some ten milliseconds. The process has one thread.
+    pub fn begin(
         program: &Path,
         call: Call,
         images: &Path,
-        mut options: Options,
         inherited: &[BorrowedFd],
         place: Place,
     ) -> io::Result<Self> {
-        let name = if call == Call::Dump { "dump.log" } else { "restore.log" };
         let dir = File::open(images)?;
-        options.images_dir(dir.as_raw_fd()).log(name).notify();
+        let log = images.join(log_name(call));
         let flags = SockFlag::SOCK_CLOEXEC;
         let (socket, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
         let mut fds = vec![(theirs.as_raw_fd(), SOCKET_FD)];
         fds.extend(inherited.iter().map(AsRawFd::as_raw_fd).zip(INHERITED_FD..));
-        let mut command = Command::new(program);
-        command.arg("swrk").arg(SOCKET_FD.to_string());
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let Place { time, cgroups } = place;
+        let args = [sys::c_string(program)?, c"swrk".to_owned(), sys::c_string(SOCKET_FD.to_string())?];
         let shim = nix::unistd::getpid();
-        let prepare = move || -> io::Result<()> {
-            // With the shim it ends: otherwise it waits for ever for tasks that died with their pod, and they, traced by
-            // it, never leave, nor their namespace's init.
-            sys::end_with(shim)?;
-            for dir in &cgroups {
-                File::options().write(true).open(dir.join("cgroup.procs"))?.write_all(b"0")?;
-            }
-            if !cgroups.is_empty() {
-                nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWCGROUP)?;
-            }
-            if let Some(time) = &time {
-                // SAFETY: no pointers.
-                if unsafe { libc::setns(time.as_raw_fd(), libc::CLONE_NEWTIME) } != 0 {
-                    return Err(io::Error::last_os_error());
-                }
-            }
-            for (from, to) in &fds {
-                // SAFETY: no pointers; the numbers are beyond all that is open.
-                if unsafe { libc::dup2(*from, *to) } < 0 {
-                    return Err(io::Error::last_os_error());
-                }
-            }
-            Ok(())
-        };
         // SAFETY: the process has one thread, so the child may do what it likes between fork and exec.
-        let child = unsafe { command.pre_exec(prepare) }.spawn()?;
-        let criu = Self {
-            pidfd: sys::pidfd(child.id() as i32)?,
-            pid: Pid::from_raw(child.id() as i32),
-            socket,
-            _images: dir,
-            log: images.join(name),
-            over: false,
-            broken_off: false,
-        };
-        criu.send(&rpc::request(call, &options.0))?;
-        Ok(criu)
+        match unsafe { fork() }? {
+            ForkResult::Child => {
+                let Err(error) = become_criu(shim, &fds, &place, &args);
+                // Where the reason is looked for once it has ended without a word.
+                let _ = fs::write(&log, format!("Error: cannot start {}: {error}\n", program.display()));
+                // SAFETY: ends the child without running what belongs to the shim.
+                unsafe { libc::_exit(127) }
+            }
+            ForkResult::Parent { child } => Ok(Self {
+                pidfd: sys::pidfd(child.as_raw())?,
+                pid: child,
+                socket,
+                images: dir,
+                call,
+                log,
+                asked: false,
+                over: false,
+                broken_off: false,
+            }),
+        }
+    }
+
+    /// Asks what it was begun for; `options` are what is asked of it beyond the images, its log and to be told of stages.
+    pub fn ask(&mut self, mut options: Options) {
+        self.asked = true;
+        options.images_dir(self.images.as_raw_fd()).log(log_name(self.call)).notify();
+        // One that has gone away says so by `hear`.
+        let _ = self.send(&rpc::request(self.call, &options.0));
     }
 
     fn send(&self, message: &rpc::Message) -> io::Result<()> {
@@ -209,5 +240,9 @@ impl AsFd for Criu {
 impl Drop for Criu {
     fn drop(&mut self) {
         self.kill();
+        if !self.asked {
+            // Whoever ends those groups would not find it there.
+            self.wait_for_end();
+        }
     }
 }

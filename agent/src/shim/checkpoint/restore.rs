@@ -18,7 +18,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::{Pid, pipe2};
 use serde_json::Value;
 
-use super::super::cgroup::Cgroup;
+use super::super::cgroup::{Cgroup, CgroupError};
 use super::super::container::Container;
 use super::super::devices;
 use super::super::error::ShimError;
@@ -103,15 +103,78 @@ fn clear(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// What criu is to find open, at the numbers from `INHERITED_FD` on.
+struct Inherited {
+    fds: Vec<OwnedFd>,
+    /// What the images know them by.
+    names: Vec<String>,
+    pumps: [Pump; 2],
+}
+
+impl Inherited {
+    fn new(init: &Init, network: Option<&Path>, saved: &SavedContainer) -> io::Result<Self> {
+        let (mut fds, mut names) = (Vec::new(), Vec::new());
+        let mut add = |name: &str, fd: OwnedFd| {
+            names.push(name.to_owned());
+            fds.push(fd);
+        };
+        add(PIDS, File::open(init.namespace("pid"))?.into());
+        if let Some(network) = network {
+            add(NETWORK, File::open(network)?.into());
+        }
+        let mut pump = |index: usize, stream| -> io::Result<Pump> {
+            let Some(Some(name)) = saved.pipes.get(index) else { return Ok(Pump::closed(stream)) };
+            let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
+            fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+            add(name, write);
+            Ok(Pump::new(read, stream))
+        };
+        let pumps = [pump(0, Stream::Stdout)?, pump(1, Stream::Stderr)?];
+        Ok(Self { fds, names, pumps })
+    }
+}
+
+/// A criu that gets ready while there is still to be made what it will find.
+pub struct Begun {
+    criu: Criu,
+    inherited: Inherited,
+}
+
+/// Begins the criu of a pod's first container. `network` is its network namespace's file.
+pub fn begin(
+    task: &Task,
+    dir: &Path,
+    init: &Init,
+    network: Option<&Path>,
+    saved: &SavedContainer,
+    cgroup: &Cgroup,
+) -> io::Result<Begun> {
+    make_group(cgroup).map_err(io::Error::other)?;
+    let inherited = Inherited::new(init, network, saved)?;
+    let images = Parts::to_restore(dir).images(&saved.name);
+    let criu = begin_criu(program(task), &images, &inherited, cgroup)?;
+    Ok(Begun { criu, inherited })
+}
+
+fn begin_criu(program: &Path, images: &Path, inherited: &Inherited, cgroup: &Cgroup) -> io::Result<Criu> {
+    let fds: Vec<_> = inherited.fds.iter().map(AsFd::as_fd).collect();
+    let place = Place { time: host_time(), cgroups: cgroup.dirs() };
+    Criu::begin(program, Call::Restore, images, &fds, place)
+}
+
+pub fn program(task: &Task) -> &Path {
+    task.criu.as_deref().unwrap_or(Path::new("criu"))
+}
+
 /// A container that waits to be brought back.
 pub struct Revival {
     pub name: ContainerName,
     images: PathBuf,
     cgroup: Cgroup,
     options: Options,
-    pumps: [Pump; 2],
-    /// What the images know by name, in the order of the numbers that `options` gives it.
-    inherited: Vec<OwnedFd>,
+    inherited: Inherited,
+    /// One that was begun early.
+    criu: Option<Criu>,
     cpu_max: MilliCpu,
     /// The nodes of what it is given here, as in the OCI configuration.
     devices: Vec<Value>,
@@ -123,7 +186,7 @@ impl Revival {
         spec: &ContainerSpec,
         saved: &SavedContainer,
         oci: &Value,
-        cgroup: Cgroup,
+        (cgroup, init, begun): (Cgroup, &Init, Option<Begun>),
     ) -> Result<Self, ShimError> {
         let failed =
             |e: io::Error| ShimError::Restore { container: spec.name.clone(), message: e.to_string() };
@@ -137,39 +200,27 @@ impl Revival {
             options.external_mount(name, source.as_os_str().as_bytes());
         }
         options.external_mount(NOTHING, NOTHING.as_bytes());
-        let mut inherited: Vec<OwnedFd> = Vec::new();
-        let mut inherit = |key: &str, fd: OwnedFd| {
-            let number = INHERITED_FD + inherited.len() as i32;
-            inherited.push(fd);
-            options.inherit(key, number);
+        let (criu, inherited) = match begun {
+            Some(Begun { criu, inherited }) => (Some(criu), inherited),
+            None => (None, Inherited::new(init, pod.network.as_deref(), saved).map_err(failed)?),
         };
-        let namespace = |path: &Path| File::open(path).map(OwnedFd::from).map_err(failed);
-        inherit(PIDS, namespace(&pod.namespaces.join("pid"))?);
-        if let Some(network) = &pod.network {
-            inherit(NETWORK, namespace(network)?);
+        for (name, number) in inherited.names.iter().zip(INHERITED_FD..) {
+            options.inherit(name, number);
         }
-        let mut pump = |index: usize, stream| -> Result<Pump, ShimError> {
-            let Some(Some(name)) = saved.pipes.get(index) else { return Ok(Pump::closed(stream)) };
-            let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(e.into()))?;
-            fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| failed(e.into()))?;
-            inherit(name, write);
-            Ok(Pump::new(read, stream))
-        };
-        let pumps = [pump(0, Stream::Stdout)?, pump(1, Stream::Stderr)?];
         limit(&cgroup, oci)
             .map_err(|message| ShimError::Restore { container: spec.name.clone(), message })?;
         let images = Parts::to_restore(pod.dir).images(&spec.name);
         let (name, cpu_max) = (spec.name.clone(), spec.limits.cpu);
         let devices = oci["linux"]["devices"].as_array().cloned().unwrap_or_default();
-        Ok(Self { name, images, cgroup, options, pumps, inherited, cpu_max, devices })
+        Ok(Self { name, images, cgroup, options, inherited, criu, cpu_max, devices })
     }
 
     pub fn cgroup(&self) -> &Cgroup {
         &self.cgroup
     }
 
-    /// Starts criu; a pod's later containers share the first one's namespaces.
-    pub fn start(&self, program: &Path, first: Option<Pid>) -> io::Result<Criu> {
+    /// Asks criu to bring it back; a pod's later containers share the first one's namespaces.
+    pub fn start(&mut self, program: &Path, first: Option<Pid>) -> io::Result<Criu> {
         let mut options = self.options.clone();
         if let Some(first) = first {
             for kind in
@@ -178,9 +229,12 @@ impl Revival {
                 options.join(kind, &format!("/proc/{first}/ns/{kind}"));
             }
         }
-        let inherited: Vec<_> = self.inherited.iter().map(AsFd::as_fd).collect();
-        let place = Place { time: host_time(), cgroups: self.cgroup.dirs() };
-        Criu::start(program, Call::Restore, &self.images, options, &inherited, place)
+        let mut criu = match self.criu.take() {
+            Some(criu) => criu,
+            None => begin_criu(program, &self.images, &self.inherited, &self.cgroup)?,
+        };
+        criu.ask(options);
+        Ok(criu)
     }
 
     /// criu says that it is back: look whether that is so.
@@ -191,7 +245,14 @@ impl Revival {
             // It has ended already, and was reaped: any descriptor that becomes readable does.
             Err(_) => {
                 let (read, _) = pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(e.to_string()))?;
-                return Ok(Container::revived(self.name, pid, read, self.cgroup, self.pumps, self.cpu_max));
+                return Ok(Container::revived(
+                    self.name,
+                    pid,
+                    read,
+                    self.cgroup,
+                    self.inherited.pumps,
+                    self.cpu_max,
+                ));
             }
         };
         let same = |kind: &str| {
@@ -208,7 +269,7 @@ impl Revival {
         // Another node, or another day, gives it other devices of the same kind.
         devices::settle(pid, &self.devices).map_err(|e| failed(format!("cannot make its devices: {e}")))?;
         self.cgroup.limit_cpu(self.cpu_max)?;
-        Ok(Container::revived(self.name, pid, pidfd, self.cgroup, self.pumps, self.cpu_max))
+        Ok(Container::revived(self.name, pid, pidfd, self.cgroup, self.inherited.pumps, self.cpu_max))
     }
 }
 
@@ -234,11 +295,15 @@ fn source(oci: &Value, name: &str) -> io::Result<PathBuf> {
 }
 
 /// Makes the container's groups with its limits, for criu to enter.
+fn make_group(cgroup: &Cgroup) -> Result<(), CgroupError> {
+    cgroup.create()?;
+    cgroup.fill_cpuset()
+}
+
 fn limit(cgroup: &Cgroup, oci: &Value) -> Result<(), String> {
     let resources: LinuxResources =
         serde_json::from_value(oci["linux"]["resources"].clone()).map_err(|e| e.to_string())?;
-    cgroup.create().map_err(|e| e.to_string())?;
-    cgroup.fill_cpuset().map_err(|e| e.to_string())?;
+    make_group(cgroup).map_err(|e| e.to_string())?;
     let config =
         CgroupConfig { cgroup_path: cgroup.absolute(), systemd_cgroup: false, container_name: String::new() };
     let options = ControllerOpt {

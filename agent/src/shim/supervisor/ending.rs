@@ -44,6 +44,7 @@ impl Supervisor {
     fn end_processes(&mut self) {
         // What is at work with them for the driver would hold them up.
         self.devices.interrupt();
+        self.restoring.waiting.clear();
         loop {
             self.kill();
             let dead = match &self.cgroup {

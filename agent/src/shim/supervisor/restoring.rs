@@ -3,13 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
 
 use berth_protocol::units::{Millis, Timestamp};
 use nix::unistd::Pid;
 
 use super::super::checkpoint::criu::{Criu, Word};
-use super::super::checkpoint::restore::Revival;
+use super::super::checkpoint::restore::{self, Revival};
 use super::super::container;
 use super::super::error::ShimError;
 use super::super::lease::EndedBy;
@@ -52,9 +51,9 @@ impl Restoring {
 impl Supervisor {
     pub(super) fn restore_next(&mut self) {
         let first = self.containers.first().map(|container| container.pid);
-        let Some(revival) = self.restoring.waiting.front() else { return };
-        let program = self.task.criu.clone().unwrap_or_else(|| PathBuf::from("criu"));
-        match revival.start(&program, first) {
+        let Some(revival) = self.restoring.waiting.front_mut() else { return };
+        let program = restore::program(&self.task);
+        match revival.start(program, first) {
             Ok(criu) => self.restoring.criu = Some(criu),
             Err(e) => self.restore_failed(format!("cannot start {}: {e}", program.display())),
         }
@@ -97,13 +96,13 @@ impl Supervisor {
     pub(super) fn now_running(&mut self, at: Timestamp) {
         self.phase = Phase::Running(at);
         self.restoring.ended.clear();
+        self.server.send(&Report::Running { run: self.task.run, started_at: at });
         if self.task.restore {
             // The checkpoint has served; a later run of the epoch begins from the start.
             let _ = std::fs::remove_dir_all(self.dir.join(file::RESTORE_DIR));
             super::super::protect_from_oom();
             sys::trim_memory();
         }
-        self.server.send(&Report::Running { run: self.task.run, started_at: at });
     }
 
     pub(super) fn restore_failed(&mut self, message: String) {

@@ -266,7 +266,8 @@ impl Supervisor {
             super::super::make_private_dir(&images)?;
             let (options, facts) = dump::plan(&self.task, &self.dir, container)?;
             let place = Place { time: host_time(), cgroups: Vec::new() };
-            let criu = Criu::start(program, Call::Dump, &images, options, &[], place)?;
+            let mut criu = Criu::begin(program, Call::Dump, &images, &[], place)?;
+            criu.ask(options);
             saving.dumps.push(Dump { criu, stands: false, done: false });
             saving.containers.push(facts);
             Ok(())
