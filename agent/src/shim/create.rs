@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use berth_protocol::checkpoint::CheckpointKind;
@@ -29,6 +29,9 @@ use super::users::{Range, Users};
 use super::volumes;
 use crate::task::{ImageProcess, Root, SavedDevices, Task, file};
 
+/// Of directories that whoever becomes a container has to pass; what they are in is seen by nobody else.
+const PASSABLE: u32 = 0o711;
+
 /// The pod as it waits for its start.
 pub struct Made {
     pub init: Init,
@@ -44,7 +47,7 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
     rootfs::enter_private_mounts().map_err(ShimError::Namespace)?;
     rootfs::mount_run(dir)?;
     let saved = task.restore.then(|| restore::read(task, dir)).transpose()?;
-    let init = begin(task, dir, saved.as_ref().map(|saved| saved.kind)).map_err(ShimError::Namespace)?;
+    let init = begin(task, dir, saved.as_ref().map(|saved| saved.kind))?;
     let users = init.users.as_ref();
     let own_network = spec::own_network(&task.template);
     let network = own_network.then(|| network::set_up(task, dir, &init)).transpose()?;
@@ -67,7 +70,7 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
         restore::fill_volumes(task, dir)?;
     }
     let state = dir.join(file::STATE_DIR);
-    make_dir(&state).map_err(ShimError::io("make", &state))?;
+    rootfs::make_dir(&state, PASSABLE)?;
     let specs = || task.template.containers.iter();
     let furnished = specs().zip(&task.roots).map(|(spec, root)| furnish(task, dir, (spec, root), users));
     let furnished = furnished.collect::<Result<Vec<_>, _>>()?;
@@ -110,11 +113,11 @@ pub fn create(task: &Task, dir: &Path, cgroup: &Cgroup) -> Result<Made, ShimErro
 }
 
 /// Makes the pod's namespaces; users of its own are among them where that is possible. `saved`: what it comes back from.
-fn begin(task: &Task, dir: &Path, saved: Option<CheckpointKind>) -> io::Result<Init> {
+fn begin(task: &Task, dir: &Path, saved: Option<CheckpointKind>) -> Result<Init, ShimError> {
     let nothing = dir.join(file::NOTHING_DIR);
-    make_dir(&nothing)?;
-    let spawn =
-        |range| Init::spawn(&spec::hostname(task), spec::own_network(&task.template), range, &nothing);
+    rootfs::make_dir(&nothing, PASSABLE)?;
+    let (hostname, own_network) = (spec::hostname(task), spec::own_network(&task.template));
+    let spawn = |range| Init::spawn(&hostname, own_network, range, &nothing).map_err(ShimError::Namespace);
     let Some(range) = Range::take(task, saved) else { return spawn(None) };
     match spawn(Some(range)) {
         Ok(init) if init.users.as_ref().is_some_and(|users| users.can_map_all(task, dir)) => Ok(init),
@@ -185,7 +188,7 @@ fn furnish<'a>(
     users: Option<&Users>,
 ) -> Result<spec::Container<'a>, ShimError> {
     let home = Home::new(dir, &spec.name);
-    make_dir(home.dir()).map_err(ShimError::io("make", home.dir()))?;
+    rootfs::make_dir(home.dir(), PASSABLE)?;
     let parts = task.restore.then(|| Parts::to_restore(dir));
     let written = parts.as_ref().map(|parts| parts.upper(&spec.name));
     rootfs::mount_root(root, &home, View { users, written: written.as_deref() })?;
@@ -272,11 +275,6 @@ fn prepare_berth(task: &Task, dir: &Path, users: Option<&Users>) -> io::Result<(
         "checkpointDir": Path::new("/run/berth").join(file::CHECKPOINT_DIR),
     });
     fs::write(berth.join(file::POD), format!("{facts}\n"))
-}
-
-/// For whoever becomes a container to pass; what it is in is seen by nobody else.
-fn make_dir(path: &Path) -> io::Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o711).create(path)
 }
 
 fn clear(dir: &Path) -> io::Result<()> {

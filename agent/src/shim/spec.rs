@@ -219,9 +219,10 @@ fn cgroups(pod: &Pod, spec: &ContainerSpec) -> Value {
 fn volumes(pod: &Pod, template: &PodTemplate) -> Vec<Value> {
     let given = |index| pod.task.volumes.get(index).cloned().flatten();
     let from = |index, volume: &Volume| match volume.source {
-        VolumeSource::Host(_) => rootfs::shown_dir(pod.seen, index),
-        _ if pod.users => rootfs::shown_dir(pod.seen, index),
-        _ => given(index).unwrap_or_else(|| rootfs::volume_dir(pod.dir, index)),
+        VolumeSource::Scratch(_) | VolumeSource::Named(_) if !pod.users => {
+            given(index).unwrap_or_else(|| rootfs::volume_dir(pod.dir, index))
+        }
+        _ => rootfs::shown_dir(pod.seen, index),
     };
     let mut all: Vec<(&Volume, PathBuf)> =
         template.volumes.iter().enumerate().map(|(index, volume)| (volume, from(index, volume))).collect();
